@@ -1,0 +1,206 @@
+"""Seeded, procedurally generated scenes: small coloured shapes and a sign on a patterned, cluttered background.
+
+What matters is one to three patches wide (a patch is 14 pixels) and is not aligned to the patch grid, so most patches of
+a scene are redundant and which ones matter depends on the question. All colours are flat: the pictures compress to a few
+kilobytes. A scene is a pure function of ``(seed, size, objects, sign_share)``.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+PATTERNS = ("plain", "rows", "columns", "diagonals", "checks", "spots")
+SYMBOLS = "ACEHJKLMPTUXY247"
+SIGN_LENGTH = 3
+PATCH = 14
+SIZE = 336
+# Splits are ranges of seeds, a billion apart, so no scene is ever in two of them.
+SPLIT_SEED = {"test": 0, "val": 1_000_000_000, "train": 2_000_000_000}
+
+_RGB = {
+    "red": (216, 36, 36), "orange": (244, 140, 28), "yellow": (242, 222, 44), "green": (40, 160, 56),
+    "cyan": (52, 206, 214), "blue": (40, 72, 216), "purple": (142, 52, 186), "pink": (246, 132, 196),
+}  # fmt: skip
+# Five by seven bitmaps, drawn at twice the size: 10 x 14 pixels a symbol.
+_GLYPHS = {
+    "A": "01110 10001 10001 11111 10001 10001 10001", "C": "01111 10000 10000 10000 10000 10000 01111",
+    "E": "11111 10000 10000 11110 10000 10000 11111", "H": "10001 10001 10001 11111 10001 10001 10001",
+    "J": "00111 00010 00010 00010 00010 10010 01100", "K": "10001 10010 10100 11000 10100 10010 10001",
+    "L": "10000 10000 10000 10000 10000 10000 11111", "M": "10001 11011 10101 10101 10001 10001 10001",
+    "P": "11110 10001 10001 11110 10000 10000 10000", "T": "11111 00100 00100 00100 00100 00100 00100",
+    "U": "10001 10001 10001 10001 10001 10001 01110", "X": "10001 10001 01010 00100 01010 10001 10001",
+    "Y": "10001 10001 01010 00100 00100 00100 00100", "2": "11110 00001 00001 01110 10000 10000 11111",
+    "4": "00010 00110 01010 10010 11111 00010 00010", "7": "11111 00001 00010 00100 01000 01000 01000",
+}  # fmt: skip
+_BITMAPS = {
+    symbol: np.kron(np.array([[int(bit) for bit in row] for row in rows.split()], bool), np.ones((2, 2), bool))
+    for symbol, rows in _GLYPHS.items()
+}
+_PITCH, _MARGIN = 13, 4  # pixels from symbol to symbol, and from the plate's edge to the first symbol
+_SIGN_SIZE = (2 * _MARGIN + (SIGN_LENGTH - 1) * _PITCH + 10, 2 * _MARGIN + 14)  # (width, height)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object; ``box`` is (x0, y0, x1, y1) in pixels, right and bottom edges exclusive."""
+
+    shape: str
+    colour: str
+    box: tuple[int, int, int, int]
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """(x, y) in pixels."""
+        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+
+
+@dataclass
+class Scene:
+    """A rendered scene.
+
+    ``image`` is [size, size, 3] uint8. ``owner`` is [size, size] uint8: 0 background, 1 + i the i-th thing,
+    200 + j the cell of the sign's j-th symbol, 250 the rest of the sign's plate.
+    """
+
+    seed: int
+    size: int
+    pattern: str
+    things: list[Thing]
+    sign: str | None
+    sign_box: tuple[int, int, int, int] | None
+    image: np.ndarray = field(repr=False)
+    owner: np.ndarray = field(repr=False)
+
+
+def make_scene(
+    seed: int, size: int = SIZE, objects: tuple[int, int] = (5, 9), sign_share: float = 1.0
+) -> Scene:
+    """Draw the scene of ``seed``: between ``objects`` things (both ends included), a sign in ``sign_share`` of scenes."""
+    rng = random.Random(seed)
+    pattern = rng.choice(PATTERNS)
+    while True:
+        wanted = _pick_things(rng, rng.randint(*objects))
+        text = "".join(rng.choices(SYMBOLS, k=SIGN_LENGTH)) if rng.random() < sign_share else None
+        sides = [rng.randint(18, 30) for _ in wanted]
+        boxes = _place(rng, size, ([_SIGN_SIZE] if text else []) + [(side, side) for side in sides])
+        if boxes is not None:
+            break
+    image = Image.fromarray(_background(rng, pattern, size))
+    owner = Image.new("L", (size, size), 0)
+    draw, mark = ImageDraw.Draw(image), ImageDraw.Draw(owner)
+    sign_box = boxes.pop(0) if text else None
+    things = [Thing(shape, colour, box) for (shape, colour), box in zip(wanted, boxes, strict=True)]
+    for i, thing in enumerate(things):
+        rgb = tuple(min(255, max(0, c + rng.randint(-10, 10))) for c in _RGB[thing.colour])
+        _draw_shape(draw, thing, rgb)
+        _draw_shape(mark, thing, i + 1)
+    pixels, owners = np.array(image), np.array(owner)
+    if text and sign_box:
+        _draw_sign(pixels, owners, text, sign_box)
+    return Scene(seed, size, pattern, things, text, sign_box, pixels, owners)
+
+
+def _pick_things(rng: random.Random, n: int) -> list[tuple[str, str]]:
+    """``n`` different (shape, colour) pairs, in most scenes with one shape or colour repeated, so that counts vary."""
+    while True:
+        pairs: set[tuple[int, int]] = set()
+        repeat, which = rng.randint(1, min(n, 5)), rng.randrange(2)
+        fixed = rng.randrange(len(COLOURS) if which else len(SHAPES))
+        for other in rng.sample(range(len(SHAPES) if which else len(COLOURS)), repeat):
+            pairs.add((other, fixed) if which else (fixed, other))
+        while len(pairs) < n:
+            pair = rng.randrange(len(SHAPES)), rng.randrange(len(COLOURS))
+            if pair[which] != fixed:
+                pairs.add(pair)
+        shapes, colours = [p[0] for p in pairs], [p[1] for p in pairs]
+        # attribute questions need a shape or a colour that is there once; count questions are about at most five
+        if not any(shapes.count(s) == 1 for s in shapes) or max(map(shapes.count, shapes)) > 5:
+            continue
+        if not any(colours.count(c) == 1 for c in colours) or max(map(colours.count, colours)) > 5:
+            continue
+        return [(SHAPES[shape], COLOURS[colour]) for shape, colour in rng.sample(sorted(pairs), n)]
+
+
+def _place(rng: random.Random, size: int, extents: list[tuple[int, int]], gap: int = 5):
+    """Non-overlapping boxes for ``extents`` (width, height), at any pixel; None if it does not fit."""
+    boxes: list[tuple[int, int, int, int]] = []
+    for width, height in extents:
+        for _ in range(60):
+            x, y = rng.randint(2, size - width - 2), rng.randint(2, size - height - 2)
+            if all(
+                x >= b[2] + gap or b[0] >= x + width + gap or y >= b[3] + gap or b[1] >= y + height + gap for b in boxes
+            ):
+                boxes.append((x, y, x + width, y + height))
+                break
+        else:
+            return None
+    return boxes
+
+
+def _background(rng: random.Random, pattern: str, size: int) -> np.ndarray:
+    """[size, size, 3] uint8: two muted tones in bands wider than a patch, with specks of a third tone."""
+    grey = rng.randint(70, 185)
+    base = [grey + rng.randint(-8, 8) for _ in range(3)]
+    step, speck = rng.randint(22, 35) * rng.choice((-1, 1)), rng.randint(-60, 60)
+    tones = np.clip([[c + d for c in base] for d in (0, step, speck)], 0, 255).astype(np.uint8)
+    period, dx, dy = rng.randint(26, 48), rng.randrange(200), rng.randrange(200)
+    x, y = np.arange(size)[None, :] + dx, np.arange(size)[:, None] + dy
+    if pattern == "plain":
+        index = np.zeros((size, size), np.uint8)
+    elif pattern == "rows":
+        index = np.broadcast_to(y // period % 2, (size, size)).astype(np.uint8)
+    elif pattern == "columns":
+        index = np.broadcast_to(x // period % 2, (size, size)).astype(np.uint8)
+    elif pattern == "diagonals":
+        index = ((x + y) // period % 2).astype(np.uint8)
+    elif pattern == "checks":
+        index = ((x // period + y // period) % 2).astype(np.uint8)
+    else:
+        half = period / 2
+        index = ((x % period - half) ** 2 + (y % period - half) ** 2 < (0.34 * period) ** 2).astype(np.uint8)
+    for _ in range(int(rng.randint(20, 60) * (size / SIZE) ** 2)):
+        sx, sy, w, h = rng.randrange(size - 6), rng.randrange(size - 6), rng.randint(2, 5), rng.randint(2, 5)
+        index[sy : sy + h, sx : sx + w] = 2
+    return tones[index]
+
+
+def _draw_shape(draw: ImageDraw.ImageDraw, thing: Thing, fill) -> None:
+    x0, y0, x1, y1 = thing.box[0], thing.box[1], thing.box[2] - 1, thing.box[3] - 1
+    side = x1 - x0
+    if thing.shape == "circle":
+        draw.ellipse((x0, y0, x1, y1), fill=fill)
+    elif thing.shape == "square":
+        draw.rectangle((x0 + 1, y0 + 1, x1 - 1, y1 - 1), fill=fill)
+    elif thing.shape == "triangle":
+        draw.polygon([((x0 + x1) / 2, y0), (x1, y1), (x0, y1)], fill=fill)
+    elif thing.shape == "star":
+        cx, cy, radius = (x0 + x1) / 2, (y0 + y1) / 2, side / 2
+        angles = np.arange(10) * np.pi / 5 - np.pi / 2
+        radii = np.where(np.arange(10) % 2 == 0, radius * 1.05, radius * 0.42)
+        corners = zip(cx + radii * np.cos(angles), cy + radii * np.sin(angles), strict=True)
+        draw.polygon([(float(x), float(y)) for x, y in corners], fill=fill)
+    elif thing.shape == "cross":
+        arm = side * 0.36
+        draw.rectangle((x0 + arm, y0, x1 - arm, y1), fill=fill)
+        draw.rectangle((x0, y0 + arm, x1, y1 - arm), fill=fill)
+    else:
+        draw.ellipse((x0, y0, x1, y1), outline=fill, width=max(4, side // 5))
+
+
+def _draw_sign(pixels: np.ndarray, owners: np.ndarray, text: str, box: tuple[int, int, int, int]) -> None:
+    """White plate, black rim and symbols; in place."""
+    x0, y0, x1, y1 = box
+    pixels[y0:y1, x0:x1] = 24
+    pixels[y0 + 1 : y1 - 1, x0 + 1 : x1 - 1] = 250
+    owners[y0:y1, x0:x1] = 250
+    for j, symbol in enumerate(text):
+        x, y = x0 + _MARGIN + j * _PITCH, y0 + _MARGIN
+        cell = pixels[y : y + 14, x : x + 10]
+        cell[_BITMAPS[symbol]] = 16
+        owners[y - 1 : y + 15, x - 1 : x + 11] = 200 + j

@@ -1,0 +1,1 @@
+"""One pruning method a file: `methods/NAME.py` registers the class called NAME."""

@@ -1,0 +1,126 @@
+"""Names to classes: one registry for methods and one for model families.
+
+A built-in is a file: `methods/NAME.py` is the method NAME, and it is imported the first time it is asked for, so that
+listing names costs no import of torch. A user's own class joins with the decorator `register_method("name")`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T", bound=type)
+
+
+def near(name: str, known: list[str]) -> str:
+    """A ` Did you mean ...?` clause with the near matches of `name` in `known`, or an empty string."""
+    matches = get_close_matches(str(name), known, n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+
+
+class Registry:
+    """Classes by name, built-ins found by file name in `package`.
+
+    Args:
+        kind: what is registered, for error messages ("method").
+        package: dotted name of the package whose files are the built-ins.
+    """
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self.package = package
+        self._classes: dict[str, type] = {}
+
+    def _files(self) -> dict[str, Path]:
+        files: dict[str, Path] = {}
+        for folder in import_module(self.package).__path__:
+            for file in sorted(Path(folder).glob("*.py")):
+                if not file.stem.startswith("_"):
+                    files.setdefault(file.stem, file)
+        return files
+
+    def names(self) -> list[str]:
+        """Every known name, sorted; imports nothing."""
+        return sorted({*self._files(), *self._classes})
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator: make the class known as `name` (lower snake case).
+
+        Raises:
+            ValueError: the name is not lower snake case, or another class has it.
+        """
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise ValueError(f"A {self.kind} name must be lower snake case, got {name!r}.")
+
+        def decorate(cls: T) -> T:
+            present = self._classes.get(name)
+            if present is not None and present.__module__ != cls.__module__:
+                raise ValueError(
+                    f"The {self.kind} name {name!r} is taken by {present.__module__}.{present.__qualname__}; "
+                    "choose another name."
+                )
+            file = self._files().get(name)
+            if present is None and file is not None and cls.__module__ != f"{self.package}.{name}":
+                raise ValueError(f"The {self.kind} name {name!r} is taken by the built-in {file}; choose another name.")
+            self._classes[name] = cls
+            cls.name = name  # type: ignore[attr-defined]
+            return cls
+
+        return decorate
+
+    def unregister(self, name: str) -> None:
+        """Forget a class that was registered by a user (built-ins stay)."""
+        self._classes.pop(name, None)
+
+    def get(self, name: str) -> type:
+        """The class called `name`.
+
+        Raises:
+            KeyError: no such name; the message lists the near matches and all known names.
+        """
+        if name not in self._classes:
+            if name not in self._files():
+                raise UnknownName(
+                    f"There is no {self.kind} called {name!r}.{near(name, self.names())} "
+                    f"Known: {', '.join(self.names())}."
+                )
+            import_module(f"{self.package}.{name}")
+            if name not in self._classes:
+                raise ValueError(f"{self.package}.{name} registers no {self.kind} called {name!r}.")
+        return self._classes[name]
+
+    def describe(self, name: str) -> str:
+        """The first line of the docstring, read from the source: nothing is imported."""
+        if name in self._classes and name not in self._files():
+            doc = self._classes[name].__doc__
+        else:
+            doc = ast.get_docstring(ast.parse(self._files()[name].read_text(encoding="utf-8")))
+        return (doc or "").strip().split("\n")[0]
+
+
+class UnknownName(KeyError):
+    """A name that no registry holds; prints as the sentence it was given."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+METHODS = Registry("method", "tokenprune.methods")
+MODELS = Registry("model family", "tokenprune.adapters")
+
+register_method = METHODS.register
+
+
+def list_methods() -> list[str]:
+    """Names that `apply(model, name)` takes."""
+    return METHODS.names()
+
+
+def list_models() -> list[str]:
+    """Model families with an adapter."""
+    return MODELS.names()

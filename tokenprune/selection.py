@@ -1,0 +1,107 @@
+"""Which visual tokens stay, and the one top-k that every method shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Selection:
+    """The outcome of a method for M images that have N visual tokens each.
+
+    Attributes:
+        indices: `[M, k]` int64, kept visual tokens by their place in the image's own order, strictly increasing.
+        features: `[M, k, D]` or None: embeddings that stand at the kept places instead of the tokens' own (methods
+            that merge). None means the kept tokens go on unchanged, bit for bit.
+    """
+
+    indices: Tensor
+    features: Tensor | None = None
+
+    def validate(self, count: int, num_tokens: int) -> Selection:
+        """Check shape, range and order; return self.
+
+        The range check reads values back from the device, so it runs on CPU tensors only: there it is free.
+
+        Raises:
+            ValueError: the indices are not `[count, k]` int64, sorted, unique and in `[0, num_tokens)`.
+        """
+        indices = self.indices
+        if indices.dim() != 2 or indices.shape[0] != count or indices.dtype != torch.int64:
+            raise ValueError(
+                f"A selection needs int64 indices of shape [{count}, k], got {indices.dtype} {tuple(indices.shape)}."
+            )
+        if not 1 <= indices.shape[1] <= num_tokens:
+            raise ValueError(f"A selection must keep 1 to {num_tokens} tokens, got {indices.shape[1]}.")
+        if self.features is not None and self.features.shape[:2] != indices.shape:
+            raise ValueError(
+                f"Merged features must be [M, k, D] with M, k = {tuple(indices.shape)}, got {tuple(self.features.shape)}."
+            )
+        if indices.device.type == "cpu":
+            in_range = bool((indices >= 0).all() and (indices < num_tokens).all())
+            if not in_range or not bool((indices.diff(dim=1) > 0).all()):
+                raise ValueError(
+                    f"Selected indices must be strictly increasing and in [0, {num_tokens}); got {indices.tolist()}."
+                )
+        return self
+
+
+def topk_indices(scores: Tensor, k: int) -> Tensor:
+    """The k highest scores of each row, as sorted indices; ties go to the lower index on every device.
+
+    Args:
+        scores: `[M, N]`, any float dtype; higher means keep. NaN is refused (see raises).
+        k: how many to keep, 1 <= k <= N.
+
+    Returns:
+        `[M, k]` int64, strictly increasing along the last dimension.
+
+    Raises:
+        ValueError: k out of range, or (CPU tensors, where looking is free) a NaN among the scores.
+    """
+    if scores.dim() != 2 or not 1 <= k <= scores.shape[1]:
+        raise ValueError(f"topk_indices needs scores [M, N] and 1 <= k <= N, got {tuple(scores.shape)} and k={k}.")
+    if scores.is_floating_point() and scores.device.type == "cpu" and bool(scores.isnan().any()):
+        raise ValueError("Scores hold NaN, so they rank nothing. Check the model's weights and its input for NaN.")
+    # torch.topk leaves the order of ties open; a stable sort does not
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
+    return order[:, :k].sort(dim=1).values
+
+
+def fit_grid(grid: tuple[int, int], budget: int) -> tuple[int, int]:
+    """The largest raster of at most `budget` cells that keeps the shape of `grid` within 4:3 (our choice).
+
+    24 x 24 gives 8 x 8 for 64, 11 x 11 for 128 and 12 x 16 for 192. Among equals the less distorted one wins, then the
+    one with fewer rows. Used by methods whose kept tokens form a raster (pool, downsample): they keep rows * cols
+    tokens, which may be less than the budget.
+    """
+    rows, cols = grid
+    best: tuple[int, float, int] | None = None
+    result = (1, 1)
+    for height in range(1, min(rows, budget) + 1):
+        for width in range(1, min(cols, budget // height) + 1):
+            distortion = max(height * cols / (width * rows), width * rows / (height * cols))
+            # one row or one column more may be the only way to use a tiny budget
+            if distortion > 4 / 3 + 1e-9 and height * width > 4:
+                continue
+            rank = (height * width, -distortion, -height)
+            if best is None or rank > best:
+                best, result = rank, (height, width)
+    return result
+
+
+def grid_places(grid: tuple[int, int], small: tuple[int, int]) -> list[int]:
+    """Raster indices in `grid` at which the cells of the smaller raster `small` stand: the place nearest each cell's
+    centre, unique and increasing."""
+    rows, cols = grid
+    height, width = small
+    if not (1 <= height <= rows and 1 <= width <= cols):
+        raise ValueError(f"A raster of {height} x {width} does not fit into one of {rows} x {cols}.")
+    return [
+        int((i + 0.5) * rows / height) * cols + int((j + 0.5) * cols / width)
+        for i in range(height)
+        for j in range(width)
+    ]
