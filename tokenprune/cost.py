@@ -98,7 +98,12 @@ class Flops:
 
 
 def vision_flops(shape: ModelShape, images: int = 1, patches: int | None = None, blocks: int | None = None) -> int:
-    """The vision tower over `images` images of `patches` patches each (default: the shape's own), `blocks` blocks deep."""
+    """The vision tower over `images` images.
+
+    Args:
+        patches: patches of one image; None means the shape's own.
+        blocks: blocks computed; None means `vision_blocks_run`.
+    """
     patches = shape.image_patches if patches is None else patches
     blocks = shape.vision_blocks_run if blocks is None else blocks
     n, d = patches + int(shape.has_cls), shape.vision_hidden
