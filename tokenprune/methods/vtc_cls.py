@@ -1,0 +1,79 @@
+"""Keeps the visual tokens that [CLS] attends to most, attention summed over the last vision layers (VTC-CLS).
+
+Paper: "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs", Wang et al.,
+https://arxiv.org/abs/2412.05819. Only the abstract could be read; what follows is the official code's behaviour.
+Official code: THU-MIG/VTC-CLS at e41ac9b (23 Apr 2025).
+Licence: Apache-2.0 upstream; this file was written from the formulas, no code was copied.
+
+For LLaVA-1.5, whose tokens leave CLIP after block 22 of 0..23, the score of a patch is the plain sum over the blocks
+16..22 of the head-mean attention that [CLS] pays to it (code). Block 23 is left out: its output is unused (code).
+
+Deviations:
+- Selection happens after the projector, not before it. The projector works on each token alone, so the kept tokens
+  are the same up to float error; the projector's cost on the dropped ones is not saved.
+- Ties go to the lower raster index; the official code leaves them to torch.topk (our choice).
+- Batches are selected per image; the official helper is right for one image only.
+- Without [CLS] (SigLIP, Qwen) the method refuses; a substitute score would be an extension of ours.
+The start layer behind the published tables is unverified: the README lets the user choose, 16 is the code's default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from tokenprune.base import Pruner, View
+from tokenprune.registry import register_method
+from tokenprune.signals import CLS_ATTENTION, Signal, Tower
+
+
+@register_method("vtc_cls")
+@dataclass
+class VtcCls(Pruner):
+    """Ranks the N patches by [CLS] attention, fp32, summed over vision blocks and averaged over heads.
+
+    Attributes:
+        start_layer: first vision block of the sum, 0-based; the last one is the tower's feature layer. None means two
+            thirds of the depth, floor(2 L / 3), at most the feature layer: the official default 16 at L = 24, and our
+            choice at other depths. The feature layer itself gives the ranking of a single block.
+    """
+
+    published: ClassVar[str] = "arXiv 2412.05819, THU-MIG/VTC-CLS"
+
+    start_layer: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start_layer is not None and (isinstance(self.start_layer, bool) or self.start_layer < 0):
+            raise ValueError(f"start_layer must be None or a block number from 0 on, got {self.start_layer!r}.")
+
+    def layers(self, tower: Tower) -> range:
+        """The vision blocks that are summed, 0-based.
+
+        Raises:
+            ValueError: the start layer lies behind the feature layer, so there is nothing to sum.
+        """
+        if self.start_layer is None:
+            start = min(2 * tower.num_layers // 3, tower.feature_layer)
+        else:
+            start = self.start_layer
+        if start > tower.feature_layer:
+            raise ValueError(
+                f"start_layer must be at most {tower.feature_layer}, the block whose output becomes the visual tokens "
+                f"of this tower, got {start}."
+            )
+        return range(start, tower.feature_layer + 1)
+
+    def signals(self, tower: Tower) -> tuple[Signal, ...]:
+        if not tower.has_cls:
+            raise ValueError("vtc_cls ranks by [CLS] attention, and this vision tower has no [CLS] token.")
+        return tuple(Signal(CLS_ATTENTION, layer) for layer in self.layers(tower))
+
+    def score(self, view: View) -> Tensor:
+        first, *rest = (view.signal(CLS_ATTENTION, layer).float() for layer in self.layers(view.tower))
+        total = first
+        for rows in rest:
+            total = total + rows
+        return total
