@@ -1,0 +1,46 @@
+# `make demo` and `make test` are all a newcomer needs: each makes its own .venv first and touches nothing else.
+# Another interpreter: make test PYTHON=python3.12. A CPU-only torch on Linux: see CONTRIBUTING.md.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo    run the demo sweep: table, plot and report under runs/"
+	@echo "make test    what CI runs: ruff, pyright, the tests and the packaging checks"
+	@echo "make lint    ruff and pyright only"
+	@echo "make format  let ruff rewrite what it can"
+	@echo "make clean   remove .venv and every cache (runs/ stays)"
+
+# The stamp is younger than both files exactly when the environment holds what they ask for.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "tokenprune needs Python 3.10 or newer, %s is %d.%d; try make PYTHON=python3.12" % (sys.executable, *sys.version_info[:2]))'
+	@echo "Making $(VENV); torch is the big part, the rest takes a minute or two."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,pocket]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/tokenprune demo
+
+# One thread a worker: two workers that each use every core are slower than one. A test that reaches for the hub fails
+# at once instead of waiting for a network.
+test: lint
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find tokenprune adapters kernels evals configs tests -name __pycache__ -type d -prune -exec rm -rf {} +
