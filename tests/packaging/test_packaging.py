@@ -1,0 +1,264 @@
+"""The wheel, the import paths and the rules of the house.
+
+Everything here reads the checkout, or a copy of what git tracks in it, and needs no network.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+MAPPED = ("adapters", "kernels", "evals", "configs")
+LIBRARY = ("tokenprune", *MAPPED)
+MAX_LINES = 450
+
+# one xdist worker for the whole file: the wheel is built once
+pytestmark = [pytest.mark.packaging, pytest.mark.xdist_group("packaging")]
+
+
+def tracked() -> list[Path]:
+    """Files of the checkout that git tracks, relative to its root; without git, all that is no cache."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 0:
+        names = [Path(name) for name in done.stdout.split("\0") if name]
+    else:
+        names = [file.relative_to(ROOT) for folder in (*LIBRARY, "tests") for file in (ROOT / folder).rglob("*")]
+        names += [file.relative_to(ROOT) for file in ROOT.iterdir()]
+    return [name for name in names if (ROOT / name).is_file() and "__pycache__" not in name.parts]
+
+
+def library(*folders: str) -> Iterator[Path]:
+    """Tracked Python files under `folders`."""
+    return (name for name in tracked() if name.suffix == ".py" and name.as_posix().startswith(tuple(folders)))
+
+
+def tree(name: Path) -> ast.Module:
+    return ast.parse((ROOT / name).read_text(encoding="utf-8"), filename=str(name))
+
+
+def module_name(name: Path) -> str:
+    """adapters/llava.py -> tokenprune.adapters.llava"""
+    parts = name.with_suffix("").parts
+    parts = parts if parts[0] == "tokenprune" else ("tokenprune", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def python(code: str, cwd: Path, path: Path | None = None) -> str:
+    """Run `code` in a new interpreter in `cwd`, with `path` before site-packages; give back what it printed.
+
+    An editable install of this checkout is put out of sight, or it would answer for whatever is missing.
+    """
+    hide = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]"
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", f"{hide}\n{code}"], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def one_of_each() -> list[str]:
+    """One module for each folder that has some, and the package itself."""
+    chosen = {str(name.parent): module_name(name) for name in library(*LIBRARY) if name.name != "__init__.py"}
+    return ["tokenprune", *(name for folder, name in chosen.items() if not folder.startswith("evals/"))]
+
+
+def import_from(names: list[str], cwd: Path, path: Path | None = None) -> dict[str, Path]:
+    """Import `names` in a new interpreter and say which file each came from."""
+    code = "import importlib, json; print(json.dumps({name: importlib.import_module(name).__file__ for name in NAMES}))"
+    found = json.loads(python(code.replace("NAMES", repr(names)), cwd, path).splitlines()[-1])
+    return {name: Path(file).resolve() for name, file in found.items()}
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from an sdist, built from a copy of what git tracks: `build/` of the checkout plays no part."""
+    pytest.importorskip("build")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in tracked():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, source / name)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
+    done = subprocess.run(command, cwd=out, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel installed in it, and nothing else."""
+    target = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
+    done = subprocess.run([*command, str(wheel)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+# The wheel
+
+
+def test_wheel_has_one_top_level_package(wheel: Path) -> None:
+    tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"tokenprune"}
+    assert len(tops) == 2
+
+
+def test_wheel_holds_every_tracked_file_of_the_library_and_no_other(wheel: Path) -> None:
+    here = {name for name in tracked() if name.parts[0] in LIBRARY and name.suffix not in (".md", "")}
+    here |= {name for name in tracked() if name.parts[0] in LIBRARY and {"data", "models"} & set(name.parts[:-1])}
+    expected = {(name if name.parts[0] == "tokenprune" else "tokenprune" / name).as_posix() for name in here}
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("tokenprune/")}
+    assert sorted(expected - packed) == [], "left out of the wheel; see [tool.setuptools] in pyproject.toml"
+    assert sorted(packed - expected) == [], "in the wheel, and not tracked"
+    assert "tokenprune/py.typed" in packed
+
+
+def test_wheel_carries_its_licence(wheel: Path) -> None:
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
+
+
+def test_every_folder_of_modules_is_a_listed_package() -> None:
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {".".join(name.parent.parts) for name in library(*LIBRARY)}
+    needed = {folder if folder.split(".")[0] == "tokenprune" else f"tokenprune.{folder}" for folder in folders}
+    assert sorted(needed - set(setup["packages"])) == [], (
+        "setuptools leaves a folder that is not listed out of the wheel"
+    )
+    assert setup["package-dir"] == {"tokenprune": "tokenprune", **{f"tokenprune.{name}": name for name in MAPPED}}
+
+
+# Import paths
+
+
+def test_installed_wheel_imports_from_another_folder(installed: Path, tmp_path: Path) -> None:
+    files = import_from(one_of_each(), cwd=tmp_path, path=installed)
+    assert {name: file for name, file in files.items() if installed.resolve() not in file.parents} == {}
+
+
+def test_installed_wheel_imports_from_inside_the_checkout(installed: Path) -> None:
+    """Python puts the working directory first, so the checkout answers, and answers for all of its modules."""
+    files = import_from(one_of_each(), cwd=ROOT, path=installed)
+    assert {name: file for name, file in files.items() if ROOT not in file.parents} == {}
+
+
+def test_bare_checkout_imports_from_elsewhere(tmp_path: Path) -> None:
+    files = import_from(one_of_each(), cwd=tmp_path, path=ROOT)
+    assert {name: file for name, file in files.items() if ROOT not in file.parents} == {}
+
+
+def test_mapped_folders_are_no_packages_of_their_own() -> None:
+    """A folder without __init__.py gives way to any real package of its name, wherever that stands on sys.path."""
+    assert [folder for folder in MAPPED if (ROOT / folder / "__init__.py").exists()] == []
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_a_real_package_wins_over_our_folder_of_that_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").touch()
+    found = python(f"import {name}; print({name}.__file__)", cwd=ROOT, path=tmp_path)
+    assert Path(found).resolve().parent == (tmp_path / name).resolve()
+
+
+def test_transformers_finds_the_hugging_face_kernels_package_from_the_checkout() -> None:
+    """With a kernels/__init__.py of ours this import dies. The version gate is held open, so that transformers does
+    import from `kernels` whichever releases of the two meet here."""
+    pytest.importorskip("kernels.layer", reason="the Hugging Face package `kernels` is not installed")
+    code = """
+import transformers.utils.import_utils as gate
+gate.is_kernels_available = lambda *args, **options: True
+import transformers.integrations.hub_kernels as hub
+print(hub.LayerRepository.__module__)
+"""
+    assert python(code, cwd=ROOT).split(".")[0] == "kernels"
+
+
+def test_import_changes_nothing_of_others() -> None:
+    modules = [module_name(name) for name in library("tokenprune", "adapters", "kernels")]
+    code = f"""
+import importlib, os
+import torch, torch.nn.functional as F, transformers
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+def state():
+    defaults = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.initial_seed()
+    return dict(ALL_ATTENTION_FUNCTIONS.items()), dict(vars(F)), dict(vars(torch.Tensor)), dict(os.environ), defaults
+
+for name in ("accelerate", "datasets", "matplotlib", "transformers.models.llava.modeling_llava"):
+    importlib.import_module(name)
+before = state()
+for name in {modules!r}:
+    importlib.import_module(name)
+after = state()
+print(all(one == other for one, other in zip(before, after)))
+"""
+    assert python(code, cwd=ROOT).splitlines()[-1] == "True"
+
+
+# Rules of the house
+
+
+def imports(name: Path) -> set[str]:
+    """Top-level names of all absolute imports in a file."""
+    nodes = list(ast.walk(tree(name)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
+    return {full.split(".")[0] for full in names}
+
+
+def test_methods_and_kernels_do_not_import_transformers() -> None:
+    assert [str(name) for name in library("tokenprune/methods", "kernels") if "transformers" in imports(name)] == []
+
+
+def test_library_code_raises_and_never_asserts() -> None:
+    """`python -O` drops assert, and its message is none for a user."""
+    found = [
+        f"{name}:{node.lineno}"
+        for name in library(*LIBRARY)
+        for node in ast.walk(tree(name))
+        if isinstance(node, ast.Assert)
+    ]
+    assert found == []
+
+
+def test_library_code_never_asks_for_full_attention_matrices() -> None:
+    def asks(node: ast.AST) -> bool:
+        if isinstance(node, ast.Call):
+            return any(key.arg == "output_attentions" and is_true(key.value) for key in node.keywords)
+        if isinstance(node, ast.Assign):
+            names = [target.attr for target in node.targets if isinstance(target, ast.Attribute)]
+            return "output_attentions" in names and is_true(node.value)
+        return False
+
+    def is_true(value: ast.AST) -> bool:
+        return isinstance(value, ast.Constant) and value.value is True
+
+    assert [str(name) for name in library(*LIBRARY) if any(asks(node) for node in ast.walk(tree(name)))] == []
+
+
+def test_every_method_cites_its_paper_or_says_it_is_a_baseline() -> None:
+    cite = re.compile(r"arxiv\.org/|doi\.org/|arxiv:\s*\d{4}\.\d{5}|\bbaseline\b", re.IGNORECASE)
+    methods = [name for name in library("tokenprune/methods/") if not name.name.startswith("_")]
+    assert [str(name) for name in methods if not cite.search(ast.get_docstring(tree(name)) or "")] == []
+
+
+def test_files_stay_short() -> None:
+    names = [name for name in tracked() if name.suffix == ".py"]
+    lines = {str(name): len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in names}
+    assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
