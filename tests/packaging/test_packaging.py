@@ -74,17 +74,24 @@ def python(code: str, cwd: Path, path: Path | None = None) -> str:
     return done.stdout.strip()
 
 
+def modules() -> list[str]:
+    """Dotted names of everything in the library."""
+    return [module_name(name) for name in library(*LIBRARY)]
+
+
 def one_of_each() -> list[str]:
-    """One module for each folder that has some, and the package itself."""
-    chosen = {str(name.parent): module_name(name) for name in library(*LIBRARY) if name.name != "__init__.py"}
-    return ["tokenprune", *(name for folder, name in chosen.items() if not folder.startswith("evals/"))]
+    """One module for each of the folders that users import from, and the package itself."""
+    chosen = {name.parent: module_name(name) for name in library("tokenprune", "adapters", "kernels")}
+    return ["tokenprune", *chosen.values()]
 
 
-def import_from(names: list[str], cwd: Path, path: Path | None = None) -> dict[str, Path]:
-    """Import `names` in a new interpreter and say which file each came from."""
-    code = "import importlib, json; print(json.dumps({name: importlib.import_module(name).__file__ for name in NAMES}))"
-    found = json.loads(python(code.replace("NAMES", repr(names)), cwd, path).splitlines()[-1])
-    return {name: Path(file).resolve() for name, file in found.items()}
+def strays(names: list[str], home: Path, cwd: Path, path: Path | None = None) -> dict[str, str | None]:
+    """Modules that a new interpreter finds outside `home`, or not at all. Runs none of them but the packages."""
+    code = f"import json; from importlib.util import find_spec as find; specs = {{n: find(n) for n in {names!r}}}"
+    found = json.loads(python(f"{code}\nprint(json.dumps({{n: s and s.origin for n, s in specs.items()}}))", cwd, path))
+    return {
+        name: file for name, file in found.items() if not file or home.resolve() not in Path(file).resolve().parents
+    }
 
 
 @pytest.fixture(scope="session")
@@ -148,19 +155,23 @@ def test_every_folder_of_modules_is_a_listed_package() -> None:
 
 
 def test_installed_wheel_imports_from_another_folder(installed: Path, tmp_path: Path) -> None:
-    files = import_from(one_of_each(), cwd=tmp_path, path=installed)
-    assert {name: file for name, file in files.items() if installed.resolve() not in file.parents} == {}
+    assert strays(modules(), installed, cwd=tmp_path, path=installed) == {}
+    python("".join(f"import {name}\n" for name in one_of_each()), cwd=tmp_path, path=installed)
 
 
-def test_installed_wheel_imports_from_inside_the_checkout(installed: Path) -> None:
+def test_installed_wheel_gives_way_inside_the_checkout(installed: Path) -> None:
     """Python puts the working directory first, so the checkout answers, and answers for all of its modules."""
-    files = import_from(one_of_each(), cwd=ROOT, path=installed)
-    assert {name: file for name, file in files.items() if ROOT not in file.parents} == {}
+    assert strays(modules(), ROOT, cwd=ROOT, path=installed) == {}
 
 
 def test_bare_checkout_imports_from_elsewhere(tmp_path: Path) -> None:
-    files = import_from(one_of_each(), cwd=tmp_path, path=ROOT)
-    assert {name: file for name, file in files.items() if ROOT not in file.parents} == {}
+    assert strays(modules(), ROOT, cwd=tmp_path, path=ROOT) == {}
+
+
+def test_importing_the_package_loads_no_torch(tmp_path: Path) -> None:
+    """What keeps `tokenprune --help` quick."""
+    code = "import tokenprune; tokenprune.list_methods(); print('torch' in sys.modules)"
+    assert python(code, cwd=tmp_path, path=ROOT) == "False"
 
 
 def test_mapped_folders_are_no_packages_of_their_own() -> None:
@@ -190,20 +201,19 @@ print(hub.LayerRepository.__module__)
 
 
 def test_import_changes_nothing_of_others() -> None:
-    modules = [module_name(name) for name in library("tokenprune", "adapters", "kernels")]
+    names = [module_name(name) for name in library("tokenprune", "adapters", "kernels")]
     code = f"""
 import importlib, os
-import torch, torch.nn.functional as F, transformers
+import torch, torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 def state():
     defaults = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.initial_seed()
     return dict(ALL_ATTENTION_FUNCTIONS.items()), dict(vars(F)), dict(vars(torch.Tensor)), dict(os.environ), defaults
 
-for name in ("accelerate", "datasets", "matplotlib", "transformers.models.llava.modeling_llava"):
-    importlib.import_module(name)
+import transformers.models.llava.modeling_llava
 before = state()
-for name in {modules!r}:
+for name in {names!r}:
     importlib.import_module(name)
 after = state()
 print(all(one == other for one, other in zip(before, after)))
