@@ -100,6 +100,11 @@ class Pruner:
         """Keep the `view.budget` tokens with the highest score; ties go to the lower raster index."""
         return Selection(topk_indices(self.score(view), view.budget))
 
+    def target_grid(self, grid: tuple[int, int], budget: int) -> tuple[int, int]:
+        """Only at the site "pixels": (rows, cols) of the visual tokens that the tower shall make of a picture that
+        would give `grid`; rows * cols <= budget."""
+        raise TypeError(f"{type(self).__name__} acts at {self.site!r} and resizes no picture.")
+
     def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: Tower) -> int:
         """Floating-point operations of one `select` (2 per multiply-add), matrix products only: what torch's
         FlopCounterMode counts. Signals are counted apart."""

@@ -1,0 +1,83 @@
+"""Promise 1: removal equals masking, for every registered method on every layout; cells come from the registries."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from _tiny import IMAGE, prompts, tiny_llava
+from oracle import MaskedModel, relative_error, run_pruned
+
+from tokenprune.registry import METHODS
+
+LAYOUTS = {
+    "one": ([1], "left"),
+    "two_images": ([2], "left"),
+    "ragged_left": ([1, 3, 0, 2], "left"),
+    "ragged_right": ([1, 3, 0, 2], "right"),
+    "no_padding": ([1], "right"),
+}
+TOLERANCE = 1e-5  # relative, fp32
+
+
+def compare(run: dict, batch: dict) -> None:
+    """Everything that the pruned run produced, against the masked model."""
+    visual = batch["input_ids"] == IMAGE
+    merged = None
+    plain = MaskedModel(run["adapter"], batch, run["kept"], run["policy"])
+    fed, expected = run["fed"][run["attended"]], plain.embeds[plain.visible.bool()]
+    assert fed.shape == expected.shape
+    if run["merges"]:
+        merged = fed[visual[plain.visible.bool()]]
+        masked = MaskedModel(run["adapter"], batch, run["kept"], run["policy"], merged)
+    else:
+        assert torch.equal(fed, expected), "kept tokens must go on bit for bit"
+        masked = plain
+    assert relative_error(run["logits"], masked.logits()) < TOLERANCE
+    tokens, scores = masked.greedy(20)
+    assert torch.equal(run["tokens"], tokens)
+    assert relative_error(run["scores"], scores) < TOLERANCE
+
+
+def merges(name: str) -> bool:
+    """Whether the method puts other embeddings at the kept places."""
+    return METHODS.get(name).site == "pixels" or getattr(METHODS.get(name), "merges", False)
+
+
+def cells() -> list[tuple[str, str, str, str]]:
+    """(method, attention, layout, positions): each layout with the published positions; the other policy and eager
+    attention on the hardest layout."""
+    found = []
+    for name in METHODS.names():
+        published = METHODS.get(name)().positions
+        other = "keep" if published == "compact" else "compact"
+        found += [(name, "sdpa", layout, published) for layout in LAYOUTS]
+        found += [(name, "sdpa", "ragged_left", other), (name, "eager", "ragged_left", published)]
+    return found
+
+
+@functools.cache
+def model(attention: str):
+    """One model for all cells: `applied` must leave it as it was."""
+    return tiny_llava(attention=attention)
+
+
+@pytest.mark.parametrize(("name", "attention", "layout", "policy"), cells(), ids=lambda value: value)
+def test_removal_equals_masking(name, attention, layout, policy):
+    batch = prompts(*LAYOUTS[layout])
+    run = run_pruned(model(attention), name, 9, batch, positions=policy)
+    compare({**run, "merges": merges(name)}, batch)
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_the_oracle_can_fail(name):
+    """One other token kept, and the masked model must say no."""
+    batch = prompts([2, 1])
+    run = run_pruned(model("sdpa"), name, 9, batch)
+    first = run["kept"][0][0]
+    other = next(i for i in range(36) if i not in first)
+    wrong = [list(images) for images in run["kept"]]
+    wrong[0][0] = torch.cat([first[1:], torch.tensor([other])]).sort().values
+    masked = MaskedModel(run["adapter"], batch, wrong, run["policy"])
+    assert relative_error(run["logits"][-1], masked.logits()[-1]) > 1e-3 or relative_error(run["logits"], masked.logits()) > 1e-2

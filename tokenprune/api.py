@@ -1,0 +1,81 @@
+"""The two calls of the library: `apply` and `applied`."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tokenprune.adapters._base import Adapter
+from tokenprune.engine import Engine
+from tokenprune.handle import Handle
+from tokenprune.ledger import Ledger
+from tokenprune.registry import MODELS, near
+from tokenprune.spec import parse_method
+
+_applied: weakref.WeakKeyDictionary[Any, Handle] = weakref.WeakKeyDictionary()
+
+
+def adapter_for(model: Any) -> Adapter:
+    """The adapter that covers `model`'s class.
+
+    Raises:
+        TypeError: no adapter does; the message lists what is supported.
+    """
+    names = [cls.__name__ for cls in type(model).__mro__]
+    families = {name: MODELS.get(name) for name in MODELS.names()}
+    for family in families.values():
+        if any(name in family.classes for name in names):
+            return family(model)
+    supported = sorted(name for family in families.values() for name in family.classes)
+    raise TypeError(
+        f"No adapter covers a {names[0]}.{near(names[0], supported)} Supported classes: {', '.join(supported)}. "
+        "To add a family, write one file in adapters/ (see CONTRIBUTING.md)."
+    )
+
+
+def apply(model: Any, method: Any, keep: int | float | None = None, **options: Any) -> Handle:
+    """Prune the visual tokens of every prompt that `model` gets from now on.
+
+    Args:
+        model: a supported Hugging Face vision-language model (see `list_models()`), used as before: `generate()`,
+            `forward()`, training.
+        method: a name ("holov"), a name with its budget ("holov@64"), a mapping, a YAML path or a `Pruner` object.
+        keep: visual tokens kept of each image: an int counts tokens, a float in (0, 1] is the kept fraction.
+        options: options of the method.
+
+    Returns:
+        The handle; `handle.remove()` undoes everything.
+
+    Raises:
+        TypeError: an unsupported model class, an unknown option, or a keep that is no number.
+        UnknownName: an unknown method (a KeyError).
+        ValueError: a bad budget, a tower that lacks what the method needs, or a method is applied already.
+    """
+    present = _applied.get(model)
+    if present is not None:
+        raise ValueError(f"{present!r} is at work on this model already; call its remove() first.")
+    adapter = adapter_for(model)
+    pruner, budget = parse_method(method, keep, **options)
+    ledger = Ledger()
+    engine = Engine(adapter, pruner, budget)
+    try:
+        engine.install(ledger)
+    except BaseException:
+        ledger.undo()
+        raise
+    handle = Handle(model, engine, ledger)
+    _applied[model] = handle
+    ledger.add(lambda: _applied.pop(model, None) and None)
+    return handle
+
+
+@contextmanager
+def applied(model: Any, method: Any, keep: int | float | None = None, **options: Any) -> Iterator[Handle]:
+    """`apply` for the length of a `with` block; the model is restored also after an exception."""
+    handle = apply(model, method, keep, **options)
+    try:
+        yield handle
+    finally:
+        handle.remove()

@@ -1,0 +1,128 @@
+"""Bookkeeping that travels with the KV cache of a pruned prompt.
+
+A pruned cache holds fewer keys than the prompt had tokens. `generate` counts in prompt tokens (logical length), attention
+counts in keys (physical length). The cache object that generation made is turned into a subclass of its own class that
+answers each question with the right one of the two, and carries the map between them through beam reordering,
+cropping, batch repetition and `copy.deepcopy`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class PrunedPrompt:
+    """How the physical keys of a cache map to the logical tokens of its prompt.
+
+    The first `slots.shape[1]` keys are described by `slots`; every later key is one later token, in order.
+
+    Attributes:
+        slots: `[B, P]` int64, logical index of each physical key, -1 where the key is padding.
+        length: L, logical tokens that `slots` stands for.
+        removed: `[B]` int64, visual tokens that left each row: what positions shrink by under the "compact" policy.
+        padded: whether any slot is -1.
+    """
+
+    slots: Tensor
+    length: int
+    removed: Tensor
+    padded: bool
+
+    @property
+    def hidden(self) -> int:
+        """Logical minus physical length: the same at all times after the prompt."""
+        return self.length - self.slots.shape[1]
+
+    def rows(self, index: Tensor) -> PrunedPrompt:
+        """The same for the rows in `index`, in that order."""
+        index = index.to(self.slots.device)
+        return PrunedPrompt(self.slots[index], self.length, self.removed[index], self.padded)
+
+    def mask(self, mask: Tensor | None, past: int) -> Tensor | None:
+        """Physical mask of the keys that the cache holds.
+
+        Args:
+            mask: `[B, >= past]` logical 2-D mask (1 = attend), or None for all ones.
+            past: logical tokens in the cache.
+
+        Returns:
+            `[B, P + past - L]` of the same dtype, or None where nothing is hidden.
+        """
+        if mask is None:
+            if not self.padded:
+                return None
+            mask = torch.ones(self.slots.shape[0], past, dtype=torch.int64, device=self.slots.device)
+        prompt = mask.gather(1, self.slots.clamp(min=0)).masked_fill(self.slots < 0, 0)
+        return torch.cat([prompt, mask[:, self.length : past]], dim=1)
+
+
+class PrunedCacheMixin:
+    """Overrides of a transformers `Cache` whose prompt was pruned."""
+
+    tokenprune: PrunedPrompt
+    layers: list[Any]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Logical length: tokens that the model was given, pruned ones included."""
+        return self.get_query_offset(layer_idx) + self.tokenprune.hidden
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Physical length: keys that a layer holds, which is what its mask is made for."""
+        return self.layers[layer_idx].get_seq_length()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.tokenprune = self.tokenprune.rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self.tokenprune = self.tokenprune.rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        rows = torch.arange(self.tokenprune.slots.shape[0], device=self.tokenprune.slots.device)
+        self.tokenprune = self.tokenprune.rows(rows.repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens (negative: that many; positive: down to that logical length).
+
+        Raises:
+            ValueError: the cut would go into the pruned prompt, whose tokens have no common end in the cache.
+        """
+        logical = self.get_seq_length()
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(logical - tokens_to_remove, 0)
+        if removed > logical - self.tokenprune.length:
+            raise ValueError(
+                f"Cannot crop {removed} tokens: only the {logical - self.tokenprune.length} tokens after the pruned "
+                "prompt can be cropped. Run the prompt again instead."
+            )
+        super().crop(-removed)  # type: ignore[misc]
+
+    def reset(self) -> None:
+        """Empty the cache; it is an ordinary one again."""
+        super().reset()  # type: ignore[misc]
+        self.__class__ = type(self).__mro__[2]
+        del self.tokenprune
+
+
+def pruned_prompt(cache: Any) -> PrunedPrompt | None:
+    """The bookkeeping of `cache`, or None if its prompt was not pruned."""
+    return getattr(cache, "tokenprune", None)
+
+
+_subclasses: dict[type, type] = {}
+
+
+def mark_pruned(cache: Any, prompt: PrunedPrompt) -> None:
+    """Make `cache` carry `prompt`. The object stays the same; its class becomes a subclass of what it was."""
+    cls = type(cache)
+    if not issubclass(cls, PrunedCacheMixin):
+        if cls not in _subclasses:
+            _subclasses[cls] = type(f"Pruned{cls.__name__}", (PrunedCacheMixin, cls), {})
+        cache.__class__ = _subclasses[cls]
+    cache.tokenprune = prompt

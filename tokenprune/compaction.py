@@ -1,0 +1,76 @@
+"""Moving what stays: embeddings, positions and mask of a ragged batch, all by one index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """A plan to shorten `[B, S]` rows to `[B, P]`.
+
+    Attributes:
+        index: `[B, P]` int64, where each new place comes from. Padding on the left comes from place 0, padding on the
+            right from the last place: `generate` reads the last column of a row even where it is padding, and so it
+            reads what the full-length row has there.
+        real: `[B, P]` bool, False at padding.
+        removed_before: `[B, P]` int64, visual tokens that left the row before this place.
+        removed: `[B]` int64, visual tokens that left the row.
+        padded: whether any place is padding.
+    """
+
+    index: Tensor
+    real: Tensor
+    removed_before: Tensor
+    removed: Tensor
+    padded: bool
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Move `[B, S, ...]` to `[B, P, ...]`."""
+        index = self.index.to(values.device)
+        return values[torch.arange(index.shape[0], device=values.device)[:, None], index]
+
+    def labels(self, labels: Tensor, ignore_index: int = -100) -> Tensor:
+        """Move `[B, S]` training labels to `[B, P]`; padding gets `ignore_index`."""
+        return self.rows(labels).masked_fill(~self.real.to(labels.device), ignore_index)
+
+    def positions(self, position_ids: Tensor, policy: str) -> Tensor:
+        """Move position ids `[..., B, S]` to `[..., B, P]`.
+
+        policy "keep" leaves each token the id it had; "compact" closes the gaps: each id shrinks by the visual tokens
+        that left before it.
+        """
+        index = self.index.to(position_ids.device).expand(*position_ids.shape[:-2], *self.index.shape)
+        moved = position_ids.expand(*position_ids.shape[:-2], self.index.shape[0], -1).gather(-1, index)
+        return moved - self.removed_before.to(moved.device) if policy == "compact" else moved
+
+
+def plan_compaction(keep: Tensor, attended: Tensor | None, lengths: list[int], pad_left: bool) -> Compaction:
+    """Plan the move of the kept, unpadded tokens of each row to one end of a shorter row.
+
+    Args:
+        keep: `[B, S]` bool, False at visual tokens that leave.
+        attended: `[B, S]` bool, False at padding; None means no padding.
+        lengths: for each row, the count of places that are kept and attended (known on the host, so that the new
+            length needs no read from the device).
+        pad_left: put the padding of the shortened rows on the left.
+    """
+    batch_size, _ = keep.shape
+    length = max(lengths)
+    stays = keep if attended is None else keep & attended
+    place = stays.cumsum(1) - 1  # [B, S]
+    if pad_left:
+        place = place + (length - torch.tensor(lengths, device=keep.device))[:, None]
+    source = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+    # everything that leaves is written to a spare last column
+    target = torch.where(stays, place, length)
+    index = torch.full((batch_size, length + 1), -1, dtype=torch.int64, device=keep.device)
+    index = index.scatter(1, target, source)[:, :length]
+    real = index >= 0
+    index = index.masked_fill(~real, 0 if pad_left else keep.shape[1] - 1)
+    left = (~keep).cumsum(1)
+    padded = any(row != length for row in lengths)
+    return Compaction(index, real, left.gather(1, index), left[:, -1], padded)
