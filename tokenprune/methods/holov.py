@@ -1,0 +1,258 @@
+"""Gives every strip of the image its share of the budget, by attention, and keeps the best tokens of each (HoloV).
+
+Paper: "Don't Just Chase 'Highlighted Tokens' in MLLMs: Revisiting Visual Holistic Context Retention", Zou et al.,
+NeurIPS 2025, https://arxiv.org/abs/2510.02912.
+Official code: obananas/HoloV at 1d2e65e (24 Jan 2026).
+Licence: Apache-2.0 upstream; this file was written from the formulas, no code was copied.
+
+The raster sequence of N tokens is cut into C consecutive strips ("crops", code) whose sizes differ by at most one. In
+a strip of m embeddings, z normalised, S = z z^T with a zero diagonal, mu_i = sum_j S_ij / (m - 1) and the variance is
+V_i = sum_j (S_ij - mu_i)^2 / (m - 1), where j runs over the zeroed diagonal too (code). With A the [CLS] attention of
+the block that gives the features (code), head-mean, the holistic score is H = A + gamma V, with gamma = mean A / mean V
+in the strip. Strips get quotas in proportion to (mean H)^power, and each keeps its best tokens.
+
+| | variant="paper" | variant="official" |
+|---|---|---|
+| strips | [1024 / k]; rounded to the nearest, our choice | 16 (hard-coded beside a budget of 64) |
+| H | A + gamma V | 1000 A + 0.09 gamma V |
+| rest of rounded-down quotas | to the strip with the highest weight | one each to the strips with the highest weights |
+| best in the strip | highest H | highest A: the variance is not used |
+| quota above the strip's size | passed on in proportion to weight * (size - quota), repeatedly | lost |
+| a strip of one token | not said; see below | weight from A without the factor 1000 |
+
+The default is "official", because only the code is fully specified: the paper leaves rounding, layer and power open.
+Which of the two the published tables come from is unverified.
+
+Since gamma rescales V to the strip's mean attention, mean H is the same multiple of mean A in every strip: the variance
+has no say in the quotas of either variant. It matters only for the choice inside the strips of "paper".
+
+Deviations, in both variants:
+- Exactly k tokens stay. Quota above a strip's size is passed on in "official" too, where the code keeps fewer tokens
+  and fills up with all-zero embeddings. How the paper rounds is unspecified: shares are rounded down, for at most four
+  rounds, and what is left goes to the strips with room by weight (our choice).
+- Kept tokens stand in raster order; the official code leaves them in descending attention inside a strip.
+- No attention at all gives equal quotas (our choice). A strip without variance (one token, or equal ones) counts
+  gamma V as mean A in "paper", so that it weighs as much as its attention says (our choice).
+- Quotas are computed in fp64, ties go to the lower raster index and the earlier strip.
+- Images are selected one by one; the official code cuts the joined sequence of all LLaVA-NeXT crops into strips.
+- Towers without [CLS]: the official Qwen2.5-VL port uses received attention, which is not recorded here; refused.
+- Visual context refetching (paper, appendix) is left out: it is not in the official code, and its layer, threshold and
+  strength are not given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenprune.base import Pruner, View
+from tokenprune.registry import register_method
+from tokenprune.selection import Selection, topk_indices
+from tokenprune.signals import CLS_ATTENTION, Signal, Tower
+
+VARIANTS = ("paper", "official")
+
+_EPS = 1e-6
+_ATTENTION_SCALE = 1000.0  # official
+_VARIANCE_WEIGHT = 0.09  # official
+_PAPER_BUDGET = 1024  # paper: budget times strips
+_OFFICIAL_STRIPS = 16
+_ROUNDS = 4  # of passing quota on in proportion, before the rest goes by weight
+
+
+def strip_sizes(num_tokens: int, strips: int) -> list[int]:
+    """Sizes of `strips` consecutive strips of a sequence, the longer ones first; empty ones are left out."""
+    base, longer = divmod(num_tokens, strips)
+    return [base + 1] * longer + [base] * (strips - longer if base else 0)
+
+
+def similarity_variance(features: Tensor) -> Tensor:
+    """V: how much a token's similarities to the other tokens of its strip vary.
+
+    Args:
+        features: `[..., m, D]` embeddings of one strip, any float dtype.
+
+    Returns:
+        `[..., m]` fp32; zeros for a strip of one token.
+    """
+    unit = features.float()
+    unit = unit / (torch.linalg.vector_norm(unit, dim=-1, keepdim=True) + _EPS)
+    similar = unit @ unit.transpose(-1, -2)
+    similar.diagonal(dim1=-2, dim2=-1).zero_()
+    others = max(features.shape[-2] - 1, 1)
+    mean = similar.sum(dim=-1, keepdim=True) / others
+    return (similar - mean).square().sum(dim=-1) / others
+
+
+def give(quota: Tensor, size: Tensor, order: Tensor, amount: Tensor) -> Tensor:
+    """Quotas after `amount` more tokens went to the strips in `order`, each filled before the next gets any.
+
+    Args:
+        quota: `[M, C]` int64.
+        size: `[M, C]` int64, the most that a strip can take in.
+        order: `[M, C]` int64, strips by rank.
+        amount: `[M, 1]` int64.
+    """
+    room = (size - quota).gather(1, order)
+    before = room.cumsum(dim=1) - room
+    return quota.scatter_add(1, order, torch.minimum((amount - before).clamp_min(0), room))
+
+
+def fit_quotas(weight: Tensor, quota: Tensor, size: Tensor, budget: int, one_each: bool) -> Tensor:
+    """Quotas of at most a strip's size that sum to the budget; what is above the size passes to the other strips.
+
+    Args:
+        weight: `[M, C]` fp64, positive or zero.
+        quota: `[M, C]` int64, the sum of a row is at most the budget.
+        size: `[C]` int64, their sum is at least the budget.
+        budget: k.
+        one_each: what is left after rounding goes to the strips with the highest weights that have room, one each,
+            before it fills them up in the same order.
+
+    Returns:
+        `[M, C]` int64; every row sums to the budget.
+    """
+    order = weight.argsort(dim=1, descending=True, stable=True)
+    size = size.expand_as(quota)
+    quota = torch.minimum(quota, size)
+    for _ in range(_ROUNDS):
+        left = budget - quota.sum(dim=1, keepdim=True)
+        if left.device.type == "cpu" and not bool(left.any()):
+            return quota
+        share = weight * (size - quota)
+        total = share.sum(dim=1, keepdim=True)
+        share = left * share / torch.where(total > 0, total, 1)
+        quota = torch.minimum(quota + (share + _EPS).floor().long(), size)
+    left = budget - quota.sum(dim=1, keepdim=True)
+    if one_each:
+        quota = give(quota, torch.minimum(quota + 1, size), order, left)
+        left = budget - quota.sum(dim=1, keepdim=True)
+    return give(quota, size, order, left)
+
+
+@register_method("holov")
+@dataclass
+class HoloV(Pruner):
+    """Splits the k tokens of an image over C strips of its raster sequence and keeps the best of every strip.
+
+    Attributes:
+        variant: "official" or "paper", see the table above.
+        crops: C, how many strips, at least 1 and at most the number of tokens (more are cut to it). None is the
+            variant's own: 16 for "official", [1024 / k] for "paper".
+        power: exponent of the strips' weights (tau of the paper, which gives no value; 1 in the code). Higher ones
+            sharpen the differences between strips.
+    """
+
+    published: ClassVar[str] = "arXiv 2510.02912, obananas/HoloV"
+
+    variant: str = "official"
+    crops: int | None = None
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}.")
+        if self.crops is not None and (isinstance(self.crops, bool) or self.crops < 1):
+            raise ValueError(f"crops must be None or at least 1, got {self.crops!r}.")
+
+    def signals(self, tower: Tower) -> tuple[Signal, ...]:
+        if not tower.has_cls:
+            raise ValueError("holov shares the budget by [CLS] attention, and this vision tower has no [CLS] token.")
+        return (Signal(CLS_ATTENTION, tower.feature_layer),)
+
+    def strips(self, num_tokens: int, budget: int) -> list[int]:
+        """Sizes of the strips that N tokens are cut into for this budget."""
+        if self.crops is not None:
+            crops = self.crops
+        else:
+            crops = _OFFICIAL_STRIPS if self.variant == "official" else max(1, round(_PAPER_BUDGET / budget))
+        return strip_sizes(num_tokens, min(crops, num_tokens))
+
+    def scores(self, features: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """H of each token and the mean of each strip, for strips of one size.
+
+        Args:
+            features: `[M, C, m, D]`.
+            attention: `[M, C, m]` fp32.
+
+        Returns:
+            H `[M, C, m]` fp32 and its mean `[M, C]` fp64.
+        """
+        if self.variant == "official" and features.shape[2] == 1:
+            return attention, attention.double().mean(dim=2)
+        variance = similarity_variance(features)
+        mean_variance = variance.double().mean(dim=2, keepdim=True)
+        if self.variant == "official":
+            attention = attention * _ATTENTION_SCALE
+            mean_attention = attention.double().abs().mean(dim=2, keepdim=True)
+            holistic = attention + _VARIANCE_WEIGHT * (mean_attention / (mean_variance + _EPS)) * variance
+        else:
+            mean_attention = attention.double().abs().mean(dim=2, keepdim=True)
+            scaled = variance / torch.where(mean_variance > 0, mean_variance, 1)
+            holistic = attention + mean_attention * torch.where(mean_variance > 0, scaled, 1)
+        return holistic.float(), holistic.mean(dim=2)
+
+    def quotas(self, means: Tensor, size: Tensor, budget: int) -> Tensor:
+        """How many tokens each strip keeps.
+
+        Args:
+            means: `[M, C]` fp64, mean H of the strips.
+            size: `[C]` int64.
+            budget: k.
+
+        Returns:
+            `[M, C]` int64; at most the sizes, every row sums to k.
+        """
+        official = self.variant == "official"
+        # H of a constant A and V is 0 without attention, and 0 ** 0 is 1: the power must not hide that
+        raised = torch.where(means > 0, means, 0).pow(self.power)
+        total = raised.sum(dim=1, keepdim=True)
+        weight = raised / (total + (_EPS if official else 0)).clamp_min(torch.finfo(total.dtype).tiny)
+        weight = torch.where(total > 0, weight, 1 / means.shape[1])
+        # exact shares must not fall to the next lower integer by rounding
+        quota = (weight * budget + (0 if official else _EPS)).floor().long()
+        left = budget - quota.sum(dim=1, keepdim=True)
+        order = weight.argsort(dim=1, descending=True, stable=True)
+        limit = quota + 1 if official else torch.full_like(quota, budget)
+        return fit_quotas(weight, give(quota, limit, order, left), size, budget, one_each=official)
+
+    def select(self, view: View) -> Selection:
+        num_images, num_tokens, budget = view.num_images, view.num_tokens, view.budget
+        sizes = self.strips(num_tokens, budget)
+        attention = view.signal(CLS_ATTENTION, view.tower.feature_layer).float()
+        # at most two sizes occur: strips of one size are one batch
+        groups = [(m, sizes.count(m)) for m in sorted(set(sizes), reverse=True)]
+        holistic, means, start = [], [], 0
+        for m, count in groups:
+            part = slice(start, start + m * count)
+            h, mean = self.scores(
+                view.features[:, part].unflatten(1, (count, m)), attention[:, part].unflatten(1, (count, m))
+            )
+            holistic.append(h.flatten(1))
+            means.append(mean)
+            start += m * count
+        score = torch.cat(holistic, dim=1)
+        if score.device.type == "cpu" and bool(score.isnan().any()):
+            raise ValueError("Scores hold NaN, so they rank nothing. Check the model's weights and its input for NaN.")
+        device = score.device
+        size = torch.cat([torch.full((count,), m, device=device) for m, count in groups])
+        quota = self.quotas(torch.cat(means, dim=1), size, budget)
+        # sorted by strip, and inside a strip by score: the place in its strip is then a token's rank
+        strip = torch.repeat_interleave(torch.arange(len(sizes), device=device), size, output_size=num_tokens)
+        by_score = (
+            (attention if self.variant == "official" else score).sort(dim=1, descending=True, stable=True).indices
+        )
+        by_strip = by_score.gather(1, strip[by_score].sort(dim=1, stable=True).indices)
+        rank = torch.arange(num_tokens, device=device) - (size.cumsum(0) - size)[strip]
+        kept = torch.zeros(num_images, num_tokens, dtype=torch.uint8, device=device)
+        kept.scatter_(1, by_strip, (rank < quota[:, strip]).to(kept.dtype))
+        return Selection(topk_indices(kept, budget))
+
+    def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: Tower) -> int:
+        official = self.variant == "official"
+        pairs = sum(m * m for m in self.strips(num_tokens, keep) if not (official and m == 1))
+        return 2 * num_images * width * pairs
