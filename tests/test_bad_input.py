@@ -1,0 +1,154 @@
+"""Bad input fails before anything runs, with a sentence that says what and what to do."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from _tiny import prompts, tiny_llava
+
+import tokenprune
+from tokenprune.registry import METHODS, UnknownName
+
+
+@functools.cache
+def model():
+    return tiny_llava()
+
+
+@pytest.mark.parametrize("keep", [0, -3, 0.0, -0.5, 1.5, math.nan, math.inf])
+def test_keep_out_of_range(keep):
+    with pytest.raises(ValueError, match="keep"):
+        tokenprune.apply(model(), "uniform", keep=keep)
+
+
+@pytest.mark.parametrize("keep", ["64", True, [64]])
+def test_keep_of_another_type(keep):
+    with pytest.raises(TypeError, match="keep must be an int"):
+        tokenprune.apply(model(), "uniform", keep=keep)
+
+
+def test_no_budget_and_two_budgets():
+    with pytest.raises(ValueError, match="how many visual tokens"):
+        tokenprune.apply(model(), "uniform")
+    with pytest.raises(ValueError, match="Two budgets"):
+        tokenprune.apply(model(), "uniform@64", keep=32)
+    with pytest.raises(ValueError, match="after '@'"):
+        tokenprune.apply(model(), "uniform@many")
+
+
+def test_unknown_method_names_the_near_ones():
+    with pytest.raises(UnknownName, match=r"no method called 'holow'.*Did you mean 'holov'"):
+        tokenprune.apply(model(), "holow", keep=9)
+
+
+def test_unknown_option_names_the_near_ones():
+    with pytest.raises(TypeError, match=r"'vtc_cls' has no option 'start_layr'.*Did you mean 'start_layer'"):
+        tokenprune.apply(model(), "vtc_cls", keep=9, start_layr=2)
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_unknown_position_policy(name):
+    with pytest.raises(ValueError, match="positions must be"):
+        tokenprune.apply(model(), name, keep=9, positions="original")
+
+
+def test_unsupported_model_class_lists_what_is_supported():
+    with pytest.raises(TypeError, match=r"No adapter covers a Linear.*LlavaForConditionalGeneration.*CONTRIBUTING"):
+        tokenprune.apply(torch.nn.Linear(2, 2), "uniform", keep=9)
+
+
+def test_methods_as_mapping_file_and_object(tmp_path):
+    file = tmp_path / "method.yaml"
+    file.write_text("method: todre\nkeep: 9\nobjective: k_center\n")
+    with tokenprune.applied(model(), file) as handle:
+        assert handle.method.objective == "k_center"
+    with tokenprune.applied(model(), {"method": "random", "keep": 0.25, "seed": 3}) as handle, torch.no_grad():
+        model()(**prompts([1]))
+        assert handle.method.seed == 3 and len(handle.kept[0][0]) == 9
+    method = METHODS.get("uniform")(positions="keep")
+    with tokenprune.applied(model(), method, keep=9) as handle:
+        assert handle.method.positions == "keep"
+    with pytest.raises(ValueError, match="beside a method object"):
+        tokenprune.apply(model(), method, keep=9, positions="compact")
+    with pytest.raises(ValueError, match="'methd' for 'method'"):
+        tokenprune.apply(model(), {"methd": "random", "keep": 9})
+    with pytest.raises(FileNotFoundError, match="no file"):
+        tokenprune.apply(model(), tmp_path / "missing.yaml")
+    file.write_text("- todre\n")
+    with pytest.raises(ValueError, match="must hold a mapping"):
+        tokenprune.apply(model(), file)
+    with pytest.raises(TypeError, match="method must be a name"):
+        tokenprune.apply(model(), 7, keep=9)
+
+
+def test_fractions_round_to_the_nearest_count():
+    from tokenprune.spec import Budget
+
+    # the papers' 11.1 percent of 576 is 64, which 0.111 * 576 = 63.9 must give
+    assert [Budget(x).tokens(576) for x in (0.111, 0.222, 1 / 3, 1e-9, 1.0)] == [64, 128, 192, 1, 576]
+    assert Budget(64).tokens(36) == 36
+
+
+def test_image_tokens_that_match_no_image():
+    batch = prompts([1])
+    batch["input_ids"][0, -1] = 5
+    with tokenprune.applied(model(), "uniform@9"), pytest.raises(ValueError, match="37 image tokens.*make 36"):
+        model()(**batch)
+    split = prompts([1])
+    places = (split["input_ids"][0] == 5).nonzero()[:, 0]
+    split["input_ids"][0, places[10]] = 9
+    split["input_ids"][0, -1] = 5
+    with tokenprune.applied(model(), "uniform@9"), pytest.raises(ValueError, match="in a row"):
+        model()(**split)
+
+
+@pytest.mark.parametrize("name", ["vtc_cls", "todre", "divprune", "holov"])
+def test_nan_in_the_picture_is_an_error_not_a_choice(name):
+    batch = prompts([1])
+    batch["pixel_values"][0, 0, 0, 0] = math.nan
+    with tokenprune.applied(model(), name, keep=9), pytest.raises(ValueError, match="NaN"), torch.no_grad():
+        model()(**batch)
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_a_prompt_without_images_runs_as_ever(name):
+    batch = prompts([0, 0])
+    with torch.no_grad():
+        before = model().generate(**batch, max_new_tokens=5, do_sample=False)
+        with tokenprune.applied(model(), name, keep=9) as handle:
+            assert torch.equal(model().generate(**batch, max_new_tokens=5, do_sample=False), before)
+            assert handle.kept == [[], []]
+
+
+def test_hints():
+    with tokenprune.applied(model(), "oracle@9") as handle:
+        with pytest.raises(ValueError, match="set_hints"), torch.no_grad():
+            model()(**prompts([1]))
+        handle.set_hints(boxes=[[[0, 0, 0.1, 0.1]]])
+        with pytest.raises(ValueError, match="1 value"), torch.no_grad():
+            model()(**prompts([2]))
+        with pytest.raises(ValueError, match="uses no hint 'boxs'"):
+            handle.set_hints(boxs=[])
+
+
+def test_static_cache_and_4d_masks_are_refused():
+    batch = prompts([1])
+    with tokenprune.applied(model(), "uniform@9"), torch.no_grad():
+        with pytest.raises(ValueError, match="static cache"):
+            model().generate(**batch, max_new_tokens=2, cache_implementation="static")
+        length = batch["input_ids"].shape[1]
+        with pytest.raises(ValueError, match="2-D attention mask"):
+            model()(**{**batch, "attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool)})
+        with pytest.raises(ValueError, match="covers"):
+            model()(**{**batch, "attention_mask": torch.ones(1, length + 3, dtype=torch.int64)})
+
+
+def test_features_computed_before_apply_are_refused():
+    batch = prompts([1])
+    with torch.no_grad():
+        features = model().get_image_features(batch.pop("pixel_values"), return_dict=True)
+        with tokenprune.applied(model(), "uniform@9"), pytest.raises(ValueError, match="before tokenprune was applied"):
+            model()(**batch, mm_encoder_outputs={"image": features})
