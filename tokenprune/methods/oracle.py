@@ -1,6 +1,6 @@
 """Keeps the tokens that the answer depends on: an upper bound for tasks whose object boxes are known.
 
-Paper: none; a bound for measuring the headroom of other methods, not a method (our choice throughout).
+Paper: none; a baseline from above that shows the headroom of other methods (our choice throughout).
 Official code: none.
 Licence: none needed, written for this library.
 Deviations: none, there is nothing to deviate from. Only tasks that come with boxes can use it.
