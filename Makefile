@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all a newcomer needs: each makes its own .venv first and touches nothing else.
 # Another interpreter: make test PYTHON=python3.12. A CPU-only torch on Linux: see CONTRIBUTING.md.
 PYTHON ?= python3
-VENV ?= .venv
+VENV := .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -35,7 +35,7 @@ test: lint
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
