@@ -1,0 +1,230 @@
+"""Stages B and C: the whole model on packed questions (see ``train.py`` for the recipe and the command)."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenprune.evals.pocket.easy import easy_split
+from tokenprune.evals.pocket.model import build_llava
+from tokenprune.evals.pocket.packing import (
+    NO_PLACE,
+    Packed,
+    Turn,
+    easy_turns,
+    kept_patches,
+    pack,
+    prefix_ids,
+    scene_turns,
+    tokenizer,
+)  # fmt: skip
+from tokenprune.evals.pocket.questions import FAMILIES
+from tokenprune.evals.pocket.scenes import PATCH, SPLIT_SEED, Scene, make_scene
+from tokenprune.evals.pocket.vision import (
+    GRID,
+    Heads,
+    build_tower,
+    patch_targets,
+    run_tower,
+    to_pixels,
+    vision_losses,
+    window_positions,
+)  # fmt: skip
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration
+
+ALL_FAMILIES = (*FAMILIES, "easy_vqa")
+GROUND_LAYER = 4  # the decoder layer whose output must know where the thing is that a word names
+
+
+class Ground(nn.Module):
+    """Throw-away head: from the hidden state at an object's word to its centre's column and row (24 and "none")."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.out = nn.Linear(width, 2 * (NO_PLACE + 1))
+
+    def loss(self, hidden: Tensor, places: Tensor) -> tuple[Tensor, float]:
+        """``hidden`` [M, width], ``places`` [M, 2] (column, row) -> loss and accuracy."""
+        logits = self.out(self.norm(hidden)).unflatten(-1, (2, NO_PLACE + 1))
+        hit = (logits.argmax(-1) == places).all(-1).float().mean().item()
+        return F.cross_entropy(logits.flatten(0, 1), places.flatten()), hit
+
+
+class Batch:
+    """One training batch: pixels, tower positions, scenes, kept patches (None: all) and packed turns."""
+
+    def __init__(self, stage, step: int, split: str = "train", drop: bool | None = None) -> None:
+        rng = random.Random(7_919 * step + stage.seed + SPLIT_SEED[split])
+        start = SPLIT_SEED[split] + stage.seed + step * stage.batch
+        easy = int(stage.batch * stage.easy + rng.random()) if split == "train" else 0
+        side = stage.size // PATCH
+        share = stage.drop + (stage.drop_end - stage.drop) * step / stage.steps
+        self.dropped = rng.random() < share if drop is None else drop
+        self.scenes: list[Scene | None] = [
+            make_scene(start + i, stage.size, stage.objects, 0.9) for i in range(stage.batch - easy)
+        ]
+        corners = [(rng.randint(0, GRID - side), rng.randint(0, GRID - side)) for _ in range(stage.batch)]
+        # what the dropped background shows must not be asked for
+        mix = {k: v for k, v in stage.mix.items() if not (self.dropped and k == "global")}
+        turns: list[list[Turn]] = [
+            scene_turns(scene, mix, corner, rng) for scene, corner in zip(self.scenes, corners, strict=False)
+        ]
+        images = [scene.image for scene in self.scenes]
+        for _ in range(easy):
+            i = rng.randrange(len(easy_split("train").images))
+            turns.append(easy_turns(i, 12, stage.size, rng))
+            images.append(easy_split("train").image(i, stage.size))
+            self.scenes.append(None)
+        self.pixels = to_pixels(np.stack(images))
+        self.tower_positions = window_positions(torch.tensor(corners), side)
+        before = len(prefix_ids()[0])
+        self.kept, image_positions = None, torch.arange(side * side).expand(stage.batch, -1)
+        end = before + side * side
+        if self.dropped:
+            share = rng.choice((0.0, 0.05, 0.1, 0.2, 0.3))
+            self.kept = kept_patches(self.scenes, share, np.random.default_rng(rng.getrandbits(32)))
+            compact = rng.random() < 0.5  # pruners either close the gaps in the positions or leave them
+            image_positions = torch.arange(self.kept.shape[1]).expand(stage.batch, -1) if compact else self.kept
+            end = before + (self.kept.shape[1] if compact else side * side)
+        self.packed: Packed = pack(turns, image_positions + before, end, ALL_FAMILIES)
+        self.targets: dict[str, Tensor] = {}
+        if stage.vision > 0:
+            found = [patch_targets(scene) for scene in self.scenes if scene is not None]
+            self.targets = {key: torch.from_numpy(np.stack([t[key] for t in found])) for key in found[0]}
+
+
+def forward(
+    model: LlavaForConditionalGeneration,
+    batch: Batch,
+    ground: Ground | None = None,
+    vision: Heads | None = None,
+    shape_weight: float = 1.0,
+) -> dict[str, Tensor | float]:
+    """Losses and per-family accuracy of a batch; an answer counts as right if all its tokens and the end are."""
+    core, packed = model.model, batch.packed
+    states = run_tower(core.vision_tower, batch.pixels, batch.tower_positions, last=vision is not None)
+    patches = states[0][:, 1:]
+    if batch.kept is not None:
+        patches = patches.gather(1, batch.kept[..., None].expand(-1, -1, patches.shape[-1]))
+    image = core.multi_modal_projector(patches)
+    embed = core.language_model.embed_tokens
+    before, after = (embed(torch.tensor(part)).expand(len(image), -1, -1) for part in prefix_ids())
+    inputs = torch.cat([before, image, after, embed(packed.ids)], 1)
+    out = core.language_model(
+        inputs_embeds=inputs, attention_mask=packed.mask, position_ids=packed.positions, use_cache=False,
+        output_hidden_states=ground is not None,
+    )  # fmt: skip
+    head = inputs.shape[1] - packed.ids.shape[1]
+    asked = packed.labels >= 0
+    logits, labels = model.lm_head(out.last_hidden_state[:, head:][asked]), packed.labels[asked]
+    result: dict[str, Tensor | float] = {"answer_loss": F.cross_entropy(logits, labels)}
+    with torch.no_grad():
+        result |= _accuracy(logits.argmax(-1) == labels, packed, asked)
+    if ground is not None and len(packed.places):
+        b, t, col, row = packed.places.unbind(1)
+        hidden = out.hidden_states[GROUND_LAYER][b, head + t]
+        result["ground_loss"], result["ground"] = ground.loss(hidden, torch.stack([col, row], 1))
+    if vision is not None:
+        n = len(batch.targets["n"])
+        loss, seen = vision_losses(
+            vision, [s[:n] for s in states], batch.tower_positions[:n], batch.targets, shape_weight
+        )
+        result["vision_loss"] = loss
+        result |= {k: seen[k] for k in ("shape", "colour", "sign", "penultimate_f1")}
+    return result
+
+
+def _accuracy(right: Tensor, packed: Packed, asked: Tensor) -> dict[str, float]:
+    """Share of wholly right answers by family; labelled tokens up to and with an end token are one answer."""
+    eos = tokenizer().eos_token_id
+    labels, family = packed.labels[asked].tolist(), packed.family[asked].tolist()
+    hits: dict[str, list[bool]] = {}
+    whole = True
+    for ok, label, index in zip(right.tolist(), labels, family, strict=True):
+        whole = whole and ok
+        if label == eos:
+            hits.setdefault(ALL_FAMILIES[index], []).append(whole)
+            whole = True
+    return {name: sum(found) / len(found) for name, found in hits.items()}
+
+
+def start_model(tower_state: dict[str, Tensor]) -> LlavaForConditionalGeneration:
+    """A fresh whole model around a trained tower; the projector is scaled so that image and word embeddings match."""
+    tower = build_tower()
+    tower.load_state_dict(tower_state)
+    model = build_llava(tower, tokenizer())
+    scenes = [make_scene(SPLIT_SEED["val"] + 900_000 + i, 168, (3, 7)) for i in range(16)]
+    with torch.no_grad():
+        positions = window_positions(torch.full((16, 2), 6), 12)
+        patches = run_tower(tower, to_pixels(np.stack([s.image for s in scenes])), positions, last=False)[0][:, 1:]
+        projector = model.model.multi_modal_projector
+        projector.linear_1.weight /= projector.linear_1(patches).std()
+        projector.linear_2.weight *= 0.5 / projector(patches).std()
+    return model
+
+
+def validate(model: LlavaForConditionalGeneration, stage, batches: int, drop: bool) -> dict[str, float]:
+    """Accuracy by family on validation scenes, teacher forced (equal to greedy decoding being right)."""
+    model.eval()
+    totals: dict[str, list[float]] = {}
+    with torch.no_grad():
+        for i in range(batches):
+            for key, value in forward(model, Batch(stage, i, "val", drop)).items():
+                if key in ALL_FAMILIES:
+                    totals.setdefault(key, []).append(float(value))
+    model.train()
+    return {key: sum(v) / len(v) for key, v in totals.items()}
+
+
+def train_joint(stage, out: Path, resume: bool, tools) -> None:
+    """Stages B and C. ``tools`` is the ``train`` module (optimiser, schedule, log, checkpoints)."""
+    path, log, first = out / f"stage_{stage.name}.pt", tools.Log(out / "log.csv"), 0
+    begun = resume and path.exists()
+    state = torch.load(path if begun else out / f"stage_{stage.after}.pt", weights_only=True)
+    prefix = "model.vision_tower."
+    inside = {k.removeprefix(prefix): v for k, v in state.get("model", {}).items() if k.startswith(prefix)}
+    tower_state = state.get("tower", inside)
+    model = start_model(tower_state)
+    heads, ground = Heads(model.config.vision_config.hidden_size), Ground(model.config.text_config.hidden_size)
+    modules: dict[str, nn.Module] = {"model": model, "heads": heads, "ground": ground}
+    for name, module in modules.items():
+        if name in state:
+            module.load_state_dict(state[name])
+    optimizer = tools.make_optimizer([model, heads, ground], slow=model.model.vision_tower)
+    if begun:
+        first = state["step"]
+        optimizer.load_state_dict(state["optimizer"])
+    model.train()
+    began, sums, counts = time.time(), {}, {}
+    for step in range(first, stage.steps):
+        for group in optimizer.param_groups:
+            rate = tools.learning_rate(step, stage.steps, stage.lr)
+            group["lr"] = rate * (stage.tower_lr if group["slow"] else 1.0)
+        batch = Batch(stage, step)
+        result = forward(model, batch, ground, heads if stage.vision > 0 else None, stage.shape)
+        loss = result["answer_loss"] + stage.ground * result.get("ground_loss", 0.0)
+        loss = loss + stage.vision * result.get("vision_loss", 0.0)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for m in modules.values() for p in m.parameters()], 1.0)
+        optimizer.step()
+        for key, value in result.items():
+            sums[key], counts[key] = sums.get(key, 0.0) + float(value), counts.get(key, 0) + 1
+        if (step + 1) % stage.every == 0:
+            means = {k: v / counts[k] for k, v in sums.items()}
+            log.add(
+                stage=stage.name, step=step + 1, images=(step + 1) * stage.batch, seconds=round(time.time() - began),
+                loss=means.pop("answer_loss"), **means,
+            )  # fmt: skip
+            sums, counts = {}, {}
+        if (step + 1) % (stage.every * 4) == 0 or step + 1 == stage.steps:
+            tools.save(path, stage.name, step + 1, modules, optimizer)
+        if (step + 1) % (stage.every * 8) == 0 or step + 1 == stage.steps:
+            seen = validate(model, stage, max(1, 48 // stage.batch), False)
+            log.add(stage=stage.name + "_val", step=step + 1, images=(step + 1) * stage.batch, **seen)

@@ -1,0 +1,217 @@
+"""The recipe: ``python -m tokenprune.evals.pocket.train --out DIR [--resume]``, hours on two CPU cores.
+
+Stages, each with its own learning-rate cycle. ``DIR/stage_NAME.pt`` is written every few minutes and ``--resume`` goes
+on from it; ``DIR/log.csv`` grows by a line every few steps. A window is 12 x 12 patches (168 pixels) that keep the
+position ids of a random place in the full 24 x 24 grid, so neighbours stay neighbours when whole images come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenprune.evals.pocket.easy import easy_split
+from tokenprune.evals.pocket.scenes import PATCH, SPLIT_SEED, make_scene
+from tokenprune.evals.pocket.vision import (
+    GRID,
+    Heads,
+    build_tower,
+    easy_losses,
+    patch_targets,
+    run_tower,
+    to_pixels,
+    vision_losses,
+    window_positions,
+)  # fmt: skip
+from torch import Tensor, nn
+
+_MIX = {"relation": 7, "exist": 6, "count": 5, "attribute": 4, "read": 1, "global": 1}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the recipe.
+
+    ``size``: pixels a side of the training images; ``seed``: offset of its scenes within the split's range;
+    ``objects``: things a scene, from - to; ``easy``: share of easy-VQA images; ``drop``, ``drop_end``: share of batches
+    in which background tokens are dropped before the decoder, at the first and the last step; ``mix``: questions an
+    image; ``vision`` and ``ground``: weights of the auxiliary losses; ``tower_lr``: the tower's rate as a part of
+    ``lr``; ``after``: the stage whose weights it starts from; ``shape``: weight of the shape loss within the vision
+    losses; ``every``: steps from one line of the log to the next.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    lr: float
+    size: int
+    seed: int
+    objects: tuple[int, int]
+    easy: float = 1 / 16
+    drop: float = 0.0
+    drop_end: float = 0.0
+    mix: dict[str, int] = field(default_factory=lambda: dict(_MIX))
+    vision: float = 0.0
+    ground: float = 0.0
+    tower_lr: float = 0.3
+    after: str = ""
+    shape: float = 1.0
+    every: int = 25
+
+
+STAGES = {
+    "A": Stage("A", steps=1000, batch=32, lr=1.5e-3, size=168, seed=0, objects=(5, 9)),
+    "A2": Stage("A2", steps=550, batch=32, lr=8e-4, size=168, seed=50_000_000, objects=(7, 11), after="A", shape=3.0),
+    "B": Stage(
+        "B", steps=850, batch=8, lr=1e-3, size=168, seed=100_000_000, objects=(3, 7), easy=0.08, drop=0.6, drop_end=0.4,
+        vision=0.1, ground=0.3, tower_lr=0.3, after="A2", shape=2.0,
+    ),
+    "C": Stage(
+        "C", steps=550, batch=6, lr=8e-4, size=336, seed=200_000_000, objects=(5, 9), easy=0.1, drop=0.7, drop_end=0.2,
+        vision=0.1, ground=0.2, tower_lr=0.3, after="B", shape=2.0,
+    ),
+}  # fmt: skip
+
+
+def vision_batch(stage: Stage, step: int, easy: int = 2) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """Pixels [B, 3, S, S], position ids, targets of the first images, shape and colour of the last ``easy`` ones."""
+    rng = random.Random(1_000_003 * step + stage.seed)
+    start = SPLIT_SEED["train"] + stage.seed + step * stage.batch
+    scenes = [make_scene(start + i, stage.size, stage.objects, 0.9) for i in range(stage.batch - easy)]
+    targets = [patch_targets(scene) for scene in scenes]
+    extra = easy_split("train")
+    picks = [rng.randrange(len(extra.images)) for _ in range(easy)]
+    images = np.stack([s.image for s in scenes] + [extra.image(i, stage.size) for i in picks])
+    side = stage.size // PATCH
+    corners = torch.tensor([[rng.randint(0, GRID - side), rng.randint(0, GRID - side)] for _ in images])
+    target = {key: torch.from_numpy(np.stack([t[key] for t in targets])) for key in targets[0]}
+    shape, colour = torch.from_numpy(extra.shape[picks]), torch.from_numpy(extra.colour[picks])
+    return to_pixels(images), window_positions(corners, side), target, shape, colour
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 60) -> float:
+    """Linear warm-up, then a cosine down to a twentieth of ``peak``."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+
+
+def make_optimizer(modules: list[nn.Module], slow: nn.Module | None = None) -> torch.optim.AdamW:
+    """AdamW; no weight decay on vectors. Groups of the parameters of ``slow`` are marked so."""
+    apart = {id(p) for p in slow.parameters()} if slow is not None else set()
+    params = [p for module in modules for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": found, "weight_decay": 0.02 if matrix else 0.0, "slow": is_slow}
+        for matrix in (True, False)
+        for is_slow in (False, True)
+        if (found := [p for p in params if (p.ndim > 1) == matrix and (id(p) in apart) == is_slow])
+    ]
+    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)
+
+
+class Log:
+    """A CSV file that grows; columns that a stage does not measure stay empty."""
+
+    columns = (
+        "stage", "step", "images", "seconds", "loss", "shape", "colour", "sign", "pattern", "mask", "penultimate_f1",
+        "penultimate_text", "penultimate_pattern", "last_f1", "last_text", "last_pattern", "ground", "exist",
+        "attribute", "count", "relation", "read", "global", "easy_vqa",
+    )  # fmt: skip
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.exists():
+            self._write(list(self.columns))
+
+    def add(self, **values: object) -> None:
+        """Append a line and print it."""
+        short = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in values.items()}
+        self._write([short.get(column, "") for column in self.columns])
+        print(" ".join(f"{k}={v}" for k, v in short.items()), flush=True)
+
+    def _write(self, row: list[str]) -> None:
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerow(row)
+
+
+def save(path: Path, stage: str, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
+    """Write a checkpoint so that a crash while writing leaves the previous one whole."""
+    state = {"stage": stage, "step": step, "optimizer": optimizer.state_dict()}
+    state |= {name: module.state_dict() for name, module in modules.items()}
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def train_vision(stage: Stage, out: Path, resume: bool) -> None:
+    """Stage A: the tower alone."""
+    tower = build_tower()
+    heads = Heads(tower.config.hidden_size)
+    optimizer = make_optimizer([tower, heads])
+    modules: dict[str, nn.Module] = {"tower": tower, "heads": heads}
+    path, log, first = out / f"stage_{stage.name}.pt", Log(out / "log.csv"), 0
+    begun = resume and path.exists()
+    if begun or stage.after:
+        state = torch.load(path if begun else out / f"stage_{stage.after}.pt", weights_only=True)
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+        if begun:
+            first = state["step"]
+            optimizer.load_state_dict(state["optimizer"])
+    began, total, seen = time.time(), 0.0, {}
+    for step in range(first, stage.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, stage.steps, stage.lr)
+        pixels, positions, target, shape, colour = vision_batch(stage, step)
+        n = len(target["n"])
+        states = run_tower(tower, pixels, positions)
+        loss, log_values = vision_losses(heads, [s[:n] for s in states], positions[:n], target, stage.shape)
+        loss = loss + 0.15 * easy_losses(heads, [s[n:] for s in states], shape, colour)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for m in modules.values() for p in m.parameters()], 2.0)
+        optimizer.step()
+        total += loss.item()
+        seen = {k: seen.get(k, 0.0) + v for k, v in log_values.items()}
+        if (step + 1) % 25 == 0:
+            means = {k: v / 25 for k, v in seen.items()}
+            log.add(
+                stage=stage.name, step=step + 1, images=(step + 1) * stage.batch, seconds=round(time.time() - began),
+                loss=total / 25, **means,
+            )  # fmt: skip
+            total, seen = 0.0, {}
+        if (step + 1) % 100 == 0 or step + 1 == stage.steps:
+            save(path, stage.name, step + 1, modules, optimizer)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the log")
+    parser.add_argument("--stages", default="A,A2,B,C", help="which stages, in order")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    for name in args.stages.split(","):
+        if name.startswith("A"):
+            train_vision(STAGES[name], args.out, args.resume)
+        else:
+            from tokenprune.evals.pocket import joint
+
+            joint.train_joint(STAGES[name], args.out, args.resume, sys.modules[__name__])
+
+
+if __name__ == "__main__":
+    main()
