@@ -125,11 +125,11 @@ def run_pruned(model: Any, method: Any, keep: Any, batch: dict[str, Tensor], **o
         generated = model.generate(
             **batch, max_new_tokens=20, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
-        adapter, policy = handle.adapter, handle.method.positions
+        adapter, policy, merging = handle.adapter, handle.method.positions, handle.method.merges
     fed = calls[0]
     attended = fed["attention_mask"].bool() if fed["attention_mask"] is not None else torch.ones(fed["inputs_embeds"].shape[:2]).bool()
     return {
-        "adapter": adapter, "policy": policy, "kept": kept, "report": report, "fed": fed["inputs_embeds"],
+        "adapter": adapter, "policy": policy, "merges": merging, "kept": kept, "report": report, "fed": fed["inputs_embeds"],
         "attended": attended, "logits": output.logits[attended], "cache": output.past_key_values,
         "tokens": generated.sequences[:, batch["input_ids"].shape[1] :], "scores": torch.stack(generated.logits, 1),
     }

@@ -40,11 +40,6 @@ def compare(run: dict, batch: dict) -> None:
     assert relative_error(run["scores"], scores) < TOLERANCE
 
 
-def merges(name: str) -> bool:
-    """Whether the method puts other embeddings at the kept places."""
-    return METHODS.get(name).site == "pixels" or getattr(METHODS.get(name), "merges", False)
-
-
 def cells() -> list[tuple[str, str, str, str]]:
     """(method, attention, layout, positions): each layout with the published positions; the other policy and eager
     attention on the hardest layout."""
@@ -67,7 +62,7 @@ def model(attention: str):
 def test_removal_equals_masking(name, attention, layout, policy):
     batch = prompts(*LAYOUTS[layout])
     run = run_pruned(model(attention), name, 9, batch, positions=policy)
-    compare({**run, "merges": merges(name)}, batch)
+    compare(run, batch)
 
 
 @pytest.mark.parametrize("name", METHODS.names())

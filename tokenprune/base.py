@@ -78,6 +78,8 @@ class Pruner:
     """Where it acts: "input" (after the projector, before the LLM) or "pixels" (before the vision tower)."""
     hints: ClassVar[tuple[str, ...]] = ()
     """Names of the hints that the method cannot do without."""
+    merges: ClassVar[bool] = False
+    """Whether other embeddings than the tokens' own stand at the kept places."""
     text_aware: ClassVar[bool] = False
     published: ClassVar[str] = ""
     """Paper, arXiv number and official code, for tables."""

@@ -8,7 +8,7 @@ cropping, batch repetition and `copy.deepcopy`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,15 +92,21 @@ class PrunedCacheMixin:
         """Remove the last tokens (negative: that many; positive: down to that logical length).
 
         Raises:
-            ValueError: the cut would go into the pruned prompt, whose tokens have no common end in the cache.
+            ValueError: the cut would reach a place of the prompt where the rows of the batch no longer line up with it:
+                a pruned picture or padding.
         """
-        logical = self.get_seq_length()
+        prompt, logical = self.tokenprune, self.get_seq_length()
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(logical - tokens_to_remove, 0)
-        if removed > logical - self.tokenprune.length:
-            raise ValueError(
-                f"Cannot crop {removed} tokens: only the {logical - self.tokenprune.length} tokens after the pruned "
-                "prompt can be cropped. Run the prompt again instead."
-            )
+        inside = removed - (logical - prompt.length)
+        if inside > 0:
+            # assisted decoding runs prompt and first candidates in one call, and crops the rejected ones
+            tail = torch.arange(prompt.length - inside, prompt.length, device=prompt.slots.device)
+            if inside > prompt.slots.shape[1] or not bool((prompt.slots[:, -inside:] == tail).all()):
+                raise ValueError(
+                    f"Cannot crop {removed} tokens: that reaches into pictures or padding of the pruned prompt, of "
+                    f"{prompt.length} tokens. Run the prompt again instead."
+                )
+            self.tokenprune = replace(prompt, slots=prompt.slots[:, :-inside], length=prompt.length - inside)
         super().crop(-removed)  # type: ignore[misc]
 
     def reset(self) -> None:

@@ -9,6 +9,7 @@ the processor shrinks the picture). Bicubic with antialiasing. The tower's cost 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tokenprune.base import Pruner
 from tokenprune.registry import register_method
@@ -24,8 +25,9 @@ class Downsample(Pruner):
     indices it reports are the full raster's places nearest the centres of its cells.
     """
 
-    site = "pixels"
-    published = "baseline"
+    site: ClassVar[str] = "pixels"
+    merges: ClassVar[bool] = True
+    published: ClassVar[str] = "control, no paper"
 
     def target_grid(self, grid: tuple[int, int], budget: int) -> tuple[int, int]:
         return fit_grid(grid, budget)

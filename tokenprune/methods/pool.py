@@ -31,6 +31,7 @@ class Pool(Pruner):
     gets with `positions="keep"`. It has no options of its own.
     """
 
+    merges: ClassVar[bool] = True
     published: ClassVar[str] = "control, no paper"
 
     def select(self, view: View) -> Selection:
