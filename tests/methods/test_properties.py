@@ -36,7 +36,7 @@ def cases() -> list[Any]:
 
 
 every_method = pytest.mark.parametrize("method", cases())
-small = settings(max_examples=25, deadline=None, derandomize=True)
+small = settings(max_examples=12, deadline=None, derandomize=True)
 
 
 @st.composite
@@ -59,7 +59,7 @@ def test_keeps_exactly_the_budget_in_order(method: Pruner, problem: Any) -> None
     assert len(kept) == images
     for row in kept:
         assert row == sorted(set(row))
-        assert 0 <= row[0] and row[-1] < count
+        assert row[0] >= 0 and row[-1] < count
         if selection.features is None:
             assert len(row) == budget
         else:  # what is merged may have to form a raster
