@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from tokenprune.adapters._base import Adapter, Emit, decoder_of
+from tokenprune.kernels.attention_rows import attention_rows
 from torch import Tensor
 
-from tokenprune.adapters._base import Adapter, Emit, decoder_of
 from tokenprune.cost import ModelShape
-from tokenprune.kernels.attention_rows import attention_rows
 from tokenprune.registry import MODELS
 from tokenprune.signals import CLS_ATTENTION, Signal, Tower
 
@@ -31,7 +31,8 @@ class Llava(Adapter):
         if config.vision_feature_select_strategy != "default":
             raise ValueError(
                 "vision_feature_select_strategy must be 'default' (patches only), got "
-                f"{config.vision_feature_select_strategy!r}: a [CLS] token among the visual tokens has no place in the grid."
+                f"{config.vision_feature_select_strategy!r}: a [CLS] token among the visual tokens has no place in "
+                "the grid."
             )
         layer = config.vision_feature_layer
         if not isinstance(layer, int):
@@ -41,7 +42,7 @@ class Llava(Adapter):
         self.language_model = decoder_of(model, "model.language_model")
         self.image_token_id = config.image_token_id
         self._vision_tower = decoder_of(model, "model.vision_tower")
-        self._blocks = decoder_of(self._vision_tower, "encoder.layers")
+        self._blocks: Any = decoder_of(self._vision_tower, "encoder.layers")
         self._patch = vision.patch_size
         depth = vision.num_hidden_layers
         # hidden_states has depth + 1 entries, the first being the embeddings; block l makes entry l + 1

@@ -12,26 +12,41 @@ PATCHES = GRID[0] * GRID[1]
 
 
 def tiny_llava(seed: int = 0, attention: str = "sdpa", layers: int = 4, vision_layers: int = 4, **text: Any) -> Any:
-    """A LLaVA-1.5 with a 6 x 6 CLIP tower and a grouped-query Llama decoder; weights large enough that logits differ."""
+    """A LLaVA-1.5 with a 6 x 6 CLIP tower and a grouped-query Llama decoder; weights so large that logits differ."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=vision_layers, num_attention_heads=4, image_size=42, patch_size=7
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=vision_layers,
+        num_attention_heads=4,
+        image_size=42,
+        patch_size=7,
     )
     options = {
-        "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 512, "pad_token_id": PAD,
-        "bos_token_id": 2, "eos_token_id": EOS,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "max_position_embeddings": 512,
+        "pad_token_id": PAD,
+        "bos_token_id": 2,
+        "eos_token_id": EOS,
     }
     config = LlavaConfig(
-        vision_config=vision, text_config=LlamaConfig(**{**options, **text}), image_token_index=IMAGE,
-        vision_feature_layer=-2, vision_feature_select_strategy="default",
+        vision_config=vision,
+        text_config=LlamaConfig(**{**options, **text}),
+        image_token_index=IMAGE,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
     )
     config._attn_implementation = attention
     model = LlavaForConditionalGeneration(config).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() > 1:
                 # the default 0.02 leaves attention flat; here tokens must matter
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5 * 1.5)
@@ -40,7 +55,9 @@ def tiny_llava(seed: int = 0, attention: str = "sdpa", layers: int = 4, vision_l
     return model
 
 
-def prompts(images_per_sample: list[int], side: str = "left", seed: int = 1, grid: tuple[int, int] = GRID) -> dict[str, torch.Tensor]:
+def prompts(
+    images_per_sample: list[int], side: str = "left", seed: int = 1, grid: tuple[int, int] = GRID
+) -> dict[str, torch.Tensor]:
     """A ragged batch: one row per entry, with that many images between words; padded on `side`.
 
     Returns:

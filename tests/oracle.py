@@ -44,7 +44,12 @@ class MaskedModel:
     """
 
     def __init__(
-        self, adapter: Any, batch: dict[str, Tensor], kept: list[list[Tensor]], policy: str, merged: Tensor | None = None
+        self,
+        adapter: Any,
+        batch: dict[str, Tensor],
+        kept: list[list[Tensor]],
+        policy: str,
+        merged: Tensor | None = None,
     ) -> None:
         self.adapter, self.model = adapter, adapter.model
         ids, self.mask = batch["input_ids"], batch["attention_mask"].clone()
@@ -106,7 +111,12 @@ class MaskedModel:
 
 def example_hints(method: Any, images: int) -> dict[str, list[Any]]:
     """A value for every hint that a method may want."""
-    known = {"boxes": [[[0.1, 0.2, 0.3, 0.5]] if i % 2 == 0 else [[0.6, 0.1, 0.9, 0.2], [0.0, 0.8, 0.1, 1.0]] for i in range(images)]}
+    known = {
+        "boxes": [
+            [[0.1, 0.2, 0.3, 0.5]] if i % 2 == 0 else [[0.6, 0.1, 0.9, 0.2], [0.0, 0.8, 0.1, 1.0]]
+            for i in range(images)
+        ]
+    }
     return {name: known[name] for name in method.hints}
 
 
@@ -127,9 +137,21 @@ def run_pruned(model: Any, method: Any, keep: Any, batch: dict[str, Tensor], **o
         )
         adapter, policy, merging = handle.adapter, handle.method.positions, handle.method.merges
     fed = calls[0]
-    attended = fed["attention_mask"].bool() if fed["attention_mask"] is not None else torch.ones(fed["inputs_embeds"].shape[:2]).bool()
+    attended = (
+        fed["attention_mask"].bool()
+        if fed["attention_mask"] is not None
+        else torch.ones(fed["inputs_embeds"].shape[:2]).bool()
+    )
     return {
-        "adapter": adapter, "policy": policy, "merges": merging, "kept": kept, "report": report, "fed": fed["inputs_embeds"],
-        "attended": attended, "logits": output.logits[attended], "cache": output.past_key_values,
-        "tokens": generated.sequences[:, batch["input_ids"].shape[1] :], "scores": torch.stack(generated.logits, 1),
+        "adapter": adapter,
+        "policy": policy,
+        "merges": merging,
+        "kept": kept,
+        "report": report,
+        "fed": fed["inputs_embeds"],
+        "attended": attended,
+        "logits": output.logits[attended],
+        "cache": output.past_key_values,
+        "tokens": generated.sequences[:, batch["input_ids"].shape[1] :],
+        "scores": torch.stack(generated.logits, 1),
     }

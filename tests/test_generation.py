@@ -58,7 +58,9 @@ def test_sampling_is_seeded_as_ever_and_follows_the_masked_logits():
         for seed in (0, 0, 1):
             torch.manual_seed(seed)
             runs.append(
-                model().generate(**batch, max_new_tokens=8, do_sample=True, top_k=0, output_logits=True, return_dict_in_generate=True)
+                model().generate(
+                    **batch, max_new_tokens=8, do_sample=True, top_k=0, output_logits=True, return_dict_in_generate=True
+                )
             )
         kept, adapter = handle.kept, handle.adapter
     assert torch.equal(runs[0].sequences, runs[1].sequences) and not torch.equal(runs[0].sequences, runs[2].sequences)
@@ -84,7 +86,12 @@ def test_a_second_turn_on_the_returned_cache(positions, images):
         again = copy.deepcopy(cache)
         turn = {"attention_mask": both["attention_mask"], "past_key_values": cache, **pixels}
         found = model().generate(
-            input_ids=both["input_ids"], **turn, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True
+            input_ids=both["input_ids"],
+            **turn,
+            max_new_tokens=5,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
         if images:
             kept = [old + new for old, new in zip(kept, handle.kept)]
@@ -154,7 +161,10 @@ def test_a_sample_is_pruned_alike_alone_and_in_any_batch():
             kept = handle.kept
             for row, images in enumerate([1, 3, 0, 2]):
                 real = batch["attention_mask"][row].bool()
-                alone = {"input_ids": batch["input_ids"][row, real][None], "attention_mask": torch.ones(1, int(real.sum()), dtype=torch.int64)}
+                alone = {
+                    "input_ids": batch["input_ids"][row, real][None],
+                    "attention_mask": torch.ones(1, int(real.sum()), dtype=torch.int64),
+                }
                 if images:
                     alone["pixel_values"] = batch["pixel_values"][starts[row] : starts[row] + images]
                 logits = model()(**alone).logits[:, -1]
@@ -168,7 +178,9 @@ def test_half_precision_keeps_the_same_tokens_on_separated_scores(dtype):
     half = copy.deepcopy(model()).to(dtype)
     batch = prompts([2])
     with torch.no_grad(), tokenprune.applied(half, "vtc_cls@9") as handle:
-        found = half.generate(**{**batch, "pixel_values": batch["pixel_values"].to(dtype)}, max_new_tokens=4, do_sample=False)
+        found = half.generate(
+            **{**batch, "pixel_values": batch["pixel_values"].to(dtype)}, max_new_tokens=4, do_sample=False
+        )
         assert found.shape[1] == batch["input_ids"].shape[1] + 4 and len(handle.kept[0]) == 2
         halves = half(**{**batch, "pixel_values": batch["pixel_values"].to(dtype)}).logits[0, -1].float()
         low = handle.kept[0]
@@ -195,7 +207,10 @@ def test_cropping_into_pictures_is_refused_and_reset_makes_an_ordinary_cache():
         length = cache.get_seq_length()
         cropped = copy.deepcopy(cache)
         cropped.crop(-2)
-        assert cropped.get_seq_length() == length - 2 and cropped.layers[0].keys.shape[2] == cache.layers[0].keys.shape[2] - 2
+        assert (
+            cropped.get_seq_length() == length - 2
+            and cropped.layers[0].keys.shape[2] == cache.layers[0].keys.shape[2] - 2
+        )
         again = model()(input_ids=batch["input_ids"][:, -2:], past_key_values=cropped).logits[:, -1]
         assert relative_error(again, model()(**batch).logits[:, -1]) < 1e-5
         with pytest.raises(ValueError, match="Cannot crop 7 tokens"):

@@ -1,4 +1,4 @@
-"""Promise 2: nothing is kept back. The model is what it was, keeping everything changes no bit, errors leave it usable."""
+"""Promise 2: nothing is kept back: the model is what it was, keeping all changes no bit, errors leave it usable."""
 
 from __future__ import annotations
 

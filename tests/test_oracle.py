@@ -75,4 +75,7 @@ def test_the_oracle_can_fail(name):
     wrong = [list(images) for images in run["kept"]]
     wrong[0][0] = torch.cat([first[1:], torch.tensor([other])]).sort().values
     masked = MaskedModel(run["adapter"], batch, wrong, run["policy"])
-    assert relative_error(run["logits"][-1], masked.logits()[-1]) > 1e-3 or relative_error(run["logits"], masked.logits()) > 1e-2
+    assert (
+        relative_error(run["logits"][-1], masked.logits()[-1]) > 1e-3
+        or relative_error(run["logits"], masked.logits()) > 1e-2
+    )

@@ -7,6 +7,7 @@ neither a family's name nor a method's.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -173,7 +174,7 @@ class Engine:
                 sources.append(found)
             grids = [recording.grids[row] for recording, row in sources]
         else:
-            grids = self.adapter.image_grids(pixels)
+            grids = self.adapter.image_grids(call["pixel_values"])
         layout = build_layout(self._visual(call).cpu(), grids)
         prompt = Prompt(layout, sources=sources)
         mask = call.get("attention_mask")
@@ -329,9 +330,7 @@ class Engine:
         pad_left = attended is None or bool(attended[:, -1].all())
         return embeds, plan_compaction(keep, attended, prompt.lengths_kept, pad_left)
 
-    def _select(
-        self, prompt: Prompt, members: list[int], grid: tuple[int, int], features: Tensor
-    ) -> Selection | None:
+    def _select(self, prompt: Prompt, members: list[int], grid: tuple[int, int], features: Tensor) -> Selection | None:
         sources = [prompt.sources[member] for member in members]
         num_images, num_tokens = features.shape[:2]
         if self.pruner.site == "pixels":
@@ -394,6 +393,4 @@ class Engine:
         loss = module.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **self._loss_arguments)
         if is_tuple:
             return (loss, *output)
-        import dataclasses
-
         return dataclasses.replace(output, loss=loss)

@@ -90,9 +90,7 @@ def make_report(prompt: Prompt, pruner: Pruner, adapter: Adapter, model: Any) ->
         for grid, members in layout.groups().items():
             picked = prompt.kept[members[0]]
             if picked is not None:
-                selection += pruner.flops(
-                    len(members), grid[0] * grid[1], shape.hidden, picked.shape[0], adapter.tower
-                )
+                selection += pruner.flops(len(members), grid[0] * grid[1], shape.hidden, picked.shape[0], adapter.tower)
     itemsize = model.dtype.itemsize
     return Report(
         method=pruner.name,
@@ -103,7 +101,7 @@ def make_report(prompt: Prompt, pruner: Pruner, adapter: Adapter, model: Any) ->
         kept_tokens=sum(kept),
         prompt_tokens=sum(lengths),
         kept_prompt_tokens=sum(kept_lengths),
-        equivalent_tokens=cost.equivalent_tokens([float(sum(kept))] * shape.layers),
+        equivalent_tokens=cost.equivalent_tokens([sum(kept)] * shape.layers),
         selection_seconds=prompt.watch.seconds,
         flops=_flops(shape, kept_lengths, images, tower, selection, rows),
         flops_unpruned=_flops(shape, lengths, images, None, 0, 0),

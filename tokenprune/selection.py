@@ -38,7 +38,8 @@ class Selection:
             raise ValueError(f"A selection must keep 1 to {num_tokens} tokens, got {indices.shape[1]}.")
         if self.features is not None and self.features.shape[:2] != indices.shape:
             raise ValueError(
-                f"Merged features must be [M, k, D] with M, k = {tuple(indices.shape)}, got {tuple(self.features.shape)}."
+                f"Merged features must be [M, k, D] with M, k = {tuple(indices.shape)}, "
+                f"got {tuple(self.features.shape)}."
             )
         if indices.device.type == "cpu":
             in_range = bool((indices >= 0).all() and (indices < num_tokens).all())
