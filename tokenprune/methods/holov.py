@@ -33,7 +33,9 @@ Deviations, in both variants:
 - Kept tokens stand in raster order; the official code leaves them in descending attention inside a strip.
 - No attention at all gives equal quotas (our choice). A strip without variance (one token, or equal ones) counts
   gamma V as mean A in "paper", so that it weighs as much as its attention says (our choice).
-- Quotas are computed in fp64, ties go to the lower raster index and the earlier strip.
+- Quotas are computed in fp64. Shares less than 1e-4 below a whole number count as whole, so that even attention gives
+  even quotas; in the code the epsilons let them fall to the next lower one (our choice).
+- Ties go to the lower raster index and the earlier strip.
 - Images are selected one by one; the official code cuts the joined sequence of all LLaVA-NeXT crops into strips.
 - Towers without [CLS]: the official Qwen2.5-VL port uses received attention, which is not recorded here; refused.
 - Visual context refetching (paper, appendix) is left out: it is not in the official code, and its layer, threshold and
@@ -60,6 +62,7 @@ _ATTENTION_SCALE = 1000.0  # official
 _VARIANCE_WEIGHT = 0.09  # official
 _PAPER_BUDGET = 1024  # paper: budget times strips
 _OFFICIAL_STRIPS = 16
+_SLACK = 1e-4  # of a token: shares that are whole up to rounding, or up to the code's epsilons, count as whole
 _ROUNDS = 4  # of passing quota on in proportion, before the rest goes by weight
 
 
@@ -125,7 +128,7 @@ def fit_quotas(weight: Tensor, quota: Tensor, size: Tensor, budget: int, one_eac
         share = weight * (size - quota)
         total = share.sum(dim=1, keepdim=True)
         share = left * share / torch.where(total > 0, total, 1)
-        quota = torch.minimum(quota + (share + _EPS).floor().long(), size)
+        quota = torch.minimum(quota + (share + _SLACK).floor().long(), size)
     left = budget - quota.sum(dim=1, keepdim=True)
     if one_each:
         quota = give(quota, torch.minimum(quota + 1, size), order, left)
@@ -158,6 +161,8 @@ class HoloV(Pruner):
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}.")
         if self.crops is not None and (isinstance(self.crops, bool) or self.crops < 1):
             raise ValueError(f"crops must be None or at least 1, got {self.crops!r}.")
+        if not 0 <= self.power < float("inf"):
+            raise ValueError(f"power must be a number from 0 on, got {self.power!r}.")
 
     def signals(self, tower: Tower) -> tuple[Signal, ...]:
         if not tower.has_cls:
@@ -192,8 +197,9 @@ class HoloV(Pruner):
             holistic = attention + _VARIANCE_WEIGHT * (mean_attention / (mean_variance + _EPS)) * variance
         else:
             mean_attention = attention.double().abs().mean(dim=2, keepdim=True)
-            scaled = variance / torch.where(mean_variance > 0, mean_variance, 1)
-            holistic = attention + mean_attention * torch.where(mean_variance > 0, scaled, 1)
+            flat = mean_variance == 0  # false for NaN, which must stay to be seen
+            scaled = variance / torch.where(flat, 1, mean_variance)
+            holistic = attention + mean_attention * torch.where(flat, 1, scaled)
         return holistic.float(), holistic.mean(dim=2)
 
     def quotas(self, means: Tensor, size: Tensor, budget: int) -> Tensor:
@@ -208,13 +214,11 @@ class HoloV(Pruner):
             `[M, C]` int64; at most the sizes, every row sums to k.
         """
         official = self.variant == "official"
-        # H of a constant A and V is 0 without attention, and 0 ** 0 is 1: the power must not hide that
-        raised = torch.where(means > 0, means, 0).pow(self.power)
+        raised = means.pow(self.power)
         total = raised.sum(dim=1, keepdim=True)
         weight = raised / (total + (_EPS if official else 0)).clamp_min(torch.finfo(total.dtype).tiny)
         weight = torch.where(total > 0, weight, 1 / means.shape[1])
-        # exact shares must not fall to the next lower integer by rounding
-        quota = (weight * budget + (0 if official else _EPS)).floor().long()
+        quota = (weight * budget + _SLACK).floor().long()
         left = budget - quota.sum(dim=1, keepdim=True)
         order = weight.argsort(dim=1, descending=True, stable=True)
         limit = quota + 1 if official else torch.full_like(quota, budget)

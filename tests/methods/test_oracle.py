@@ -1,0 +1,97 @@
+import dataclasses
+
+import pytest
+import torch
+from _views import make_view, random_boxes
+
+from tokenprune.methods.oracle import Oracle, coverage, keep_covered
+from tokenprune.methods.uniform import spread
+
+
+def covered_by_hand(boxes: list[list[float]], grid: tuple[int, int]) -> list[float]:
+    """Area of each patch inside the boxes, in patches, one patch and box at a time."""
+    rows, cols = grid
+    areas = []
+    for i in range(rows):
+        for j in range(cols):
+            area = 0.0
+            for x0, y0, x1, y1 in boxes:
+                wide = min(x1, (j + 1) / cols) - max(x0, j / cols)
+                high = min(y1, (i + 1) / rows) - max(y0, i / rows)
+                area += max(wide, 0) * max(high, 0) * rows * cols
+            areas.append(area)
+    return areas
+
+
+def test_touched_patches_come_first() -> None:
+    few = many = 0
+    for seed in range(150):
+        generator = torch.Generator().manual_seed(seed)
+        grid = (2 + seed % 5, 2 + seed % 7)
+        boxes = random_boxes(generator)
+        k = 1 + seed * 7 % (grid[0] * grid[1])
+        areas = covered_by_hand(boxes, grid)
+        torch.testing.assert_close(coverage(boxes, grid), torch.tensor(areas, dtype=torch.float64))
+        kept = keep_covered(boxes, grid, k).tolist()
+        assert kept == sorted(set(kept)) and len(kept) == k
+        touched = [place for place, area in enumerate(areas) if area > 1e-6]
+        if len(touched) <= k:
+            few += 1
+            assert set(touched) <= set(kept)
+        else:
+            many += 1
+            most = sorted(areas, reverse=True)[:k]
+            assert sorted((areas[place] for place in kept), reverse=True) == pytest.approx(most)
+    assert few > 40 and many > 40
+
+
+def test_a_box_on_the_border_of_patches_touches_only_its_own() -> None:
+    for count in (3, 7, 12, 24):
+        for i in range(count):
+            covered = coverage([[i / count, 0.0, (i + 1) / count, 1.0]], (1, count))
+            assert (covered > 1e-6).nonzero().flatten().tolist() == [i]
+
+
+def test_without_boxes_the_spread_is_even() -> None:
+    for k in range(1, 48):
+        assert torch.equal(keep_covered([], (6, 8), k), spread((6, 8), k))
+
+
+def test_the_rest_is_spread_over_the_whole_image() -> None:
+    kept = keep_covered([[0.0, 0.0, 0.25, 0.25]], (16, 16), 16 + 48)
+    at = torch.stack([kept // 16, kept % 16], dim=1).double()
+    everywhere = torch.cartesian_prod(torch.arange(16), torch.arange(16)).double()
+    assert torch.cdist(everywhere, at).amin(dim=1).max() <= 2.9
+
+
+def test_any_number_of_other_patches_can_be_filled() -> None:
+    for seed in range(12):
+        boxes = random_boxes(torch.Generator().manual_seed(seed))
+        for k in range(1, 36):
+            assert len(set(keep_covered(boxes, (5, 7), k).tolist())) == k
+
+
+def test_boxes_reaching_out_of_the_image_are_cut() -> None:
+    assert coverage([[-1.0, -1.0, 0.5, 0.5], [2.0, 0.0, 3.0, 1.0]], (2, 2)).tolist() == [1, 0, 0, 0]
+
+
+def test_every_image_has_its_own_boxes() -> None:
+    view = make_view(Oracle(), (4, 4), 4)
+    boxes = [[[0.0, 0.0, 0.5, 0.5]], [], [[0.5, 0.5, 1.0, 1.0]]]
+    kept = Oracle().select(dataclasses.replace(view, hints={"boxes": boxes})).indices.tolist()
+    assert kept == [[0, 1, 4, 5], spread((4, 4), 4).tolist(), [10, 11, 14, 15]]
+
+
+@pytest.mark.parametrize(
+    "box", [[0.1, 0.1, 0.3], [0.3, 0.1, 0.1, 0.4], [0.1, 0.2, 0.3, 0.2], [0.1, 0.2, float("nan"), 1]]
+)
+def test_what_is_no_box_is_refused(box: list[float]) -> None:
+    with pytest.raises(ValueError, match="A box is"):
+        coverage([[0.0, 0.0, 1.0, 1.0], box], (3, 3))
+
+
+def test_missing_hints_are_refused() -> None:
+    view = make_view(Oracle())
+    for hints in ({}, {"boxes": [[]]}):
+        with pytest.raises(ValueError, match="3 images"):
+            Oracle().select(dataclasses.replace(view, hints=hints))
