@@ -7,7 +7,6 @@ neither a family's name nor a method's.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from tokenprune.selection import Selection, grid_places
 from tokenprune.signals import Signal
 from tokenprune.spec import Budget
 from tokenprune.stopwatch import Stopwatch
+from tokenprune.training import LossAfterPruning
 
 
 @dataclass
@@ -75,8 +75,6 @@ class Engine:
         self._recording: Recording | None = None
         self._compaction: Compaction | None = None
         self._pending: PrunedPrompt | None = None
-        self._labels: Tensor | None = None
-        self._loss_arguments: dict[str, Any] = {}
         self._parameters = list(inspect.signature(adapter.entry.forward).parameters)
 
     def install(self, ledger: Ledger) -> None:
@@ -93,8 +91,7 @@ class Engine:
         decoder = adapter.language_model
         ledger.hook(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
         ledger.hook(decoder.register_forward_hook(self._after_decoder))
-        ledger.hook(adapter.model.register_forward_pre_hook(self._take_labels, with_kwargs=True))
-        ledger.hook(adapter.model.register_forward_hook(self._give_loss))
+        LossAfterPruning(lambda: self._compaction).install(adapter.model, ledger)
         original = adapter.entry.get_image_features
         ledger.set(adapter.entry, "get_image_features", self._wrap_features(original))
 
@@ -369,28 +366,3 @@ class Engine:
         pixels = gather_rows(sources, lambda recording: recording.pixel_keys())
         places = [prompt.layout.spans[member].image for member in members]
         return pixels + torch.tensor(places, device=pixels.device) * 0x9E3779B1
-
-    # --- training ---------------------------------------------------------------------------------------------------
-
-    def _take_labels(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # labels count every token, the logits of a pruned prompt do not: the loss waits until both have one length
-        self._compaction, self._labels = None, kwargs.get("labels")
-        if self._labels is None:
-            return None
-        self._loss_arguments = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
-        return args, {**kwargs, "labels": None}
-
-    def _give_loss(self, module: Any, args: Any, output: Any) -> Any:
-        labels, self._labels = self._labels, None
-        compaction, self._compaction = self._compaction, None
-        if labels is None:
-            return None
-        if compaction is not None:
-            labels = compaction.labels(labels)
-        is_tuple = isinstance(output, tuple)
-        logits = output[0] if is_tuple else output.logits
-        vocab_size = module.config.get_text_config().vocab_size
-        loss = module.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **self._loss_arguments)
-        if is_tuple:
-            return (loss, *output)
-        return dataclasses.replace(output, loss=loss)
