@@ -1,7 +1,7 @@
 """The masked model: what every pruned run is compared with.
 
 Slow, simple, written once. It is the unpruned, full-length model in which the dropped visual positions are hidden by an
-attention mask, with the positions that the pruned run uses. It keeps no cache: each step computes the whole row again.
+attention mask, with the positions that the pruned run uses. It keeps no cache.
 """
 
 from __future__ import annotations
@@ -87,20 +87,18 @@ class MaskedModel:
         return self.model.lm_head(hidden)[self.visible.bool()]
 
     @torch.no_grad()
-    def greedy(self, steps: int) -> tuple[Tensor, Tensor]:
-        """`steps` greedy tokens `[B, steps]` and their logits `[B, steps, V]`, for prompts that end at the last column
-        or, with padding on the right, go on after it as `generate` does."""
-        embeds, mask, positions = self.embeds, self.visible, self.positions()
-        following = positions[:, -1:] + 1  # as generate() counts on
-        tokens, scores = [], []
-        for step in range(steps):
-            hidden = self._decode(embeds, mask, positions)
-            scores.append(self.model.lm_head(hidden[:, -1]))
-            tokens.append(scores[-1].argmax(-1, keepdim=True))
-            embeds = torch.cat([embeds, self.model.get_input_embeddings()(tokens[-1])], dim=1)
-            mask = torch.cat([mask, torch.ones_like(tokens[-1])], dim=1)
-            positions = torch.cat([positions, following + step], dim=1)
-        return torch.cat(tokens, dim=1), torch.stack(scores, dim=1)
+    def continuation(self, tokens: Tensor) -> Tensor:
+        """Logits `[B, T, V]` that predict each of `tokens` `[B, T]`, given the prompt and the tokens before it.
+
+        Tokens are greedy exactly if each is the argmax here: by induction this is the same as choosing them one by
+        one, and one pass instead of T. As `generate` does, rows go on after their last column, padding or not.
+        """
+        embeds = torch.cat([self.embeds, self.model.get_input_embeddings()(tokens)], dim=1)
+        mask = torch.cat([self.visible, torch.ones_like(tokens)], dim=1)
+        positions = self.positions()
+        following = positions[:, -1:] + 1 + torch.arange(tokens.shape[1], device=tokens.device)
+        hidden = self._decode(embeds, mask, torch.cat([positions, following], dim=1))
+        return self.model.lm_head(hidden[:, -tokens.shape[1] - 1 : -1])
 
     def _decode(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         # hooks of a method that is still applied must not act here
@@ -155,3 +153,24 @@ def run_pruned(model: Any, method: Any, keep: Any, batch: dict[str, Tensor], **o
         "tokens": generated.sequences[:, batch["input_ids"].shape[1] :],
         "scores": torch.stack(generated.logits, 1),
     }
+
+
+def compare(run: dict[str, Any], batch: dict[str, Tensor], tolerance: float) -> None:
+    """Everything that `run_pruned` gave, against the masked model.
+
+    Args:
+        tolerance: relative error of logits.
+    """
+    visual = batch["input_ids"] == run["adapter"].image_token_id
+    masked = MaskedModel(run["adapter"], batch, run["kept"], run["policy"])
+    fed, expected = run["fed"][run["attended"]], masked.embeds[masked.visible.bool()]
+    assert fed.shape == expected.shape
+    if run["merges"]:
+        merged = fed[visual[masked.visible.bool()]]
+        masked = MaskedModel(run["adapter"], batch, run["kept"], run["policy"], merged)
+    else:
+        assert torch.equal(fed, expected), "kept tokens must go on bit for bit"
+    assert relative_error(run["logits"], masked.logits()) < tolerance
+    scores = masked.continuation(run["tokens"])
+    assert torch.equal(run["tokens"], scores.argmax(-1)), "the greedy tokens differ"
+    assert relative_error(run["scores"], scores) < tolerance

@@ -24,14 +24,7 @@ def model(attention: str = "sdpa"):
 
 def sequence_scores(masked: MaskedModel, tokens: torch.Tensor) -> torch.Tensor:
     """Mean log probability of `tokens` `[B, T]` after each prompt, by the masked model."""
-    embeds = torch.cat([masked.embeds, masked.model.get_input_embeddings()(tokens)], dim=1)
-    mask = torch.cat([masked.visible, torch.ones_like(tokens)], dim=1)
-    positions = masked.positions()
-    after = positions[:, -1:] + 1 + torch.arange(tokens.shape[1])
-    with torch.no_grad():
-        hidden = masked._decode(embeds, mask, torch.cat([positions, after], dim=1))
-        logits = masked.model.lm_head(hidden[:, -tokens.shape[1] - 1 : -1])
-    return logits.log_softmax(-1).gather(2, tokens[..., None])[..., 0].mean(1)
+    return masked.continuation(tokens).log_softmax(-1).gather(2, tokens[..., None])[..., 0].mean(1)
 
 
 def beam_layouts() -> list[list[int]]:
@@ -116,8 +109,9 @@ def test_a_second_turn_on_the_returned_cache(positions, images):
     if images:
         pixel_values = [pixel_values[0], second["pixel_values"][:1], pixel_values[1], second["pixel_values"][1:]]
     masked = MaskedModel(adapter, {**both, "pixel_values": torch.cat(pixel_values)}, kept, positions)
-    tokens, scores = masked.greedy(5)
-    assert torch.equal(found.sequences[:, both["input_ids"].shape[1] :], tokens)
+    tokens = found.sequences[:, both["input_ids"].shape[1] :]
+    scores = masked.continuation(tokens)
+    assert torch.equal(scores.argmax(-1), tokens)
     assert relative_error(torch.stack(found.logits, 1), scores) < 1e-5
     assert relative_error(own.logits[:, -1], scores[:, 0]) < 1e-5
 
