@@ -1,0 +1,36 @@
+"""The README's code runs as written and its generated tables are up to date."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_table_of_methods_is_what_the_registry_says():
+    from tokenprune.evals.readme import between, methods_table
+
+    text = README.read_text(encoding="utf-8")
+    assert between(text, "methods", methods_table()) == text, "run: python -m tokenprune.evals.readme README.md"
+
+
+@pytest.mark.pocket
+def test_the_long_example_runs_as_written(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    example = next(block for block in blocks if "from_pretrained" in block)
+    exec(compile(example, "README.md", "exec"), {})
+    assert "64 of 576 visual tokens kept" in capsys.readouterr().out
+
+
+def test_the_first_example_runs_as_written(capsys):
+    from _tiny import prompts, tiny_llava
+
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    exec(
+        compile(blocks[0], "README.md", "exec"),
+        {"model": tiny_llava(), "inputs": {**prompts([1]), "max_new_tokens": 3}},
+    )
+    assert "holov" in capsys.readouterr().out
