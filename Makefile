@@ -30,7 +30,7 @@ demo: $(STAMP)
 # One thread a worker: two workers that each use every core are slower than one. A test that reaches for the hub fails
 # at once instead of waiting for a network.
 test: lint
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

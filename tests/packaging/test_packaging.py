@@ -13,11 +13,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,8 +30,7 @@ MAPPED = ("adapters", "kernels", "evals", "configs")
 LIBRARY = ("tokenprune", *MAPPED)
 MAX_LINES = 450
 
-# one xdist worker for the whole file: the wheel is built once
-pytestmark = [pytest.mark.packaging, pytest.mark.xdist_group("packaging")]
+pytestmark = pytest.mark.packaging
 
 
 def tracked() -> list[Path]:
@@ -75,6 +75,11 @@ def python(code: str, cwd: Path, path: Path | None = None) -> str:
     return done.stdout.strip()
 
 
+def run(*arguments: str | Path) -> None:
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
 def modules() -> list[str]:
     """Dotted names of everything in the library."""
     return [module_name(name) for name in library(*LIBRARY)]
@@ -95,28 +100,39 @@ def strays(names: list[str], home: Path, cwd: Path, path: Path | None = None) ->
     }
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` fills, made once a run: the workers of xdist share it."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(base / f"{name}.lock"):
+        if not (base / name).exists():
+            make(base / name)
+    return base / name
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from an sdist, built from a copy of what git tracks: `build/` of the checkout plays no part."""
     pytest.importorskip("build")
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in tracked():
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, source / name)
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
-    done = subprocess.run(command, cwd=out, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return next(out.glob("*.whl"))
+
+    def build(out: Path) -> None:
+        source = tmp_path_factory.mktemp("source")
+        for name in tracked():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, source / name)
+        run("-m", "build", "--no-isolation", "--outdir", out, source)
+
+    return next(once(tmp_path_factory, "dist", build).glob("*.whl"))
 
 
 @pytest.fixture(scope="session")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel installed in it, and nothing else."""
-    target = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
-    done = subprocess.run([*command, str(wheel)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return target
+
+    def install(target: Path) -> None:
+        run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel)
+
+    return once(tmp_path_factory, "site", install)
 
 
 # The wheel
