@@ -1,0 +1,137 @@
+"""From a name to a loaded model: the pocket models that ship with the package, a local folder or a hub id."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenprune.registry import UnknownName, near
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+POCKET = Path(__file__).parent / "pocket" / "models"
+PLAIN_PROMPT = "USER: <image>\n{question} ASSISTANT:"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to be asked.
+
+    Attributes:
+        name: as it was asked for.
+        model: the transformers model, in eval mode.
+        processor: its processor, left padding.
+        fingerprint: changes when the weights do; finished samples of other weights are not reused.
+    """
+
+    name: str
+    model: Any
+    processor: Any
+    fingerprint: str
+
+    def prompt(self, question: str) -> str:
+        """The text of one turn with one image: the processor's chat template, or the LLaVA-1.5 form without one."""
+        if getattr(self.processor, "chat_template", None):
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            return self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            )
+        return PLAIN_PROMPT.format(question=question)
+
+    def inputs(self, questions: list[str], images: list[Image]) -> Any:
+        """Processor output for a batch with one image each, left padded, on the model's device and in its dtype."""
+        batch = self.processor(
+            images=[image.convert("RGB") for image in images],
+            text=[self.prompt(question) for question in questions],
+            padding=True,
+            return_tensors="pt",
+        )
+        return batch.to(self.model.device, dtype=self.model.dtype)
+
+    def decode(self, tokens: Any) -> list[str]:
+        """Generated ids `[B, T]`, prompt not included, as text."""
+        texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+
+def pocket_names() -> list[str]:
+    """Pocket models that are there, sorted."""
+    return sorted(path.parent.name for path in POCKET.glob("*/config.json"))
+
+
+def model_source(name: str) -> str:
+    """The folder or hub id behind `name`; imports nothing heavy, so that a typo fails before anything loads.
+
+    Raises:
+        UnknownName: neither a pocket model, nor a folder, nor a hub id (`owner/name`).
+    """
+    if name in pocket_names():
+        return str(POCKET / name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"The folder {name!r} holds no config.json, so it is no model that transformers can load.")
+        return str(folder)
+    parts = name.split("/")
+    if len(parts) == 2 and all(parts) and not name.startswith((".", "~")):
+        return name
+    known = pocket_names()
+    raise UnknownName(
+        f"There is no model called {name!r}.{near(name, known)} Known: {', '.join(known) or 'no pocket model'}; "
+        "or pass a local folder, or a hub id such as llava-hf/llava-1.5-7b-hf."
+    )
+
+
+def load_model(name: str, dtype: str = "float32", device: str | None = None) -> LoadedModel:
+    """Load model and processor.
+
+    Args:
+        name: pocket name, folder or hub id.
+        dtype: one of `DTYPES`.
+        device: where to put it; None takes a GPU where there is one.
+    """
+    source = model_source(name)
+    check_dtype(dtype)
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, dtype))
+    model = model.to(device).eval()
+    processor = AutoProcessor.from_pretrained(source)
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return LoadedModel(name, model, processor, fingerprint(source, model))
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ValueError if `dtype` is not one of `DTYPES`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.{near(dtype, list(DTYPES))}")
+
+
+def fingerprint(source: str, model: Any = None) -> str:
+    """A short digest of a model: file names, sizes and sampled bytes of a folder, or the commit of a hub model."""
+    folder = Path(source)
+    if not folder.is_dir():
+        commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+        return str(commit or source)
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if not file.is_file() or file.suffix not in (".json", ".safetensors", ".txt", ".model", ".jinja", ".bin"):
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size};".encode())
+        with file.open("rb") as stream:
+            # a large shard is sampled: 64 spots tell two checkpoints apart without reading 14 GB
+            step = max(1, size // 64)
+            for start in range(0, size, step) if size > 64_000_000 else (0,):
+                stream.seek(start)
+                digest.update(stream.read(4096 if size > 64_000_000 else -1))
+    return digest.hexdigest()[:16]

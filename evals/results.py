@@ -1,0 +1,244 @@
+"""From rows to results: accuracies with intervals, comparisons, costs, provenance, and the files of a run folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tokenprune.evals.config import NONE, Point, RunConfig
+from tokenprune.evals.stats import bootstrap_mean, paired_difference
+from tokenprune.evals.store import RowStore
+
+OVERALL = "overall"
+Record = dict[str, Any]
+
+
+def provenance(config: RunConfig, seconds: float | None = None) -> Record:
+    """Where a result came from: settings, versions, hardware, seed, commit and date."""
+    import torch
+
+    packages = ("torch", "transformers", "tokenprune-vlm", "datasets", "numpy", "accelerate", "triton")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "config": config.as_dict(),
+        "versions": {"python": platform.python_version(), **versions},
+        "hardware": {
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": gpu,
+            "system": f"{platform.system()} {platform.machine()}",
+        },
+        "seed": config.seed,
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["tokenprune", *sys.argv[1:]]),
+        "seconds": seconds,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that the code runs from, `-dirty` with changes; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() or None if run.returncode == 0 else None
+
+
+def summarise(
+    points: list[Point], rows: dict[str, list[Record]], measures: dict[str, Record], config: RunConfig
+) -> list[Record]:
+    """One record per point.
+
+    Args:
+        points: the grid, in the order of the tables.
+        rows: finished sample rows by point key, the same samples in the same order for all points of a task.
+        measures: `flops`, `kv` and `times` by point key.
+
+    Returns:
+        Records with `overall` and `families` (accuracy, interval, relative to unpruned, difference against random at
+        the same budget), tokens, and the measures.
+    """
+    by_key = {point.key: point for point in points}
+    records = []
+    for point in points:
+        own = rows[point.key]
+        unpruned = rows.get(Point(point.model, point.task, NONE, None).key)
+        random = rows.get(Point(point.model, point.task, "random", point.keep).key)
+        if point.method == "random" and not point.options:
+            random = None
+        families = dict.fromkeys(row["family"] for row in own)
+        record: Record = {
+            "point": point.key,
+            **{name: value for name, value in asdict(point).items() if name != "options"},
+            "options": dict(point.options),
+            "label": point.label,
+            "series": point.series,
+            "overall": _scores(own, unpruned, random, config.seed),
+            "families": {
+                family: _scores(_only(own, family), _only(unpruned, family), _only(random, family), config.seed)
+                for family in families
+            },
+            "visual_tokens": _mean(row["visual_tokens"] for row in own),
+            "kept_tokens": _mean(row["kept_tokens"] for row in own),
+            **measures.get(point.key, {}),
+        }
+        record["reference"] = by_key[point.key].reference
+        records.append(record)
+    return records
+
+
+def _only(rows: list[Record] | None, family: str) -> list[Record] | None:
+    return None if rows is None else [row for row in rows if row["family"] == family]
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _scores(own: list[Record] | None, unpruned: list[Record] | None, random: list[Record] | None, seed: int) -> Record:
+    correct = [float(row["correct"]) for row in own or []]
+    accuracy = bootstrap_mean(correct, seed)
+    scores: Record = {
+        "n": accuracy.n, "accuracy": accuracy.value, "ci_low": accuracy.low, "ci_high": accuracy.high,
+        "relative": None, "vs_random": None, "vs_random_low": None, "vs_random_high": None,
+    }  # fmt: skip
+    if unpruned is not None:
+        base = _mean(float(row["correct"]) for row in unpruned)
+        scores["relative"] = accuracy.value / base if base else None
+    if random is not None:
+        difference = paired_difference(correct, [float(row["correct"]) for row in random], seed)
+        scores["vs_random"] = difference.value
+        scores["vs_random_low"], scores["vs_random_high"] = difference.low, difference.high
+    return scores
+
+
+def collect_rows(store: RowStore, points: list[Point], settings: str, ids: list[str]) -> dict[str, list[Record]]:
+    """The finished rows of each point, in the order of `ids`.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    found: dict[str, list[Record]] = {}
+    for point in points:
+        rows = [store.get((settings, point.key, sample_id)) for sample_id in ids]
+        if any(row is None for row in rows):
+            raise ValueError(f"{point.label} has answered {sum(map(bool, rows))} of {len(ids)} samples; run it again.")
+        found[point.key] = [row for row in rows if row is not None]
+    return found
+
+
+def table_rows(records: list[Record]) -> list[Record]:
+    """Flat rows of summary.csv: for each point its families, then `overall`. Accuracies are fractions, times
+    milliseconds, FLOPs in units of 1e9, KV bytes of one prompt."""
+    rows = []
+    for record in records:
+        shared = {name: record[name] for name in ("model", "task", "method", "keep")}
+        shared["options"] = ",".join(f"{key}={value}" for key, value in record["options"].items())
+        costs = flat_costs(record)
+        for family, scores in [*record["families"].items(), (OVERALL, record["overall"])]:
+            rows.append({**shared, "family": family, **scores, **costs})
+    return rows
+
+
+def flat_costs(record: Record) -> Record:
+    """Tokens, FLOPs, bytes and times of a point, one number a column; None where not measured."""
+    flops, kv, times = record.get("flops"), record.get("kv"), record.get("times") or {}
+
+    def at(name: str, statistic: str = "median", scale: float = 1.0) -> float | None:
+        return times[name][statistic] * scale if name in times else None
+
+    flat: Record = {
+        "visual_tokens": record["visual_tokens"],
+        "kept_tokens": record["kept_tokens"],
+        "equivalent_tokens": kv["equivalent_tokens"] if kv else None,
+    }
+    for source in ("analytic", "measured"):
+        for part in ("total", "vision", "projector", "selection", "prefill", "decode"):
+            name = f"gflops_{part}" if source == "analytic" else f"gflops_{part}_measured"
+            flat[name] = flops[source][part] / 1e9 if flops and flops.get(source) else None
+    flat["flops_agree"] = flops["agree"] if flops and flops.get("measured") else None
+    flat["flops_share"] = flops["analytic"]["total"] / flops["unpruned"]["total"] if flops else None
+    flat["gflops_paper_formula"] = flops["paper"] / 1e9 if flops else None
+    flat["kv_bytes"] = kv["measured"] if kv else None
+    flat["kv_bytes_analytic"] = kv["analytic"] if kv else None
+    flat["kv_share"] = kv["analytic"] / kv["unpruned"] if kv else None
+    for name in ("prefill", "unpruned_prefill", "ideal_prefill", "selection", "decode"):
+        flat[f"{name}_ms"] = at(name, scale=1000)
+        flat[f"{name}_ms_q25"] = at(name, "q25", 1000)
+        flat[f"{name}_ms_q75"] = at(name, "q75", 1000)
+    flat["prefill_to_ideal"] = at("to_ideal")
+    flat["prefill_to_unpruned"] = at("to_unpruned")
+    flat["selection_to_unpruned_prefill"] = at("selection_share")
+    return flat
+
+
+def replace_file(path: Path, text: str) -> Path:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def write_results(folder: Path, records: list[Record], rows: dict[str, list[Record]], origin: Record) -> list[Path]:
+    """Write results.jsonl, samples.parquet and summary.csv into `folder`; returns their paths."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    lines = [json.dumps({**record, "provenance": origin}, ensure_ascii=False, default=str) for record in records]
+    results = replace_file(folder / "results.jsonl", "\n".join(lines) + "\n")
+
+    by_point = {record["point"]: record for record in records}
+    flat = []
+    for key, answered in rows.items():
+        record = by_point[key]
+        shared = {name: record[name] for name in ("model", "task", "method")}
+        for row in answered:
+            # a keep or an answer may be of several types, and a parquet column has one
+            answer = row["answer"] if isinstance(row["answer"], str) else json.dumps(row["answer"], ensure_ascii=False)
+            keep = None if record["keep"] is None else str(record["keep"])
+            flat.append({**shared, "keep": keep, "options": json.dumps(record["options"]), **row, "answer": answer})
+    samples = folder / "samples.parquet"
+    pq.write_table(pa.Table.from_pylist(flat), samples, compression="zstd")
+
+    summary = folder / "summary.csv"
+    table = table_rows(records)
+    with summary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    return [results, samples, summary]

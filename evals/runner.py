@@ -1,0 +1,214 @@
+"""Asks a model every question of a task at every point of a grid, and keeps each answer as soon as it is there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenprune.evals.config import NONE, Point, RunConfig, digest
+from tokenprune.evals.models import LoadedModel
+from tokenprune.evals.store import RowStore
+from tokenprune.evals.tasks import Sample, Task
+
+from tokenprune.api import adapter_for, applied
+from tokenprune.base import Pruner
+from tokenprune.signals import Signal, Tower
+from tokenprune.spec import make_method
+
+SAMPLE_KEY = ("settings", "point", "sample_id")
+
+
+def code_fingerprint() -> str:
+    """A digest of the sources that decide an answer, so that a resumed run never mixes the rows of two versions."""
+    import tokenprune
+
+    hasher = hashlib.sha256()
+    roots = [Path(folder) / name for folder in tokenprune.__path__ for name in ("methods", "adapters", "kernels", ".")]
+    files = {file.resolve() for root in roots for file in root.glob("*.py")}
+    files |= {Path(__file__).resolve(), Path(__file__).with_name("tasks.py").resolve()}
+    for file in sorted(files):
+        if file.name not in ("cli.py", "cost.py", "report.py"):
+            hasher.update(file.name.encode() + file.read_bytes())
+    return hasher.hexdigest()[:16]
+
+
+def settings_digest(config: RunConfig, loaded: LoadedModel) -> str:
+    """Changes with whatever besides the point could change an answer: weights, code, dtype, seed, answer length."""
+    parts = (loaded.fingerprint, code_fingerprint(), config.dtype, config.seed, config.max_new_tokens)
+    return digest(parts)
+
+
+def method_of(point: Point, seed: int) -> Pruner:
+    """The method object of a point; a method that draws gets the run's seed unless the point sets one."""
+    options = dict(point.options)
+    method = make_method(point.method, **options)
+    if seed and "seed" not in options and hasattr(method, "seed"):
+        method = make_method(point.method, **options, seed=seed)
+    return method
+
+
+@contextlib.contextmanager
+def pruned(loaded: LoadedModel, point: Point, seed: int, samples: list[Sample]) -> Iterator[Any]:
+    """The model with the point's method at work on prompts of `samples`; yields the handle, None for unpruned."""
+    if point.method == NONE:
+        yield None
+        return
+    with applied(loaded.model, method_of(point, seed), point.keep) as handle:
+        if "boxes" in handle.method.hints:
+            missing = [sample.sample_id for sample in samples if sample.boxes is None]
+            if missing:
+                raise ValueError(
+                    f"{point.method} needs the boxes that suffice for an answer; sample {missing[0]} has none. "
+                    "Use it on the pocket suite, or on a task with a `boxes` column."
+                )
+            handle.set_hints(boxes=[sample.boxes for sample in samples])
+        yield handle
+
+
+def check_points(loaded: LoadedModel, task: Task, points: list[Point], seed: int) -> None:
+    """Apply and remove every method once, so that one that cannot work on this model or task fails before the work."""
+    adapter_for(loaded.model)
+    for point in points:
+        if point.method == NONE:
+            continue
+        with applied(loaded.model, method_of(point, seed), point.keep) as handle:
+            if "boxes" in handle.method.hints and not task.has_boxes:
+                raise ValueError(f"{point.method} needs the boxes that suffice for an answer; {task.name} has none.")
+
+
+@dataclass
+class _Recorder(Pruner):
+    """Keeps everything, and asks for the signals of every method that is to share one run of the tower."""
+
+    wanted: tuple[Signal, ...] = field(default=())
+
+    def signals(self, tower: Tower) -> tuple[Signal, ...]:
+        return self.wanted
+
+
+class SharedTower:
+    """Runs the vision tower once for a batch and hands its features to every method that cuts after it.
+
+    Uses what `generate` offers for features computed ahead (`mm_encoder_outputs`). The answers are those of separate
+    runs, bit for bit; only accuracy is measured this way, never time.
+    """
+
+    def __init__(self, loaded: LoadedModel, points: list[Point], seed: int) -> None:
+        self._model = loaded.model
+        self._encode = getattr(loaded.model.base_model, "get_image_features", None)
+        forward = inspect.signature(loaded.model.forward).parameters
+        self.possible = self._encode is not None and "mm_encoder_outputs" in forward
+        tower = adapter_for(loaded.model).tower
+        methods = [method_of(point, seed) for point in points if point.method != NONE]
+        signals = [signal for method in methods if method.site == "input" for signal in method.signals(tower)]
+        self._recorder = _Recorder(wanted=tuple(dict.fromkeys(signals)))
+
+    def encode(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The same inputs with features in place of pixels."""
+        with applied(self._model, self._recorder, 1.0):
+            encode: Callable[..., Any] = self._model.base_model.get_image_features
+            names = inspect.signature(encode).parameters
+            taken = {name: inputs[name] for name in names if name in inputs}
+            features = encode(**taken, return_dict=True)
+        rest = {name: value for name, value in inputs.items() if name not in taken}
+        return {**rest, "mm_encoder_outputs": {"image": features}}
+
+
+def _site(point: Point) -> str:
+    return "input" if point.method == NONE else make_method(point.method, **dict(point.options)).site
+
+
+def answer_batch(
+    loaded: LoadedModel, point: Point, samples: list[Sample], inputs: dict[str, Any], seed: int, max_new_tokens: int
+) -> tuple[list[str], list[int], list[list[list[int]]]]:
+    """Greedy answers of one batch.
+
+    Returns:
+        The texts; kept visual tokens per sample; kept raster indices per sample and image ([] for unpruned).
+    """
+    length = inputs["input_ids"].shape[1]
+    with pruned(loaded, point, seed, samples) as handle, torch.inference_mode():
+        output = loaded.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
+        texts = loaded.decode(output[:, length:])
+        if handle is None:
+            return texts, visual_tokens(loaded, inputs), [[] for _ in samples]
+        kept = [[indices.tolist() for indices in images] for images in handle.kept]
+    return texts, [sum(map(len, images)) for images in kept], kept
+
+
+def visual_tokens(loaded: LoadedModel, inputs: dict[str, Any]) -> list[int]:
+    """Visual tokens of each prompt before pruning."""
+    image_token = adapter_for(loaded.model).image_token_id
+    return (inputs["input_ids"] == image_token).sum(1).tolist()
+
+
+def evaluate(
+    config: RunConfig,
+    loaded: LoadedModel,
+    task: Task,
+    points: list[Point],
+    store: RowStore,
+    on_progress: Callable[[int, str], None] = lambda done, label: None,
+) -> tuple[str, list[str]]:
+    """Answer every sample at every point, skipping what the store holds already.
+
+    The batches go round the points, not the points round the batches, so that a picture is read and processed once.
+
+    Args:
+        points: of this model and task.
+        store: rows keyed by `SAMPLE_KEY`.
+        on_progress: called with the number of newly counted samples and the point's label.
+
+    Returns:
+        The settings digest under which the rows are filed, and the ids of the samples, in order.
+    """
+    seen: list[str] = []
+    settings = settings_digest(config, loaded)
+    count = task.count(config.limit)
+    max_new_tokens = config.max_new_tokens or task.max_new_tokens
+    shared = SharedTower(loaded, points, config.seed) if config.share_tower and len(points) > 1 else None
+    drawn = config.overlays.samples
+    for start in range(0, count, config.batch_size):
+        samples = list(task.load(start, min(start + config.batch_size, count)))
+        seen += [sample.sample_id for sample in samples]
+        inputs: dict[tuple[str, ...], tuple[dict[str, Any], dict[str, Any] | None]] = {}
+        for point in points:
+            todo = [s for s in samples if (settings, point.key, s.sample_id) not in store]
+            on_progress(len(samples) - len(todo), point.label)
+            if not todo:
+                continue
+            ids = tuple(sample.sample_id for sample in todo)
+            if ids not in inputs:
+                raw = dict(loaded.inputs([s.question for s in todo], [s.image for s in todo]))
+                with torch.inference_mode():
+                    inputs[ids] = raw, shared.encode(raw) if shared and shared.possible else None
+            raw, encoded = inputs[ids]
+            given = encoded if encoded is not None and _site(point) != "pixels" else raw
+            texts, kept_counts, kept = answer_batch(loaded, point, todo, given, config.seed, max_new_tokens)
+            before = visual_tokens(loaded, raw)
+            rows = [
+                {
+                    "settings": settings,
+                    "point": point.key,
+                    "sample_id": sample.sample_id,
+                    "family": sample.family,
+                    "question": sample.question,
+                    "answer": sample.answer,
+                    "prediction": text,
+                    "correct": task.score(text, sample.answer),
+                    "visual_tokens": before[i],
+                    "kept_tokens": kept_counts[i],
+                    # where they are is kept for the samples that are drawn
+                    "kept": kept[i] if start + samples.index(sample) < drawn else None,
+                }
+                for i, (sample, text) in enumerate(zip(todo, texts, strict=True))
+            ]
+            store.append(rows)
+            on_progress(len(todo), point.label)
+    return settings, seen

@@ -1,0 +1,80 @@
+"""One picture, one question: what the model says with and without pruning, and where the kept tokens are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tokenprune.evals.config import NONE, Point, refusing
+from tokenprune.evals.models import load_model
+from tokenprune.evals.overlay import draw_kept, seen_picture
+from tokenprune.evals.runner import answer_batch, method_of, visual_tokens
+from tokenprune.evals.tasks import Sample, load_task
+
+from tokenprune.registry import METHODS
+
+
+def run_single(
+    model: str,
+    method: str,
+    keep: int | float,
+    options: dict[str, Any],
+    image: str | None,
+    question: str | None,
+    sample: int,
+    output: str,
+    dtype: str = "float32",
+    device: str | None = None,
+    max_new_tokens: int = 32,
+) -> int:
+    """Answer, print both answers and the cost, write the overlay PNG. Names were checked by the caller.
+
+    Args:
+        image: path of a picture; None takes sample number `sample` of the pocket suite, with its question.
+
+    Raises:
+        FileNotFoundError: no such picture.
+        ValueError: the method needs hints that a picture of one's own does not have, or there is no such sample.
+    """
+    from PIL import Image
+    from transformers.utils import logging
+
+    with refusing():
+        if image is not None and not Path(image).is_file():
+            raise FileNotFoundError(f"There is no picture {image}.")
+        if image is not None and "boxes" in METHODS.get(method).hints:
+            raise ValueError(f"{method} needs boxes that suffice for the answer; leave --image out.")
+        if image is not None:
+            asked = Sample("picture", "all", str(question), None, Image.open(image))
+        else:
+            task = load_task("pocket")
+            if not 0 <= sample < task.size:
+                raise ValueError(f"--sample must be in 0 to {task.size - 1}, got {sample}.")
+            asked = next(task.load(sample, sample + 1))
+    logging.disable_progress_bar()
+    with refusing():
+        loaded = load_model(model, dtype, device)
+    point = Point(model, "pocket", method, keep, tuple(sorted(options.items())))
+    inputs = dict(loaded.inputs([asked.question], [asked.image]))
+    before = visual_tokens(loaded, inputs)[0]
+    plain, _, _ = answer_batch(loaded, Point(model, "pocket", NONE, None), [asked], inputs, 0, max_new_tokens)
+    pruned, counts, kept = answer_batch(loaded, point, [asked], inputs, 0, max_new_tokens)
+
+    console = Console()
+    console.print(f"question  {asked.question}", highlight=False)
+    if asked.answer is not None:
+        console.print(f"expected  {asked.answer}", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for head in ("", "visual tokens", "answer"):
+        table.add_column(head, justify="right" if head == "visual tokens" else "left")
+    table.add_row("unpruned", str(before), plain[0])
+    table.add_row(f"{method_of(point, 0).name}@{keep}", str(counts[0]), pruned[0])
+    console.print(table)
+    target = Path(output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    picture = seen_picture(inputs["pixel_values"][0], loaded.processor)
+    draw_kept(picture, point, kept[0], before).save(target, optimize=True)
+    console.print(f"overlay   {target}", soft_wrap=True, highlight=False)
+    return 0

@@ -1,0 +1,194 @@
+"""Runs a grid: answers, then costs, then files. A run that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tokenprune.evals.config import Point, RunConfig, digest, refusing
+from tokenprune.evals.models import LoadedModel, load_model
+from tokenprune.evals.results import Record, collect_rows, provenance, replace_file, summarise, write_results
+from tokenprune.evals.runner import SAMPLE_KEY, check_points, evaluate
+from tokenprune.evals.store import RowStore
+from tokenprune.evals.tasks import Task, load_task
+
+MEASURE_KEY = ("settings", "point", "measure")
+
+
+@dataclass
+class Run:
+    """What a finished run left.
+
+    Attributes:
+        records: one per point, see `results.summarise`.
+        files: the files written.
+        seconds: how long this process worked on it.
+        warnings: sentences that a reader of the table must know.
+    """
+
+    config: RunConfig
+    records: list[Record]
+    files: list[Path]
+    seconds: float
+    warnings: list[str]
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description:<34}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield progress
+
+
+def run(config: RunConfig, console: Console | None = None) -> Run:
+    """Evaluate, measure and write. Every name and number is checked before a model is loaded or a sample is asked."""
+    import torch
+    from tokenprune.evals.plots import plot_pareto
+    from tokenprune.evals.report import write_report
+    from transformers.utils import logging
+
+    console = console or Console()
+    begin = time.perf_counter()
+    with refusing():
+        config.check()
+        tasks = {name: load_task(name) for name in config.tasks}
+    logging.disable_progress_bar()
+    torch.manual_seed(config.seed)
+    folder = config.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    answers = RowStore(folder / "samples.jsonl", SAMPLE_KEY)
+    costs = RowStore(folder / "measures.jsonl", MEASURE_KEY)
+    points = config.points()
+    rows: dict[str, list[Record]] = {}
+    measures: dict[str, Record] = {}
+    pictures: list[Record] = []
+    notes: list[str] = []
+    for name in config.models:
+        with refusing():
+            loaded = load_model(name, config.dtype, config.device)
+        for task_name, task in tasks.items():
+            own = [point for point in points if (point.model, point.task) == (name, task_name)]
+            with refusing():
+                check_points(loaded, task, own, config.seed)
+            settings, ids = _answer(config, loaded, task, own, answers, console)
+            rows.update(collect_rows(answers, own, settings, ids))
+            measured, said = _measure(config, loaded, task, own, costs, settings, console)
+            measures.update(measured)
+            notes += said
+            pictures += _draw(config, loaded, task, own, rows, folder)
+    records = summarise(points, rows, measures, config)
+    seconds = time.perf_counter() - begin
+    origin = provenance(config, seconds)
+    files = write_results(folder, records, rows, origin)
+    files.append(plot_pareto(records, folder / "pareto.png"))
+    files.append(write_report(folder / "report.html", config, records, pictures, origin, notes))
+    return Run(config, records, files, seconds, notes)
+
+
+def _answer(
+    config: RunConfig, loaded: LoadedModel, task: Task, points: list[Point], store: RowStore, console: Console
+) -> tuple[str, list[str]]:
+    total = task.count(config.limit) * len(points)
+    limited = f", the first {task.count(config.limit)} of {task.size} samples" if config.limit else ""
+    console.print(f"{loaded.name} on {task.name}: {len(points)} points{limited}")
+    with _progress(console) as progress:
+        bar = progress.add_task("answers", total=total)
+
+        def on_progress(done: int, label: str) -> None:
+            progress.update(bar, advance=done, description=f"answers  {label}")
+
+        found = evaluate(config, loaded, task, points, store, on_progress)
+        progress.update(bar, description="answers")
+    return found
+
+
+def _measure(
+    config: RunConfig,
+    loaded: LoadedModel,
+    task: Task,
+    points: list[Point],
+    store: RowStore,
+    settings: str,
+    console: Console,
+) -> tuple[dict[str, Record], list[str]]:
+    from tokenprune.evals.flops import measure_flops
+    from tokenprune.evals.timing import measure_times
+
+    samples = list(task.load(0, min(config.measure.samples, task.size)))
+    plain: dict[str, dict[str, float]] = {}
+    how = digest(asdict(config.measure))
+    found: dict[str, Record] = {}
+    notes: list[str] = []
+    with _progress(console) as progress:
+        bar = progress.add_task("times and FLOPs", total=len(points))
+        for point in points:
+            progress.update(bar, description=f"times and FLOPs  {point.label}")
+            row = store.get((settings, point.key, how))
+            if row is None:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always", UserWarning)
+                    values: Record = measure_times(loaded, point, samples, config.measure, config.seed)
+                    flops = measure_flops(loaded, point, samples, config.seed, config.measure.flops, plain)
+                said = [str(warning.message) for warning in caught if "FLOPs" in str(warning.message)]
+                row = {"settings": settings, "point": point.key, "measure": how, **values, "flops": flops}
+                row["notes"] = said
+                store.append([row])
+            notes += row["notes"]
+            found[point.key] = {name: row[name] for name in ("kv", "times", "flops")}
+            progress.update(bar, advance=1)
+        progress.update(bar, description="times and FLOPs")
+    return found, notes
+
+
+def _draw(
+    config: RunConfig,
+    loaded: LoadedModel,
+    task: Task,
+    points: list[Point],
+    rows: dict[str, list[Record]],
+    folder: Path,
+) -> list[Record]:
+    """Overlays of the first samples at one budget: PNG files, and what to write under them."""
+    from tokenprune.evals.overlay import draw_kept, seen_picture
+
+    budgets = [point.keep for point in points if point.keep is not None]
+    if not config.overlays.samples or not budgets:
+        return []
+    keep: Any = config.overlays.keep if config.overlays.keep in budgets else min(budgets)
+    drawn = [point for point in points if point.keep == keep]
+    samples = list(task.load(0, min(config.overlays.samples, task.count(config.limit))))
+    target = folder / "overlays"
+    target.mkdir(exist_ok=True)
+    pictures: list[Record] = []
+    for number, sample in enumerate(samples):
+        inputs = dict(loaded.inputs([sample.question], [sample.image]))
+        picture = seen_picture(inputs["pixel_values"][0], loaded.processor)
+        for point in drawn:
+            row = rows[point.key][number]
+            image = draw_kept(picture, point, row["kept"], row["visual_tokens"])
+            name = f"{task.name}-{sample.sample_id}-{point.label}.png".replace("/", "_").replace(":", "_")
+            image.save(target / name, optimize=True)
+            where = {"file": target / name, "model": point.model, "task": point.task}
+            pictures.append({**where, "series": point.series, "keep": keep, **row})
+    return pictures
+
+
+def write_config(config: RunConfig) -> Path:
+    """The settings of a run as YAML, beside its results."""
+    import yaml
+
+    config.folder.mkdir(parents=True, exist_ok=True)
+    return replace_file(config.folder / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))

@@ -1,0 +1,111 @@
+"""The results of a run as a table in the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+from tokenprune.evals.config import NONE
+from tokenprune.evals.results import flat_costs
+
+_HEADS = ("method", "tokens", "accuracy %", "95 % interval", "of unpruned %", "vs random", "GFLOPs", "KV KiB",
+          "prefill ms", "select ms", "decode ms", "/ ideal")  # fmt: skip
+_DISPENSABLE = (10, 9, 3, 7, 4, 11)  # columns that a narrow terminal goes without, in this order
+
+
+def _cells(record: dict[str, Any]) -> list[str]:
+    scores, costs = record["overall"], flat_costs(record)
+
+    def show(value: float | None, form: str) -> str:
+        return "" if value is None else form.format(value)
+
+    vs_random = ""
+    if scores["vs_random"] is not None:
+        vs_random = (
+            f"{100 * scores['vs_random']:+.1f} ({100 * scores['vs_random_low']:+.1f} to "
+            f"{100 * scores['vs_random_high']:+.1f})"
+        )
+    unpruned = record["method"] == NONE
+    return [
+        "unpruned" if unpruned else record["series"],
+        f"{record['kept_tokens']:g}",
+        f"{100 * scores['accuracy']:.1f}",
+        f"{100 * scores['ci_low']:.1f} to {100 * scores['ci_high']:.1f}",
+        "" if scores["relative"] is None else f"{100 * scores['relative']:.1f}",
+        vs_random,
+        show(costs["gflops_total"], "{:.3f}"),
+        "" if costs["kv_bytes"] is None else f"{costs['kv_bytes'] / 1024:.0f}",
+        show(costs["prefill_ms"], "{:.1f}"),
+        "" if unpruned else show(costs["selection_ms"], "{:.2f}"),
+        show(costs["decode_ms"], "{:.2f}"),
+        show(costs["prefill_to_ideal"], "{:.2f}"),
+    ]
+
+
+def result_tables(records: list[dict[str, Any]], width: int = 200) -> list[Table]:
+    """One table per model and task for a terminal of `width` characters.
+
+    Columns that hold nothing are left out, and so are the least telling ones where the terminal is too narrow; all of
+    them are in summary.csv.
+    """
+    tables = []
+    for model, task in dict.fromkeys((record["model"], record["task"]) for record in records):
+        own = [record for record in records if (record["model"], record["task"]) == (model, task)]
+        rows = [_cells(record) for record in own]
+        used = [i for i in range(len(_HEADS)) if any(row[i] for row in rows)]
+        for index in _DISPENSABLE:
+            if sum(2 + max(len(_HEADS[i]), *(len(row[i]) for row in rows)) for i in used) <= width:
+                break
+            used = [i for i in used if i != index]
+        table = Table(title=f"{Path(model).name} on {task}", title_justify="left", box=None, pad_edge=False)
+        for i in used:
+            table.add_column(_HEADS[i], justify="left" if i == 0 else "right", no_wrap=True)
+        for record, row in zip(own, rows, strict=True):
+            table.add_row(*(escape(row[i]) for i in used), style="dim" if record["reference"] else None)
+        tables.append(table)
+    return tables
+
+
+def markdown_table(records: list[dict[str, Any]]) -> str:
+    """Methods by budgets, for a README: accuracy of each, and what a budget costs in FLOPs, KV cache and prefill time.
+
+    One model and task; the budgets are those of the records, largest first.
+    """
+    unpruned = next((record for record in records if record["method"] == NONE), None)
+    budgets = sorted({record["keep"] for record in records if record["keep"] is not None}, reverse=True)
+    lines = [
+        "| method | " + " | ".join(f"{keep} tokens" for keep in budgets) + " |",
+        "|---|" + "---:|" * len(budgets),
+    ]
+    if unpruned is not None:
+        scores = unpruned["overall"]
+        text = f"{100 * scores['accuracy']:.1f}"
+        tokens = f"unpruned ({unpruned['visual_tokens']:g} tokens)"
+        lines.append(f"| {tokens} | " + " | ".join([text] * len(budgets)) + " |")
+    cells = {(record["series"], record["keep"]): record for record in records}
+    for series in dict.fromkeys(record["series"] for record in records if record["keep"] is not None):
+        row = []
+        for keep in budgets:
+            record = cells.get((series, keep))
+            if record is None:
+                row.append("")
+                continue
+            scores = record["overall"]
+            half = 50 * (scores["ci_high"] - scores["ci_low"])
+            row.append(f"{100 * scores['accuracy']:.1f} ± {half:.1f}")
+        lines.append(f"| {series} | " + " | ".join(row) + " |")
+    for title, name, form in (
+        ("FLOPs to the first token, of unpruned", "flops_share", "{:.0%}"),
+        ("KV cache, of unpruned", "kv_share", "{:.0%}"),
+        ("prefill time, of unpruned", "prefill_to_unpruned", "{:.0%}"),
+    ):
+        row = []
+        for keep in budgets:
+            values = [flat_costs(r)[name] for r in records if r["keep"] == keep and r["method"] != "downsample"]
+            found = sorted(value for value in values if value is not None)
+            row.append(form.format(found[len(found) // 2]) if found else "")
+        if any(row):
+            lines.append(f"| *{title}* | " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,209 @@
+"""What a model is asked: tasks by name, their samples, and when an answer is right.
+
+A task is a `Task`. `pocket` and its families (`pocket:count`) are built in. Another one joins as a YAML file whose path
+is given in place of a name:
+
+    name: my_task                 # shown in tables
+    data: questions.parquet       # parquet or jsonl beside this file, or the id of a hub dataset
+    split: test                   # of a hub dataset; files have only "train"
+    columns: {image: image, question: question, answer: answer, family: category, id: id, boxes: boxes}
+    match: exact                  # exact | contains: after lower case, without articles and punctuation
+    max_new_tokens: 16            # length of an answer, tokens
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenprune.registry import UnknownName, near
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Kept here beside evals.pocket so that `tokenprune ls tasks` imports no torch.
+POCKET_FAMILIES = ("exist", "attribute", "count", "relation", "read", "global", "easy_vqa")
+POCKET_FRAME = 336  # pixels: side of the square in which the pocket suite gives its boxes
+_KEYS = ("name", "data", "split", "columns", "match", "max_new_tokens")
+_COLUMNS = ("image", "question", "answer", "family", "id", "boxes")
+
+
+@dataclass
+class Sample:
+    """One question on one image.
+
+    Attributes:
+        sample_id: unique within its task.
+        answer: the reference, or a list of accepted ones.
+        family: what accuracy is also reported by.
+        boxes: what suffices for the answer, each (x0, y0, x1, y1) in fractions 0..1 of the image; None if not known.
+    """
+
+    sample_id: str
+    family: str
+    question: str
+    answer: Any
+    image: Image
+    boxes: list[list[float]] | None = None
+
+
+@dataclass
+class Task:
+    """A set of samples and a rule for right answers.
+
+    Attributes:
+        size: how many samples there are.
+        load: yields the samples `start..stop` in the task's own order; images are decoded as they are asked for.
+        score: (prediction, answer) -> 1.0 for right, 0.0 for wrong, or something between.
+        max_new_tokens: length of an answer.
+        families: the families in the order in which tables show them; () means as they come.
+        has_boxes: whether samples know their boxes, which the oracle needs.
+    """
+
+    name: str
+    size: int
+    load: Callable[[int, int], Iterator[Sample]] = field(repr=False)
+    score: Callable[[str, Any], float] = field(repr=False)
+    max_new_tokens: int = 16
+    families: tuple[str, ...] = ()
+    has_boxes: bool = False
+
+    def count(self, limit: int | None) -> int:
+        """Samples that a run with `limit` sees: the first `limit` of them."""
+        return self.size if limit is None else min(limit, self.size)
+
+
+def task_names() -> list[str]:
+    """Names of the built-in tasks; imports nothing heavy."""
+    return ["pocket", *(f"pocket:{family}" for family in POCKET_FAMILIES)]
+
+
+def check_task(name: str) -> None:
+    """Raise if `name` is neither a built-in task nor a readable task file; reads no data."""
+    if name.endswith((".yaml", ".yml")):
+        _read_spec(Path(name))
+    elif name not in task_names():
+        raise UnknownName(
+            f"There is no task called {name!r}.{near(name, task_names())} Known: {', '.join(task_names())}; "
+            "or pass the path of a task's YAML file."
+        )
+
+
+def load_task(name: str) -> Task:
+    """The task called `name`, or described by the YAML file `name`."""
+    check_task(name)
+    if name.endswith((".yaml", ".yml")):
+        return _file_task(Path(name))
+    return _pocket_task(name)
+
+
+def _pocket_task(name: str) -> Task:
+    from tokenprune.evals.pocket import suite
+
+    data: Any = suite.load("test")
+    family = name.partition(":")[2]
+    if family:
+        data = data.select([i for i, value in enumerate(data["family"]) if value == family])
+
+    def load(start: int, stop: int) -> Iterator[Sample]:
+        for row in data.select(range(start, stop)):
+            yield Sample(
+                sample_id=str(row["sample_id"]),
+                family=row["family"],
+                question=row["question"],
+                answer=row["answer"],
+                image=row["image"],
+                boxes=[[value / POCKET_FRAME for value in box] for box in row["boxes"]],
+            )
+
+    def score(prediction: str, answer: Any) -> float:
+        return float(suite.answer_matches(prediction, answer))
+
+    families = (family,) if family else POCKET_FAMILIES
+    return Task(name, len(data), load, score, max_new_tokens=8, families=families, has_boxes=True)
+
+
+def normalise(text: str) -> str:
+    """Lower case, without punctuation, articles and double spaces."""
+    text = re.sub(r"[^\w\s]", " ", str(text).lower())
+    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+
+
+def _exact(prediction: str, answer: Any) -> float:
+    answers = answer if isinstance(answer, (list, tuple)) else [answer]
+    return float(any(normalise(prediction) == normalise(item) for item in answers))
+
+
+def _contains(prediction: str, answer: Any) -> float:
+    answers = answer if isinstance(answer, (list, tuple)) else [answer]
+    return float(any(f" {normalise(item)} " in f" {normalise(prediction)} " for item in answers))
+
+
+_MATCHES: dict[str, Callable[[str, Any], float]] = {"exact": _exact, "contains": _contains}
+
+
+def _read_spec(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no task file {path}.")
+    spec = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(spec, dict) or "data" not in spec:
+        raise ValueError(f"The task file {path} must hold a mapping with at least the key 'data'.")
+    for key in spec:
+        if key not in _KEYS:
+            raise ValueError(f"The task file {path} has an unknown key {key!r}.{near(key, list(_KEYS))}")
+    for key in spec.get("columns") or {}:
+        if key not in _COLUMNS:
+            raise ValueError(f"The task file {path} has an unknown column {key!r}.{near(key, list(_COLUMNS))}")
+    match = spec.get("match", "exact")
+    if match not in _MATCHES:
+        raise ValueError(
+            f"match in {path} must be one of {', '.join(_MATCHES)}, got {match!r}.{near(match, list(_MATCHES))}"
+        )
+    return spec
+
+
+def _file_task(path: Path) -> Task:
+    from datasets import Features, load_dataset
+    from datasets import Image as ImageFeature
+
+    spec = _read_spec(path)
+    columns = {**{key: key for key in ("image", "question", "answer")}, **(spec.get("columns") or {})}
+    source = path.parent / str(spec["data"])
+    if source.is_file():
+        kind = "parquet" if source.suffix == ".parquet" else "json"
+        data: Any = load_dataset(kind, data_files=str(source), split="train")
+    else:
+        data = load_dataset(str(spec["data"]), split=spec.get("split", "test"))
+    missing = [column for column in columns.values() if column not in data.column_names]
+    if missing:
+        raise ValueError(
+            f"The data of {path} has no column {missing[0]!r}.{near(missing[0], data.column_names)} "
+            f"Its columns: {', '.join(data.column_names)}."
+        )
+    if not isinstance(data.features[columns["image"]], ImageFeature):
+        data = data.cast(Features({**data.features, columns["image"]: ImageFeature()}))
+
+    def load(start: int, stop: int) -> Iterator[Sample]:
+        for index, row in enumerate(data.select(range(start, stop)), start=start):
+            yield Sample(
+                sample_id=str(row[columns["id"]] if "id" in columns else index),
+                family=str(row[columns["family"]]) if "family" in columns else "all",
+                question=row[columns["question"]],
+                answer=row[columns["answer"]],
+                image=row[columns["image"]],
+                boxes=row[columns["boxes"]] if "boxes" in columns else None,
+            )
+
+    return Task(
+        name=str(spec.get("name", path.stem)),
+        size=len(data),
+        load=load,
+        score=_MATCHES[spec.get("match", "exact")],
+        max_new_tokens=int(spec.get("max_new_tokens", 16)),
+        has_boxes="boxes" in columns,
+    )

@@ -1,0 +1,196 @@
+"""Times of one prompt: prefill, selection and decode, against the unpruned model and against the ideal prefill.
+
+The ideal is the honest bound: the same model, its vision tower and projector on the same image, then the decoder on a
+prompt that holds just the kept tokens; no selection, no bookkeeping. A method that cuts after the projector cannot be
+faster. (One that shrinks the picture, `downsample`, can: its tower has less to do.)
+
+Machines are noisy, so unpruned, pruned and ideal take turns within one round, and ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tokenprune.evals.config import Measure, Point
+from tokenprune.evals.flops import cache_bytes
+from tokenprune.evals.models import LoadedModel
+from tokenprune.evals.runner import pruned, visual_tokens
+from tokenprune.evals.stats import median_iqr
+from tokenprune.evals.tasks import Sample
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from tokenprune import cost
+from tokenprune.api import adapter_for
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds until the device is done, and what `work` returned."""
+    _wait(device)
+    begin = time.perf_counter()
+    result = work()
+    _wait(device)
+    return time.perf_counter() - begin, result
+
+
+def prefill(loaded: LoadedModel, inputs: dict[str, Any]) -> Any:
+    """One forward pass over a prompt: tower, projector, decoder, logits of the last position, KV cache."""
+    return loaded.model(**inputs, use_cache=True, logits_to_keep=1)
+
+
+def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], kept: list[torch.Tensor]) -> Callable[[], Any]:
+    """The work of an ideal pruned prefill, ready to be timed. Batch of one.
+
+    Args:
+        kept: for each image of the prompt, kept raster indices `[k]`.
+    """
+    model, adapter = loaded.model, adapter_for(loaded.model)
+    ids = inputs["input_ids"]
+    visual = ids[0] == adapter.image_token_id
+    text = {"input_ids", "attention_mask"}
+    vision = {name: value for name, value in inputs.items() if name not in text}
+    sizes = [rows * cols for rows, cols in adapter.image_grids(inputs["pixel_values"])]
+    stays = torch.cat([torch.zeros(size, dtype=torch.bool).index_fill(0, k, True) for size, k in zip(sizes, kept)])
+    keep = torch.ones_like(visual)
+    keep[visual] = stays.to(keep.device)
+    short_ids = ids[:, keep]
+    places = short_ids == adapter.image_token_id
+    rows = stays.to(ids.device)
+    mask = torch.ones_like(short_ids)
+
+    def run() -> Any:
+        features = torch.cat(list(adapter.entry.get_image_features(**vision, return_dict=True).pooler_output))
+        embeds = model.get_input_embeddings()(short_ids)
+        embeds = embeds.masked_scatter(places[..., None], features[rows].to(embeds.dtype))
+        return model(inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1)
+
+    return run
+
+
+class _Stamps(StoppingCriteria):
+    """Notes the time after each generated token; never stops."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        _wait(self.device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def decode_seconds(loaded: LoadedModel, inputs: dict[str, Any], tokens: int) -> list[float]:
+    """Seconds of each decode step after the first token of one `generate`."""
+    stamps = _Stamps(loaded.model.device)
+    loaded.model.generate(
+        **inputs,
+        do_sample=False,
+        max_new_tokens=tokens + 1,
+        min_new_tokens=tokens + 1,
+        stopping_criteria=StoppingCriteriaList([stamps]),
+    )
+    return [after - before for before, after in zip(stamps.times, stamps.times[1:])]
+
+
+def measure_times(
+    loaded: LoadedModel, point: Point, samples: list[Sample], measure: Measure, seed: int = 0
+) -> dict[str, Any]:
+    """Times, in seconds, and KV bytes, on `samples` one by one.
+
+    Returns:
+        `kv`: `measured` (bytes that the real cache holds after the prompt, mean over samples), `analytic`, `unpruned`
+        (analytic), `per_layer` (measured, of the first sample), `lengths` (keys per layer, of the first sample),
+        `equivalent_tokens` (visual keys averaged over layers and samples, read off the real cache).
+        `times`: median and quartiles of `prefill`, `unpruned_prefill`, `ideal_prefill`, `selection`, `decode` (per
+        token), `unpruned_decode`, and of the ratios `to_ideal`, `to_unpruned` and `selection_share`, each taken within
+        a round. The unpruned model has no ideal and no selection.
+    """
+    device = loaded.model.device
+    shape = adapter_for(loaded.model).cost_shape()
+    itemsize = loaded.model.dtype.itemsize
+    logs: dict[str, list[float]] = {}
+    kv: dict[str, Any] = {"measured": 0.0, "analytic": 0.0, "unpruned": 0.0, "equivalent_tokens": 0.0}
+
+    def log(name: str, value: float) -> None:
+        logs.setdefault(name, []).append(value)
+
+    for number, sample in enumerate(samples):
+        inputs = dict(loaded.inputs([sample.question], [sample.image]))
+        length = inputs["input_ids"].shape[1]
+        with torch.inference_mode():
+            with pruned(loaded, point, seed, [sample]) as handle:
+                cache = prefill(loaded, inputs).past_key_values
+                kept = None if handle is None else handle.kept[0]
+                removed = 0 if handle is None else handle.report().visual_tokens - handle.report().kept_tokens
+            sizes = cache_bytes(cache)
+            kv["measured"] += sum(sizes) / len(samples)
+            kv["analytic"] += cost.kv_bytes(shape, [length - removed] * shape.layers, itemsize) / len(samples)
+            kv["unpruned"] += cost.kv_bytes(shape, [length] * shape.layers, itemsize) / len(samples)
+            lengths = [layer.keys.shape[-2] for layer in cache.layers]
+            text = length - visual_tokens(loaded, inputs)[0]
+            kv["equivalent_tokens"] += cost.equivalent_tokens([n - text for n in lengths]) / len(samples)
+            if number == 0:
+                kv["per_layer"], kv["lengths"] = sizes, lengths
+            del cache
+            if not measure.times:
+                continue
+            ideal = None if kept is None else ideal_prefill(loaded, inputs, kept)
+            for round_number in range(measure.warmup + measure.repeats):
+                found = _round(loaded, point, sample, seed, inputs, ideal, round_number, measure.decode_tokens, device)
+                if round_number >= measure.warmup:
+                    for name, values in found.items():
+                        for value in values:
+                            log(name, value)
+    return {"kv": kv, "times": {name: median_iqr(values) for name, values in logs.items()}}
+
+
+def _round(
+    loaded: LoadedModel,
+    point: Point,
+    sample: Sample,
+    seed: int,
+    inputs: dict[str, Any],
+    ideal: Callable[[], Any] | None,
+    turn: int,
+    decode_tokens: int,
+    device: torch.device,
+) -> dict[str, list[float]]:
+    """Unpruned, pruned and ideal once each, in an order that rotates with `turn`."""
+    found: dict[str, list[float]] = {}
+
+    def unpruned_turn() -> None:
+        found["unpruned_prefill"] = [_timed(device, lambda: prefill(loaded, inputs))[0]]
+        if decode_tokens:
+            found["unpruned_decode"] = decode_seconds(loaded, inputs, decode_tokens)
+
+    def pruned_turn() -> None:
+        with pruned(loaded, point, seed, [sample]) as handle:
+            found["prefill"] = [_timed(device, lambda: prefill(loaded, inputs))[0]]
+            found["selection"] = [handle.report().selection_seconds]
+            if decode_tokens:
+                found["decode"] = decode_seconds(loaded, inputs, decode_tokens)
+
+    def ideal_turn() -> None:
+        if ideal is not None:
+            found["ideal_prefill"] = [_timed(device, ideal)[0]]
+
+    turns = [unpruned_turn, pruned_turn, ideal_turn] if ideal is not None else [unpruned_turn]
+    for i in range(len(turns)):
+        turns[(i + turn) % len(turns)]()
+    if ideal is None:
+        found["prefill"] = found["unpruned_prefill"]
+        found["decode"] = found.get("unpruned_decode", [])
+        return {name: values for name, values in found.items() if values}
+    prefill_time = found["prefill"][0]
+    found["to_ideal"] = [prefill_time / found["ideal_prefill"][0]]
+    found["to_unpruned"] = [prefill_time / found["unpruned_prefill"][0]]
+    found["selection_share"] = [found["selection"][0] / found["unpruned_prefill"][0]]
+    return found
