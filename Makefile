@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench lint format clean
 
 help:
 	@echo "make demo    run the demo sweep: table, plot and report under runs/"
 	@echo "make test    what CI runs: ruff, pyright, the tests and the packaging checks"
+	@echo "make bench   time pruned prefill against the unpruned and the ideal one; needs a quiet machine"
 	@echo "make lint    ruff and pyright only"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove .venv and every cache (runs/ stays)"
@@ -31,6 +32,9 @@ demo: $(STAMP)
 # at once instead of waiting for a network.
 test: lint
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+bench: $(STAMP)
+	$(BIN)/python -m tokenprune.evals.bench.prefill
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
