@@ -1,8 +1,8 @@
 """Pruned prefill against the unpruned and the ideal one, for every method: `make bench`.
 
-The ideal is the same model on a prompt that holds just the kept tokens (`tokenprune.evals.timing`). Unpruned, pruned and
-ideal take turns within one round, so that a noisy machine hits all three alike. The result is a CSV with hardware, date,
-commit and versions in every row.
+The ideal is the same model on a prompt that holds just the kept tokens (`tokenprune.evals.timing`). Unpruned, pruned
+and ideal take turns within one round, so that a noisy machine hits all three alike. The result is a CSV with hardware,
+date, commit and versions in every row.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from tokenprune.registry import METHODS
 
 COLUMNS = (
-    "model", "method", "keep", "batch", "unpruned_ms", "pruned_ms", "ideal_ms", "selection_ms", "to_unpruned", "to_ideal",
-    "to_ideal_q1", "to_ideal_q3", "selection_share", "decode_ms", "unpruned_decode_ms", "kv_bytes", "kv_bytes_unpruned",
-    "rounds", "dtype", "cpu", "gpu", "threads", "torch", "transformers", "commit", "date",
+    "model", "method", "keep", "batch", "unpruned_ms", "pruned_ms", "ideal_ms", "selection_ms", "to_unpruned",
+    "to_ideal", "to_ideal_q25", "to_ideal_q75", "selection_share", "decode_ms", "unpruned_decode_ms", "kv_bytes",
+    "kv_bytes_unpruned", "rounds", "dtype", "cpu", "gpu", "threads", "torch", "transformers", "commit", "date",
 )  # fmt: skip
 
 
@@ -30,8 +30,10 @@ def measure(model: str, methods: list[str], budgets: list[int], repeats: int, sa
     from tokenprune.evals.timing import measure_times
 
     loaded = load_model(model)
-    pictures = load_task("pocket").samples[:samples]
-    origin = provenance(RunConfig(name="bench", model=model, methods=list(methods)))
+    pictures = list(load_task("pocket").load(0, samples))
+    origin = provenance(
+        RunConfig(name="bench", model=model, tasks=["pocket"], methods=list(methods), keep=list(budgets))
+    )
     settings = Measure(samples=samples, repeats=repeats, warmup=2, decode_tokens=4)
     rows = []
     for keep in budgets:
@@ -51,8 +53,8 @@ def measure(model: str, methods: list[str], budgets: list[int], repeats: int, sa
                     "selection_ms": 1e3 * at["selection"],
                     "to_unpruned": at["to_unpruned"],
                     "to_ideal": at["to_ideal"],
-                    "to_ideal_q1": times["to_ideal"]["q1"],
-                    "to_ideal_q3": times["to_ideal"]["q3"],
+                    "to_ideal_q25": times["to_ideal"]["q25"],
+                    "to_ideal_q75": times["to_ideal"]["q75"],
                     "selection_share": at["selection_share"],
                     "decode_ms": 1e3 * at["decode"],
                     "unpruned_decode_ms": 1e3 * at["unpruned_decode"],
