@@ -20,7 +20,7 @@ from tokenprune.methods.uniform import spread
 from tokenprune.registry import register_method
 from tokenprune.selection import Selection, topk_indices
 
-_TOUCH = 1e-6  # of a patch: a box that ends on the border of a patch does not touch it, whatever its rounding
+_TOUCH = 1e-4  # of a patch: a box that ends on the border of a patch does not touch it, even if rounded to fp32
 
 
 def coverage(boxes: Sequence[Sequence[float]], grid: tuple[int, int]) -> Tensor:
