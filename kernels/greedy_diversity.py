@@ -16,8 +16,8 @@ OBJECTIVES = ("max_sum", "k_center")
 _TINY = 1e-12  # rows shorter than this are padding: they become zero vectors instead of NaN
 
 # One row of similarities at a time reads all features anew; the full Gram product reuses them from cache. Measured on
-# one core (AVX-512, N = 576), a row alone costs 7 (D = 256, 1024) to 11 (D = 4096) times a row of the product.
-_ROW_COST = 10
+# one core (AVX-512, N = 576, D = 256, 1024 and 4096), a row alone costs 12 times a row of the product.
+_ROW_COST = 12
 
 
 def needs_gram(num_tokens: int, k: int, has_first: bool) -> bool:
