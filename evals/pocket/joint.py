@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenprune.evals.pocket.alignment import PatchWords, start_ground, structured_start
 from tokenprune.evals.pocket.easy import easy_split
 from tokenprune.evals.pocket.model import build_llava
 from tokenprune.evals.pocket.packing import (
@@ -22,7 +23,7 @@ from tokenprune.evals.pocket.packing import (
     tokenizer,
 )  # fmt: skip
 from tokenprune.evals.pocket.questions import FAMILIES
-from tokenprune.evals.pocket.scenes import PATCH, SPLIT_SEED, Scene, make_scene
+from tokenprune.evals.pocket.scenes import PATCH, SHAPES, SPLIT_SEED, SYMBOLS, Scene, make_scene
 from tokenprune.evals.pocket.vision import (
     GRID,
     Heads,
@@ -42,12 +43,23 @@ GROUND_LAYER = 4  # the decoder layer whose output must know where the thing is 
 
 
 class Ground(nn.Module):
-    """Throw-away head: from the hidden state at an object's word to its centre's column and row (24 and "none")."""
+    """Throw-away heads: from the hidden state at an object's word to its centre's column and row (24 and "none").
+
+    And from the state where a relation is answered to the places of both things that it is about.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(width)
         self.out = nn.Linear(width, 2 * (NO_PLACE + 1))
+        self.pair = nn.Linear(width, 4 * (NO_PLACE + 1))
+        nn.init.normal_(self.pair.weight, std=0.005)
+
+    def pair_loss(self, hidden: Tensor, places: Tensor) -> Tensor:
+        """``hidden`` [R, width] where a relation is answered, ``places`` [R, 4] of its two things -> loss."""
+        # times ten: near places differ little in their codes, so the weights must grow large, and fast
+        logits = (10 * self.pair(self.norm(hidden))).unflatten(-1, (4, NO_PLACE + 1))
+        return F.cross_entropy(logits.flatten(0, 1), places.flatten())
 
     def loss(self, hidden: Tensor, places: Tensor) -> tuple[Tensor, float]:
         """``hidden`` [M, width], ``places`` [M, 2] (column, row) -> loss and accuracy."""
@@ -105,10 +117,12 @@ def forward(
     ground: Ground | None = None,
     vision: Heads | None = None,
     shape_weight: float = 1.0,
+    frozen: bool = False,
 ) -> dict[str, Tensor | float]:
     """Losses and per-family accuracy of a batch; an answer counts as right if all its tokens and the end are."""
     core, packed = model.model, batch.packed
-    states = run_tower(core.vision_tower, batch.pixels, batch.tower_positions, last=vision is not None)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        states = run_tower(core.vision_tower, batch.pixels, batch.tower_positions, last=vision is not None)
     patches = states[0][:, 1:]
     if batch.kept is not None:
         patches = patches.gather(1, batch.kept[..., None].expand(-1, -1, patches.shape[-1]))
@@ -123,13 +137,22 @@ def forward(
     head = inputs.shape[1] - packed.ids.shape[1]
     asked = packed.labels >= 0
     logits, labels = model.lm_head(out.last_hidden_state[:, head:][asked]), packed.labels[asked]
-    result: dict[str, Tensor | float] = {"answer_loss": F.cross_entropy(logits, labels)}
+    weight = torch.ones(len(ALL_FAMILIES))
+    for name in ("read", "global"):  # only one such question an image
+        weight[ALL_FAMILIES.index(name)] = 2.0
+    weight = weight[packed.family[asked]]
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    result: dict[str, Tensor | float] = {"answer_loss": (losses * weight).sum() / weight.sum()}
     with torch.no_grad():
         result |= _accuracy(logits.argmax(-1) == labels, packed, asked)
     if ground is not None and len(packed.places):
         b, t, col, row = packed.places.unbind(1)
         hidden = out.hidden_states[GROUND_LAYER][b, head + t]
         result["ground_loss"], result["ground"] = ground.loss(hidden, torch.stack([col, row], 1))
+        b, t = packed.pairs[:, 0], packed.pairs[:, 1]
+        if len(b):
+            hidden = out.hidden_states[GROUND_LAYER][b, head + t]
+            result["pair_loss"] = ground.pair_loss(hidden, packed.pairs[:, 2:])
     if vision is not None:
         n = len(batch.targets["n"])
         loss, seen = vision_losses(
@@ -182,21 +205,51 @@ def validate(model: LlavaForConditionalGeneration, stage, batches: int, drop: bo
     return {key: sum(v) / len(v) for key, v in totals.items()}
 
 
+def train_projector(stage, out: Path, tools) -> None:
+    """Stage P: the projector alone, on a frozen tower (see ``alignment.py``)."""
+    state = torch.load(out / f"stage_{stage.after}.pt", weights_only=True)
+    model = start_model(state["tower"])
+    heads, log, total = Heads(model.config.vision_config.hidden_size), tools.Log(out / "log.csv"), 0.0
+    heads.load_state_dict(state["heads"])
+    structured_start(model)
+    words, projector = PatchWords(model), model.model.multi_modal_projector
+    optimizer = tools.make_optimizer({projector: 1.0})
+    for step in range(stage.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = tools.learning_rate(step, stage.steps, stage.lr, warmup=10)
+        pixels, positions, target, _, _ = tools.vision_batch(stage, step, easy=0)
+        with torch.no_grad():
+            patches = run_tower(model.model.vision_tower, pixels, positions, last=False)[0][:, 1:]
+            wanted = words(target, positions)
+        off = ((projector(patches) - wanted).square() * words.weight).mean(-1)
+        shown = (target["shape"] != len(SHAPES)) | (target["sign"] != len(SYMBOLS)).any(-1)
+        loss = off[shown].mean() + 0.3 * off[~shown].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+        if (step + 1) % stage.every == 0:
+            log.add(stage=stage.name, step=step + 1, images=(step + 1) * stage.batch, loss=total / stage.every)
+            total = 0.0
+    tools.save(out / f"stage_{stage.name}.pt", stage.name, stage.steps, {"model": model, "heads": heads}, optimizer)
+
+
 def train_joint(stage, out: Path, resume: bool, tools) -> None:
     """Stages B and C. ``tools`` is the ``train`` module (optimiser, schedule, log, checkpoints)."""
     path, log, first = out / f"stage_{stage.name}.pt", tools.Log(out / "log.csv"), 0
     begun = resume and path.exists()
     state = torch.load(path if begun else out / f"stage_{stage.after}.pt", weights_only=True)
-    prefix = "model.vision_tower."
-    inside = {k.removeprefix(prefix): v for k, v in state.get("model", {}).items() if k.startswith(prefix)}
-    tower_state = state.get("tower", inside)
-    model = start_model(tower_state)
+    model = build_llava(build_tower(), tokenizer())
     heads, ground = Heads(model.config.vision_config.hidden_size), Ground(model.config.text_config.hidden_size)
+    start_ground(ground.out.weight)
     modules: dict[str, nn.Module] = {"model": model, "heads": heads, "ground": ground}
     for name, module in modules.items():
         if name in state:
-            module.load_state_dict(state[name])
-    optimizer = tools.make_optimizer([model, heads, ground], slow=model.model.vision_tower)
+            module.load_state_dict(state[name], strict=name != "ground")
+    # new linear heads learn fast; what the tower and the projector know already is kept by learning slowly
+    slow, fast = stage.tower_lr, stage.head_lr
+    parts = {model.model.vision_tower: slow, model.model.multi_modal_projector: max(slow, 0.4), heads: slow}
+    optimizer = tools.make_optimizer(parts | {model.lm_head: fast, ground: fast, model: 1.0})
     if begun:
         first = state["step"]
         optimizer.load_state_dict(state["optimizer"])
@@ -204,18 +257,17 @@ def train_joint(stage, out: Path, resume: bool, tools) -> None:
     began, sums, counts = time.time(), {}, {}
     for step in range(first, stage.steps):
         for group in optimizer.param_groups:
-            rate = tools.learning_rate(step, stage.steps, stage.lr)
-            group["lr"] = rate * (stage.tower_lr if group["slow"] else 1.0)
+            group["lr"] = tools.learning_rate(step, stage.steps, stage.lr, warmup=30) * group["scale"]
         batch = Batch(stage, step)
-        result = forward(model, batch, ground, heads if stage.vision > 0 else None, stage.shape)
+        result = forward(model, batch, ground, heads if stage.vision > 0 else None, stage.shape, stage.tower_lr == 0)
         loss = result["answer_loss"] + stage.ground * result.get("ground_loss", 0.0)
-        loss = loss + stage.vision * result.get("vision_loss", 0.0)
+        loss = loss + stage.ground * result.get("pair_loss", 0.0) + stage.vision * result.get("vision_loss", 0.0)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_([p for m in modules.values() for p in m.parameters()], 1.0)
         optimizer.step()
         for key, value in result.items():
-            sums[key], counts[key] = sums.get(key, 0.0) + float(value), counts.get(key, 0) + 1
+            sums[key], counts[key] = sums.get(key, 0.0) + float(torch.as_tensor(value).detach()), counts.get(key, 0) + 1
         if (step + 1) % stage.every == 0:
             means = {k: v / counts[k] for k, v in sums.items()}
             log.add(

@@ -15,7 +15,7 @@ import torch
 from tokenprune.evals.pocket.easy import easy_split
 from tokenprune.evals.pocket.model import build_tokenizer
 from tokenprune.evals.pocket.questions import Question, ask
-from tokenprune.evals.pocket.scenes import PATCH, SHAPES, Scene
+from tokenprune.evals.pocket.scenes import PATCH, SHAPES, SIGN_LENGTH, SIGN_MARGIN, SIGN_PITCH, Scene
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -43,12 +43,16 @@ def prefix_ids() -> tuple[list[int], list[int]]:
 
 @dataclass
 class Turn:
-    """Token ids of one turn and where its answer begins; ``places``: (token index, column, row) of grounded words."""
+    """Token ids of one turn and where its answer begins; ``places``: (token index, column, row) of grounded words.
+
+    ``pair``: column and row of the first and of the second thing that a relation question names, else None.
+    """
 
     ids: list[int]
     answer: int
     places: list[tuple[int, int, int]]
     family: str
+    pair: tuple[int, int, int, int] | None = None
 
 
 def make_turn(question: Question, corner: tuple[int, int]) -> Turn:
@@ -65,7 +69,16 @@ def make_turn(question: Question, corner: tuple[int, int]) -> Turn:
         mentions = []
     places = [(i, *_place(box, corner)) for i, box in zip(mentions, boxes, strict=False)]
     eos = tokenizer().eos_token_id
-    return Turn([*prompt, *answer, eos], len(prompt), places, question.family)
+    if question.family == "read":
+        # the word "sign", and each token that predicts a symbol, shall know where the sign or the symbol is
+        x0, y0, _, y1 = question.boxes[0]
+        places = [(prompt.index(_ids(" sign")[0]), *_place(question.boxes[0], corner))]
+        for j in range(SIGN_LENGTH):
+            x = x0 + SIGN_MARGIN + j * SIGN_PITCH
+            token = len(prompt) + len(answer) - SIGN_LENGTH + j - 1
+            places.append((token, *_place((x, y0, x + 10, y1), corner)))
+    pair = (*places[0][1:], *places[1][1:]) if question.family == "relation" else None
+    return Turn([*prompt, *answer, eos], len(prompt), places, question.family, pair)
 
 
 @lru_cache(maxsize=1)
@@ -130,8 +143,8 @@ class Packed:
     """A batch of packed turns, T tokens after the image prefix of each of B samples.
 
     ``ids`` [B, T]; ``mask`` [B, 1, P + T, P + T] bool, True where attention is allowed; ``positions`` [B, P + T];
-    ``labels`` [B, T], -100 where no loss is; ``places`` [M, 4]: sample, token, column, row; ``family`` [B, T] index
-    or -1.
+    ``labels`` [B, T], -100 where no loss is; ``places`` [M, 4]: sample, token, column, row; ``pairs`` [R, 6]: sample,
+    token that predicts the answer, columns and rows of two things; ``family`` [B, T] index or -1.
     """
 
     ids: Tensor
@@ -139,6 +152,7 @@ class Packed:
     positions: Tensor
     labels: Tensor
     places: Tensor
+    pairs: Tensor
     family: Tensor
 
 
@@ -161,7 +175,7 @@ def pack(turns: list[list[Turn]], image_positions: Tensor, image_end: int, famil
     positions[:, len(before) : len(before) + image_positions.shape[1]] = image_positions
     positions[:, head - len(after) : head] = torch.arange(len(after)) + image_end
     first = image_end + len(after)
-    places = []
+    places, pairs = [], []
     for b, group in enumerate(turns):
         at = 0
         for k, turn in enumerate(group):
@@ -173,7 +187,11 @@ def pack(turns: list[list[Turn]], image_positions: Tensor, image_end: int, famil
             segment[b, head + at : head + at + n] = k + 1
             positions[b, head + at : head + at + n] = torch.arange(n) + first
             places += [(b, at + i, col, row) for i, col, row in turn.places]
+            if turn.pair is not None:
+                pairs.append((b, at + turn.answer - 1, *turn.pair))
             at += n
     same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
     mask = (same & torch.ones(head + length, head + length, dtype=torch.bool).tril())[:, None]
-    return Packed(ids, mask, positions, labels, torch.tensor(places).reshape(-1, 4), family)
+    return Packed(
+        ids, mask, positions, labels, torch.tensor(places).reshape(-1, 4), torch.tensor(pairs).reshape(-1, 6), family
+    )

@@ -43,8 +43,8 @@ _BITMAPS = {
     symbol: np.kron(np.array([[int(bit) for bit in row] for row in rows.split()], bool), np.ones((2, 2), bool))
     for symbol, rows in _GLYPHS.items()
 }
-_PITCH, _MARGIN = 13, 4  # pixels from symbol to symbol, and from the plate's edge to the first symbol
-_SIGN_SIZE = (2 * _MARGIN + (SIGN_LENGTH - 1) * _PITCH + 10, 2 * _MARGIN + 14)  # (width, height)
+SIGN_PITCH, SIGN_MARGIN = 13, 4  # pixels from symbol to symbol, and from the plate's edge to the first symbol
+_SIGN_SIZE = (2 * SIGN_MARGIN + (SIGN_LENGTH - 1) * SIGN_PITCH + 10, 2 * SIGN_MARGIN + 14)  # (width, height)
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _draw_sign(pixels: np.ndarray, owners: np.ndarray, text: str, box: tuple[int
     pixels[y0 + 1 : y1 - 1, x0 + 1 : x1 - 1] = 250
     owners[y0:y1, x0:x1] = 250
     for j, symbol in enumerate(text):
-        x, y = x0 + _MARGIN + j * _PITCH, y0 + _MARGIN
+        x, y = x0 + SIGN_MARGIN + j * SIGN_PITCH, y0 + SIGN_MARGIN
         cell = pixels[y : y + 14, x : x + 10]
         cell[_BITMAPS[symbol]] = 16
         owners[y - 1 : y + 15, x - 1 : x + 11] = 200 + j

@@ -37,6 +37,9 @@ from torch import Tensor, nn
 _MIX = {"relation": 7, "exist": 6, "count": 5, "attribute": 4, "read": 1, "global": 1}
 
 
+_HARD = {"relation": 10, "exist": 3, "count": 6, "attribute": 2, "read": 1, "global": 1}
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage of the recipe.
@@ -44,9 +47,9 @@ class Stage:
     ``size``: pixels a side of the training images; ``seed``: offset of its scenes within the split's range;
     ``objects``: things a scene, from - to; ``easy``: share of easy-VQA images; ``drop``, ``drop_end``: share of batches
     in which background tokens are dropped before the decoder, at the first and the last step; ``mix``: questions an
-    image; ``vision`` and ``ground``: weights of the auxiliary losses; ``tower_lr``: the tower's rate as a part of
-    ``lr``; ``after``: the stage whose weights it starts from; ``shape``: weight of the shape loss within the vision
-    losses; ``every``: steps from one line of the log to the next.
+    image; ``vision`` and ``ground``: weights of the auxiliary losses; ``tower_lr``, ``head_lr``: the rates of tower and
+    projector, and of the output layer, as parts of ``lr``; ``after``: the stage whose weights it starts from;
+    ``shape``: weight of the shape loss within the vision losses; ``every``: steps from one line of the log to the next.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Stage:
     vision: float = 0.0
     ground: float = 0.0
     tower_lr: float = 0.3
+    head_lr: float = 1.0
     after: str = ""
     shape: float = 1.0
     every: int = 25
@@ -71,13 +75,27 @@ class Stage:
 STAGES = {
     "A": Stage("A", steps=1000, batch=32, lr=1.5e-3, size=168, seed=0, objects=(5, 9)),
     "A2": Stage("A2", steps=550, batch=32, lr=8e-4, size=168, seed=50_000_000, objects=(7, 11), after="A", shape=3.0),
+    "A3": Stage("A3", steps=120, batch=32, lr=5e-4, size=168, seed=80_000_000, objects=(5, 9), after="A2", shape=3.0),
+    "P": Stage("P", steps=125, batch=24, lr=3e-3, size=168, seed=90_000_000, objects=(5, 9), after="A3"),
     "B": Stage(
-        "B", steps=850, batch=8, lr=1e-3, size=168, seed=100_000_000, objects=(3, 7), easy=0.08, drop=0.6, drop_end=0.4,
-        vision=0.1, ground=0.3, tower_lr=0.3, after="A2", shape=2.0,
+        "B", steps=400, batch=8, lr=5e-4, size=168, seed=100_000_000, objects=(3, 7), easy=0.08, drop=0.6, drop_end=0.4,
+        vision=0.1, ground=0.3, tower_lr=0.4, head_lr=3.0, after="P", shape=2.0,
+    ),
+    "B2": Stage(
+        "B2", steps=350, batch=8, lr=6e-4, size=168, seed=150_000_000, objects=(3, 7), easy=0.08, drop=0.5,
+        drop_end=0.4, vision=0.1, ground=0.3, tower_lr=0.4, head_lr=2.0, after="B", shape=2.0, mix=_HARD,
+    ),
+    "B3": Stage(
+        "B3", steps=200, batch=8, lr=5e-4, size=168, seed=170_000_000, objects=(3, 7), easy=0.08, drop=0.5,
+        drop_end=0.4, vision=0.1, ground=0.4, tower_lr=0.3, head_lr=1.0, after="B2", shape=2.0, mix=_HARD,
+    ),
+    "R": Stage(
+        "R", steps=200, batch=24, lr=7e-4, size=168, seed=180_000_000, objects=(2, 4), easy=0.04, drop=1.0,
+        drop_end=1.0, ground=0.4, tower_lr=0.0, after="B3", mix={"read": 1, "count": 2, "relation": 1, "exist": 1},
     ),
     "C": Stage(
-        "C", steps=550, batch=6, lr=8e-4, size=336, seed=200_000_000, objects=(5, 9), easy=0.1, drop=0.7, drop_end=0.2,
-        vision=0.1, ground=0.2, tower_lr=0.3, after="B", shape=2.0,
+        "C", steps=320, batch=6, lr=5e-4, size=336, seed=200_000_000, objects=(5, 9), easy=0.1, drop=0.7, drop_end=0.3,
+        vision=0.1, ground=0.3, tower_lr=0.4, after="R", shape=2.0, every=20, mix=_HARD,
     ),
 }  # fmt: skip
 
@@ -105,16 +123,20 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 60) -> float
     return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
 
 
-def make_optimizer(modules: list[nn.Module], slow: nn.Module | None = None) -> torch.optim.AdamW:
-    """AdamW; no weight decay on vectors. Groups of the parameters of ``slow`` are marked so."""
-    apart = {id(p) for p in slow.parameters()} if slow is not None else set()
-    params = [p for module in modules for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": found, "weight_decay": 0.02 if matrix else 0.0, "slow": is_slow}
-        for matrix in (True, False)
-        for is_slow in (False, True)
-        if (found := [p for p in params if (p.ndim > 1) == matrix and (id(p) in apart) == is_slow])
-    ]
+def make_optimizer(modules: dict[nn.Module, float]) -> torch.optim.AdamW:
+    """AdamW over ``modules``, each with its factor on the learning rate (the group's "scale").
+
+    A parameter belongs to the first module that holds it. No weight decay on vectors.
+    """
+    taken: set[int] = set()
+    groups = []
+    for module, scale in modules.items():
+        mine = [p for p in module.parameters() if p.requires_grad and id(p) not in taken]
+        taken |= {id(p) for p in mine}
+        for matrix in (True, False):
+            found = [p for p in mine if (p.ndim > 1) == matrix]
+            if found:
+                groups.append({"params": found, "weight_decay": 0.02 if matrix else 0.0, "scale": scale})
     return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)
 
 
@@ -122,9 +144,9 @@ class Log:
     """A CSV file that grows; columns that a stage does not measure stay empty."""
 
     columns = (
-        "stage", "step", "images", "seconds", "loss", "shape", "colour", "sign", "pattern", "mask", "penultimate_f1",
-        "penultimate_text", "penultimate_pattern", "last_f1", "last_text", "last_pattern", "ground", "exist",
-        "attribute", "count", "relation", "read", "global", "easy_vqa",
+        "stage", "step", "images", "seconds", "loss", "shape", "colour", "sign", "pattern", "place", "mask",
+        "penultimate_f1", "penultimate_text", "penultimate_pattern", "last_f1", "last_text", "last_pattern", "ground",
+        "exist", "attribute", "count", "relation", "read", "global", "easy_vqa",
     )  # fmt: skip
 
     def __init__(self, path: Path) -> None:
@@ -155,7 +177,7 @@ def train_vision(stage: Stage, out: Path, resume: bool) -> None:
     """Stage A: the tower alone."""
     tower = build_tower()
     heads = Heads(tower.config.hidden_size)
-    optimizer = make_optimizer([tower, heads])
+    optimizer = make_optimizer({tower: 1.0, heads: 1.0})
     modules: dict[str, nn.Module] = {"tower": tower, "heads": heads}
     path, log, first = out / f"stage_{stage.name}.pt", Log(out / "log.csv"), 0
     begun = resume and path.exists()
@@ -196,7 +218,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the log")
-    parser.add_argument("--stages", default="A,A2,B,C", help="which stages, in order")
+    parser.add_argument("--stages", default="A,A2,A3,P,B,B2,B3,R,C", help="which stages, in order")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -210,6 +232,9 @@ def main() -> None:
         else:
             from tokenprune.evals.pocket import joint
 
+            if name == "P":
+                joint.train_projector(STAGES[name], args.out, sys.modules[__name__])
+                continue
             joint.train_joint(STAGES[name], args.out, args.resume, sys.modules[__name__])
 
 

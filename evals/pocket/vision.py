@@ -187,7 +187,7 @@ def vision_losses(
     )
     ids = positions[:, 1:] - 1
     place = torch.stack([ids % GRID, ids // GRID], -1).float() / GRID * 2 - 1
-    loss = loss + F.mse_loss(place_l, place)
+    loss = loss + F.smooth_l1_loss(place_l * (GRID / 2), place * (GRID / 2))  # in patches
     on_thing = (shape != len(SHAPES)).float()
     off = F.smooth_l1_loss(middle_l, target["middle"], reduction="none").mean(-1)
     loss = loss + 2 * (off * on_thing).sum() / on_thing.sum().clamp(min=1)
@@ -209,6 +209,7 @@ def vision_losses(
         ):
             fore = truth != none
             log[name] = (logits.argmax(-1)[fore] == truth[fore]).float().mean().item()
+        log["place"] = (place_l - place).abs().mean().item() * GRID / 2
         log["pattern"] = (local_l.argmax(-1) == wide).float().mean().item()
     for i, state in enumerate(states[:2]):
         combos_l, text_l, pattern_l, _, _ = heads.cls[i](state[:, 0]).split(_CLS_SPLIT, -1)
