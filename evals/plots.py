@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ from tokenprune.evals.config import NONE
 
 # distinguishable with the usual colour-vision deficiencies in neighbouring pairs; markers tell the rest apart
 COLOURS = (
-    "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee7733", "#117733", "#882255", "#44aa99",
-    "#332288", "#999933",
+    "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee7733", "#332288", "#44aa99", "#882255",
+    "#7ba800", "#b07d48",
 )  # fmt: skip
 MARKERS = "os^Dv<>Phpd*X"
 GREYS = {"random": "#777777", "oracle": "#111111"}
@@ -22,7 +23,13 @@ def series_of(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     for record in records:
         if record["method"] != NONE and record.get("flops"):
             found.setdefault(record["series"], []).append(record)
-    return {name: sorted(group, key=flops_total) for name, group in found.items()}
+    return {name: sorted(group, key=flops_decoder) for name, group in found.items()}
+
+
+def flops_decoder(record: dict[str, Any]) -> float:
+    """FLOPs that the number of kept tokens decides, in units of 1e9: selection and prefill."""
+    parts = record["flops"]["analytic"]
+    return (parts["selection"] + parts["prefill"]) / 1e9
 
 
 def flops_total(record: dict[str, Any]) -> float:
@@ -37,36 +44,65 @@ def styles(names: list[str]) -> dict[str, tuple[str, str]]:
 
 
 def plot_pareto(records: list[dict[str, Any]], path: Path) -> Path:
-    """Write the plot: one panel per model and task."""
+    """Write the plot: a row per model and task; left the decoder's FLOPs, right all up to the first token."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     panels = list(dict.fromkeys((record["model"], record["task"]) for record in records))
-    figure, axes = plt.subplots(1, len(panels), figsize=(8.6 * len(panels), 5.2), squeeze=False, layout="constrained")
-    for (model, task), ax in zip(panels, axes[0], strict=True):
-        _panel(ax, [r for r in records if (r["model"], r["task"]) == (model, task)])
-        ax.set_title(f"{Path(model).name} on {task}", loc="left", fontsize=11)
+    figure, axes = plt.subplots(
+        len(panels),
+        2,
+        figsize=(13, 5.2 * len(panels)),
+        squeeze=False,
+        layout="constrained",
+        sharey="row",
+        width_ratios=[8, 5],
+    )
+    for (model, task), (left, right) in zip(panels, axes, strict=True):
+        own = [r for r in records if (r["model"], r["task"]) == (model, task)]
+        _panel(left, own, flops_decoder, spread=0.022)
+        _panel(right, own, flops_total, spread=0.0)
+        left.set_title(f"{Path(model).name} on {task}", loc="left", fontsize=11)
+        left.set_xscale("log")
+        left.set_xlabel("GFLOPs of selection and prefill (log; one budget's points are spread sideways)")
+        left.set_ylabel("accuracy, percent (bars: 95 percent bootstrap)")
+        right.set_xlabel("GFLOPs to the first token, vision tower included")
+        low, high = left.get_ylim()
+        left.set_ylim(max(0.0, min(low, high - 4)), min(100.0, max(high, low + 4)))
+        ticks_of_budgets(left, own)
+        right.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
 
 
-def _panel(ax: Any, records: list[dict[str, Any]]) -> None:
+def ticks_of_budgets(ax: Any, records: list[dict[str, Any]]) -> None:
+    """Label the x axis where the budgets are."""
+    places: dict[float, str] = {}
+    for record in records:
+        if record.get("flops") and record["method"] in (NONE, "random"):
+            places[flops_decoder(record)] = f"{flops_decoder(record):.3g}\n{record['kept_tokens']:g} tokens"
+    ax.set_xticks(list(places), list(places.values()))
+    ax.minorticks_off()
+
+
+def _panel(ax: Any, records: list[dict[str, Any]], cost: Callable[[dict[str, Any]], float], spread: float) -> None:
+    """Series over `cost`; `spread` moves the points of neighbouring series apart, in shares of the log range."""
     groups = series_of(records)
     looks = styles(list(groups))
     unpruned = next((record for record in records if record["method"] == NONE), None)
-    xs = [flops_total(record) for group in groups.values() for record in group]
-    width = (max(xs) - min(xs)) if xs else 0.0
+    xs = [cost(record) for group in [*groups.values(), [unpruned] if unpruned else []] for record in group]
+    step = (max(xs) / min(xs)) ** spread if xs else 1.0
     for index, (name, group) in enumerate(groups.items()):
         # one budget costs every method nearly the same, so points are spread sideways to be told apart
-        shift = (index - (len(groups) - 1) / 2) * 0.012 * width
+        shift = step ** (index - (len(groups) - 1) / 2)
         colour, marker = looks[name]
         y = [100 * record["overall"]["accuracy"] for record in group]
         low = [100 * record["overall"]["ci_low"] for record in group]
         high = [100 * record["overall"]["ci_high"] for record in group]
-        x = [flops_total(record) + shift for record in group]
+        x = [cost(record) * shift for record in group]
         style = "--" if name in GREYS else "-"
         ax.plot(x, y, style, color=colour, marker=marker, ms=5.5, lw=1.3, label=name, zorder=3)
         ax.vlines(x, low, high, color=colour, lw=1.0, alpha=0.45, zorder=2)
@@ -75,11 +111,8 @@ def _panel(ax: Any, records: list[dict[str, Any]]) -> None:
         level = 100 * scores["accuracy"]
         ax.axhspan(100 * scores["ci_low"], 100 * scores["ci_high"], color="#000000", alpha=0.05, lw=0, zorder=0)
         ax.axhline(level, color="#000000", lw=0.8, ls=":", zorder=1)
-        ax.plot([flops_total(unpruned)], [level], "*", color="#000000", ms=12, label="unpruned", zorder=4)
-    ax.set_xlabel("GFLOPs to the first token (vision tower + projector + selection + prefill)")
-    ax.set_ylabel("accuracy, percent (bars: 95 percent bootstrap)")
+        ax.plot([cost(unpruned)], [level], "*", color="#000000", ms=12, label="unpruned", zorder=4)
     ax.grid(True, color="#dddddd", lw=0.6)
     ax.set_axisbelow(True)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
-    ax.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

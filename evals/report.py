@@ -32,14 +32,16 @@ def write_report(
     for model, task in dict.fromkeys((record["model"], record["task"]) for record in records):
         own = [record for record in records if (record["model"], record["task"]) == (model, task)]
         body.append(f"<h2>{escape(Path(model).name)} on {escape(task)}</h2>")
-        body.append(svg_plot(own))
+        body += ["<h3>Accuracy against the FLOPs that the kept tokens decide</h3>", svg_plot(own, decoder=True)]
         body.append(
             '<p class="soft">Bars are 95 percent bootstrap intervals over samples. Methods with one budget cost nearly '
-            "the same, so their points are spread sideways a little. Point at a name to see it alone.</p>"
+            "the same, so their points are spread sideways. Point at a name to see it alone.</p>"
         )
         body += ["<h3>Results</h3>", _main_table(own), "<h3>Accuracy by question family, percent</h3>", _families(own)]
-        body += ["<h3>FLOPs of one prompt by part</h3>", _flops_table(own)]
         body += _pictures([picture for picture in pictures if (picture["task"], picture["model"]) == (task, model)])
+        body += ["<h3>Times of single prompts</h3>", _times_table(own)]
+        body += ["<h3>Accuracy against all FLOPs to the first token</h3>", svg_plot(own, decoder=False)]
+        body += ["<h3>FLOPs of one prompt by part</h3>", _flops_table(own)]
     body.append("<h2>Where this came from</h2>")
     body.append(f"<p class='soft'><code>{escape(str(origin['command']))}</code></p>")
     text = json.dumps(origin, indent=2, ensure_ascii=False, default=str)
@@ -81,8 +83,8 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _main_table(records: list[Record]) -> str:
-    heads = ("method", "tokens", "accuracy, %", "of unpruned, %", "vs random, points", "GFLOPs", "FLOPs, %",
-             "KV cache, KiB", "prefill, ms", "selection, ms", "decode, ms/token", "prefill / ideal")  # fmt: skip
+    heads = ("method", "tokens", "accuracy, %", "of unpruned, %", "vs random, points", "GFLOPs", "of unpruned, %",
+             "KV cache, KiB", "of unpruned, %")  # fmt: skip
     rows = []
     for record in records:
         scores, costs = record["overall"], flat_costs(record)
@@ -91,9 +93,6 @@ def _main_table(records: list[Record]) -> str:
             beats = "good" if scores["vs_random_low"] > 0 else "bad" if scores["vs_random_high"] < 0 else ""
         vs_random = _percent(scores["vs_random"], scores["vs_random_low"], scores["vs_random_high"], sign=True)
         kv = None if costs["kv_bytes"] is None else costs["kv_bytes"] / 1024
-        prefill = _number(costs["prefill_ms"], 1)
-        if prefill:
-            prefill += f" <small>{costs['prefill_ms_q25']:.1f} to {costs['prefill_ms_q75']:.1f}</small>"
         name = "unpruned" if record["method"] == NONE else record["series"]
         cells = [
             _cell(escape(name), name),
@@ -104,13 +103,38 @@ def _main_table(records: list[Record]) -> str:
             _cell(_number(costs["gflops_total"], 3), costs["gflops_total"]),
             _cell(_percent(costs["flops_share"]), costs["flops_share"]),
             _cell(_number(kv, 0), kv),
-            _cell(prefill, costs["prefill_ms"]),
-            _cell("" if record["method"] == NONE else _number(costs["selection_ms"]), costs["selection_ms"]),
-            _cell(_number(costs["decode_ms"]), costs["decode_ms"]),
-            _cell(_number(costs["prefill_to_ideal"]), costs["prefill_to_ideal"]),
+            _cell(_percent(costs["kv_share"]), costs["kv_share"]),
         ]
         rows.append(f"<tr{' class=ref' if record['reference'] else ''}>{''.join(cells)}</tr>")
     return _table(heads, rows, sort=True)
+
+
+def _times_table(records: list[Record]) -> str:
+    heads = ("method", "prefill, ms", "of unpruned, %", "ideal prefill, ms", "of ideal, %", "selection, ms",
+             "of unpruned prefill, %", "decode, ms/token")  # fmt: skip
+    names = ("prefill", "to_unpruned", "ideal_prefill", "to_ideal", "selection", "selection_share", "decode")
+    rows = []
+    for record in records:
+        times = record.get("times") or {}
+        if not times:
+            continue
+        cells = [_cell(escape(record["label"] if record["method"] != NONE else "unpruned"), record["label"])]
+        for name in names:
+            if name not in times:
+                cells.append(_cell("", ""))
+                continue
+            scale = 100 if name.startswith("to_") or name.endswith("_share") else 1000
+            middle, low, high = (scale * times[name][part] for part in ("median", "q25", "q75"))
+            cells.append(_cell(f"{middle:.4g} <small>{low:.3g} to {high:.3g}</small>", middle))
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    if not rows:
+        return '<p class="soft">No times were measured.</p>'
+    explained = (
+        '<p class="soft">Medians and quartiles. Ratios are taken within a round in which unpruned, pruned and ideal '
+        "take turns, so they bear a noisy machine better than the times do. The ideal runs the tower and the projector "
+        "on the same picture, then the decoder on a prompt with just the kept tokens.</p>"
+    )
+    return explained + _table(heads, rows, sort=True)
 
 
 def _families(records: list[Record]) -> str:
@@ -190,7 +214,7 @@ def _pictures(pictures: list[Record]) -> list[str]:
             right = picture["correct"] >= 0.5
             mark, kind = ("right", "good") if right else ("wrong", "bad")
             said = escape(picture["prediction"] or "(nothing)")
-            name = escape(picture["series"])
+            name = "unpruned" if picture["series"] == NONE else escape(picture["series"])
             parts.append(
                 f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption><b>{name}</b><br>'
                 f'<span class="{kind}">{said} · {mark}</span></figcaption></figure>'

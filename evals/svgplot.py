@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
 from tokenprune.evals.config import NONE
-from tokenprune.evals.plots import GREYS, flops_total, series_of, styles
+from tokenprune.evals.plots import GREYS, flops_decoder, flops_total, series_of, styles
 
-WIDTH, HEIGHT = 1130, 470  # pixels
+Record = dict[str, Any]
+WIDTH, HEIGHT = 1130, 450  # pixels
 LEFT, RIGHT, TOP, BOTTOM = 54, 190, 14, 46
 
 
@@ -25,35 +27,49 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
 
 
 class _Scale:
-    def __init__(self, low: float, high: float, start: float, end: float) -> None:
-        self.low, self.high, self.start, self.end = low, high, start, end
+    """Data to pixels, linear or logarithmic."""
+
+    def __init__(self, low: float, high: float, start: float, end: float, log: bool = False) -> None:
+        self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
 
     def __call__(self, value: float) -> float:
-        share = (value - self.low) / ((self.high - self.low) or 1.0)
+        low, high = self.low, self.high
+        if self.log:
+            value, low, high = math.log(value), math.log(low), math.log(high)
+        share = (value - low) / ((high - low) or 1.0)
         return self.start + share * (self.end - self.start)
 
 
-def svg_plot(records: list[dict[str, Any]]) -> str:
-    """One `<svg>` for the records of one model and task; "" if no FLOPs were counted."""
+def svg_plot(records: list[Record], decoder: bool) -> str:
+    """One `<svg>` for the records of one model and task; "" if no FLOPs were counted.
+
+    Args:
+        decoder: x is what the kept tokens decide (selection and prefill, log scale, with one budget's points spread
+            sideways); otherwise all FLOPs to the first token.
+    """
+    cost = flops_decoder if decoder else flops_total
     groups = series_of(records)
     unpruned = next((r for r in records if r["method"] == NONE and r.get("flops")), None)
     everything = [record for group in groups.values() for record in group] + ([unpruned] if unpruned else [])
     if not everything:
         return ""
-    xs = [flops_total(record) for record in everything]
+    xs = [cost(record) for record in everything]
     pad = 0.06 * (max(xs) - min(xs)) or 0.1 * max(xs)
+    ends = (min(xs) / 1.3, max(xs) * 1.15) if decoder else (min(xs) - pad, max(xs) + pad)
     lows = [100 * record["overall"]["ci_low"] for record in everything]
     highs = [100 * record["overall"]["ci_high"] for record in everything]
-    x = _Scale(min(xs) - pad, max(xs) + pad, LEFT, WIDTH - RIGHT)
+    x = _Scale(*ends, LEFT, WIDTH - RIGHT, log=decoder)
     y = _Scale(max(0.0, min(lows) - 3), min(100.0, max(highs) + 3), HEIGHT - BOTTOM, TOP)
     parts = [f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" width="100%" role="img" aria-label="the plot">']
-    parts += _axes(x, y)
+    label = "GFLOPs of selection and prefill" if decoder else "GFLOPs to the first token, vision tower included"
+    budgets = {cost(r): r["kept_tokens"] for r in records if r.get("flops") and r["method"] in (NONE, "random")}
+    parts += _axes(x, y, label, budgets if decoder else {})
     looks = styles(list(groups))
     for index, (name, group) in enumerate(groups.items()):
-        shift = (index - (len(groups) - 1) / 2) * 0.011 * (x.end - x.start)
-        parts.append(_series(name, group, "currentColor" if name == "oracle" else looks[name][0], shift, x, y))
+        shift = (index - (len(groups) - 1) / 2) * 0.012 * (x.end - x.start) * decoder
+        parts.append(_series(name, group, "currentColor" if name == "oracle" else looks[name][0], shift, x, y, cost))
     if unpruned:
-        px, py = x(flops_total(unpruned)), y(100 * unpruned["overall"]["accuracy"])
+        px, py = x(cost(unpruned)), y(100 * unpruned["overall"]["accuracy"])
         parts.append(f'<line class="unpruned" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py:.1f}" y2="{py:.1f}" '
                      'stroke-width="1" stroke-dasharray="2 4"/>')  # fmt: skip
         parts.append(f'<g><path class="unpruned" d="M{px:.1f} {py - 8:.1f}l8 8l-8 8l-8-8z"/>{_title(unpruned)}</g>')
@@ -61,26 +77,25 @@ def svg_plot(records: list[dict[str, Any]]) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def _axes(x: _Scale, y: _Scale) -> list[str]:
+def _axes(x: _Scale, y: _Scale, label: str, budgets: dict[float, float]) -> list[str]:
     parts = []
     for value in ticks(y.low, y.high):
         at = y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text class="soft" x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value in ticks(x.low, x.high, 8):
+    for value in budgets or ticks(x.low, x.high, 8):
         at = x(value)
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        text = f"{value:.6g}"
+        text = f"{value:.3g} ({budgets[value]:g} tokens)" if budgets else f"{value:.6g}"
         parts.append(f'<text class="soft" x="{at:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{text}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    label = "GFLOPs to the first token (vision tower + projector + selection + prefill)"
     parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{label}</text>')
     height = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(f'<text transform="translate(14 {height}) rotate(-90)" text-anchor="middle">accuracy, percent</text>')
     return parts
 
 
-def _title(record: dict[str, Any]) -> str:
+def _title(record: Record) -> str:
     scores = record["overall"]
     text = (
         f"{record['label']}: {100 * scores['accuracy']:.1f} percent "
@@ -89,8 +104,16 @@ def _title(record: dict[str, Any]) -> str:
     return f"<title>{escape(text)}</title>"
 
 
-def _series(name: str, group: list[dict[str, Any]], colour: str, shift: float, x: _Scale, y: _Scale) -> str:
-    points = [(x(flops_total(record)) + shift, y(100 * record["overall"]["accuracy"])) for record in group]
+def _series(
+    name: str,
+    group: list[Record],
+    colour: str,
+    shift: float,
+    x: _Scale,
+    y: _Scale,
+    cost: Callable[[Record], float],
+) -> str:
+    points = [(x(cost(record)) + shift, y(100 * record["overall"]["accuracy"])) for record in group]
     path = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
     dash = ' stroke-dasharray="5 4"' if name in GREYS else ""
     kind = "series black" if colour == "currentColor" else "series"

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tokenprune.evals.config import Point, RunConfig, digest, refusing
+from tokenprune.evals.config import NONE, Point, RunConfig, digest, refusing
 from tokenprune.evals.models import LoadedModel, load_model
 from tokenprune.evals.results import Record, collect_rows, provenance, replace_file, summarise, write_results
 from tokenprune.evals.runner import SAMPLE_KEY, check_points, evaluate
@@ -168,7 +168,7 @@ def _draw(
     if not config.overlays.samples or not budgets:
         return []
     keep: Any = config.overlays.keep if config.overlays.keep in budgets else min(budgets)
-    drawn = [point for point in points if point.keep == keep]
+    drawn = [point for point in points if point.method == NONE or point.keep == keep]
     samples = list(task.load(0, min(config.overlays.samples, task.count(config.limit))))
     target = folder / "overlays"
     target.mkdir(exist_ok=True)
