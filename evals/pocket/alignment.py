@@ -154,3 +154,30 @@ class PatchWords:
         out = out + self.column[ids % GRID] + self.row[ids // GRID]
         out[..., _CENTRE] = 2 * target["centre"]
         return out
+
+
+class SignWords:
+    """Later targets for the sign's patches alone: its symbols as plain words, beside a marker of their place.
+
+    The rotations of `PatchWords` proved too hard to undo. A marker can be asked for, and what is found can be spelled
+    as it is. The first marker is the space that an answer begins with, so that token looks up the first symbol.
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration, seed: int = 1) -> None:
+        words, ids = model.get_input_embeddings().weight.detach(), tokenizer().convert_tokens_to_ids
+        generator = torch.Generator().manual_seed(seed)
+        self.symbols = torch.cat([words[ids(list(SYMBOLS)), _WORDS], torch.zeros(1, 63)])
+        self.sign = words[ids("\u0120sign"), _WORDS]
+        self.markers = torch.randn(SIGN_LENGTH, 63, generator=generator)
+        self.markers[0] = words[ids("\u0120"), _WORDS]
+        with torch.no_grad():
+            # what the output layer had learnt about symbols was that it cannot tell them
+            model.lm_head.weight[ids(list(SYMBOLS)), _WORDS] += 0.05 * self.symbols[:-1]
+
+    def __call__(self, present: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Embeddings now [B, N, width], targets -> embeddings wanted, and a mask [B, N] of the sign's patches."""
+        there = target["sign"] != len(SYMBOLS)  # [B, N, 3]
+        wanted = self.sign + self.symbols[target["sign"]].sum(-2) + there.float() @ self.markers
+        out, signed = present.clone(), there.any(-1)
+        out[..., _WORDS] = torch.where(signed[..., None], 1.2 * wanted, present[..., _WORDS])
+        return out, signed

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenprune.evals.pocket.alignment import PatchWords, start_ground, structured_start
+from tokenprune.evals.pocket.alignment import PatchWords, SignWords, start_ground, structured_start
 from tokenprune.evals.pocket.easy import easy_split
 from tokenprune.evals.pocket.model import build_llava
 from tokenprune.evals.pocket.packing import (
@@ -232,6 +233,39 @@ def train_projector(stage, out: Path, tools) -> None:
             log.add(stage=stage.name, step=step + 1, images=(step + 1) * stage.batch, loss=total / stage.every)
             total = 0.0
     tools.save(out / f"stage_{stage.name}.pt", stage.name, stage.steps, {"model": model, "heads": heads}, optimizer)
+
+
+def train_signs(stage, out: Path, tools) -> None:
+    """Stage S: the projector alone, towards new embeddings of the sign's patches; all others stay where they are."""
+    state = torch.load(out / f"stage_{stage.after}.pt", weights_only=True)
+    model = build_llava(build_tower(), tokenizer())
+    model.load_state_dict(state["model"])
+    words, projector, log, total = SignWords(model), model.model.multi_modal_projector, tools.Log(out / "log.csv"), 0.0
+    before = copy.deepcopy(projector)
+    optimizer = tools.make_optimizer({projector: 1.0})
+    for step in range(stage.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = tools.learning_rate(step, stage.steps, stage.lr, warmup=10)
+        pixels, positions, target, _, _ = tools.vision_batch(stage, step, easy=0)
+        with torch.no_grad():
+            patches = run_tower(model.model.vision_tower, pixels, positions, last=False)[0][:, 1:]
+            wanted, signed = words(before(patches), target)
+        off = (projector(patches) - wanted).square().mean(-1)
+        loss = off[signed].mean() + off[~signed].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+        if (step + 1) % stage.every == 0:
+            log.add(stage=stage.name, step=step + 1, images=(step + 1) * stage.batch, loss=total / stage.every)
+            total = 0.0
+    kept = {
+        "heads": Heads(model.config.vision_config.hidden_size),
+        "ground": Ground(model.config.text_config.hidden_size),
+    }
+    for name, module in kept.items():
+        module.load_state_dict(state[name])
+    tools.save(out / f"stage_{stage.name}.pt", stage.name, stage.steps, {"model": model, **kept}, optimizer)
 
 
 def train_joint(stage, out: Path, resume: bool, tools) -> None:

@@ -40,6 +40,9 @@ _MIX = {"relation": 7, "exist": 6, "count": 5, "attribute": 4, "read": 1, "globa
 _HARD = {"relation": 10, "exist": 3, "count": 6, "attribute": 2, "read": 1, "global": 1}
 
 
+_COUNT = {"relation": 6, "exist": 3, "count": 9, "attribute": 2, "read": 1, "global": 1}
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage of the recipe.
@@ -89,13 +92,18 @@ STAGES = {
         "B3", steps=200, batch=8, lr=5e-4, size=168, seed=170_000_000, objects=(3, 7), easy=0.08, drop=0.5,
         drop_end=0.4, vision=0.1, ground=0.4, tower_lr=0.3, head_lr=1.0, after="B2", shape=2.0, mix=_HARD,
     ),
+    "S": Stage("S", steps=100, batch=24, lr=2e-3, size=168, seed=190_000_000, objects=(3, 7), after="B3"),
     "R": Stage(
         "R", steps=200, batch=24, lr=7e-4, size=168, seed=180_000_000, objects=(2, 4), easy=0.04, drop=1.0,
-        drop_end=1.0, ground=0.4, tower_lr=0.0, after="B3", mix={"read": 1, "count": 2, "relation": 1, "exist": 1},
+        drop_end=1.0, ground=0.4, tower_lr=0.0, after="S", mix={"read": 1, "count": 2, "relation": 1, "exist": 1},
+    ),
+    "R2": Stage(
+        "R2", steps=150, batch=24, lr=8e-4, size=168, seed=185_000_000, objects=(2, 4), easy=0.04, drop=0.8,
+        drop_end=0.8, ground=0.2, tower_lr=0.0, after="R", mix={"read": 1, "count": 2, "relation": 1, "exist": 1},
     ),
     "C": Stage(
-        "C", steps=320, batch=6, lr=5e-4, size=336, seed=200_000_000, objects=(5, 9), easy=0.1, drop=0.7, drop_end=0.3,
-        vision=0.1, ground=0.3, tower_lr=0.4, after="R", shape=2.0, every=20, mix=_HARD,
+        "C", steps=200, batch=6, lr=5e-4, size=336, seed=200_000_000, objects=(5, 9), easy=0.1, drop=0.6, drop_end=0.2,
+        vision=0.1, ground=0.2, tower_lr=0.3, after="R2", shape=2.0, every=20, mix=_COUNT,
     ),
 }  # fmt: skip
 
@@ -218,7 +226,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the log")
-    parser.add_argument("--stages", default="A,A2,A3,P,B,B2,B3,R,C", help="which stages, in order")
+    parser.add_argument("--stages", default="A,A2,A3,P,B,B2,B3,S,R,R2,C", help="which stages, in order")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -232,6 +240,9 @@ def main() -> None:
         else:
             from tokenprune.evals.pocket import joint
 
+            if name == "S":
+                joint.train_signs(STAGES[name], args.out, sys.modules[__name__])
+                continue
             if name == "P":
                 joint.train_projector(STAGES[name], args.out, sys.modules[__name__])
                 continue
