@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tokenprune.adapters._base import Adapter
 from tokenprune.base import Pruner, View
+from tokenprune.budget import Budget
 from tokenprune.cache import PrunedPrompt, mark_pruned, pruned_prompt
 from tokenprune.compaction import Compaction, plan_compaction
 from tokenprune.layout import Layout, build_layout
@@ -25,7 +26,6 @@ from tokenprune.ledger import Ledger
 from tokenprune.recording import Recording, gather_rows, source, tag
 from tokenprune.selection import Selection, grid_places
 from tokenprune.signals import Signal
-from tokenprune.spec import Budget
 from tokenprune.stopwatch import Stopwatch
 from tokenprune.training import LossAfterPruning
 

@@ -4,53 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Mapping
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from tokenprune.base import Pruner
+from tokenprune.budget import Budget, read_budget
 from tokenprune.registry import METHODS, near
 
 SITES = ("input", "pixels")
-
-
-class Budget:
-    """How many visual tokens each image keeps.
-
-    Args:
-        keep: an int is the tokens kept of each image, a float in (0, 1] the kept fraction of its tokens, rounded to
-            the nearest count (half up) and at least 1. An int above an image's count keeps all of it.
-
-    Raises:
-        ValueError: zero, negative, NaN or above 1 as a float.
-        TypeError: not a number.
-    """
-
-    def __init__(self, keep: Any) -> None:
-        if isinstance(keep, bool) or not isinstance(keep, Real):
-            raise TypeError(f"keep must be an int (tokens per image) or a float (kept fraction), got {keep!r}.")
-        if isinstance(keep, Integral):
-            if keep < 1:
-                raise ValueError(f"keep must be at least 1 token per image, got {int(keep)}.")
-            self.keep: int | float = int(keep)
-        else:
-            if not 0.0 < float(keep) <= 1.0:
-                raise ValueError(
-                    f"keep as a float is the kept fraction and must be in (0, 1], got {keep}. "
-                    "For a number of tokens pass an int."
-                )
-            self.keep = float(keep)
-
-    def tokens(self, num_tokens: int) -> int:
-        """k for an image of N = `num_tokens` visual tokens."""
-        if isinstance(self.keep, int):
-            return min(self.keep, num_tokens)
-        return min(num_tokens, max(1, math.floor(self.keep * num_tokens + 0.5)))
-
-    def __repr__(self) -> str:
-        return f"{self.keep}"
 
 
 def make_method(name: str, **options: Any) -> Pruner:
@@ -99,7 +61,7 @@ def parse_method(method: Any, keep: Any = None, **options: Any) -> tuple[Pruner,
         method, _, text = method.partition("@")
         if budget is not None and str(budget) != text:
             raise ValueError(f"Two budgets were given, @{text} and keep={budget}; give one.")
-        budget = _number(text)
+        budget = read_budget(text)
     if keep is not None:
         if budget is not None and budget != keep:
             raise ValueError(f"Two budgets were given, {budget} and keep={keep}; give one.")
@@ -119,16 +81,6 @@ def parse_method(method: Any, keep: Any = None, **options: Any) -> tuple[Pruner,
     if budget is None:
         raise ValueError(f"Say how many visual tokens to keep: keep=128, keep=0.25 or {pruner.name or 'name'}@128.")
     return pruner, Budget(budget)
-
-
-def _number(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        try:
-            return float(text)
-        except ValueError:
-            raise ValueError(f"The budget after '@' must be a number like 64 or 0.25, got {text!r}.") from None
 
 
 def _near_any(entry: Mapping[Any, Any], wanted: str) -> str:

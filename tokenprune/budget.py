@@ -1,0 +1,61 @@
+"""How many visual tokens to keep; imports no torch, so that the CLI can check budgets at once."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+
+class Budget:
+    """How many visual tokens each image keeps.
+
+    Args:
+        keep: an int is the tokens kept of each image, a float in (0, 1] the kept fraction of its tokens, rounded to
+            the nearest count (half up) and at least 1. An int above an image's count keeps all of it.
+
+    Raises:
+        ValueError: zero, negative, NaN or above 1 as a float.
+        TypeError: not a number.
+    """
+
+    def __init__(self, keep: Any) -> None:
+        if isinstance(keep, bool) or not isinstance(keep, Real):
+            raise TypeError(f"keep must be an int (tokens per image) or a float (kept fraction), got {keep!r}.")
+        if isinstance(keep, Integral):
+            if keep < 1:
+                raise ValueError(f"keep must be at least 1 token per image, got {int(keep)}.")
+            self.keep: int | float = int(keep)
+        else:
+            if not 0.0 < float(keep) <= 1.0:
+                raise ValueError(
+                    f"keep as a float is the kept fraction and must be in (0, 1], got {keep}. "
+                    "For a number of tokens pass an int."
+                )
+            self.keep = float(keep)
+
+    def tokens(self, num_tokens: int) -> int:
+        """k for an image of N = `num_tokens` visual tokens."""
+        if isinstance(self.keep, int):
+            return min(self.keep, num_tokens)
+        return min(num_tokens, max(1, math.floor(self.keep * num_tokens + 0.5)))
+
+    def __repr__(self) -> str:
+        return f"{self.keep}"
+
+
+def read_budget(text: str) -> int | float:
+    """The budget in a text: "64" is tokens per image, "0.25" a kept fraction.
+
+    Raises:
+        ValueError: no number.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            return float(text)
+        except ValueError:
+            raise ValueError(
+                f"A budget is a number of tokens like 64 or a kept fraction like 0.25, got {text!r}."
+            ) from None
