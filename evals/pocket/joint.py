@@ -140,7 +140,7 @@ def forward(
     logits, labels = model.lm_head(out.last_hidden_state[:, head:][asked]), packed.labels[asked]
     weight = torch.ones(len(ALL_FAMILIES))
     for name in ("read", "global"):  # only one such question an image
-        weight[ALL_FAMILIES.index(name)] = 2.0
+        weight[ALL_FAMILIES.index(name)] = 3.0
     weight = weight[packed.family[asked]]
     losses = F.cross_entropy(logits, labels, reduction="none")
     result: dict[str, Tensor | float] = {"answer_loss": (losses * weight).sum() / weight.sum()}

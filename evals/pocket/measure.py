@@ -39,11 +39,13 @@ def noise_sample(sample: Sample, seed: int) -> Sample:
     )
 
 
-def score_all(name: str, limit: int | None, batch: int, budgets: tuple[int, ...]) -> tuple[Table, list[Sample]]:
+def score_all(
+    name: str, limit: int | None, batch: int, budgets: dict[int, tuple[str, ...]]
+) -> tuple[Table, list[Sample]]:
     """Right or wrong for every sample, unpruned ("none"), on noise ("noise") and for each method and budget."""
     loaded, task = load_model(name), load_task("pocket")
     points = [Point(name, "pocket", NONE, None)]
-    points += [Point(name, "pocket", method, keep) for keep in budgets for method in METHODS]
+    points += [Point(name, "pocket", method, keep) for keep, methods in budgets.items() for method in methods]
     shared = SharedTower(loaded, points, 0)
     table: dict[str, list[float]] = {point.label: [] for point in points} | {"noise": []}
     seen: list[Sample] = []
@@ -159,7 +161,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    table, samples = score_all(args.model, args.limit, args.batch, (64, 192))
+    table, samples = score_all(args.model, args.limit, args.batch, {64: METHODS, 192: ("random", "oracle")})
     result = conditions(table, samples)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(show(result))
