@@ -75,7 +75,7 @@ class Measure:
         samples: prompts to measure on.
         repeats: timed rounds per prompt; a round runs unpruned, pruned and ideal once each.
         warmup: rounds before that, not counted.
-        decode_tokens: generated tokens per round from which the time per token is taken; 0 skips it.
+        decode_tokens: generated tokens per prompt from which the time per token is taken; 0 skips it.
         times: whether to measure times.
         flops: whether to count FLOPs with FlopCounterMode, beside the analytic count.
     """

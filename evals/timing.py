@@ -110,17 +110,13 @@ def measure_times(
         (analytic), `per_layer` (measured, of the first sample), `lengths` (keys per layer, of the first sample),
         `equivalent_tokens` (visual keys averaged over layers and samples, read off the real cache).
         `times`: median and quartiles of `prefill`, `unpruned_prefill`, `ideal_prefill`, `selection`, `decode` (per
-        token), `unpruned_decode`, and of the ratios `to_ideal`, `to_unpruned` and `selection_share`, each taken within
+        token), and of the ratios `to_ideal`, `to_unpruned` and `selection_share`, each taken within
         a round. The unpruned model has no ideal and no selection.
     """
-    device = loaded.model.device
     shape = adapter_for(loaded.model).cost_shape()
     itemsize = loaded.model.dtype.itemsize
     logs: dict[str, list[float]] = {}
     kv: dict[str, Any] = {"measured": 0.0, "analytic": 0.0, "unpruned": 0.0, "equivalent_tokens": 0.0}
-
-    def log(name: str, value: float) -> None:
-        logs.setdefault(name, []).append(value)
 
     for number, sample in enumerate(samples):
         inputs = dict(loaded.inputs([sample.question], [sample.image]))
@@ -143,12 +139,14 @@ def measure_times(
             if not measure.times:
                 continue
             ideal = None if kept is None else ideal_prefill(loaded, inputs, kept)
-            for round_number in range(measure.warmup + measure.repeats):
-                found = _round(loaded, point, sample, seed, inputs, ideal, round_number, measure.decode_tokens, device)
-                if round_number >= measure.warmup:
-                    for name, values in found.items():
-                        for value in values:
-                            log(name, value)
+            for turn in range(measure.warmup + measure.repeats):
+                found = _round(loaded, point, sample, seed, inputs, ideal, turn)
+                if turn >= measure.warmup:
+                    for name, value in found.items():
+                        logs.setdefault(name, []).append(value)
+            if measure.decode_tokens:
+                with pruned(loaded, point, seed, [sample]):
+                    logs.setdefault("decode", []).extend(decode_seconds(loaded, inputs, measure.decode_tokens))
     return {"kv": kv, "times": {name: median_iqr(values) for name, values in logs.items()}}
 
 
@@ -160,37 +158,30 @@ def _round(
     inputs: dict[str, Any],
     ideal: Callable[[], Any] | None,
     turn: int,
-    decode_tokens: int,
-    device: torch.device,
-) -> dict[str, list[float]]:
-    """Unpruned, pruned and ideal once each, in an order that rotates with `turn`."""
-    found: dict[str, list[float]] = {}
+) -> dict[str, float]:
+    """Unpruned, pruned and ideal prefill once each, in an order that rotates with `turn`."""
+    device = loaded.model.device
+    found: dict[str, float] = {}
 
     def unpruned_turn() -> None:
-        found["unpruned_prefill"] = [_timed(device, lambda: prefill(loaded, inputs))[0]]
-        if decode_tokens:
-            found["unpruned_decode"] = decode_seconds(loaded, inputs, decode_tokens)
+        found["unpruned_prefill"] = _timed(device, lambda: prefill(loaded, inputs))[0]
 
     def pruned_turn() -> None:
         with pruned(loaded, point, seed, [sample]) as handle:
-            found["prefill"] = [_timed(device, lambda: prefill(loaded, inputs))[0]]
-            found["selection"] = [handle.report().selection_seconds]
-            if decode_tokens:
-                found["decode"] = decode_seconds(loaded, inputs, decode_tokens)
+            found["prefill"] = _timed(device, lambda: prefill(loaded, inputs))[0]
+            found["selection"] = handle.report().selection_seconds
 
     def ideal_turn() -> None:
         if ideal is not None:
-            found["ideal_prefill"] = [_timed(device, ideal)[0]]
+            found["ideal_prefill"] = _timed(device, ideal)[0]
 
-    turns = [unpruned_turn, pruned_turn, ideal_turn] if ideal is not None else [unpruned_turn]
+    if ideal is None:
+        unpruned_turn()
+        return {"prefill": found["unpruned_prefill"], **found}
+    turns = [unpruned_turn, pruned_turn, ideal_turn]
     for i in range(len(turns)):
         turns[(i + turn) % len(turns)]()
-    if ideal is None:
-        found["prefill"] = found["unpruned_prefill"]
-        found["decode"] = found.get("unpruned_decode", [])
-        return {name: values for name, values in found.items() if values}
-    prefill_time = found["prefill"][0]
-    found["to_ideal"] = [prefill_time / found["ideal_prefill"][0]]
-    found["to_unpruned"] = [prefill_time / found["unpruned_prefill"][0]]
-    found["selection_share"] = [found["selection"][0] / found["unpruned_prefill"][0]]
+    found["to_ideal"] = found["prefill"] / found["ideal_prefill"]
+    found["to_unpruned"] = found["prefill"] / found["unpruned_prefill"]
+    found["selection_share"] = found["selection"] / found["unpruned_prefill"]
     return found

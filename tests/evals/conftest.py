@@ -1,0 +1,84 @@
+"""A tiny random LLaVA with a real processor, and a task of random pictures: folders that the CLI can be pointed at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+WORDS = ["what", "is", "this", "where", "who", "red", "blue", "one", "two", "three", "yes", "no", "USER:", "ASSISTANT:"]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from _tiny import IMAGE, tiny_llava
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    names = ["<pad>", "</s>", "<s>", "<unk>", "<spare>", "<image>", *WORDS]
+    assert names[IMAGE] == "<image>"
+    names += [f"w{number}" for number in range(64 - len(names))]
+    core = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+    image = CLIPImageProcessor(size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42})
+    processor = LlavaProcessor(
+        image_processor=image, tokenizer=tokenizer, patch_size=7, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    tiny_llava().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_task(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A task of 60 questions in two families."""
+    return write_task(tmp_path_factory.mktemp("task"), 60)
+
+
+def write_task(folder: Path, count: int) -> str:
+    import numpy as np
+    from datasets import Dataset, Features, Image, List, Value
+
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "image": rng.integers(0, 255, (42, 42, 3), dtype=np.uint8),
+            "question": " ".join(rng.choice(WORDS[:11], size=2 + i % 3)),
+            "answer": "yes" if i % 2 else "no",
+            "kind": "even" if i % 2 == 0 else "odd",
+            "name": f"s{i}",
+            "boxes": [[0.1, 0.1, 0.4, 0.5]],
+        }
+        for i in range(count)
+    ]
+    features = Features(
+        {
+            "image": Image(), "question": Value("string"), "answer": Value("string"), "kind": Value("string"),
+            "name": Value("string"), "boxes": List(List(Value("float32"))),
+        }
+    )  # fmt: skip
+    Dataset.from_list(rows, features=features).to_parquet(folder / "questions.parquet")
+    spec = {
+        "name": "toy", "data": "questions.parquet", "max_new_tokens": 4,
+        "columns": {"family": "kind", "id": "name", "boxes": "boxes"},
+    }  # fmt: skip
+    path = folder / "toy.yaml"
+    path.write_text(json.dumps(spec))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: str):
+    from tokenprune.evals.models import load_model
+
+    return load_model(tiny_folder)

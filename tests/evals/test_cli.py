@@ -1,0 +1,94 @@
+"""The command line: quick to start, clear when it refuses, and its files where it says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tokenprune.cli import main, parse_options
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = """
+import contextlib, io, sys
+from tokenprune.cli import main
+out = io.StringIO()
+with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    for line in ("--help", "eval --help", "ls methods", "ls models", "ls tasks", "ls sweeps",
+                 "eval --method holv --keep 64 --model a/b", "eval --method holov --keep 64 --tasks x --model a/b"):
+        try:
+            main(line.split())
+        except SystemExit:
+            pass
+heavy = [name for name in ("torch", "transformers", "datasets", "numpy", "matplotlib") if name in sys.modules]
+print(out.getvalue())
+print("imported:", heavy)
+"""
+
+
+def test_starts_without_torch():
+    done = subprocess.run([sys.executable, "-c", QUICK], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("imported: []"), done.stdout[-400:]
+    for line in ("tokenprune demo", "holov ", "pocket:count", "Did you mean 'holov'", "no task called 'x'"):
+        assert line in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["eval", "--method", "uniform"], "Say how many visual tokens uniform keeps"),
+        (["eval", "--method", "none", "--keep", "4"], "leave --keep out"),
+        (["eval", "--method", "uniform", "--keep", "1.5"], "must be in"),
+        (["eval", "--method", "uniform", "--keep", "4", "--set", "positions"], "OPTION=VALUE"),
+        (["eval", "--method", "uniform", "--keep", "4", "--set", "position=keep"], "Did you mean 'positions'"),
+        (["eval", "--method", "uniform", "--keep", "4", "--limit", "0"], "limit must be an integer of at least 1"),
+        (["sweep", "nothing.yaml"], "There is no sweep file nothing.yaml"),
+        (["run", "--method", "uniform", "--keep", "4", "--image", "x.png"], "both --image and --question"),
+    ],
+)
+def test_refuses_with_a_sentence(argv, says, capsys, tiny_folder):
+    if argv[0] != "sweep":
+        argv = [*argv, "--model", tiny_folder]
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("tokenprune: ") and says in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_options_are_read_as_yaml():
+    assert parse_options(["a=1", "b=official", "c=[1, 2]", "d=true"]) == {
+        "a": 1,
+        "b": "official",
+        "c": [1, 2],
+        "d": True,
+    }
+    with pytest.raises(ValueError, match="given twice"):
+        parse_options(["a=1", "a=2"])
+
+
+def test_eval_prints_table_and_paths(tmp_path, tiny_folder, tiny_task, capsys):
+    argv = ["eval", "--model", tiny_folder, "--tasks", tiny_task, "--method", "none", "--limit", "4", "--no-timing"]
+    assert main([*argv, "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "unpruned" in printed and str(tmp_path / "out" / "summary.csv") in printed
+    assert "these are not the numbers of the whole task" in printed
+    lines = (tmp_path / "out" / "summary.csv").read_text().splitlines()
+    assert "accuracy" in lines[0].split(",") and ",overall," in lines[-1]
+
+
+def test_run_answers_twice_and_draws(tmp_path, tiny_folder, capsys):
+    from PIL import Image
+
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (60, 42), (200, 90, 30)).save(picture)
+    overlay = tmp_path / "deep" / "overlay.png"
+    argv = ["run", "--model", tiny_folder, "--method", "uniform", "--keep", "9", "--image", str(picture)]
+    assert main([*argv, "--question", "what is this", "--output", str(overlay)]) == 0
+    printed = capsys.readouterr().out
+    assert "unpruned" in printed and "uniform@9" in printed and "36" in printed
+    drawn = Image.open(overlay)
+    assert drawn.size == (42, 42)
+    bright = sum(drawn.getpixel((7 * col + 3, 7 * row + 3))[0] > 150 for row in range(6) for col in range(6))
+    assert bright == 9

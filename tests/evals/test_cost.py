@@ -1,0 +1,83 @@
+"""The analytic cost equals what torch counts, for every registered method."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from _tiny import prompts, tiny_llava
+from tokenprune.evals.config import Point
+from tokenprune.evals.flops import PARTS, TOLERANCE, cache_bytes, flop_counter, measure_flops
+from tokenprune.evals.tasks import load_task
+
+from tokenprune import cost
+from tokenprune.api import adapter_for, applied
+from tokenprune.registry import METHODS
+
+
+@pytest.mark.parametrize("method", ["none", *METHODS.names()])
+def test_analytic_flops_equal_measured_by_part(method, tiny, tiny_task):
+    sample = next(load_task(tiny_task).load(0, 1))
+    point = Point("tiny", "toy", method, None if method == "none" else 9)
+    found = measure_flops(tiny, point, [sample])
+    assert found["agree"], found["difference"]
+    for part in PARTS:
+        assert abs(found["difference"][part]) <= TOLERANCE
+    # the tower of `downsample` works on fewer patches; every other method leaves it alone
+    small = method == "downsample"
+    assert (found["analytic"]["vision"] < found["unpruned"]["vision"]) == small
+    if method != "none":
+        assert found["analytic"]["prefill"] < 0.6 * found["unpruned"]["prefill"]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_parts_equal_the_counter_without_the_driver(attention):
+    model = tiny_llava(attention=attention)
+    shape = adapter_for(model).cost_shape()
+    batch = prompts([1])
+    length = batch["input_ids"].shape[1]
+    with torch.no_grad(), flop_counter() as counter:
+        model.model.vision_tower(batch["pixel_values"])
+    assert counter.get_total_flops() == pytest.approx(cost.vision_flops(shape), rel=TOLERANCE)
+    with torch.no_grad(), flop_counter() as counter:
+        cache = model(**batch).past_key_values
+    parts = cost.prompt_flops(shape, [length] * shape.layers, logits=length)
+    assert counter.get_total_flops() == pytest.approx(parts.total, rel=TOLERANCE)
+    with torch.no_grad(), flop_counter() as counter:
+        model(input_ids=torch.tensor([[9]]), past_key_values=cache)
+    assert counter.get_total_flops() == pytest.approx(parts.decode, rel=TOLERANCE)
+
+
+def test_kv_bytes_equal_the_tensors_of_a_pruned_cache():
+    model = tiny_llava()
+    shape = adapter_for(model).cost_shape()
+    batch = prompts([1])
+    with torch.no_grad(), applied(model, "uniform", keep=9) as handle:
+        cache = model(**batch).past_key_values
+        report = handle.report()
+    lengths = [layer.keys.shape[-2] for layer in cache.layers]
+    assert cache_bytes(cache) == cost.kv_bytes_per_layer(shape, lengths, itemsize=4)
+    assert report.kv_bytes == sum(cache_bytes(cache))
+    assert lengths == [batch["input_ids"].shape[1] - 36 + 9] * shape.layers
+
+
+def test_lengths_that_shrink_inside_the_decoder():
+    shape = adapter_for(tiny_llava()).cost_shape()
+    full, short = cost.prefill_flops(shape, [50] * 4), cost.prefill_flops(shape, [20] * 4)
+    mixed = cost.prefill_flops(shape, [50, 50, 20, 20])
+    assert mixed - cost.head_flops(shape) == pytest.approx((full + short) / 2 - cost.head_flops(shape))
+    assert cost.equivalent_tokens([576, 576] + [167] * 30) == pytest.approx(192.56, abs=0.01)
+    with pytest.raises(ValueError, match="4 are needed, got 3"):
+        cost.prefill_flops(shape, [1, 2, 3])
+
+
+def test_paper_formula_by_hand():
+    shape = adapter_for(tiny_llava()).cost_shape()
+    n, d, m = 30, 48, 64
+    assert cost.paper_flops(shape, [n] * 4) == 4 * (4 * n * d * d + 2 * n * n * d + 3 * n * d * m)
+
+
+def test_a_second_turn_attends_to_the_cache():
+    shape = adapter_for(tiny_llava()).cost_shape()
+    # 10 tokens in one go, or 9 and then 1: linear work is the same, the attention rectangle is 9 x 9 + 1 x 10
+    whole = cost.prefill_flops(shape, [9] * 4) + cost.prefill_flops(shape, [1] * 4, cached=[9] * 4)
+    assert whole == cost.prefill_flops(shape, [9] * 4) + cost.decode_flops(shape, [10] * 4)

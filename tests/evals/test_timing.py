@@ -1,0 +1,37 @@
+"""The ideal prefill really is the pruned prefill without its overhead, and times are where they should be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenprune.evals.config import Measure, Point
+from tokenprune.evals.tasks import load_task
+from tokenprune.evals.timing import ideal_prefill, measure_times, prefill
+
+from tokenprune.api import applied
+
+
+def test_ideal_computes_what_the_pruned_model_computes(tiny, tiny_task):
+    sample = next(load_task(tiny_task).load(0, 1))
+    inputs = dict(tiny.inputs([sample.question], [sample.image]))
+    with torch.inference_mode():
+        with applied(tiny.model, "uniform", keep=9, positions="compact") as handle:
+            pruned = prefill(tiny, inputs)
+            kept = handle.kept[0]
+        ideal = ideal_prefill(tiny, inputs, kept)()
+    torch.testing.assert_close(ideal.logits, pruned.logits, atol=1e-5, rtol=1e-5)
+    assert ideal.past_key_values.get_seq_length() == inputs["input_ids"].shape[1] - 36 + 9
+
+
+@pytest.mark.parametrize("method", ["none", "vtc_cls"])
+def test_every_time_is_there(method, tiny, tiny_task):
+    samples = list(load_task(tiny_task).load(0, 2))
+    measure = Measure(samples=2, repeats=3, warmup=1, decode_tokens=2)
+    found = measure_times(tiny, Point("tiny", "toy", method, None if method == "none" else 9), samples, measure)
+    times = found["times"]
+    assert times["prefill"]["n"] == 6 and times["decode"]["n"] == 4
+    assert all(0 < entry["q25"] <= entry["median"] <= entry["q75"] for entry in times.values())
+    assert ("to_ideal" in times) == (method != "none")
+    assert found["kv"]["measured"] == found["kv"]["analytic"]
+    assert found["kv"]["equivalent_tokens"] == (36 if method == "none" else 9)
+    assert "get_image_features" not in vars(tiny.model.model), "the method is to be removed again"
