@@ -68,7 +68,7 @@ def make_turn(question: Question, corner: tuple[int, int]) -> Turn:
     elif question.family not in ("exist", "attribute"):
         mentions = []
     places = [(i, *_place(box, corner)) for i, box in zip(mentions, boxes, strict=False)]
-    eos = tokenizer().eos_token_id
+    eos = int(tokenizer().eos_token_id)  # type: ignore[arg-type]
     if question.family == "read":
         # the word "sign", and each token that predicts a symbol, shall know where the sign or the symbol is
         x0, y0, _, y1 = question.boxes[0]

@@ -43,6 +43,9 @@ _HARD = {"relation": 10, "exist": 3, "count": 6, "attribute": 2, "read": 1, "glo
 _COUNT = {"relation": 6, "exist": 3, "count": 9, "attribute": 2, "read": 1, "global": 1}
 
 
+_READ = {"relation": 1, "exist": 1, "count": 4, "attribute": 1, "read": 1, "global": 1}
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage of the recipe.
@@ -105,9 +108,13 @@ STAGES = {
         "C", steps=200, batch=6, lr=5e-4, size=336, seed=200_000_000, objects=(5, 9), easy=0.1, drop=0.6, drop_end=0.2,
         vision=0.1, ground=0.2, tower_lr=0.3, after="R2", shape=2.0, every=20, mix=_COUNT,
     ),
+    "R3": Stage(
+        "R3", steps=200, batch=16, lr=6e-4, size=168, seed=187_000_000, objects=(4, 8), easy=0.08, drop=0.6,
+        drop_end=0.4, vision=0.1, ground=0.2, tower_lr=0.3, after="C", shape=2.0, mix=_READ,
+    ),
     "C2": Stage(
-        "C2", steps=900, batch=6, lr=5e-4, size=336, seed=210_000_000, objects=(5, 9), easy=0.1, drop=0.4, drop_end=0.1,
-        vision=0.1, ground=0.1, tower_lr=0.3, after="C", shape=2.0, mix=_COUNT,
+        "C2", steps=400, batch=6, lr=4e-4, size=336, seed=210_000_000, objects=(5, 9), easy=0.1, drop=0.4, drop_end=0.1,
+        vision=0.1, ground=0.1, tower_lr=0.3, after="R3", shape=2.0, mix=_COUNT,
     ),
 }  # fmt: skip
 
@@ -230,7 +237,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the log")
-    parser.add_argument("--stages", default="A,A2,A3,P,B,B2,B3,S,R,R2,C,C2", help="which stages, in order")
+    parser.add_argument("--stages", default="A,A2,A3,P,B,B2,B3,S,R,R2,C,R3,C2", help="which stages, in order")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)

@@ -7,6 +7,10 @@ the penultimate and at the last hidden state, makes [CLS] look for everything th
 
 from __future__ import annotations
 
+# layers of transformers models are untyped modules to pyright, and the recipe handles nothing else
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 import math
 
 import numpy as np
