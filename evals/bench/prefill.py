@@ -92,7 +92,7 @@ def main() -> None:
     rows = measure(options.model, options.methods, options.keep, options.repeats, options.samples)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
+        writer: csv.DictWriter[str] = csv.DictWriter(stream, COLUMNS)
         writer.writeheader()
         writer.writerows({key: f"{v:.5g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
     print(f"written: {options.output}")

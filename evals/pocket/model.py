@@ -5,7 +5,6 @@ from __future__ import annotations
 # layers of transformers models are untyped modules to pyright, and the recipe handles nothing else
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false
 # pyright: reportOptionalMemberAccess=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
-
 import math
 from pathlib import Path
 
