@@ -37,9 +37,15 @@ class LoadedModel:
         """The text of one turn with one image: the processor's chat template, or the LLaVA-1.5 form without one."""
         if getattr(self.processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": question}]
-            return self.processor.apply_chat_template(
+            text = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
             )
+            # some templates write the token that the tokenizer adds by itself
+            bos = self.processor.tokenizer.bos_token
+            doubled = (
+                bos and self.processor.tokenizer(text).input_ids[:2] == [self.processor.tokenizer.bos_token_id] * 2
+            )
+            return text.removeprefix(bos) if doubled else text
         return PLAIN_PROMPT.format(question=question)
 
     def inputs(self, questions: list[str], images: list[Image]) -> Any:

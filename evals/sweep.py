@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tokenprune.evals.runner import SAMPLE_KEY, check_points, evaluate
 from tokenprune.evals.store import RowStore
 from tokenprune.evals.tasks import Task, load_task
 
+ALL_TASKS = "all"
 MEASURE_KEY = ("settings", "point", "measure")
 
 
@@ -89,13 +90,31 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
             measures.update(measured)
             notes += said
             pictures += _draw(config, loaded, task, own, rows, folder)
-    records = summarise(points, rows, measures, config)
+    pooled, pooled_rows = pool_tasks(points, rows)
+    for point in pooled:
+        measures[point.key] = measures[replace(point, task=config.tasks[0]).key]
+    records = summarise([*points, *pooled], {**rows, **pooled_rows}, measures, config)
     seconds = time.perf_counter() - begin
     origin = provenance(config, seconds)
-    files = write_results(folder, records, rows, origin)
+    files = [write_config(config), *write_results(folder, records, rows, origin)]
     files.append(plot_pareto(records, folder / "pareto.png"))
     files.append(write_report(folder / "report.html", config, records, pictures, origin, notes))
+    if pictures:
+        files.append(folder / "overlays")
     return Run(config, records, files, seconds, notes)
+
+
+def pool_tasks(points: list[Point], rows: dict[str, list[Record]]) -> tuple[list[Point], dict[str, list[Record]]]:
+    """With several tasks, a further task `all` that holds the samples of all of them; nothing with one task."""
+    if len({point.task for point in points}) < 2:
+        return [], {}
+    pooled: dict[str, list[Record]] = {}
+    found: dict[str, Point] = {}
+    for point in points:
+        whole = replace(point, task=ALL_TASKS)
+        found[whole.key] = whole
+        pooled.setdefault(whole.key, []).extend(rows[point.key])
+    return list(found.values()), pooled
 
 
 def _answer(

@@ -44,7 +44,7 @@ def finished(tmp_path_factory, tiny_folder, tiny_task):
 def test_files_and_columns(finished):
     done, folder = finished
     names = {file.name for file in done.files}
-    assert names == {"results.jsonl", "samples.parquet", "summary.csv", "pareto.png", "report.html"}
+    assert names >= {"config.yaml", "results.jsonl", "samples.parquet", "summary.csv", "pareto.png", "report.html"}
     with (folder / "summary.csv").open() as stream:
         table = list(csv.DictReader(stream))
     last = table[-1]
@@ -199,6 +199,19 @@ def test_a_method_that_cannot_work_here_fails_before_the_work(tmp_path, tiny_fol
     with pytest.raises(Refused, match="start_layer"):
         run(settings, QUIET)
     assert not (tmp_path / "samples.jsonl").exists() or not (tmp_path / "samples.jsonl").read_bytes()
+
+
+def test_several_tasks_end_with_all_of_them(tmp_path, tiny_folder, tiny_task):
+    copy = tmp_path / "second.yaml"
+    data = json.loads(Path(tiny_task).read_text())
+    copy.write_text(json.dumps({**data, "data": str(Path(tiny_task).with_name("questions.parquet"))}))
+    measure = Measure(samples=1, times=False, flops=False)
+    settings = config(tmp_path / "run", tiny_folder, tiny_task, methods=["none"], limit=4, measure=measure)
+    settings.tasks.append(str(copy))
+    done = run(settings, QUIET)
+    assert [(record["task"], record["overall"]["n"]) for record in done.records][2:] == [("all", 8)]
+    last = (tmp_path / "run" / "summary.csv").read_text().splitlines()[-1]
+    assert ",all,none," in last and ",overall,8," in last
 
 
 def test_point_names():
