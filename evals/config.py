@@ -93,7 +93,7 @@ class Overlays:
     """Pictures of kept tokens.
 
     Attributes:
-        samples: the first samples of a task that get one; 0 means no pictures.
+        samples: how many samples of a task get one, spread over its families; 0 means no pictures.
         keep: the budget that is drawn; None draws the smallest of the run.
     """
 

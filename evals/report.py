@@ -125,7 +125,7 @@ def _times_table(records: list[Record]) -> str:
                 continue
             scale = 100 if name.startswith("to_") or name.endswith("_share") else 1000
             middle, low, high = (scale * times[name][part] for part in ("median", "q25", "q75"))
-            cells.append(_cell(f"{middle:.4g} <small>{low:.3g} to {high:.3g}</small>", middle))
+            cells.append(_cell(f"{middle:.3g} <small>{low:.3g} to {high:.3g}</small>", middle))
         rows.append(f"<tr>{''.join(cells)}</tr>")
     if not rows:
         return '<p class="soft">No times were measured.</p>'

@@ -240,5 +240,9 @@ def write_results(folder: Path, records: list[Record], rows: dict[str, list[Reco
     with summary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(table[0]))
         writer.writeheader()
-        writer.writerows(table)
+        short = [
+            {name: f"{value:.9g}" if isinstance(value, float) else value for name, value in row.items()}
+            for row in table
+        ]
+        writer.writerows(short)
     return [results, samples, summary]

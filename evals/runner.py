@@ -14,7 +14,7 @@ import torch
 from tokenprune.evals.config import NONE, Point, RunConfig, digest
 from tokenprune.evals.models import LoadedModel
 from tokenprune.evals.store import RowStore
-from tokenprune.evals.tasks import Sample, Task
+from tokenprune.evals.tasks import Sample, Task, drawn_samples
 
 from tokenprune.api import adapter_for, applied
 from tokenprune.base import Pruner
@@ -173,7 +173,7 @@ def evaluate(
     count = task.count(config.limit)
     max_new_tokens = config.max_new_tokens or task.max_new_tokens
     shared = SharedTower(loaded, points, config.seed) if config.share_tower and len(points) > 1 else None
-    drawn = config.overlays.samples
+    drawn = set(drawn_samples(task, config.overlays.samples, config.limit))
     for start in range(0, count, config.batch_size):
         samples = list(task.load(start, min(start + config.batch_size, count)))
         seen += [sample.sample_id for sample in samples]
@@ -205,7 +205,7 @@ def evaluate(
                     "visual_tokens": before[i],
                     "kept_tokens": kept_counts[i],
                     # where they are is kept for the samples that are drawn
-                    "kept": kept[i] if start + samples.index(sample) < drawn else None,
+                    "kept": kept[i] if start + samples.index(sample) in drawn else None,
                 }
                 for i, (sample, text) in enumerate(zip(todo, texts, strict=True))
             ]

@@ -17,7 +17,7 @@ from tokenprune.evals.models import LoadedModel, load_model
 from tokenprune.evals.results import Record, collect_rows, provenance, replace_file, summarise, write_results
 from tokenprune.evals.runner import SAMPLE_KEY, check_points, evaluate
 from tokenprune.evals.store import RowStore
-from tokenprune.evals.tasks import Task, load_task
+from tokenprune.evals.tasks import Task, drawn_samples, load_task
 
 ALL_TASKS = "all"
 MEASURE_KEY = ("settings", "point", "measure")
@@ -180,7 +180,7 @@ def _draw(
     rows: dict[str, list[Record]],
     folder: Path,
 ) -> list[Record]:
-    """Overlays of the first samples at one budget: PNG files, and what to write under them."""
+    """Overlays of a few samples at one budget: PNG files, and what to write under them."""
     from tokenprune.evals.overlay import draw_kept, seen_picture
 
     budgets = [point.keep for point in points if point.keep is not None]
@@ -188,11 +188,11 @@ def _draw(
         return []
     keep: Any = config.overlays.keep if config.overlays.keep in budgets else min(budgets)
     drawn = [point for point in points if point.method == NONE or point.keep == keep]
-    samples = list(task.load(0, min(config.overlays.samples, task.count(config.limit))))
     target = folder / "overlays"
     target.mkdir(exist_ok=True)
     pictures: list[Record] = []
-    for number, sample in enumerate(samples):
+    for number in drawn_samples(task, config.overlays.samples, config.limit):
+        sample = next(task.load(number, number + 1))
         inputs = dict(loaded.inputs([sample.question], [sample.image]))
         picture = seen_picture(inputs["pixel_values"][0], loaded.processor)
         for point in drawn:

@@ -76,6 +76,18 @@ class Task:
         return self.size if limit is None else min(limit, self.size)
 
 
+def drawn_samples(task: Task, wanted: int, limit: int | None) -> list[int]:
+    """Places of the `wanted` samples of a run that get a picture.
+
+    Where rows go round the families, one more than a round apart: another picture and another family each time.
+    """
+    count = task.count(limit)
+    step = len(task.families) + 1 if len(task.families) > 1 else 1
+    if step * (wanted - 1) >= count:
+        step = 1
+    return list(range(0, min(count, step * wanted), step))
+
+
 def task_names() -> list[str]:
     """Names of the built-in tasks; imports nothing heavy."""
     return ["pocket", *(f"pocket:{family}" for family in POCKET_FAMILIES)]

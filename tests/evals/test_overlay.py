@@ -8,6 +8,7 @@ from PIL import Image
 from tokenprune.evals.config import Point
 from tokenprune.evals.overlay import dim_dropped, draw_kept, seen_picture, square_grid
 from tokenprune.evals.svgplot import ticks
+from tokenprune.evals.tasks import drawn_samples, load_task
 
 
 def test_kept_patches_stay_and_dropped_ones_dim():
@@ -48,3 +49,15 @@ def test_ticks_are_round():
     assert ticks(0, 10, 5) == [0, 2, 4, 6, 8, 10]
     assert ticks(51.2, 78.9) == [55, 60, 65, 70, 75]
     assert ticks(3, 3) == [3]
+
+
+def test_drawn_samples_are_of_different_families(tiny_task):
+    import dataclasses
+
+    task = load_task(tiny_task)
+    assert drawn_samples(task, 3, None) == [0, 1, 2]
+    seven = dataclasses.replace(task, families=tuple("abcdefg"))
+    assert drawn_samples(seven, 5, 60) == [0, 8, 16, 24, 32]
+    assert drawn_samples(seven, 5, 20) == [0, 1, 2, 3, 4]
+    assert drawn_samples(seven, 0, 20) == []
+    assert drawn_samples(task, 5, 2) == [0, 1]
