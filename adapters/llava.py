@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tokenprune.adapters._base import Adapter, Emit, decoder_of
-from tokenprune.kernels.attention_rows import attention_rows
 from torch import Tensor
 
+from tokenprune.adapters._base import Adapter, Emit, decoder_of
 from tokenprune.cost import ModelShape
+from tokenprune.kernels.attention_rows import attention_rows
 from tokenprune.registry import MODELS
 from tokenprune.signals import CLS_ATTENTION, Signal, Tower
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokenprune.budget import read_budget
 from tokenprune.evals.models import check_dtype, model_source
 from tokenprune.evals.tasks import check_task
-
 from tokenprune.registry import METHODS, UnknownName, near
 
 NONE = "none"
@@ -240,10 +240,7 @@ def _read_method(entry: Any, budgets: list[Any]) -> tuple[str, tuple[tuple[str, 
         name, at, keep = entry.partition("@")
         if not at:
             return name, (), budgets
-        try:
-            return name, (), [int(keep) if keep.isdigit() else float(keep)]
-        except ValueError:
-            raise ValueError(f"The budget after '@' must be a number like 64 or 0.25, got {keep!r}.") from None
+        return name, (), [read_budget(keep)]
     if not isinstance(entry, Mapping) or "method" not in entry:
         raise ValueError(f"An entry of methods is a name or a mapping with the key 'method', got {entry!r}.")
     rest = dict(entry)

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tokenprune.evals.config import Point
-from tokenprune.evals.models import LoadedModel
-from tokenprune.evals.runner import pruned, visual_tokens
-from tokenprune.evals.tasks import Sample
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from tokenprune import cost
 from tokenprune.api import adapter_for
+from tokenprune.evals.config import Point
+from tokenprune.evals.models import LoadedModel
+from tokenprune.evals.runner import pruned, visual_tokens
+from tokenprune.evals.tasks import Sample
 
 PARTS: tuple[str, ...] = ("vision", "projector", "selection", "prefill", "decode")
 TOLERANCE = 0.01

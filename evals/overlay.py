@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
 from tokenprune.evals.config import NONE, Point
 
 DIM = 0.22

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tokenprune.api import adapter_for, applied
+from tokenprune.base import Pruner
 from tokenprune.evals.config import NONE, Point, RunConfig, digest
 from tokenprune.evals.models import LoadedModel
 from tokenprune.evals.store import RowStore
 from tokenprune.evals.tasks import Sample, Task, drawn_samples
-
-from tokenprune.api import adapter_for, applied
-from tokenprune.base import Pruner
 from tokenprune.signals import Signal, Tower
 from tokenprune.spec import make_method
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
 from tokenprune.evals.config import NONE, Point, refusing
 from tokenprune.evals.models import load_model
 from tokenprune.evals.overlay import draw_kept, seen_picture
 from tokenprune.evals.runner import answer_batch, method_of, visual_tokens
 from tokenprune.evals.tasks import Sample, load_task
-
 from tokenprune.registry import METHODS
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
 from tokenprune.evals.config import NONE, Point, RunConfig, digest, refusing
 from tokenprune.evals.models import LoadedModel, load_model
 from tokenprune.evals.results import Record, collect_rows, provenance, replace_file, summarise, write_results
@@ -57,9 +58,10 @@ def _progress(console: Console) -> Iterator[Progress]:
 def run(config: RunConfig, console: Console | None = None) -> Run:
     """Evaluate, measure and write. Every name and number is checked before a model is loaded or a sample is asked."""
     import torch
+    from transformers.utils import logging
+
     from tokenprune.evals.plots import plot_pareto
     from tokenprune.evals.report import write_report
-    from transformers.utils import logging
 
     console = console or Console()
     begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The results of a run as a table in the terminal and as Markdown."""
+"""The results of a run as a table in the terminal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
+
 from tokenprune.evals.config import NONE
 from tokenprune.evals.results import flat_costs
 
@@ -66,46 +67,3 @@ def result_tables(records: list[dict[str, Any]], width: int = 200) -> list[Table
             table.add_row(*(escape(row[i]) for i in used), style="dim" if record["reference"] else None)
         tables.append(table)
     return tables
-
-
-def markdown_table(records: list[dict[str, Any]]) -> str:
-    """Methods by budgets, for a README: accuracy of each, and what a budget costs in FLOPs, KV cache and prefill time.
-
-    One model and task; the budgets are those of the records, largest first.
-    """
-    unpruned = next((record for record in records if record["method"] == NONE), None)
-    budgets = sorted({record["keep"] for record in records if record["keep"] is not None}, reverse=True)
-    lines = [
-        "| method | " + " | ".join(f"{keep} tokens" for keep in budgets) + " |",
-        "|---|" + "---:|" * len(budgets),
-    ]
-    if unpruned is not None:
-        scores = unpruned["overall"]
-        text = f"{100 * scores['accuracy']:.1f}"
-        tokens = f"unpruned ({unpruned['visual_tokens']:g} tokens)"
-        lines.append(f"| {tokens} | " + " | ".join([text] * len(budgets)) + " |")
-    cells = {(record["series"], record["keep"]): record for record in records}
-    for series in dict.fromkeys(record["series"] for record in records if record["keep"] is not None):
-        row = []
-        for keep in budgets:
-            record = cells.get((series, keep))
-            if record is None:
-                row.append("")
-                continue
-            scores = record["overall"]
-            half = 50 * (scores["ci_high"] - scores["ci_low"])
-            row.append(f"{100 * scores['accuracy']:.1f} ± {half:.1f}")
-        lines.append(f"| {series} | " + " | ".join(row) + " |")
-    for title, name, form in (
-        ("FLOPs to the first token, of unpruned", "flops_share", "{:.0%}"),
-        ("KV cache, of unpruned", "kv_share", "{:.0%}"),
-        ("prefill time, of unpruned", "prefill_to_unpruned", "{:.0%}"),
-    ):
-        row = []
-        for keep in budgets:
-            values = [flat_costs(r)[name] for r in records if r["keep"] == keep and r["method"] != "downsample"]
-            found = sorted(value for value in values if value is not None)
-            row.append(form.format(found[len(found) // 2]) if found else "")
-        if any(row):
-            lines.append(f"| *{title}* | " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"

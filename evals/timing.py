@@ -14,16 +14,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from tokenprune import cost
+from tokenprune.api import adapter_for
 from tokenprune.evals.config import Measure, Point
 from tokenprune.evals.flops import cache_bytes
 from tokenprune.evals.models import LoadedModel
 from tokenprune.evals.runner import pruned, visual_tokens
 from tokenprune.evals.stats import median_iqr
 from tokenprune.evals.tasks import Sample
-from transformers import StoppingCriteria, StoppingCriteriaList
-
-from tokenprune import cost
-from tokenprune.api import adapter_for
 
 
 def _wait(device: torch.device) -> None:

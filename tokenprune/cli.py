@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from tokenprune import __version__
+from tokenprune.budget import read_budget
 
 _EXAMPLES = """examples:
   tokenprune demo
@@ -95,12 +96,9 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _budget(text: str) -> int | float:
     try:
-        return int(text)
-    except ValueError:
-        try:
-            return float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a number like 64 or 0.25, got {text!r}") from None
+        return read_budget(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:

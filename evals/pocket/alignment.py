@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
 from tokenprune.evals.pocket.packing import tokenizer
 from tokenprune.evals.pocket.questions import PLURALS
 from tokenprune.evals.pocket.scenes import COLOURS, PATTERNS, SHAPES, SIGN_LENGTH, SYMBOLS
 from tokenprune.evals.pocket.vision import GRID
-from torch import Tensor
-from transformers import LlavaForConditionalGeneration
 
 _CONSTANT = 4.0  # dimension 0 of every word's embedding, which the previous-token heads read; 0 in image tokens
 _WORDS = slice(1, 64)  # dimensions that hold words at the start

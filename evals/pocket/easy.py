@@ -11,6 +11,7 @@ from functools import cache
 
 import numpy as np
 from PIL import Image
+
 from tokenprune.evals.pocket.questions import Question
 from tokenprune.evals.pocket.vision import EASY_COLOURS, EASY_SHAPES
 

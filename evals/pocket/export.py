@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+
 from tokenprune.evals.pocket.model import MODEL_DIR, build_llava, build_tokenizer, export
 from tokenprune.evals.pocket.vision import build_tower
 

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration
+
 from tokenprune.evals.pocket.alignment import PatchWords, SignWords, start_ground, structured_start
 from tokenprune.evals.pocket.easy import easy_split
 from tokenprune.evals.pocket.model import build_llava
@@ -38,9 +42,6 @@ from tokenprune.evals.pocket.vision import (
     vision_losses,
     window_positions,
 )  # fmt: skip
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import LlavaForConditionalGeneration
 
 ALL_FAMILIES = (*FAMILIES, "easy_vqa")
 GROUND_LAYER = 4  # the decoder layer whose output must know where the thing is that a word names
@@ -271,11 +272,17 @@ def train_signs(stage, out: Path, tools) -> None:
     tools.save(out / f"stage_{stage.name}.pt", stage.name, stage.steps, {"model": model, **kept}, optimizer)
 
 
-def train_joint(stage, out: Path, resume: bool, tools) -> None:
-    """Stages B and C. ``tools`` is the ``train`` module (optimiser, schedule, log, checkpoints)."""
+def train_joint(stage, out: Path, resume: bool, tools, start: Path | None = None) -> None:
+    """Stages B to C2. ``tools`` is the ``train`` module (optimiser, schedule, log, checkpoints).
+
+    ``start``: an exported model to start from, without heads, in place of the checkpoint of ``stage.after``.
+    """
     path, log, first = out / f"stage_{stage.name}.pt", tools.Log(out / "log.csv"), 0
     begun = resume and path.exists()
-    state = torch.load(path if begun else out / f"stage_{stage.after}.pt", weights_only=True)
+    if begun or start is None:
+        state = torch.load(path if begun else out / f"stage_{stage.after}.pt", weights_only=True)
+    else:
+        state = {"model": LlavaForConditionalGeneration.from_pretrained(start, dtype="float32").state_dict()}
     model = build_llava(build_tower(), tokenizer())
     heads, ground = Heads(model.config.vision_config.hidden_size), Ground(model.config.text_config.hidden_size)
     start_ground(ground.out.weight)
@@ -283,6 +290,7 @@ def train_joint(stage, out: Path, resume: bool, tools) -> None:
     for name, module in modules.items():
         if name in state:
             module.load_state_dict(state[name], strict=name != "ground")
+    model.requires_grad_(not stage.heads_only)
     # new linear heads learn fast; what the tower and the projector know already is kept by learning slowly
     slow, fast = stage.tower_lr, stage.head_lr
     parts = {model.model.vision_tower: slow, model.model.multi_modal_projector: max(slow, 0.4), heads: slow}

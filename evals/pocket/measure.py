@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+
 from tokenprune.evals.config import NONE, Point
 from tokenprune.evals.models import load_model
 from tokenprune.evals.pocket.questions import LOCAL_FAMILIES

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from tokenprune.evals.pocket.questions import PLURALS, SIDES
-from tokenprune.evals.pocket.scenes import COLOURS, PATCH, PATTERNS, SHAPES, SIZE
-from tokenprune.evals.pocket.vision import EASY_COLOURS, EASY_SHAPES, IMAGE_MEAN, IMAGE_STD
 from torch import nn
 from transformers import (
     CLIPImageProcessor,
@@ -24,6 +21,10 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )  # fmt: skip
+
+from tokenprune.evals.pocket.questions import PLURALS, SIDES
+from tokenprune.evals.pocket.scenes import COLOURS, PATCH, PATTERNS, SHAPES, SIZE
+from tokenprune.evals.pocket.vision import EASY_COLOURS, EASY_SHAPES, IMAGE_MEAN, IMAGE_STD
 
 MODEL_DIR = Path(__file__).parent / "models" / "pocket-llava"
 PROMPT = "USER: <image>\n{question} ASSISTANT:"

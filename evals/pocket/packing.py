@@ -12,12 +12,13 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
 from tokenprune.evals.pocket.easy import easy_split
 from tokenprune.evals.pocket.model import build_tokenizer
 from tokenprune.evals.pocket.questions import Question, ask
 from tokenprune.evals.pocket.scenes import PATCH, SHAPES, SIGN_LENGTH, SIGN_MARGIN, SIGN_PITCH, Scene
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 NO_PLACE = 24  # the class of "nowhere" in the grounding targets
 

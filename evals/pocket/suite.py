@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
+
 from tokenprune.evals.pocket.questions import FAMILIES, WHOLE_IMAGE, Question, ask
 from tokenprune.evals.pocket.scenes import SIZE, SPLIT_SEED, make_scene
 

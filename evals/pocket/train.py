@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from tokenprune.evals.pocket.easy import easy_split
 from tokenprune.evals.pocket.scenes import PATCH, SPLIT_SEED, make_scene
 from tokenprune.evals.pocket.vision import (
@@ -32,7 +34,6 @@ from tokenprune.evals.pocket.vision import (
     vision_losses,
     window_positions,
 )  # fmt: skip
-from torch import Tensor, nn
 
 _MIX = {"relation": 7, "exist": 6, "count": 5, "attribute": 4, "read": 1, "global": 1}
 
@@ -55,7 +56,8 @@ class Stage:
     in which background tokens are dropped before the decoder, at the first and the last step; ``mix``: questions an
     image; ``vision`` and ``ground``: weights of the auxiliary losses; ``tower_lr``, ``head_lr``: the rates of tower and
     projector, and of the output layer, as parts of ``lr``; ``after``: the stage whose weights it starts from;
-    ``shape``: weight of the shape loss within the vision losses; ``every``: steps from one line of the log to the next.
+    ``shape``: weight of the shape loss within the vision losses; ``every``: steps from one line of the log to the next;
+    ``heads_only``: the model is frozen and only the throw-away heads learn.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Stage:
     after: str = ""
     shape: float = 1.0
     every: int = 25
+    heads_only: bool = False
 
 
 STAGES = {
@@ -108,9 +111,14 @@ STAGES = {
         "C", steps=200, batch=6, lr=5e-4, size=336, seed=200_000_000, objects=(5, 9), easy=0.1, drop=0.6, drop_end=0.2,
         vision=0.1, ground=0.2, tower_lr=0.3, after="R2", shape=2.0, every=20, mix=_COUNT,
     ),
+    # exported weights have no heads: a run that starts from them teaches new ones before they may pull at the tower
+    "H": Stage(
+        "H", steps=150, batch=16, lr=2e-3, size=168, seed=186_000_000, objects=(4, 8), easy=0.08, vision=1.0,
+        ground=1.0, tower_lr=1.0, after="C", shape=2.0, heads_only=True,
+    ),
     "R3": Stage(
         "R3", steps=200, batch=16, lr=6e-4, size=168, seed=187_000_000, objects=(4, 8), easy=0.08, drop=0.6,
-        drop_end=0.4, vision=0.1, ground=0.2, tower_lr=0.3, after="C", shape=2.0, mix=_READ,
+        drop_end=0.4, vision=0.1, ground=0.2, tower_lr=0.3, after="H", shape=2.0, mix=_READ,
     ),
     "C2": Stage(
         "C2", steps=400, batch=6, lr=4e-4, size=336, seed=210_000_000, objects=(5, 9), easy=0.1, drop=0.4, drop_end=0.1,
@@ -237,8 +245,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the log")
-    parser.add_argument("--stages", default="A,A2,A3,P,B,B2,B3,S,R,R2,C,R3,C2", help="which stages, in order")
+    parser.add_argument("--stages", default="A,A2,A3,P,B,B2,B3,S,R,R2,C,H,R3,C2", help="which stages, in order")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+    parser.add_argument("--start", type=Path, help="an exported model; the first of --stages starts from its weights")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -257,7 +266,8 @@ def main() -> None:
             if name == "P":
                 joint.train_projector(STAGES[name], args.out, sys.modules[__name__])
                 continue
-            joint.train_joint(STAGES[name], args.out, args.resume, sys.modules[__name__])
+            joint.train_joint(STAGES[name], args.out, args.resume, sys.modules[__name__], args.start)
+            args.start = None
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ import math
 
 import numpy as np
 import torch
-from tokenprune.evals.pocket.scenes import COLOURS, PATCH, PATTERNS, SHAPES, SIGN_LENGTH, SIZE, SYMBOLS, Scene
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from tokenprune.evals.pocket.scenes import COLOURS, PATCH, PATTERNS, SHAPES, SIGN_LENGTH, SIZE, SYMBOLS, Scene
 
 GRID = SIZE // PATCH  # 24 patches a side
 IMAGE_MEAN, IMAGE_STD = 0.5, 0.27

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from _tiny import prompts, tiny_llava
-from tokenprune.evals.config import Point
-from tokenprune.evals.flops import PARTS, TOLERANCE, cache_bytes, flop_counter, measure_flops
-from tokenprune.evals.tasks import load_task
 
 from tokenprune import cost
 from tokenprune.api import adapter_for, applied
+from tokenprune.evals.config import Point
+from tokenprune.evals.flops import PARTS, TOLERANCE, cache_bytes, flop_counter, measure_flops
+from tokenprune.evals.tasks import load_task
 from tokenprune.registry import METHODS
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
+
 from tokenprune.evals.config import Point
 from tokenprune.evals.overlay import dim_dropped, draw_kept, seen_picture, square_grid
 from tokenprune.evals.svgplot import ticks

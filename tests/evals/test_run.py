@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+
 from tokenprune.evals.config import Measure, Overlays, Point, Refused, RunConfig
 from tokenprune.evals.store import RowStore
 from tokenprune.evals.sweep import run
-
 from tokenprune.registry import METHODS
 
 QUIET = Console(quiet=True)

@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+
 from tokenprune.evals.stats import bootstrap_mean, median_iqr, paired_difference
 
 

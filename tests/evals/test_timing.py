@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from tokenprune.api import applied
 from tokenprune.evals.config import Measure, Point
 from tokenprune.evals.tasks import load_task
 from tokenprune.evals.timing import ideal_prefill, measure_times, prefill
-
-from tokenprune.api import applied
 
 
 def test_ideal_computes_what_the_pruned_model_computes(tiny, tiny_task):

@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
-from tokenprune.kernels.attention_rows import attention_rows
 from torch.utils.flop_counter import FlopCounterMode
+
+from tokenprune.kernels.attention_rows import attention_rows
 
 
 def by_hand(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:

@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
-from tokenprune.kernels import greedy_diversity as module
-from tokenprune.kernels.greedy_diversity import greedy_diversity, greedy_diversity_flops, needs_gram
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+from tokenprune.kernels import greedy_diversity as module
+from tokenprune.kernels.greedy_diversity import greedy_diversity, greedy_diversity_flops, needs_gram
 
 OBJECTIVES = ["max_sum", "k_center"]
 
