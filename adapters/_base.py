@@ -2,14 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from tokenprune.signals import Signal, Tower
+from tokenprune.cost import ModelShape, tower_flops
+from tokenprune.layout import Visual
+from tokenprune.recording import TowerWork
+from tokenprune.signals import Tower
+from tokenprune.stages import Depths
 
-Emit = Callable[[Signal, Callable[[], Tensor]], None]
+
+class VisionTower:
+    """The vision tower of one loaded model: where its blocks are, and how their tokens are read and thinned out.
+
+    The tower works on pictures ("crops" of a `Visual`), each of `cells` tokens: patches, or groups of patches where the
+    tower merges them into one visual token.
+
+    Attributes:
+        facts: what methods may know.
+        blocks: its transformer blocks.
+        signals: names of the signals that it can record.
+        module: the whole tower.
+        exit: the module whose output are the visual tokens of all pictures: the projector, or the merger.
+        can_cut: whether tokens can leave after a block.
+        patches_per_cell: patches that one visual token comes from.
+        group: patches that must leave together after a block; 1 or `patches_per_cell`.
+    """
+
+    facts: Tower
+    blocks: Sequence[Any]
+    signals: tuple[str, ...] = ()
+    module: Any
+    exit: Any
+    can_cut: bool = False
+    patches_per_cell: int = 1
+
+    def watch(self, block: int, done: Any) -> list[Any]:
+        """Hook a block so that `done(read)` is called when its attention ran.
+
+        `read(pictures, count)` gives query, key and value `[m, H, T, d]` of pictures that all have `count` cells; T
+        counts patches, and a [CLS] token before them if there is one.
+
+        Returns:
+            The removable hook handles.
+        """
+        raise TypeError(f"{type(self).__name__} records no signals.")
+
+    def start(self, args: Any, kwargs: Any, counts: Sequence[int]) -> Any:
+        """What `states`, `thin` and `leave` need to know of one run; `args` and `kwargs` are those of a block, and
+        `counts` the cells of each picture."""
+        raise TypeError(f"{type(self).__name__} cannot be cut inside.")
+
+    def states(self, run: Any, args: Any, pictures: Sequence[int], count: int) -> Tensor:
+        """Hidden states `[m, count, D]` of pictures that all have `count` cells, mean over the patches of a cell."""
+        raise TypeError(f"{type(self).__name__} cannot be cut inside.")
+
+    def thin(self, run: Any, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
+        """Arguments for a block of a run that was cut.
+
+        Args:
+            kept: for a block before which tokens leave, the cells that stay, `[k]` int64 of those that were there, one
+                per picture; None for blocks after it, whose hidden states are short already.
+        """
+        raise TypeError(f"{type(self).__name__} cannot be cut inside.")
+
+    def leave(self, run: Any, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
+        """Output of `exit` at full length: zeros where tokens left; `alive` are the cells left of each picture."""
+        raise TypeError(f"{type(self).__name__} cannot be cut inside.")
+
+    def flops(self, shape: ModelShape, work: TowerWork) -> int:
+        """Floating-point operations of one run of the tower, by the conventions of `tokenprune.cost`."""
+        pictures = [rows * cols * self.patches_per_cell for rows, cols in work.grids]
+        return tower_flops(shape, pictures, work.blocks, work.first)
+
+    def resize(self, kind: str, call: Mapping[str, Any], grid: tuple[int, int]) -> Mapping[str, Any]:
+        """Arguments of the features call with pictures shrunk so that the tower makes a raster of `grid` tokens."""
+        raise TypeError(f"{type(self).__name__} cannot run at another size.")
 
 
 class Adapter:
@@ -20,41 +90,90 @@ class Adapter:
         model: the model as the user holds it (has `generate`).
         entry: the module that is called with `input_ids` and `pixel_values` and calls the language model.
         language_model: the decoder stack, called with `inputs_embeds`.
-        image_token_id: id of the placeholder token.
-        tower: facts on the vision tower.
+        layers: its layers.
+        placeholder_ids: by kind ("image", "video"), the id of the placeholder token.
+        features: by kind, the method of `entry` that makes visual tokens.
+        pixels: by kind, the argument that holds the pixels.
+        vision: the vision tower.
+        projector: the module between tower and decoder that costs are counted of; None if it is part of the tower.
+        first_cut: lowest K of the site "layer:K".
+        mrope: whether positions are 3-D ids of which gaps are no counts of tokens.
     """
 
     name: ClassVar[str] = ""
     classes: ClassVar[tuple[str, ...]] = ()
+    features: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
+    pixels: ClassVar[Mapping[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
+    first_cut: ClassVar[int] = 1
+    mrope: ClassVar[bool] = False
 
     model: Any
     entry: Any
     language_model: Any
-    image_token_id: int
-    tower: Tower
+    placeholder_ids: Mapping[str, int]
+    vision: VisionTower
+    projector: Any
 
-    def image_grids(self, pixel_values: Tensor) -> list[tuple[int, int]]:
-        """(rows, cols) of the visual tokens that each image in `pixel_values` becomes, in tower order."""
-        raise TypeError(f"{type(self).__name__} defines no image_grids().")
+    @property
+    def tower(self) -> Tower:
+        """Facts on the vision tower."""
+        return self.vision.facts
 
-    def record(self, signal: Signal, emit: Emit) -> list[Any]:
-        """Install hooks that call `emit(signal, compute)` each time the tower runs; `compute()` gives `[M, N]` fp32.
+    @property
+    def layers(self) -> Sequence[Any]:
+        """The decoder's layers."""
+        return self.language_model.layers
 
-        Returns:
-            The removable hook handles.
+    @property
+    def depths(self) -> Depths:
+        """What stages can be planned for."""
+        feature = self.tower.feature_layer if self.vision.can_cut else None
+        return Depths(self.tower.num_layers, feature, len(self.layers), self.first_cut)
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Visual tokens of an image, where the family has one number for all; else None."""
+        return None
+
+    def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
+        """How each image or video of a call is laid out, in tower order; `call` holds the arguments by name."""
+        raise TypeError(f"{type(self).__name__} defines no visuals().")
+
+    def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        """The pixels of each visual, for the seeds of random methods."""
+        return list(call[self.pixels[kind]])
+
+    def query_key(self, layer: Any, hidden: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Query `[B, H, R, d]` of some rows and key `[B, Hk, S, d]` of all, before their rotation, that a decoder layer
+        would make of the hidden states `[B, S, D]` that enter it; `rows` `[B, R]` int64, None for all."""
+        attention = layer.self_attn
+        normed = layer.input_layernorm(hidden)
+        asked = normed if rows is None else normed.gather(1, rows[..., None].expand(-1, -1, normed.shape[-1]))
+        width = attention.head_dim
+        query = attention.q_proj(asked).unflatten(-1, (-1, width))
+        key = attention.k_proj(normed).unflatten(-1, (-1, width))
+        for name in ("q_norm", "k_norm"):  # Qwen3 normalises each head
+            norm = getattr(attention, name, None)
+            if norm is not None:
+                query, key = (norm(query), key) if name == "q_norm" else (query, norm(key))
+        return query.transpose(1, 2), key.transpose(1, 2)
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin `[B, S, d]` for position ids as the decoder layers get them."""
+        return self.language_model.rotary_emb(hidden, position_ids)
+
+    def beside(self, kwargs: Mapping[str, Any], rows: Callable[[Tensor], Tensor], real: Tensor) -> dict[str, Any]:
+        """Arguments of the decoder that go by place, shortened: what is added to visual tokens inside it.
+
+        Args:
+            kwargs: of the decoder, before pruning.
+            rows: moves `[B, S, ...]` to `[B, P, ...]`.
+            real: `[B, P]` bool, False at padding.
         """
-        raise TypeError(f"{type(self).__name__} records no signals.")
+        return {}
 
-    def check_signal(self, signal: Signal) -> None:
-        """Raise ValueError if this tower cannot record `signal`."""
-        raise TypeError(f"{type(self).__name__} records no signals.")
-
-    def resize(self, pixel_values: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Mapping[str, Any]]:
-        """Pixels shrunk so that the tower makes a raster of `grid` tokens, and extra arguments for the tower."""
-        raise TypeError(f"{type(self).__name__} cannot run its tower at another size.")
-
-    def cost_shape(self) -> Any:
-        """The `tokenprune.cost.ModelShape` of this model."""
+    def cost_shape(self) -> ModelShape:
+        """The sizes that decide what this model costs."""
         raise TypeError(f"{type(self).__name__} defines no cost_shape().")
 
 

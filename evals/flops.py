@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from tokenprune import cost
-from tokenprune.api import adapter_for
-from tokenprune.evals.config import Point
+from tokenprune.api import adapter_for, applied
+from tokenprune.evals.config import NONE, Point
 from tokenprune.evals.models import LoadedModel
-from tokenprune.evals.runner import pruned, visual_tokens
+from tokenprune.evals.runner import pruned
 from tokenprune.evals.tasks import Sample
+from tokenprune.stopwatch import Stopwatch
 
 PARTS: tuple[str, ...] = ("vision", "projector", "selection", "prefill", "decode")
 TOLERANCE = 0.01
 """Largest relative difference between measured and analytic FLOPs that raises no warning."""
-
-_TOWERS = ("vision_tower", "visual", "vision_model")
-_PROJECTORS = ("multi_modal_projector", "projector", "connector", "merger")
 
 
 def _cpu_attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -38,38 +36,48 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
-def _submodule(entry: Any, names: tuple[str, ...]) -> nn.Module | None:
-    return next((getattr(entry, name) for name in names if isinstance(getattr(entry, name, None), nn.Module)), None)
+class _Tally:
+    """What a counter counts while each module runs, and in methods and their signals, which belong to no module."""
 
+    def __init__(self, counter: FlopCounterMode) -> None:
+        self._counter = counter
+        self.selection = 0
+        self.spent: dict[str, int] = {}
+        self._begun: dict[str, int] = {}
+        self._selecting = 0
 
-@contextmanager
-def _by_module(modules: dict[str, nn.Module | None], counter: FlopCounterMode) -> Iterator[dict[str, int]]:
-    """Adds up what `counter` counts while each module runs."""
-    spent = dict.fromkeys(modules, 0)
-    begun: dict[str, int] = {}
-    hooks = []
+    def _now(self) -> int:
+        return self._counter.get_total_flops() - self.selection
 
-    def before(name: str) -> Any:
-        def hook(module: Any, args: Any) -> None:
-            begun[name] = counter.get_total_flops()
+    def _listen(self, begins: bool) -> None:
+        if begins:
+            self._selecting = self._counter.get_total_flops()
+        else:
+            self.selection += self._counter.get_total_flops() - self._selecting
 
-        return hook
+    def _before(self, name: str, module: Any, args: Any, kwargs: Any) -> None:
+        self._begun[name] = self._now()
 
-    def after(name: str) -> Any:
-        def hook(module: Any, args: Any, output: Any) -> None:
-            spent[name] += counter.get_total_flops() - begun[name]
+    def _after(self, name: str, module: Any, args: Any, output: Any) -> None:
+        self.spent[name] = self.spent.get(name, 0) + self._now() - self._begun[name]
 
-        return hook
-
-    try:
-        for name, module in modules.items():
-            if module is not None:
-                hooks.append(module.register_forward_pre_hook(before(name)))
-                hooks.append(module.register_forward_hook(after(name)))
-        yield spent
-    finally:
-        for hook in hooks:
-            hook.remove()
+    @contextmanager
+    def of(self, modules: dict[str, Any]) -> Iterator[None]:
+        """Count in these modules and in selections."""
+        hooks = []
+        self.spent = dict.fromkeys(modules, 0)
+        Stopwatch.listener = self._listen
+        try:
+            for name, module in modules.items():
+                if module is not None:
+                    before = functools.partial(self._before, name)
+                    hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                    hooks.append(module.register_forward_hook(functools.partial(self._after, name)))
+            yield
+        finally:
+            Stopwatch.listener = None
+            for hook in hooks:
+                hook.remove()
 
 
 class _FirstToken(StoppingCriteria):
@@ -85,39 +93,27 @@ class _FirstToken(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def _measure_once(loaded: LoadedModel, inputs: dict[str, Any], handle: Any) -> dict[str, float]:
-    """One prefill and one decode step, through `generate`."""
+def _measure_once(loaded: LoadedModel, inputs: dict[str, Any]) -> dict[str, float]:
+    """One prefill and one decode step, through `generate`, by part and (`layer:K`) by decoder layer."""
     counter = flop_counter()
-    selection = 0
-    method: Any = handle.method if handle is not None else None
-
-    def counted_select(view: Any) -> Any:
-        nonlocal selection
-        begun = counter.get_total_flops()
-        result = type(method).select(method, view)
-        selection += counter.get_total_flops() - begun
-        return result
-
-    entry = adapter_for(loaded.model).entry
-    modules = {"vision": _submodule(entry, _TOWERS), "projector": _submodule(entry, _PROJECTORS)}
-    if method is not None:
-        method.select = counted_select
-    try:
-        with torch.inference_mode(), counter, _by_module(modules, counter) as spent:
-            first = _FirstToken(lambda: {**spent, "selection": selection, "total": counter.get_total_flops()})
-            loaded.model.generate(
-                **inputs,
-                do_sample=False,
-                max_new_tokens=2,
-                min_new_tokens=2,
-                stopping_criteria=StoppingCriteriaList([first]),
-            )
-    finally:
-        if method is not None:
-            del method.select
+    tally = _Tally(counter)
+    adapter = adapter_for(loaded.model)
+    vision, projector = adapter.vision.module, adapter.projector
+    layers = {f"layer:{i}": layer for i, layer in enumerate(adapter.layers)}
+    with torch.inference_mode(), counter, tally.of({"vision": vision, "projector": projector, **layers}):
+        first = _FirstToken(lambda: {**tally.spent, "selection": tally.selection, "total": counter.get_total_flops()})
+        loaded.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=2,
+            min_new_tokens=2,
+            stopping_criteria=StoppingCriteriaList([first]),
+        )
     found = dict(first.seen or {})
+    if any(module is projector for module in vision.modules()):
+        found["vision"] -= found["projector"]
     total = found.pop("total")
-    found["prefill"] = total - sum(found.values())
+    found["prefill"] = total - sum(found[part] for part in ("vision", "projector", "selection"))
     found["decode"] = counter.get_total_flops() - total
     return found
 
@@ -138,49 +134,56 @@ def measure_flops(
 
     Returns:
         `measured` and `analytic` (by part and `total`, which leaves `decode` out), `unpruned` (analytic),
-        `difference` (relative, by part), `agree` (all within `TOLERANCE`) and `paper` (see `tokenprune.cost`).
+        `difference` (relative, by part, and under `layers` the largest of a decoder layer at prefill), `agree` (all
+        within `TOLERANCE`) and `paper` (see `tokenprune.cost`).
     """
     shape = adapter_for(loaded.model).cost_shape()
     plain_counts = {} if plain_counts is None else plain_counts
     measured, analytic, unpruned = (dict.fromkeys(PARTS, 0.0) for _ in range(3))
+    by_layer: list[float] = []
     paper = 0.0
     for sample in samples:
         inputs = dict(loaded.inputs([sample.question], [sample.image]))
-        length, visual = inputs["input_ids"].shape[1], visual_tokens(loaded, inputs)[0]
         plain = plain_counts.get(sample.sample_id)
         if plain is None and counting:
-            plain = plain_counts[sample.sample_id] = _measure_once(loaded, inputs, None)
-        counted = cost.prompt_flops(shape, [length] * shape.layers).as_dict()
-        _add(unpruned, counted, len(samples))
-        with pruned(loaded, point, seed, [sample]) as handle:
-            found, lengths = plain, [length] * shape.layers
-            if handle is not None:
-                if plain is not None:
-                    found = _measure_once(loaded, inputs, handle)
-                    if handle.method.site == "input":
-                        # signals are recorded while the tower runs; what they cost is what the tower costs more
-                        found["selection"] += found["vision"] - plain["vision"]
-                        found["vision"] = plain["vision"]
-                else:
-                    with torch.inference_mode():
-                        loaded.model(**inputs, logits_to_keep=1)
-                report = handle.report()
-                counted = report.flops.as_dict()
-                lengths = [length - visual + report.kept_tokens] * shape.layers
+            plain = plain_counts[sample.sample_id] = _measure_once(loaded, inputs)
+        found = plain
+        with _watched(loaded, point, seed, sample) as handle:
+            if counting and point.method != NONE:
+                found = _measure_once(loaded, inputs)
+            else:
+                with torch.inference_mode():
+                    loaded.model(**inputs, logits_to_keep=1)
+            report = handle.report()
         if found is not None:
             _add(measured, found, len(samples))
-        _add(analytic, counted, len(samples))
-        paper += cost.paper_flops(shape, lengths) / len(samples)
+            layers = [found[f"layer:{i}"] for i in range(shape.layers)]
+            by_layer += [_relative(own, layer) for own, layer in zip(report.flops_by_layer, layers)]
+        _add(unpruned, report.flops_unpruned.as_dict(), len(samples))
+        _add(analytic, report.flops.as_dict(), len(samples))
+        paper += cost.paper_flops(shape, report.tokens_by_layer) / len(samples)
     result = {"analytic": _with_total(analytic), "unpruned": _with_total(unpruned), "paper": paper}
     if not counting:
         return {**result, "measured": None, "difference": None, "agree": None}
     difference = {part: _relative(analytic[part], measured[part]) for part in PARTS}
+    difference["layers"] = max(by_layer, key=abs, default=0.0)
     agree = all(abs(value) <= TOLERANCE for value in difference.values())
     if not agree:
         off = ", ".join(f"{part} {value:+.1%}" for part, value in difference.items() if abs(value) > TOLERANCE)
         text = f"Analytic and measured FLOPs of {point.label} differ by more than 1 percent: {off}."
         warnings.warn(text, stacklevel=2)
     return {**result, "measured": _with_total(measured), "difference": difference, "agree": agree}
+
+
+@contextmanager
+def _watched(loaded: LoadedModel, point: Point, seed: int, sample: Sample) -> Iterator[Any]:
+    """The model at the point; for the unpruned one, with a method that keeps everything, for its report."""
+    if point.method == NONE:
+        with applied(loaded.model, "random", 1.0) as handle:
+            yield handle
+        return
+    with pruned(loaded, point, seed, [sample]) as handle:
+        yield handle
 
 
 def _add(total: dict[str, float], counted: Mapping[str, float], over: int) -> None:

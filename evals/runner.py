@@ -18,8 +18,10 @@ from tokenprune.evals.config import NONE, Point, RunConfig, digest
 from tokenprune.evals.models import LoadedModel
 from tokenprune.evals.store import RowStore
 from tokenprune.evals.tasks import Sample, Task, drawn_samples
-from tokenprune.signals import Signal, Tower
-from tokenprune.spec import make_method
+from tokenprune.handle import Handle
+from tokenprune.signals import VISION_SIGNALS, Signal, Tower
+from tokenprune.spec import make_method, parse_method
+from tokenprune.stages import Stage
 
 SAMPLE_KEY = ("settings", "point", "sample_id")
 
@@ -60,7 +62,7 @@ def pruned(loaded: LoadedModel, point: Point, seed: int, samples: list[Sample]) 
         yield None
         return
     with applied(loaded.model, method_of(point, seed), point.keep) as handle:
-        if "boxes" in handle.method.hints:
+        if _wants_boxes(handle):
             missing = [sample.sample_id for sample in samples if sample.boxes is None]
             if missing:
                 raise ValueError(
@@ -71,6 +73,10 @@ def pruned(loaded: LoadedModel, point: Point, seed: int, samples: list[Sample]) 
         yield handle
 
 
+def _wants_boxes(handle: Handle) -> bool:
+    return any("boxes" in stage.pruner.hints for stage in handle.stages)
+
+
 def check_points(loaded: LoadedModel, task: Task, points: list[Point], seed: int) -> None:
     """Apply and remove every method once, so that one that cannot work on this model or task fails before the work."""
     adapter_for(loaded.model)
@@ -78,7 +84,7 @@ def check_points(loaded: LoadedModel, task: Task, points: list[Point], seed: int
         if point.method == NONE:
             continue
         with applied(loaded.model, method_of(point, seed), point.keep) as handle:
-            if "boxes" in handle.method.hints and not task.has_boxes:
+            if _wants_boxes(handle) and not task.has_boxes:
                 raise ValueError(f"{point.method} needs the boxes that suffice for an answer; {task.name} has none.")
 
 
@@ -101,27 +107,39 @@ class SharedTower:
 
     def __init__(self, loaded: LoadedModel, points: list[Point], seed: int) -> None:
         self._model = loaded.model
-        self._encode = getattr(loaded.model.base_model, "get_image_features", None)
-        forward = inspect.signature(loaded.model.forward).parameters
-        self.possible = self._encode is not None and "mm_encoder_outputs" in forward
-        tower = adapter_for(loaded.model).tower
-        methods = [method_of(point, seed) for point in points if point.method != NONE]
-        signals = [signal for method in methods if method.site == "input" for signal in method.signals(tower)]
+        self._adapter = adapter_for(loaded.model)
+        self._seed = seed
+        self.possible = "mm_encoder_outputs" in inspect.signature(loaded.model.forward).parameters
+        signals = [
+            signal
+            for point in points
+            if self.covers(point)
+            for stage in self._stages(point)
+            for signal in stage.signals(self._adapter.tower)
+            if signal.name in VISION_SIGNALS
+        ]
         self._recorder = _Recorder(wanted=tuple(dict.fromkeys(signals)))
+
+    def _stages(self, point: Point) -> tuple[Stage, ...]:
+        if point.method == NONE:
+            return ()
+        adapter = self._adapter
+        policy = "keep" if adapter.mrope else None
+        return parse_method(method_of(point, self._seed), point.keep).plan(adapter.depths, adapter.num_tokens, policy)
+
+    def covers(self, point: Point) -> bool:
+        """Whether the point cuts behind the tower only."""
+        return all(stage.place in ("input", "layer") for stage in self._stages(point))
 
     def encode(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The same inputs with features in place of pixels."""
         with applied(self._model, self._recorder, 1.0):
-            encode: Callable[..., Any] = self._model.base_model.get_image_features
+            encode: Callable[..., Any] = getattr(self._adapter.entry, self._adapter.features["image"])
             names = inspect.signature(encode).parameters
-            taken = {name: inputs[name] for name in names if name in inputs}
-            features = encode(**taken, return_dict=True)
-        rest = {name: value for name, value in inputs.items() if name not in taken}
+            features = encode(**{name: inputs[name] for name in names if name in inputs}, return_dict=True)
+        pixels = self._adapter.pixels["image"]
+        rest = {name: value for name, value in inputs.items() if name != pixels}
         return {**rest, "mm_encoder_outputs": {"image": features}}
-
-
-def _site(point: Point) -> str:
-    return "input" if point.method == NONE else make_method(point.method, **dict(point.options)).site
 
 
 def answer_batch(
@@ -144,8 +162,9 @@ def answer_batch(
 
 def visual_tokens(loaded: LoadedModel, inputs: dict[str, Any]) -> list[int]:
     """Visual tokens of each prompt before pruning."""
-    image_token = adapter_for(loaded.model).image_token_id
-    return (inputs["input_ids"] == image_token).sum(1).tolist()
+    ids = inputs["input_ids"]
+    placeholders = adapter_for(loaded.model).placeholder_ids.values()
+    return sum((ids == number for number in placeholders), torch.zeros_like(ids)).sum(1).tolist()
 
 
 def evaluate(
@@ -189,7 +208,7 @@ def evaluate(
                 with torch.inference_mode():
                     inputs[ids] = raw, shared.encode(raw) if shared and shared.possible else None
             raw, encoded = inputs[ids]
-            given = encoded if encoded is not None and _site(point) != "pixels" else raw
+            given = encoded if encoded is not None and shared is not None and shared.covers(point) else raw
             texts, kept_counts, kept = answer_batch(loaded, point, todo, given, config.seed, max_new_tokens)
             before = visual_tokens(loaded, raw)
             rows = [

@@ -9,6 +9,7 @@ Machines are noisy, so unpruned, pruned and ideal take turns within one round, a
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any
@@ -45,28 +46,26 @@ def prefill(loaded: LoadedModel, inputs: dict[str, Any]) -> Any:
     return loaded.model(**inputs, use_cache=True, logits_to_keep=1)
 
 
-def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], kept: list[torch.Tensor]) -> Callable[[], Any]:
-    """The work of an ideal pruned prefill, ready to be timed. Batch of one.
+def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], stays: torch.Tensor) -> Callable[[], Any]:
+    """The work of an ideal pruned prefill, ready to be timed. One prompt, images only.
 
     Args:
-        kept: for each image of the prompt, kept raster indices `[k]`.
+        stays: `[1, S]` bool, places of the prompt that stay (see `Handle.stays`).
     """
     model, adapter = loaded.model, adapter_for(loaded.model)
     ids = inputs["input_ids"]
-    visual = ids[0] == adapter.image_token_id
-    text = {"input_ids", "attention_mask"}
-    vision = {name: value for name, value in inputs.items() if name not in text}
-    sizes = [rows * cols for rows, cols in adapter.image_grids(inputs["pixel_values"])]
-    stays = torch.cat([torch.zeros(size, dtype=torch.bool).index_fill(0, k, True) for size, k in zip(sizes, kept)])
-    keep = torch.ones_like(visual)
-    keep[visual] = stays.to(keep.device)
+    placeholder = adapter.placeholder_ids["image"]
+    encode: Callable[..., Any] = getattr(adapter.entry, adapter.features["image"])
+    names = inspect.signature(encode).parameters
+    vision = {name: value for name, value in inputs.items() if name in names}
+    keep = stays[0].to(ids.device)
     short_ids = ids[:, keep]
-    places = short_ids == adapter.image_token_id
-    rows = stays.to(ids.device)
+    places = short_ids == placeholder
+    rows = keep[ids[0] == placeholder]
     mask = torch.ones_like(short_ids)
 
     def run() -> Any:
-        features = torch.cat(list(adapter.entry.get_image_features(**vision, return_dict=True).pooler_output))
+        features = torch.cat(list(encode(**vision, return_dict=True).pooler_output))
         embeds = model.get_input_embeddings()(short_ids)
         embeds = embeds.masked_scatter(places[..., None], features[rows].to(embeds.dtype))
         return model(inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1)
@@ -124,12 +123,12 @@ def measure_times(
         with torch.inference_mode():
             with pruned(loaded, point, seed, [sample]) as handle:
                 cache = prefill(loaded, inputs).past_key_values
-                kept = None if handle is None else handle.kept[0]
-                removed = 0 if handle is None else handle.report().visual_tokens - handle.report().kept_tokens
+                stays = None if handle is None else handle.stays
+                counted = cost.kv_bytes(shape, [length] * shape.layers, itemsize)
+                kv["unpruned"] += counted / len(samples)
+                kv["analytic"] += (counted if handle is None else handle.report().kv_bytes) / len(samples)
             sizes = cache_bytes(cache)
             kv["measured"] += sum(sizes) / len(samples)
-            kv["analytic"] += cost.kv_bytes(shape, [length - removed] * shape.layers, itemsize) / len(samples)
-            kv["unpruned"] += cost.kv_bytes(shape, [length] * shape.layers, itemsize) / len(samples)
             lengths = [layer.keys.shape[-2] for layer in cache.layers]
             text = length - visual_tokens(loaded, inputs)[0]
             kv["equivalent_tokens"] += cost.equivalent_tokens([n - text for n in lengths]) / len(samples)
@@ -138,7 +137,7 @@ def measure_times(
             del cache
             if not measure.times:
                 continue
-            ideal = None if kept is None else ideal_prefill(loaded, inputs, kept)
+            ideal = None if stays is None else ideal_prefill(loaded, inputs, stays)
             for turn in range(measure.warmup + measure.repeats):
                 found = _round(loaded, point, sample, seed, inputs, ideal, turn)
                 if turn >= measure.warmup:

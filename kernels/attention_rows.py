@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 
 
-def attention_rows(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def attention_rows(query: Tensor, key: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """Softmax attention of each query row over all keys, in fp32, averaged over the heads.
 
-    Costs 2 B H R N d floating-point operations and one read of `key`. Nothing is masked: every row sees every key.
+    Costs 2 B H R N d floating-point operations and one read of `key`.
 
     Args:
         query: `[B, H, R, d]`, any float dtype, any strides.
         key: `[B, Hk, N, d]`, any float dtype, any strides; H is a multiple of Hk and query head h reads key head
             h // (H / Hk), the order of grouped-query attention in Hugging Face models.
         scale: what the dot products are multiplied by, usually 1 / sqrt(d).
+        mask: `[B, R, N]` bool, True where a row sees a key; each row must see one at least. None: every row sees all.
 
     Returns:
-        `[B, R, N]` fp32; every row sums to 1.
+        `[B, R, N]` fp32; every row sums to 1, with zeros at keys that it does not see.
 
     Raises:
         ValueError: the shapes do not fit each other.
@@ -41,5 +42,8 @@ def attention_rows(query: Tensor, key: Tensor, scale: float) -> Tensor:
         )
     # the query heads of one key head become more rows of it, so no key is copied
     grouped = (query.float() * scale).reshape(batch, key_heads, heads // key_heads * rows, width)
-    probabilities = torch.matmul(grouped, key.float().transpose(2, 3)).softmax(dim=-1)
-    return probabilities.view(batch, heads, rows, count).mean(dim=1)
+    logits = torch.matmul(grouped, key.float().transpose(2, 3))
+    if mask is None:
+        return logits.softmax(dim=-1).view(batch, heads, rows, count).mean(dim=1)
+    logits = logits.view(batch, heads, rows, count).masked_fill(~mask[:, None], float("-inf"))
+    return logits.softmax(dim=-1).mean(dim=1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.base import Pruner, View
+from tokenprune.layout import Raster
 from tokenprune.signals import Tower
 
 TOWER = Tower(num_layers=6, feature_layer=4, has_cls=True, num_heads=2, hidden_size=32)
@@ -44,20 +45,23 @@ def make_view(
     count = grid[0] * grid[1]
     if features is None:
         features = torch.randint(-16, 17, (images, count, width), generator=generator) / 8
+    # where a method of a site with a number is tried: the last cut inside the tower, the fourth decoder layer
+    depth = {"vision": tower.feature_layer - 1, "layer": 3}.get(method.site, 0)
     signals = {
         signal: (2 * torch.randn(images, count + 1, generator=generator)).softmax(dim=1)[:, 1:].contiguous()
-        for signal in method.signals(tower)
+        for signal in method.signals_at(tower, method.site, depth)
     }
     known = {"boxes": [random_boxes(generator) for _ in range(images)]}
     keys = torch.randint(-(2**62), 2**62, (images,), generator=generator)
     view = View(
         features=features,
-        grid=grid,
+        rasters=(Raster(grid),),
         budget=budget,
         tower=tower,
         signals=signals,
         hints={name: known[name] for name in method.hints},
         make_keys=lambda: keys,
+        site=f"{method.site}:{depth}" if depth else method.site,
     )
     return dataclasses.replace(view, **fields)
 

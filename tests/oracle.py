@@ -1,12 +1,13 @@
 """The masked model: what every pruned run is compared with.
 
-Slow, simple, written once. It is the unpruned, full-length model in which the dropped visual positions are hidden by an
-attention mask, with the positions that the pruned run uses. It keeps no cache.
+Slow, simple, written once, and it knows no family: it is the unpruned, full-length model in which the dropped visual
+positions are hidden by an attention mask from their site on, in every layer, with the positions that the pruned run
+uses there. It keeps no cache and shares no code with the engine but the layout of the prompt.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import contextlib
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth.double()).norm() / truth.double().norm())
 
 
-@contextmanager
-def decoder_inputs(handle: Any):
-    """Collect what the decoder was given at each call, after pruning."""
+@contextlib.contextmanager
+def decoder_inputs(adapter: Any):
+    """Collect what the decoder was given at each call, after hooks placed before this one."""
     calls: list[dict[str, Any]] = []
-    hook = handle.adapter.language_model.register_forward_pre_hook(
+    hook = adapter.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
     )
     try:
@@ -31,60 +32,124 @@ def decoder_inputs(handle: Any):
         hook.remove()
 
 
+def _standing(span: Any, tokens: Tensor | None) -> Tensor:
+    """Places in the row at which the tokens `tokens` of a span stand; all of its placeholders for None."""
+    if tokens is None:
+        return span.places
+    places = span.places if span.visual.offsets is None else span.places[span.visual.offsets]
+    return places[tokens.cpu()]
+
+
+@contextlib.contextmanager
+def masked_tower(adapter: Any, works: list[Any]):
+    """Hide the cells that left inside the vision tower: as keys, from the block after their cut on.
+
+    For towers whose blocks take (hidden, attention_mask); `works` are the runs of one forward call, in order.
+    """
+    vision, call = adapter.vision, {"run": -1}
+    handles = []
+
+    def hook(block: int, module: Any, args: Any, kwargs: Any) -> Any:
+        if block == 0:
+            call["run"] += 1
+        cuts = [alive for after, alive in works[call["run"]].cuts if after < block]
+        if not cuts:
+            return None
+        hidden = args[0]
+        seen = torch.zeros(hidden.shape[:2], dtype=torch.bool)
+        before = hidden.shape[1] - works[call["run"]].grids[0][0] * works[call["run"]].grids[0][1]
+        seen[:, :before] = True
+        for picture, alive in enumerate(cuts[-1]):
+            seen[picture, before + (torch.arange(hidden.shape[1] - before) if alive is None else alive)] = True
+        mask = torch.zeros(hidden.shape[0], 1, hidden.shape[1], hidden.shape[1])
+        mask = mask.masked_fill(~seen[:, None, None], torch.finfo(hidden.dtype).min).to(hidden.dtype)
+        return (hidden, mask, *args[2:]), kwargs
+
+    try:
+        if any(work.cuts for work in works):
+            for block, module in enumerate(vision.blocks):
+                handles.append(
+                    module.register_forward_pre_hook(lambda m, a, k, b=block: hook(b, m, a, k), with_kwargs=True)
+                )
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class MaskedModel:
     """The full-length model with hidden positions.
 
     Args:
         adapter: the model's adapter (for the seams only).
         batch: the inputs of the pruned run.
-        kept: `handle.kept` of that run.
-        policy: "compact" or "keep".
+        layout: where its visual tokens are.
+        cuts: (site, tokens kept of each span or None), in the order in which they ran.
+        policies: "compact" or "keep" for each site.
         merged: embeddings `[T, D]` that stand at the kept visual places, row by row, for methods that merge; None for
             methods that only drop.
+        tower: what left inside the vision tower.
     """
 
     def __init__(
         self,
         adapter: Any,
         batch: dict[str, Tensor],
-        kept: list[list[Tensor]],
-        policy: str,
+        layout: Any,
+        cuts: list[tuple[str, list[Tensor | None]]],
+        policies: dict[str, str],
         merged: Tensor | None = None,
+        tower: list[Any] | None = None,
     ) -> None:
         self.adapter, self.model = adapter, adapter.model
-        ids, self.mask = batch["input_ids"], batch["attention_mask"].clone()
-        visual = ids == adapter.image_token_id
-        self.embeds = self.model.get_input_embeddings()(ids)
-        if "pixel_values" in batch:
-            features = self.model.get_image_features(batch["pixel_values"], return_dict=True).pooler_output
-            self.embeds = self.embeds.clone()
-            self.embeds[visual] = torch.cat(list(features)).to(self.embeds.dtype)
-        self.stays = torch.ones_like(ids, dtype=torch.bool)
-        for row, images in enumerate(kept):
-            places = visual[row].nonzero()[:, 0]
-            self.stays[row, places] = False
-            start = 0
-            for indices in images:
-                self.stays[row, places[start + indices]] = True
-                # images of one size: what these tests use
-                start += len(places) // len(images)
+        self.mask = batch["attention_mask"]
+        with masked_tower(adapter, tower or []), decoder_inputs(adapter) as calls:
+            self.model(**batch, use_cache=False, **self._positions_given(batch))
+        self.given = {k: v for k, v in calls[0].items() if k not in ("past_key_values", "use_cache")}
+        self.embeds, self.base = self.given["inputs_embeds"], self.given["position_ids"]
+        layers = len(adapter.layers)
+        stays = torch.ones_like(self.mask, dtype=torch.bool)
+        closed = torch.zeros_like(self.mask)
+        by_layer: dict[int, tuple[Tensor, Tensor]] = {}
+        visual = torch.zeros_like(stays)
+        for span in layout.spans:
+            visual[span.sample, span.places] = True
+        for site, kept in cuts:
+            before = stays.clone()
+            for span, tokens in zip(layout.spans, kept):
+                stays[span.sample, span.places] = False
+                stays[span.sample, _standing(span, tokens)] = True
+            stays = stays & before
+            if policies[site] == "compact":
+                closed = closed + (before & ~stays).cumsum(1)
+            first = int(site.partition(":")[2]) if site.startswith("layer") else 0
+            by_layer[first] = (stays.clone(), closed.clone())
+        everything = (torch.ones_like(stays), torch.zeros_like(closed))
+        found = [max((first for first in by_layer if first <= layer), default=None) for layer in range(layers)]
+        self.layers = [everything if first is None else by_layer[first] for first in found]
+        self.stays, self.after_input = self.layers[-1][0], self.layers[0][0]
+        self.visible = self.mask.bool() & self.stays
+        self.visual = visual
         if merged is not None:
-            self.embeds[visual & self.stays] = merged
-        self.visible = self.mask * self.stays
-        self.policy = policy
-        self.removed_before = (~self.stays).cumsum(1)
+            self.embeds = self.embeds.clone()
+            self.embeds[visual & self.after_input & self.mask.bool()] = merged
+        self.attention = getattr(adapter.language_model.config, "_attn_implementation", "sdpa")
 
-    def positions(self, position_ids: Tensor | None = None) -> Tensor:
-        """Positions `[B, S]` of the pruned run, at every place of the full row."""
-        if position_ids is None:  # what generate() counts from the mask
-            position_ids = (self.mask.cumsum(1) - 1).masked_fill(self.mask == 0, 0)
-        return position_ids - self.removed_before if self.policy == "compact" else position_ids
+    def _positions_given(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.adapter.mrope:
+            return {}
+        # what generate() counts from the mask
+        mask = batch["attention_mask"]
+        return {"position_ids": (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)}
+
+    def hidden(self) -> Tensor:
+        """Last hidden states `[B, S, D]` of the full row; with gradients, if there are any."""
+        return self._decode(self.embeds, self.mask, self.base, 0)
 
     @torch.no_grad()
-    def logits(self, position_ids: Tensor | None = None) -> Tensor:
+    def logits(self) -> Tensor:
         """`[T, V]` at every attended token that stays, row by row."""
-        hidden = self._decode(self.embeds, self.visible, self.positions(position_ids))
-        return self.model.lm_head(hidden)[self.visible.bool()]
+        return self.model.lm_head(self.hidden())[self.visible]
 
     @torch.no_grad()
     def continuation(self, tokens: Tensor) -> Tensor:
@@ -93,17 +158,60 @@ class MaskedModel:
         Tokens are greedy exactly if each is the argmax here: by induction this is the same as choosing them one by
         one, and one pass instead of T. As `generate` does, rows go on after their last column, padding or not.
         """
+        count = tokens.shape[1]
         embeds = torch.cat([self.embeds, self.model.get_input_embeddings()(tokens)], dim=1)
-        mask = torch.cat([self.visible, torch.ones_like(tokens)], dim=1)
-        positions = self.positions()
-        following = positions[:, -1:] + 1 + torch.arange(tokens.shape[1], device=tokens.device)
-        hidden = self._decode(embeds, mask, torch.cat([positions, following], dim=1))
-        return self.model.lm_head(hidden[:, -tokens.shape[1] - 1 : -1])
+        mask = torch.cat([self.mask, torch.ones_like(tokens)], dim=1)
+        steps = torch.arange(count, device=tokens.device)
+        if self.adapter.mrope:
+            deltas = self.adapter.entry.rope_deltas
+            text = self.mask.sum(1, keepdim=True) + steps
+            following = (text + deltas).expand(self.base.shape[0], -1, -1)
+        else:
+            following = self.base[:, -1:] + 1 + steps
+        positions = torch.cat([self.base.expand(*following.shape[:-1], -1), following], dim=-1)
+        hidden = self._decode(embeds, mask, positions, count)
+        return self.model.lm_head(hidden[:, -count - 1 : -1])
 
-    def _decode(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        # hooks of a method that is still applied must not act here
-        decoder = self.adapter.language_model
-        output = decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)
+    def _decode(self, embeds: Tensor, mask: Tensor, positions: Tensor, more: int) -> Tensor:
+        layers = self.adapter.layers
+        length = embeds.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        own = torch.eye(length, dtype=torch.bool)
+
+        def closing(layer: int) -> Tensor:
+            closed = self.layers[layer][1]
+            return torch.cat([closed, closed[:, -1:].expand(-1, more)], dim=1)
+
+        def hook(layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            stays = self.layers[layer][0]
+            seen = torch.cat([stays, torch.ones(stays.shape[0], more, dtype=torch.bool)], dim=1) & mask.bool()
+            allowed = (causal[None] & seen[:, None])[:, None]
+            allowed = allowed | (own & ~allowed.any(-1, keepdim=True))  # a row that sees nothing sees itself
+            if self.attention == "eager":
+                low = torch.finfo(embeds.dtype).min
+                allowed = torch.zeros(allowed.shape, dtype=embeds.dtype).masked_fill(~allowed, low)
+            changed = {**kwargs, "attention_mask": allowed}
+            if not torch.equal(closing(layer), closing(0)):
+                hidden = args[0] if args else kwargs["hidden_states"]
+                changed["position_ids"] = positions - closing(layer)
+                changed["position_embeddings"] = self.adapter.rotary(hidden, changed["position_ids"])
+            return args, changed
+
+        handles = [
+            module.register_forward_pre_hook(lambda m, a, k, i=i: hook(i, m, a, k), with_kwargs=True)
+            for i, module in enumerate(layers)
+        ]
+        given = {k: v for k, v in self.given.items() if k not in ("inputs_embeds", "attention_mask", "position_ids")}
+        if "visual_pos_masks" in given and more:
+            masks = given["visual_pos_masks"]
+            given["visual_pos_masks"] = torch.cat([masks, torch.zeros(masks.shape[0], more, dtype=torch.bool)], dim=1)
+        try:
+            output = self.adapter.language_model(
+                **given, inputs_embeds=embeds, attention_mask=mask, position_ids=positions - closing(0), use_cache=False
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
         return output.last_hidden_state
 
 
@@ -118,41 +226,67 @@ def example_hints(method: Any, images: int) -> dict[str, list[Any]]:
     return {name: known[name] for name in method.hints}
 
 
-def run_pruned(model: Any, method: Any, keep: Any, batch: dict[str, Tensor], **options: Any) -> dict[str, Any]:
-    """Forward and 20 greedy tokens of the pruned model, and the masked model that they must equal."""
+def run_pruned(model: Any, method: Any, keep: Any, batch: dict[str, Tensor], tokens: int = 20, **options: Any) -> dict:
+    """Forward and greedy tokens of the pruned model, and all that the masked model needs to equal it."""
     import tokenprune
 
-    images = batch["pixel_values"].shape[0] if "pixel_values" in batch else 0
-    positions = (batch["attention_mask"].cumsum(1) - 1).masked_fill(batch["attention_mask"] == 0, 0)
     with tokenprune.applied(model, method, keep=keep, **options) as handle, torch.no_grad():
-        if handle.method.hints:
-            handle.set_hints(**example_hints(handle.method, images))
-        with decoder_inputs(handle) as calls:
-            output = model(**batch, position_ids=positions)
-        kept, report = handle.kept, handle.report()
+        adapter = handle.adapter
+        for stage in handle.stages:
+            if stage.pruner.hints:
+                handle.set_hints(**example_hints(stage.pruner, 64))
+        given = {}
+        if not adapter.mrope:
+            mask = batch["attention_mask"]
+            given["position_ids"] = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
+        with decoder_inputs(adapter) as calls:
+            output = model(**batch, **given)
+        prompt, report = handle._engine.last, handle.report()
+        compaction = handle._engine._compaction
+        real = batch["attention_mask"].bool() if compaction is None else compaction.real
+        cuts = [(cut.site, list(cut.tokens)) for cut in prompt.cuts]
+        kept = handle.kept
+        fed = calls[0]
         generated = model.generate(
-            **batch, max_new_tokens=20, do_sample=False, output_logits=True, return_dict_in_generate=True
+            **batch, max_new_tokens=tokens, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
-        adapter, policy, merging = handle.adapter, handle.method.positions, handle.method.merges
-    fed = calls[0]
-    attended = (
-        fed["attention_mask"].bool()
-        if fed["attention_mask"] is not None
-        else torch.ones(fed["inputs_embeds"].shape[:2]).bool()
-    )
+    seen = fed["attention_mask"]
     return {
         "adapter": adapter,
-        "policy": policy,
-        "merges": merging,
+        "layout": prompt.layout,
+        "policies": {stage.site: stage.pruner.positions for stage in handle.stages},
+        "merges": any(stage.pruner.merges for stage in handle.stages),
+        "exact": not any(stage.place == "vision" for stage in handle.stages),
+        "cuts": cuts,
+        "tower": prompt.tower,
         "kept": kept,
         "report": report,
         "fed": fed["inputs_embeds"],
-        "attended": attended,
-        "logits": output.logits[attended],
+        "attended": torch.ones(fed["inputs_embeds"].shape[:2]).bool() if seen is None else seen.bool(),
+        "logits": output.logits[real],
         "cache": output.past_key_values,
         "tokens": generated.sequences[:, batch["input_ids"].shape[1] :],
         "scores": torch.stack(generated.logits, 1),
     }
+
+
+def masked_by(
+    adapter: Any, batch: dict[str, Tensor], kept: list[list[Tensor]], policy: str, site: str = "input"
+) -> MaskedModel:
+    """The masked model of one cut, from `handle.kept`: by sample, by visual, in the order of the row."""
+    import tokenprune
+
+    with tokenprune.applied(adapter.model, "random", 1.0) as handle, torch.no_grad():
+        adapter.model(**batch)
+        layout = handle._engine.last.layout
+    tokens = [kept[span.sample][span.image] for span in layout.spans]
+    whole = [None if len(t) == span.num_tokens else t for t, span in zip(tokens, layout.spans)]
+    return MaskedModel(adapter, batch, layout, [(site, whole)], {site: policy})
+
+
+def masked_of(run: dict[str, Any], batch: dict[str, Tensor], merged: Tensor | None = None) -> MaskedModel:
+    """The masked model of a run."""
+    return MaskedModel(run["adapter"], batch, run["layout"], run["cuts"], run["policies"], merged, run["tower"])
 
 
 def compare(run: dict[str, Any], batch: dict[str, Tensor], tolerance: float) -> None:
@@ -161,16 +295,39 @@ def compare(run: dict[str, Any], batch: dict[str, Tensor], tolerance: float) -> 
     Args:
         tolerance: relative error of logits.
     """
-    visual = batch["input_ids"] == run["adapter"].image_token_id
-    masked = MaskedModel(run["adapter"], batch, run["kept"], run["policy"])
-    fed, expected = run["fed"][run["attended"]], masked.embeds[masked.visible.bool()]
+    masked = masked_of(run, batch)
+    visible = masked.mask.bool() & masked.after_input
+    fed, expected = run["fed"][run["attended"]], masked.embeds[visible]
     assert fed.shape == expected.shape
     if run["merges"]:
-        merged = fed[visual[masked.visible.bool()]]
-        masked = MaskedModel(run["adapter"], batch, run["kept"], run["policy"], merged)
-    else:
+        masked = masked_of(run, batch, fed[masked.visual[visible]])
+    elif run["exact"]:
         assert torch.equal(fed, expected), "kept tokens must go on bit for bit"
-    assert relative_error(run["logits"], masked.logits()) < tolerance
+    else:
+        assert relative_error(fed, expected) < tolerance, "features of kept tokens"
+    truth = masked.logits()
+    assert run["logits"].shape == truth.shape
+    assert relative_error(run["logits"], truth) < tolerance
     scores = masked.continuation(run["tokens"])
-    assert torch.equal(run["tokens"], scores.argmax(-1)), "the greedy tokens differ"
     assert relative_error(run["scores"], scores) < tolerance
+    assert torch.equal(run["tokens"], scores.argmax(-1)), "the greedy tokens differ"
+    check_cache(run)
+
+
+def check_cache(run: dict[str, Any]) -> None:
+    """Each layer holds as many keys as its longest row has tokens left."""
+    longest = list(run["attended"].sum(1).tolist())
+    layout, lengths = run["layout"], {0: max(longest)}
+    counts = None
+    for site, kept in run["cuts"]:
+        now = [span.num_tokens if tokens is None else len(tokens) for span, tokens in zip(layout.spans, kept)]
+        if site.startswith("layer"):
+            for i, span in enumerate(layout.spans):
+                was = span.visual.length if counts is None or counts[i] == span.num_tokens else counts[i]
+                is_now = span.visual.length if kept[i] is None else now[i]
+                longest[span.sample] -= was - is_now
+            lengths[int(site.partition(":")[2])] = max(longest)
+        counts = now
+    for layer, held in enumerate(run["cache"].layers):
+        first = max(begin for begin in lengths if begin <= layer)
+        assert held.keys.shape[2] == lengths[first], f"layer {layer}"

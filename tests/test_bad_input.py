@@ -77,7 +77,10 @@ def test_methods_as_mapping_file_and_object(tmp_path):
         tokenprune.apply(model(), {"methd": "random", "keep": 9})
     with pytest.raises(FileNotFoundError, match="no file"):
         tokenprune.apply(model(), tmp_path / "missing.yaml")
-    file.write_text("- todre\n")
+    file.write_text("- {at: input, prune: todre, keep: 12, fade: false}\n- {at: 'layer:2', prune: random, keep: 9}\n")
+    with tokenprune.applied(model(), file) as handle:
+        assert [stage.site for stage in handle.stages] == ["input", "layer:2"]
+    file.write_text("todre\n")
     with pytest.raises(ValueError, match="must hold a mapping"):
         tokenprune.apply(model(), file)
     with pytest.raises(TypeError, match="method must be a name"):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenprune.cache import PrunedPrompt
+from tokenprune.cache import PrunedPrompt, Segment
 from tokenprune.compaction import plan_compaction
 
 
@@ -59,22 +59,23 @@ def test_the_mask_of_a_pruned_cache_shows_what_the_logical_mask_shows(batch, lat
     stays = keep & attended
     plan = plan_compaction(keep, attended, stays.sum(1).tolist(), left)
     length = keep.shape[1]
-    prompt = PrunedPrompt(plan.index.masked_fill(~plan.real, -1), length, plan.removed, plan.padded)
+    segment = Segment(0, plan.index.masked_fill(~plan.real, -1), plan.removed, plan.padded)
+    prompt = PrunedPrompt((segment,), length)
     past = length + later
     mask = torch.cat([attended.long(), torch.randint(0, 2, (keep.shape[0], later + 2))], 1)
-    physical = prompt.mask(mask, past)
-    assert physical.shape[1] == past - prompt.hidden
+    physical = segment.mask(mask, length, past)
+    assert physical.shape[1] == past - prompt.hidden()
     for row in range(keep.shape[0]):
         expected = [int(mask[row, i]) for i in range(length) if stays[row, i]] + mask[row, length:past].tolist()
         found = [int(m) for m, real in zip(physical[row], plan.real[row].tolist() + [True] * later) if real]
         assert found == expected
         assert not physical[row, : plan.real.shape[1]][~plan.real[row]].any()
     order = torch.tensor(data.draw(st.permutations(range(keep.shape[0]))))
-    assert torch.equal(prompt.rows(order).slots, prompt.slots[order])
+    assert torch.equal(prompt.rows(order).segments[0].slots, segment.slots[order])
 
 
 def test_no_mask_stays_no_mask_unless_a_row_is_padded():
     slots = torch.tensor([[0, 2, 3]])
-    assert PrunedPrompt(slots, 4, torch.tensor([1]), False).mask(None, 6) is None
-    padded = PrunedPrompt(torch.tensor([[0, 2, 3], [-1, 1, 3]]), 4, torch.tensor([1, 2]), True)
-    assert padded.mask(None, 5).tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
+    assert Segment(0, slots, torch.tensor([1]), False).mask(None, 4, 6) is None
+    padded = Segment(0, torch.tensor([[0, 2, 3], [-1, 1, 3]]), torch.tensor([1, 2]), True)
+    assert padded.mask(None, 4, 5).tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenprune.layout import build_layout
+from tokenprune.layout import build_layout, one_raster
 from tokenprune.ledger import Ledger
 from tokenprune.registry import METHODS, MODELS, Registry, UnknownName
 from tokenprune.selection import Selection, fit_grid, grid_places, topk_indices
@@ -120,8 +120,10 @@ def test_small_rasters_fit_the_budget_and_stand_in_the_big_one(rows, cols, budge
 def test_layout_of_a_ragged_batch():
     visual = torch.zeros(3, 12, dtype=torch.bool)
     visual[0, 2:6] = visual[0, 6:10] = visual[2, 0:4] = True
-    layout = build_layout(visual, [(2, 2)] * 3)
-    assert [(s.sample, s.image, s.start) for s in layout.spans] == [(0, 0, 2), (0, 1, 6), (2, 0, 0)]
-    assert layout.visual_tokens == 12 and layout.groups() == {(2, 2): [0, 1, 2]}
+    layout = build_layout({"image": visual}, {"image": [one_raster((2, 2))] * 3})
+    assert [(s.sample, s.image, s.places.tolist()) for s in layout.spans] == [
+        (0, 0, [2, 3, 4, 5]), (0, 1, [6, 7, 8, 9]), (2, 0, [0, 1, 2, 3]),
+    ]  # fmt: skip
+    assert layout.visual_tokens == 12 and layout.order == (0, 1, 2)
     with pytest.raises(ValueError, match="hold 12 image tokens"):
-        build_layout(visual, [(2, 2)] * 2)
+        build_layout({"image": visual}, {"image": [one_raster((2, 2))] * 2})

@@ -35,14 +35,20 @@ def adapter_for(model: Any) -> Adapter:
     )
 
 
-def apply(model: Any, method: Any, keep: int | float | None = None, **options: Any) -> Handle:
+def apply(
+    model: Any, method: Any, keep: int | float | None = None, average: int | float | None = None, **options: Any
+) -> Handle:
     """Prune the visual tokens of every prompt that `model` gets from now on.
 
     Args:
         model: a supported Hugging Face vision-language model (see `list_models()`), used as before: `generate()`,
             `forward()`, training.
-        method: a name ("holov"), a name with its budget ("holov@64"), a mapping, a YAML path or a `Pruner` object.
-        keep: visual tokens kept of each image: an int counts tokens, a float in (0, 1] is the kept fraction.
+        method: a name ("holov"), a name with its budget ("holov@64"), a mapping, a list of stages, a YAML path or a
+            `Pruner` object.
+        keep: visual tokens kept of each image or video after the method's last cut: an int counts tokens, a float in
+            (0, 1] is the kept fraction of those it had.
+        average: in place of `keep`, visual tokens of an image averaged over all decoder layers (int), or their
+            fraction (float); the method's cuts are solved for it.
         options: options of the method.
 
     Returns:
@@ -57,24 +63,32 @@ def apply(model: Any, method: Any, keep: int | float | None = None, **options: A
     if present is not None:
         raise ValueError(f"{present!r} is at work on this model already; call its remove() first.")
     adapter = adapter_for(model)
-    pruner, budget = parse_method(method, keep, **options)
+    spec = parse_method(method, keep, average, **options)
+    stages = spec.plan(adapter.depths, adapter.num_tokens, "keep" if adapter.mrope else None)
+    if adapter.mrope and any(stage.pruner.positions == "compact" for stage in stages):
+        raise ValueError(
+            f"positions='compact' has no meaning for {type(model).__name__}: its positions are 3-D ids (M-RoPE), of "
+            "which gaps are no counts of tokens. Leave positions alone, or pass positions='keep'."
+        )
     ledger = Ledger()
-    engine = Engine(adapter, pruner, budget)
+    engine = Engine(adapter, stages)
     try:
         engine.install(ledger)
     except BaseException:
         ledger.undo()
         raise
-    handle = Handle(model, engine, ledger)
+    handle = Handle(model, engine, ledger, spec.label)
     _applied[model] = handle
     ledger.add(lambda: _applied.pop(model, None) and None)
     return handle
 
 
 @contextmanager
-def applied(model: Any, method: Any, keep: int | float | None = None, **options: Any) -> Iterator[Handle]:
+def applied(
+    model: Any, method: Any, keep: int | float | None = None, average: int | float | None = None, **options: Any
+) -> Iterator[Handle]:
     """`apply` for the length of a `with` block; the model is restored also after an exception."""
-    handle = apply(model, method, keep, **options)
+    handle = apply(model, method, keep, average, **options)
     try:
         yield handle
     finally:

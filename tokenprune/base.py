@@ -8,33 +8,58 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from tokenprune.budget import Budget
+from tokenprune.layout import Raster
 from tokenprune.selection import Selection, topk_indices
 from tokenprune.signals import Signal, Tower
+from tokenprune.stages import Depths, Stage
 
 
 @dataclass
 class View:
     """What a method sees: M images of one shape, from one batch of prompts.
 
-    The engine groups the images of a batch by shape and budget, so a method never meets padding or ragged rows.
+    The engine groups the images of a batch by shape, count and budget, so a method never meets padding or ragged rows.
+    What an "image" is follows from the method's `scope`: a single raster, or a whole image or video.
 
     Attributes:
-        features: `[M, N, D]` visual embeddings as the LLM would get them (after the projector).
-        grid: (rows, cols) of the raster the N tokens stand in; rows * cols == N.
-        budget: k, how many of the N tokens to keep, 1 <= k < N.
+        features: `[M, N, D]` the tokens that are still there: visual embeddings as the LLM would get them at "input",
+            hidden states entering the layer at "layer:K", those after the block at "vision:L".
+        rasters: the grids in which the tokens stood before any cut.
+        budget: k, how many of the N tokens to keep, 1 <= k < N (at "layer:K" also 0).
         tower: facts on the vision tower.
         signals: recorded tensors by request.
-        hints: what the caller knows of each image (see `Handle.hints`): name -> one value per image, length M.
+        hints: what the caller knows of each image (see `Handle.set_hints`): name -> one value per image, length M.
         make_keys: computes `keys`.
+        site: where this cut is, for example "input" or "layer:9".
+        tokens: `[M, N]` int64, which of the tokens of the rasters these are; None while all are there.
+        carry: `[M, N]` tensors that an earlier stage of this prompt left with its tokens (`Selection.carry`).
     """
 
     features: Tensor
-    grid: tuple[int, int]
+    rasters: tuple[Raster, ...]
     budget: int
     tower: Tower
     signals: Mapping[Signal, Tensor] = field(default_factory=dict)
     hints: Mapping[str, list[Any]] = field(default_factory=dict)
     make_keys: Callable[[], Tensor] | None = None
+    site: str = "input"
+    tokens: Tensor | None = None
+    carry: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, cols) of the raster that the N tokens fill.
+
+        Raises:
+            ValueError: they fill no single raster, because some left before or because there are several.
+        """
+        if self.tokens is not None or len(self.rasters) != 1:
+            raise ValueError(
+                f"The tokens at {self.site!r} fill no single raster: a method that needs the grid must cut first and "
+                "have scope 'raster'."
+            )
+        return self.rasters[0].grid
 
     @property
     def num_images(self) -> int:
@@ -47,7 +72,7 @@ class View:
         return self.features.shape[1]
 
     def signal(self, name: str, layer: int) -> Tensor:
-        """The signal that the method asked for in `signals()`, `[M, N]` fp32."""
+        """The signal that the method asked for in `signals()`, `[M, N]` fp32 (`[M]` for those of a whole prompt)."""
         try:
             return self.signals[Signal(name, layer)]
         except KeyError:
@@ -70,29 +95,53 @@ class Pruner:
 
     Attributes:
         positions: "compact" renumbers what stays without gaps, "keep" leaves every token its original position id.
-            Each method's default is its published one.
+            None is the published policy of the method; on families with 3-D positions (M-RoPE) it is "keep", because
+            gaps in those ids are not counts of tokens.
     """
 
     name: ClassVar[str] = ""
     site: ClassVar[str] = "input"
-    """Where it acts: "input" (after the projector, before the LLM) or "pixels" (before the vision tower)."""
+    """Where it acts unless told otherwise, see `tokenprune.stages`."""
+    scope: ClassVar[str] = "raster"
+    """What it ranks at a time while a visual is whole: "raster" (each grid alone, its share of the budget in proportion
+    to its size) or "visual" (all tokens of an image or video together). Later cuts rank the visual together."""
+    published_positions: ClassVar[str] = "compact"
     hints: ClassVar[tuple[str, ...]] = ()
     """Names of the hints that the method cannot do without."""
     merges: ClassVar[bool] = False
     """Whether other embeddings than the tokens' own stand at the kept places."""
+    adaptive: ClassVar[bool] = False
+    """Whether the method itself decides how many stay: it is then asked also where the budget would keep all."""
     text_aware: ClassVar[bool] = False
     published: ClassVar[str] = ""
     """Paper, arXiv number and official code, for tables."""
 
-    positions: str = "compact"
+    positions: str | None = None
 
     def __post_init__(self) -> None:
-        if self.positions not in ("compact", "keep"):
+        if self.positions not in (None, "compact", "keep"):
             raise ValueError(f"positions must be 'compact' or 'keep', got {self.positions!r}.")
+
+    def stages(self, budget: Budget, depths: Depths) -> tuple[Stage, ...]:
+        """The cuts that make up the method, for a model of these depths; one cut at `site` by default."""
+        return (Stage(self.site, self, budget),)
 
     def signals(self, tower: Tower) -> tuple[Signal, ...]:
         """Signals to record, for a given tower. Raise ValueError where the method cannot work on it."""
         return ()
+
+    def signals_at(self, tower: Tower, place: str, depth: int) -> tuple[Signal, ...]:
+        """Signals for one cut, at "pixels", "vision" (after block `depth`), "input" or "layer" (`depth` is K); those of
+        `signals` unless the method reads what is near its cut."""
+        return self.signals(tower)
+
+    def notes(self, tower: Tower) -> tuple[str, ...]:
+        """What a reader of results must know of this method on this tower, for example a stand-in for a signal."""
+        return ()
+
+    def kept_tokens(self, num_tokens: int, budget: Budget) -> int:
+        """How many of an image's N tokens a cut leaves, as far as that is known beforehand."""
+        return budget.tokens(num_tokens)
 
     def score(self, view: View) -> Tensor:
         """Importance of each visual token, `[M, N]`; higher means keep."""

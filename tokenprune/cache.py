@@ -15,50 +15,75 @@ import torch
 from torch import Tensor
 
 
-@dataclass
-class PrunedPrompt:
-    """How the physical keys of a cache map to the logical tokens of its prompt.
+@dataclass(frozen=True)
+class Segment:
+    """The keys of consecutive decoder layers that hold the same tokens.
 
     The first `slots.shape[1]` keys are described by `slots`; every later key is one later token, in order.
 
     Attributes:
+        first_layer: lowest layer of the segment; it ends where the next one begins.
         slots: `[B, P]` int64, logical index of each physical key, -1 where the key is padding.
-        length: L, logical tokens that `slots` stands for.
-        removed: `[B]` int64, visual tokens that left each row: what positions shrink by under the "compact" policy.
+        shift: `[B]` int64, what the positions of later tokens shrink by in these layers: visual tokens that left under
+            the "compact" policy.
         padded: whether any slot is -1.
+        moved: whether the shift differs from that of layer 0.
     """
 
+    first_layer: int
     slots: Tensor
-    length: int
-    removed: Tensor
+    shift: Tensor
     padded: bool
+    moved: bool = False
 
-    @property
-    def hidden(self) -> int:
-        """Logical minus physical length: the same at all times after the prompt."""
-        return self.length - self.slots.shape[1]
-
-    def rows(self, index: Tensor) -> PrunedPrompt:
+    def rows(self, index: Tensor) -> Segment:
         """The same for the rows in `index`, in that order."""
         index = index.to(self.slots.device)
-        return PrunedPrompt(self.slots[index], self.length, self.removed[index], self.padded)
+        return replace(self, slots=self.slots[index], shift=self.shift[index])
 
-    def mask(self, mask: Tensor | None, past: int) -> Tensor | None:
-        """Physical mask of the keys that the cache holds.
+    def mask(self, mask: Tensor | None, length: int, past: int) -> Tensor | None:
+        """Physical mask of the keys that these layers hold.
 
         Args:
             mask: `[B, >= past]` logical 2-D mask (1 = attend), or None for all ones.
+            length: logical tokens that `slots` stands for.
             past: logical tokens in the cache.
 
         Returns:
-            `[B, P + past - L]` of the same dtype, or None where nothing is hidden.
+            `[B, P + past - length]` of the same dtype, or None where nothing is hidden.
         """
         if mask is None:
             if not self.padded:
                 return None
             mask = torch.ones(self.slots.shape[0], past, dtype=torch.int64, device=self.slots.device)
-        prompt = mask.gather(1, self.slots.clamp(min=0)).masked_fill(self.slots < 0, 0)
-        return torch.cat([prompt, mask[:, self.length : past]], dim=1)
+        slots = self.slots.to(mask.device)
+        prompt = mask.gather(1, slots.clamp(min=0)).masked_fill(slots < 0, 0)
+        return torch.cat([prompt, mask[:, length:past]], dim=1)
+
+
+@dataclass(frozen=True)
+class PrunedPrompt:
+    """How the physical keys of a cache map to the logical tokens of its prompt.
+
+    Attributes:
+        segments: by first layer; the first one begins at layer 0.
+        length: L, logical tokens that the slots stand for.
+    """
+
+    segments: tuple[Segment, ...]
+    length: int
+
+    def segment(self, layer: int) -> Segment:
+        """The segment of a decoder layer."""
+        return next(segment for segment in reversed(self.segments) if segment.first_layer <= layer)
+
+    def hidden(self, layer: int = 0) -> int:
+        """Logical minus physical length in a layer: the same at all times after the prompt."""
+        return self.length - self.segment(layer).slots.shape[1]
+
+    def rows(self, index: Tensor) -> PrunedPrompt:
+        """The same for the rows in `index`, in that order."""
+        return replace(self, segments=tuple(segment.rows(index) for segment in self.segments))
 
 
 class PrunedCacheMixin:
@@ -69,7 +94,7 @@ class PrunedCacheMixin:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: tokens that the model was given, pruned ones included."""
-        return self.get_query_offset(layer_idx) + self.tokenprune.hidden
+        return self.get_query_offset(layer_idx) + self.tokenprune.hidden(layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Physical length: keys that a layer holds, which is what its mask is made for."""
@@ -85,7 +110,7 @@ class PrunedCacheMixin:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        rows = torch.arange(self.tokenprune.slots.shape[0], device=self.tokenprune.slots.device)
+        rows = torch.arange(self.tokenprune.segments[0].slots.shape[0])
         self.tokenprune = self.tokenprune.rows(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -100,13 +125,16 @@ class PrunedCacheMixin:
         inside = removed - (logical - prompt.length)
         if inside > 0:
             # assisted decoding runs prompt and first candidates in one call, and crops the rejected ones
-            tail = torch.arange(prompt.length - inside, prompt.length, device=prompt.slots.device)
-            if inside > prompt.slots.shape[1] or not bool((prompt.slots[:, -inside:] == tail).all()):
-                raise ValueError(
-                    f"Cannot crop {removed} tokens: that reaches into pictures or padding of the pruned prompt, of "
-                    f"{prompt.length} tokens. Run the prompt again instead."
-                )
-            self.tokenprune = replace(prompt, slots=prompt.slots[:, :-inside], length=prompt.length - inside)
+            tail = torch.arange(prompt.length - inside, prompt.length)
+            for segment in prompt.segments:
+                slots = segment.slots
+                if inside > slots.shape[1] or not bool((slots[:, -inside:] == tail.to(slots.device)).all()):
+                    raise ValueError(
+                        f"Cannot crop {removed} tokens: that reaches into pictures or padding of the pruned prompt, of "
+                        f"{prompt.length} tokens. Run the prompt again instead."
+                    )
+            shorter = tuple(replace(segment, slots=segment.slots[:, :-inside]) for segment in prompt.segments)
+            self.tokenprune = PrunedPrompt(shorter, prompt.length - inside)
         super().crop(-removed)  # type: ignore[misc]
 
     def reset(self) -> None:

@@ -20,6 +20,7 @@ class Compaction:
         removed_before: `[B, P]` int64, visual tokens that left the row before this place.
         removed: `[B]` int64, visual tokens that left the row.
         padded: whether any place is padding.
+        target: `[B, S]` int64, where each place goes; of no meaning at places that leave.
     """
 
     index: Tensor
@@ -27,11 +28,23 @@ class Compaction:
     removed_before: Tensor
     removed: Tensor
     padded: bool
+    target: Tensor
 
     def rows(self, values: Tensor) -> Tensor:
         """Move `[B, S, ...]` to `[B, P, ...]`."""
         index = self.index.to(values.device)
         return values[torch.arange(index.shape[0], device=values.device)[:, None], index]
+
+    def after(self, earlier: Compaction | None) -> Compaction:
+        """This move and the one before it as one."""
+        if earlier is None:
+            return self
+        index = self.rows(earlier.index)
+        removed_before = self.removed_before + self.rows(earlier.removed_before)
+        real = self.real & self.rows(earlier.real)
+        target = self.target.gather(1, earlier.target.clamp(0, self.target.shape[1] - 1))
+        removed = self.removed + earlier.removed
+        return Compaction(index, real, removed_before, removed, self.padded, target)
 
     def labels(self, labels: Tensor, ignore_index: int = -100) -> Tensor:
         """Move `[B, S]` training labels to `[B, P]`; padding gets `ignore_index`."""
@@ -73,4 +86,4 @@ def plan_compaction(keep: Tensor, attended: Tensor | None, lengths: list[int], p
     index = index.masked_fill(~real, 0 if pad_left else keep.shape[1] - 1)
     left = (~keep).cumsum(1)
     padded = any(row != length for row in lengths)
-    return Compaction(index, real, left.gather(1, index), left[:, -1], padded)
+    return Compaction(index, real, left.gather(1, index), left[:, -1], padded, place)

@@ -113,6 +113,26 @@ def vision_flops(shape: ModelShape, images: int = 1, patches: int | None = None,
     return images * (embed + blocks * block)
 
 
+def tower_flops(
+    shape: ModelShape, pictures: Sequence[int], blocks: Sequence[Sequence[int]] = (), first: int = 0
+) -> int:
+    """The vision tower over pictures of different sizes, from which tokens may leave inside it.
+
+    Args:
+        pictures: patches of each picture before any leave.
+        blocks: patches of each picture in the blocks `first`, `first + 1`, ...; () means all stay.
+        first: the block that `blocks` begins with.
+    """
+    d, matrices = shape.vision_hidden, 3 if shape.vision_gated else 2
+    total = sum(2 * patches * shape.channels * shape.patch**2 * d for patches in pictures)
+    for block in range(shape.vision_blocks_run):
+        counts = blocks[block - first] if blocks and block >= first else pictures
+        for patches in counts:
+            n = patches + int(shape.has_cls)
+            total += 8 * n * d * d + 4 * n * n * d + 2 * matrices * n * d * shape.vision_mlp
+    return total
+
+
 def projector_flops(shape: ModelShape, tokens: int) -> int:
     """The projector over `tokens` visual tokens in all."""
     return sum(2 * tokens * a * b for a, b in zip(shape.projector[:-1], shape.projector[1:], strict=True))
@@ -141,6 +161,12 @@ def _layer_flops(shape: ModelShape, queries: int, keys: int) -> int:
     attention = 4 * queries * keys * q
     mlp = 2 * (3 if shape.gated else 2) * queries * d * shape.intermediate
     return linear + attention + mlp
+
+
+def layer_flops(shape: ModelShape, lengths: Sequence[int]) -> list[int]:
+    """Each decoder layer over one prompt of its own length there, nothing cached before."""
+    _check(shape, lengths)
+    return [_layer_flops(shape, n, n) for n in lengths]
 
 
 def head_flops(shape: ModelShape, positions: int = 1) -> int:

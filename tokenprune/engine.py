@@ -1,198 +1,153 @@
 """The one engine: it finds the visual tokens of a prompt, lets a method choose, and shortens what the decoder is given.
 
 It works through public seams of stock models: hooks on the module that merges text and images (`entry`), on the decoder
-stack, on the blocks whose signals were asked for, and a wrapper of `get_image_features` on that one object. It knows
-neither a family's name nor a method's.
+stack and its layers, on the vision blocks whose signals were asked for, and a wrapper of the features calls on that one
+object. It knows neither a family's name nor a method's.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenprune.adapters._base import Adapter
-from tokenprune.base import Pruner, View
-from tokenprune.budget import Budget
-from tokenprune.cache import PrunedPrompt, mark_pruned, pruned_prompt
-from tokenprune.compaction import Compaction, plan_compaction
-from tokenprune.layout import Layout, build_layout
+from tokenprune.cache import mark_pruned, pruned_prompt
+from tokenprune.choosing import Answer, Asked, choose, split_budget
+from tokenprune.compaction import Compaction
+from tokenprune.decoder_signals import DecoderSignals, LayerInput, check_decoder_signal
+from tokenprune.decoding import DecoderPass
+from tokenprune.layout import Layout, Raster, build_layout
 from tokenprune.ledger import Ledger
-from tokenprune.recording import Recording, gather_rows, source, tag
-from tokenprune.selection import Selection, grid_places
-from tokenprune.signals import Signal
-from tokenprune.stopwatch import Stopwatch
+from tokenprune.prompt import Cutter, Prompt
+from tokenprune.recording import Recording, source
+from tokenprune.signals import DECODER_SIGNALS, Signal
+from tokenprune.stages import Stage
+from tokenprune.tower import TowerWatch
 from tokenprune.training import LossAfterPruning
 
 
-@dataclass
-class Prompt:
-    """What became of the last batch of prompts.
-
-    Attributes:
-        layout: where its visual tokens were.
-        kept: for each span of the layout, the kept raster indices, `[k]`; None where all stayed.
-        lengths: attended tokens of each row before pruning.
-        lengths_kept: the same after it.
-        tower_grid: raster that the vision tower really worked on, if a method shrank the picture.
-        watch: time of signals and selection.
-        sources: recording and row of each span.
-    """
-
-    layout: Layout
-    kept: list[Tensor | None] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    lengths_kept: list[int] = field(default_factory=list)
-    tower_grid: tuple[int, int] | None = None
-    watch: Stopwatch = field(default_factory=Stopwatch)
-    sources: list[tuple[Recording, int]] = field(default_factory=list)
-    past: int = 0
-
-
 class Engine:
-    """Runs one method on one model.
+    """Runs the stages of one method on one model.
 
     Args:
         adapter: the model's family.
-        pruner: the method.
-        budget: tokens to keep of each image.
+        stages: in the order in which they run, see `check_plan`.
     """
 
-    def __init__(self, adapter: Adapter, pruner: Pruner, budget: Budget) -> None:
+    def __init__(self, adapter: Adapter, stages: Sequence[Stage]) -> None:
         self.adapter = adapter
-        self.pruner = pruner
-        self.budget = budget
+        self.stages = tuple(stages)
         self.hints: dict[str, list[Any]] = {}
         self.last: Prompt | None = None
-        self.watch = Stopwatch()
+        self._input = next((stage for stage in stages if stage.place == "input"), None)
+        # tokens that left before the projector leave the rows here too, under their own method's policy
+        self._first_cut = self._input or next((stage for stage in stages if stage.place != "layer"), None)
+        self._layers = {stage.depth: stage for stage in stages if stage.place == "layer"}
+        signals = [signal for stage in stages for signal in stage.signals(adapter.tower)]
+        for stage in stages:
+            for signal in stage.signals(adapter.tower):
+                check_decoder_signal(signal, stage.site, stage.depth if stage.place == "layer" else -2)
+        self._tower = TowerWatch(adapter, stages, tuple(dict.fromkeys(signals)), self._hint)
+        self._read_layers = {signal.layer for signal in signals if signal.name in DECODER_SIGNALS}
         self._prompt: Prompt | None = None
-        self._recordings: list[Recording] = []
-        self._recording: Recording | None = None
+        self._pass: DecoderPass | None = None
+        self._entered: dict[int, LayerInput] = {}
         self._compaction: Compaction | None = None
-        self._pending: PrunedPrompt | None = None
         self._parameters = list(inspect.signature(adapter.entry.forward).parameters)
 
     def install(self, ledger: Ledger) -> None:
         """Place every hook; `ledger` takes them away."""
         adapter = self.adapter
-        signals = tuple(dict.fromkeys(self.pruner.signals(adapter.tower)))
-        for signal in signals:
-            adapter.check_signal(signal)
-        for signal in signals:
-            for hook in adapter.record(signal, self._emit):
-                ledger.hook(hook)
         ledger.hook(adapter.entry.register_forward_pre_hook(self._enter, with_kwargs=True))
         ledger.hook(adapter.entry.register_forward_hook(self._leave, always_call=True))
         decoder = adapter.language_model
         ledger.hook(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
         ledger.hook(decoder.register_forward_hook(self._after_decoder))
+        if self._layers:
+            for layer in range(min({*self._layers, *self._read_layers}), len(adapter.layers)):
+                hook = functools.partial(self._enter_layer, layer)
+                ledger.hook(adapter.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
         LossAfterPruning(lambda: self._compaction).install(adapter.model, ledger)
-        original = adapter.entry.get_image_features
-        ledger.set(adapter.entry, "get_image_features", self._wrap_features(original))
-
-    # --- the vision tower -------------------------------------------------------------------------------------------
-
-    def _emit(self, signal: Signal, compute: Callable[[], Tensor]) -> None:
-        if self._recording is not None:
-            with self.watch.running(self._recording.device):
-                self._recording.signals[signal] = compute()
-
-    def _wrap_features(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        parameters = list(inspect.signature(original).parameters)
-
-        @functools.wraps(original)
-        def get_image_features(*args: Any, **kwargs: Any) -> Any:
-            call = {**dict(zip(parameters, args)), **kwargs}
-            pixels = call["pixel_values"]
-            self.watch = Stopwatch()
-            recording = self._recording = Recording(pixels, self.adapter.image_grids(pixels))
-            try:
-                if self.pruner.site == "pixels":
-                    output = self._small_features(original, call, recording)
-                else:
-                    output = original(**call)
-            finally:
-                self._recording = None
-            features = getattr(output, "pooler_output", None)
-            if features is not None:
-                tag(features, recording)
-            self._recordings.append(recording)
-            return output
-
-        return get_image_features
-
-    def _small_features(self, original: Callable[..., Any], call: dict[str, Any], recording: Recording) -> Any:
-        """Run the tower on fewer pixels; its tokens stand at their cells' centres, zeros elsewhere (they leave)."""
-        grid = recording.grids[0]
-        if any(other != grid for other in recording.grids):
-            raise ValueError(f"{self.pruner.name} needs images of one grid in a call, got {recording.grids}.")
-        small = self.pruner.target_grid(grid, self.budget.tokens(grid[0] * grid[1]))
-        if small == grid:
-            return original(**call)
-        pixels, extra = self.adapter.resize(call["pixel_values"], small)
-        output = original(**{**call, **extra, "pixel_values": pixels, "return_dict": True})
-        recording.kept = grid_places(grid, small)
-        recording.tower_grid = small
-        full = []
-        for tokens in output.pooler_output:
-            places = torch.tensor(recording.kept, device=tokens.device)
-            full.append(tokens.new_zeros(grid[0] * grid[1], tokens.shape[-1]).index_copy(0, places, tokens))
-        output.pooler_output = full
-        return output
+        self._tower.install(ledger)
 
     # --- the prompt -------------------------------------------------------------------------------------------------
 
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._prompt, self._compaction, self._pending, self._recordings = None, None, None, []
+        self._forget()
+        self._compaction = None
         call = {**dict(zip(self._parameters, args)), **kwargs}
-        encoded = (call.get("mm_encoder_outputs") or {}).get("image")
-        pixels = call.get("pixel_values")
-        if encoded is None and pixels is None:
+        encoded = call.get("mm_encoder_outputs") or {}
+        adapter = self.adapter
+        given = {
+            kind: encoded.get(kind) is not None or call.get(adapter.pixels[kind]) is not None
+            for kind in adapter.features
+        }
+        if not any(given.values()):
             return
         if getattr(call.get("past_key_values"), "is_compileable", False):
             raise ValueError(
                 "A static cache has one fixed length for all layers and rows, so it cannot hold a pruned prompt. "
                 "Use the default dynamic cache (leave cache_implementation and past_key_values alone)."
             )
-        sources: list[tuple[Recording, int]] = []
-        if encoded is not None:
-            for tensor in encoded.pooler_output:
-                found = source(tensor)
-                if found is None:
-                    raise ValueError(
-                        "mm_encoder_outputs holds image features that were computed before tokenprune was applied to "
-                        "the model. Compute them again, or pass pixel_values."
-                    )
-                sources.append(found)
-            grids = [recording.grids[row] for recording, row in sources]
-        else:
-            grids = self.adapter.image_grids(call["pixel_values"])
-        layout = build_layout(self._visual(call).cpu(), grids)
-        prompt = Prompt(layout, sources=sources)
+        sources: dict[str, list[tuple[Recording, int]]] = {}
+        visuals = {}
+        for kind in adapter.features:
+            if encoded.get(kind) is not None:
+                sources[kind] = self._sources(encoded[kind].pooler_output)
+                visuals[kind] = [recording.visuals[row] for recording, row in sources[kind]]
+            elif given[kind]:
+                visuals[kind] = adapter.visuals(kind, call)
+        layout = build_layout(self._placeholders(call), visuals)
+        prompt = Prompt(layout)
+        if sources:
+            prompt.sources = [sources[span.visual.kind][o] for span, o in zip(layout.spans, layout.order)]
         mask = call.get("attention_mask")
-        if mask is not None and mask.dim() == 2:
-            prompt.lengths = mask[:, -layout.length :].sum(1).tolist()
-        else:
-            prompt.lengths = [layout.length] * layout.batch_size
+        prompt.lengths = [layout.length] * layout.batch_size
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            own = mask[:, -layout.length :].cpu()
+            prompt.lengths = own.sum(1).tolist()
+            # padding on the right shows as a last column that is not all ones
+            prompt.pad_left = bool(own[:, -1].bool().all())
         self._prompt = prompt
 
-    def _visual(self, call: dict[str, Any]) -> Tensor:
+    @staticmethod
+    def _sources(features: Any) -> list[tuple[Recording, int]]:
+        found = [source(tensor) for tensor in features]
+        if any(item is None for item in found):
+            raise ValueError(
+                "mm_encoder_outputs holds image features that were computed before tokenprune was applied to the "
+                "model. Compute them again, or pass pixel_values."
+            )
+        return [item for item in found if item is not None]
+
+    def _placeholders(self, call: dict[str, Any]) -> dict[str, Tensor]:
+        ids = {kind: number for kind, number in self.adapter.placeholder_ids.items() if kind in self.adapter.features}
         input_ids = call.get("input_ids")
         if input_ids is not None:
-            return input_ids == self.adapter.image_token_id
+            on_host = input_ids.cpu()
+            return {kind: on_host == number for kind, number in ids.items()}
         embeds = call["inputs_embeds"]
         table = self.adapter.model.get_input_embeddings()
-        placeholder = table(torch.tensor(self.adapter.image_token_id, device=table.weight.device)).to(embeds.device)
-        return (embeds == placeholder).all(-1)
+        found = {}
+        for kind, number in ids.items():
+            one = table(torch.tensor(number, device=table.weight.device)).to(embeds.device)
+            found[kind] = (embeds == one).all(-1).cpu()
+        return found
 
     def _leave(self, module: Any, args: Any, output: Any) -> None:
         # runs after an exception too, so that a failed call leaves nothing behind
-        self._prompt, self._pending, self._recordings = None, None, []
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._prompt is not None:
+            self._prompt.sources = []  # pixels and signals; what reports need was written down
+        self._prompt, self._pass, self._entered = None, None, {}
+        self._tower.forget()
 
     # --- the decoder ------------------------------------------------------------------------------------------------
 
@@ -200,6 +155,7 @@ class Engine:
         cache = kwargs.get("past_key_values")
         before, prompt = pruned_prompt(cache), self._prompt
         embeds = kwargs.get("inputs_embeds")
+        self._pass = None
         if embeds is None:
             return None
         past = cache.get_seq_length() if cache is not None else 0
@@ -209,13 +165,28 @@ class Engine:
             return None
         mask = kwargs.get("attention_mask")
         self._check_mask(mask, past + embeds.shape[1])
+        compaction = None
         if prompt is not None:
-            prompt.past = past
-            embeds, self._compaction = self._prune(prompt, embeds, mask)
+            embeds, compaction = self._cut_input(prompt, embeds, mask)
             self.last = prompt
-        if self._compaction is None and before is None:
+        if compaction is None and before is None and not self._layers:
             return None
-        return args, {**kwargs, **self._shortened(embeds, mask, kwargs.get("position_ids"), before, past)}
+        current = DecoderPass(self.adapter, before, past, embeds.shape[0], embeds.shape[1], embeds.device)
+        policy = self._policy(self._first_cut)
+        changed = current.begin(compaction, policy, embeds, mask, kwargs.get("position_ids"))
+        self._compaction, self._pass = compaction, current
+        changed |= self._beside(kwargs, compaction)
+        return args, {**kwargs, **changed}
+
+    @staticmethod
+    def _policy(stage: Stage | None) -> str:
+        return "keep" if stage is None else str(stage.pruner.positions)
+
+    def _beside(self, kwargs: dict[str, Any], compaction: Compaction | None) -> dict[str, Any]:
+        """What else the decoder is handed by place (visual features that are added inside it)."""
+        if compaction is None:
+            return {}
+        return self.adapter.beside(kwargs, compaction.rows, compaction.real)
 
     @staticmethod
     def _check_mask(mask: Any, length: int) -> None:
@@ -233,136 +204,185 @@ class Engine:
                 f"{length}. Count every token that the model was given, pruned ones included."
             )
 
-    def _shortened(
-        self, embeds: Tensor, mask: Tensor | None, positions: Tensor | None, before: PrunedPrompt | None, past: int
-    ) -> dict[str, Any]:
-        """Arguments for the decoder: the shortened rows, and the masks and positions that fit them."""
-        compaction, policy = self._compaction, self.pruner.positions
-        batch_size, length = embeds.shape[:2]
-        if positions is None:
-            positions = torch.arange(past, past + length, device=embeds.device)[None]
-        old_mask = before.mask(mask, past) if before else (None if mask is None else mask[:, :past])
-        new_mask = None if mask is None else mask[:, past:]
-        if compaction is not None:
-            positions = compaction.positions(positions, policy)
-            embeds = compaction.rows(embeds)
-            new_mask = compaction.real.to(torch.int64 if mask is None else mask.dtype) if compaction.padded else None
-        if before is not None and policy == "compact":
-            positions = positions - before.removed.to(positions.device)[:, None]
-        if compaction is not None:
-            self._pending = self._bookkeeping(compaction, before, past, length)
-        if mask is None and old_mask is None and new_mask is None:
-            return {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": None}
-        old_length = past - (before.hidden if before else 0)
-        kind = {"device": embeds.device, "dtype": torch.int64 if mask is None else mask.dtype}
-        if old_mask is None:
-            old_mask = torch.ones(batch_size, old_length, **kind)
-        if new_mask is None:
-            new_mask = torch.ones(batch_size, embeds.shape[1], **kind)
-        return {
-            "inputs_embeds": embeds,
-            "position_ids": positions,
-            "attention_mask": torch.cat([old_mask, new_mask.to(old_mask.device)], dim=1),
-        }
-
-    @staticmethod
-    def _bookkeeping(compaction: Compaction, before: PrunedPrompt | None, past: int, length: int) -> PrunedPrompt:
-        slots = (compaction.index + past).masked_fill(~compaction.real, -1)
-        removed, padded = compaction.removed, compaction.padded
-        rows = slots.shape[0]
-        first = 0
-        if before is not None:
-            first, removed, padded = before.length, removed + before.removed, padded or before.padded
-        earlier = torch.arange(first, past, device=slots.device).expand(rows, -1)
-        slots = torch.cat([*([before.slots] if before is not None else []), earlier, slots], dim=1)
-        return PrunedPrompt(slots, past + length, removed, padded)
-
     def _after_decoder(self, module: Any, args: Any, output: Any) -> None:
-        if self._pending is None:
+        current, self._pass = self._pass, None
+        if current is None:
             return
-        pending, self._pending = self._pending, None
+        after = current.result()
         cache = getattr(output, "past_key_values", None)
-        if cache is not None:
-            mark_pruned(cache, pending)
+        if after is not None and cache is not None:
+            mark_pruned(cache, after)
 
-    # --- selection --------------------------------------------------------------------------------------------------
+    # --- cuts -------------------------------------------------------------------------------------------------------
 
-    def _prune(self, prompt: Prompt, embeds: Tensor, mask: Tensor | None) -> tuple[Tensor, Compaction | None]:
-        layout = prompt.layout
+    def _cut_input(self, prompt: Prompt, embeds: Tensor, mask: Tensor | None) -> tuple[Tensor, Compaction | None]:
         if not prompt.sources:
-            prompt.sources = [(recording, row) for recording in self._recordings for row in range(len(recording.grids))]
-        prompt.watch = self.watch
-        prompt.kept = [None] * len(layout.spans)
-        prompt.lengths_kept = list(prompt.lengths)
-        if prompt.sources:
-            prompt.tower_grid = prompt.sources[0][0].tower_grid
-        keep: Tensor | None = None
-        device = embeds.device
-        for grid, members in layout.groups().items():
-            num_tokens = grid[0] * grid[1]
-            if self.budget.tokens(num_tokens) >= num_tokens:
-                continue
-            spans = [layout.spans[member] for member in members]
-            rows = torch.tensor([span.sample for span in spans], device=device)[:, None]
-            starts = torch.tensor([span.start for span in spans], device=device)[:, None]
-            places = starts + torch.arange(num_tokens, device=device)  # [M, N]
-            with prompt.watch.running(device):
-                selection = self._select(prompt, members, grid, embeds[rows, places])
-            if selection is None:
-                continue
-            kept_places = starts + selection.indices
-            if keep is None:
-                keep = torch.ones(embeds.shape[:2], dtype=torch.bool, device=device)
-            keep[rows, places] = False
-            keep[rows, kept_places] = True
-            if selection.features is not None:
-                embeds = embeds.index_put((rows, kept_places), selection.features.to(embeds.dtype))
-            for member, span, indices in zip(members, spans, selection.indices):
-                prompt.kept[member] = indices
-                prompt.lengths_kept[span.sample] -= num_tokens - indices.shape[0]
-        if keep is None:
-            return embeds, None
-        attended = None if mask is None else mask[:, -embeds.shape[1] :].to(device=device, dtype=torch.bool)
-        # padding on the right shows as a last column that is not all ones; the mask was read when the call began
-        pad_left = attended is None or bool(attended[:, -1].all())
-        return embeds, plan_compaction(keep, attended, prompt.lengths_kept, pad_left)
+            prompt.sources = self._recorded(prompt.layout)
+        for recording in prompt.recordings:
+            prompt.watch.join(recording.watch)
+            prompt.flops += recording.selection_flops
+            prompt.tower.append(recording.work())
+        prompt.place(embeds.device)
+        site = "input" if self._first_cut is None else self._first_cut.site
+        cutter = Cutter(prompt, site, embeds.shape[1])
+        for index, (recording, row) in enumerate(prompt.sources):
+            left = recording.kept[row]
+            if left is not None and left.count < prompt.layout.spans[index].num_tokens:
+                cutter.keep(index, left.tokens.to(embeds.device), {})
+                carry = left.carry
+                prompt.alive[index].carry = {name: values.to(embeds.device) for name, values in carry.items()}
+        if self._input is not None:
+            with prompt.watch.running(embeds.device):
+                embeds = self._choose(self._input, prompt, cutter, embeds, None)
+        attended = None if mask is None else mask[:, -embeds.shape[1] :].to(device=embeds.device, dtype=torch.bool)
+        return embeds, cutter.compact(attended, embeds.shape[0])
 
-    def _select(self, prompt: Prompt, members: list[int], grid: tuple[int, int], features: Tensor) -> Selection | None:
-        sources = [prompt.sources[member] for member in members]
-        num_images, num_tokens = features.shape[:2]
-        if self.pruner.site == "pixels":
-            kept = sources[0][0].kept
-            if kept is None:
-                return None
-            return Selection(torch.tensor(kept, device=features.device).expand(num_images, -1))
-        recorded = sources[0][0].signals
-        view = View(
-            features=features,
-            grid=grid,
-            budget=self.budget.tokens(num_tokens),
-            tower=self.adapter.tower,
-            signals={
-                signal: gather_rows(sources, lambda recording, s=signal: recording.signals[s]).to(features.device)
-                for signal in recorded
-            },
-            hints={name: self._hint(name, sources) for name in self.pruner.hints},
-            make_keys=lambda: self._keys(prompt, members, sources).to(features.device),
-        )
-        return self.pruner.select(view).validate(num_images, num_tokens)
+    def _recorded(self, layout: Layout) -> list[tuple[Recording, int]]:
+        """Recording and row of each span, from the features calls of this very forward."""
+        by_kind = {
+            kind: [(recording, row) for recording in recordings for row in range(len(recording.visuals))]
+            for kind, recordings in self._tower.recordings.items()
+        }
+        return [by_kind[span.visual.kind][order] for span, order in zip(layout.spans, layout.order)]
 
-    def _hint(self, name: str, sources: list[tuple[Recording, int]]) -> list[Any]:
+    def _choose(
+        self, stage: Stage, prompt: Prompt, cutter: Cutter, hidden: Tensor, signals: dict[int, DecoderSignals] | None
+    ) -> Tensor:
+        """Let a stage choose in every visual; note what leaves in `cutter`, and return hidden states with what a
+        method merged."""
+        asked: list[Asked] = []
+        for index in range(len(prompt.layout.spans)):
+            asked += self._ask(stage, prompt, index, hidden, signals)
+        answers, flops = choose(stage, self.adapter.tower, asked)
+        prompt.flops += flops
+        by_span: dict[int, list[tuple[Asked, Answer | None]]] = {}
+        for item, answer in zip(asked, answers):
+            by_span.setdefault(item.owner, []).append((item, answer))
+        for index, parts in by_span.items():
+            if all(answer is None for _, answer in parts):
+                continue
+            chosen, merged, carry, start = [], [], {}, 0
+            for item, answer in parts:
+                indices = torch.arange(item.count) if answer is None else answer.indices
+                chosen.append(start + indices.to(hidden.device))
+                if answer is not None and answer.features is not None:
+                    merged.append(answer.features)
+                if answer is not None and len(parts) == 1:
+                    carry = answer.carry
+                start += item.count
+            kept = torch.cat(chosen)
+            if kept.shape[0] == start and not merged:
+                prompt.alive[index].carry = carry
+                continue
+            places = cutter.keep(index, kept, carry)
+            if merged:
+                row = torch.full_like(places, prompt.layout.spans[index].sample)
+                hidden = hidden.index_put((row, places), torch.cat(merged).to(hidden.dtype))
+        return hidden
+
+    def _ask(
+        self, stage: Stage, prompt: Prompt, index: int, hidden: Tensor, signals: dict[int, DecoderSignals] | None
+    ) -> list[Asked]:
+        span, alive = prompt.layout.spans[index], prompt.alive[index]
+        recording, row = prompt.sources[index]
+        rasters = span.visual.rasters
+        budget = stage.budget.tokens(span.num_tokens)
+        whole = alive.tokens is None and (stage.pruner.scope == "visual" or len(rasters) == 1)
+
+        def one(rasters: tuple[Raster, ...], begin: int, count: int, budget: int) -> Asked:
+            places = alive.places[begin : begin + count]
+
+            def signal(wanted: Signal) -> Tensor:
+                if wanted.name in DECODER_SIGNALS:
+                    if signals is None:
+                        raise ValueError(
+                            f"{wanted.name} is there at 'layer:K' only, and this stage is at {stage.site!r}."
+                        )
+                    return signals[wanted.layer].value(wanted.name, index, places)
+                found = recording.signal(wanted, row)
+                return found[begin : begin + count] if alive.tokens is None else found[alive.tokens.to(found.device)]
+
+            return Asked(
+                owner=index,
+                rasters=rasters,
+                count=count,
+                budget=min(budget, count),
+                tokens=alive.tokens,
+                features=lambda: hidden[span.sample, places],
+                signal=signal,
+                key=lambda: recording.pixel_key(row) + (span.image * 0x9E3779B1 + begin),
+                hint=lambda name: self._hint(name, row),
+                carry=alive.carry,
+            )
+
+        if whole or alive.tokens is not None:
+            return [one(rasters, 0, alive.count, budget)]
+        budgets = split_budget(budget, [raster.num_tokens for raster in rasters])
+        return [
+            one((Raster(raster.grid, 0, raster.kind),), raster.start, raster.num_tokens, share)
+            for raster, share in zip(rasters, budgets)
+        ]
+
+    def _hint(self, name: str, row: int) -> object:
         if name not in self.hints:
+            method = next((s.pruner.name for s in self.stages if name in s.pruner.hints), "")
             raise ValueError(
-                f"Method {self.pruner.name!r} needs {name!r} of each image: call handle.set_hints({name}=[...]) first."
+                f"Method {method!r} needs {name!r} of each image: call handle.set_hints({name}=[...]) first."
             )
         values = self.hints[name]
-        rows = [row for _, row in sources]
-        if max(rows) >= len(values):
-            raise ValueError(f"set_hints({name}=...) gave {len(values)} value(s) for {max(rows) + 1} images or more.")
-        return [values[row] for row in rows]
+        if row >= len(values):
+            raise ValueError(f"set_hints({name}=...) gave {len(values)} value(s) for {row + 1} images or more.")
+        return values[row]
 
-    @staticmethod
-    def _keys(prompt: Prompt, members: list[int], sources: list[tuple[Recording, int]]) -> Tensor:
-        pixels = gather_rows(sources, lambda recording: recording.pixel_keys())
-        places = [prompt.layout.spans[member].image for member in members]
-        return pixels + torch.tensor(places, device=pixels.device) * 0x9E3779B1
+    # --- a decoder layer --------------------------------------------------------------------------------------------
+
+    def _enter_layer(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        current, prompt = self._pass, self._prompt
+        if current is None:
+            return None
+        positional = bool(args)
+        hidden = args[0] if positional else kwargs["hidden_states"]
+        stage = self._layers.get(layer) if prompt is not None else None
+        if prompt is not None and layer in self._read_layers:
+            fitted = current.arguments(layer, hidden, kwargs) if current.differs(layer) else kwargs
+            self._entered[layer] = self._layer_input(layer, module, hidden, fitted, current)
+        if stage is not None and prompt is not None:
+            with prompt.watch.running(hidden.device):
+                hidden = self._cut_layer(stage, prompt, current, hidden)
+        if not current.differs(layer):
+            return None
+        kwargs = current.arguments(layer, hidden, kwargs)
+        if positional:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
+
+    def _layer_input(
+        self, layer: int, module: Any, hidden: Tensor, kwargs: dict[str, Any], current: DecoderPass
+    ) -> LayerInput:
+        cache, keys, seen = kwargs.get("past_key_values"), None, None
+        if current.past and cache is not None:
+            held = current.past - (current.before.hidden(layer) if current.before else 0)
+            keys = cache.layers[layer].keys[:, :, :held]
+            if current.before is not None and current.before.segment(layer).padded:
+                slots = current.before.segment(layer).slots
+                tail = torch.ones(slots.shape[0], held - slots.shape[1], dtype=torch.bool, device=slots.device)
+                seen = torch.cat([slots >= 0, tail], dim=1)
+        return LayerInput(module, hidden, kwargs["position_embeddings"], current.attended, keys, seen)
+
+    def _cut_layer(self, stage: Stage, prompt: Prompt, current: DecoderPass, hidden: Tensor) -> Tensor:
+        wanted = stage.signals(self.adapter.tower)
+        signals = {
+            signal.layer: DecoderSignals(self.adapter, self._entered[signal.layer], prompt)
+            for signal in wanted
+            if signal.name in DECODER_SIGNALS
+        }
+        cutter = Cutter(prompt, stage.site, hidden.shape[1])
+        hidden = self._choose(stage, prompt, cutter, hidden, signals)
+        for layer, computed in signals.items():
+            prompt.flops += computed.flops({signal.name for signal in wanted if signal.layer == layer})
+        compaction = cutter.compact(current.attended, hidden.shape[0])
+        if compaction is None:
+            return hidden
+        current.cut(stage.depth, compaction, self._policy(stage))
+        self._compaction = current.compaction
+        return compaction.rows(hidden)

@@ -10,33 +10,100 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Raster:
+    """Tokens that stand in one grid: a whole image, one crop of it, or one frame of a video.
+
+    Attributes:
+        grid: (rows, cols), in raster order.
+        start: index of its first token among the tokens of its visual.
+        kind: "image", "thumbnail", "mosaic", "crop" or "frame".
+    """
+
+    grid: tuple[int, int]
+    start: int = 0
+    kind: str = "image"
+
+    @property
+    def num_tokens(self) -> int:
+        """rows * cols."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Visual:
+    """One image or one video, as the processor lays it out. Adapters make these.
+
+    A visual has placeholders in the prompt. Most hold one token of a raster each; the others are separators (row ends,
+    frame ends), which carry no picture: they stay while their visual is whole and leave with its first cut.
+
+    Attributes:
+        rasters: its grids, in the order of its tokens.
+        kind: "image" or "video".
+        placeholders: how many it has, separators included; None means one per token.
+        offsets: `[N]` int64, which placeholder each token stands at; None where there are no separators.
+        crops: (rows, cols) of what the vision tower saw of it, in tower order; None means the rasters themselves.
+        sources: `[N]` int64, the cell of the concatenated crops that each token comes from; None means in order.
+        scattered: whether text may stand between its placeholders (time stamps of frames, labels of tiles).
+    """
+
+    rasters: tuple[Raster, ...]
+    kind: str = "image"
+    placeholders: int | None = None
+    offsets: Tensor | None = None
+    crops: tuple[tuple[int, int], ...] | None = None
+    sources: Tensor | None = None
+    scattered: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """N, tokens that a method can choose among."""
+        return sum(raster.num_tokens for raster in self.rasters)
+
+    @property
+    def length(self) -> int:
+        """Placeholders in the prompt."""
+        return self.num_tokens if self.placeholders is None else self.placeholders
+
+    @property
+    def tower_grids(self) -> tuple[tuple[int, int], ...]:
+        """Grids that the vision tower works on."""
+        return tuple(raster.grid for raster in self.rasters) if self.crops is None else self.crops
+
+
+def one_raster(grid: tuple[int, int]) -> Visual:
+    """An image that is a single grid, with no separators."""
+    return Visual((Raster(grid),))
+
+
+@dataclass(frozen=True, eq=False)
 class Span:
-    """One image of one prompt.
+    """One visual of one prompt.
 
     Attributes:
         sample: row of the batch.
-        image: place among the images of that prompt, from 0.
-        start: index of its first visual token in the row, padding counted.
-        grid: (rows, cols) of its visual tokens in raster order.
+        image: place among the visuals of that prompt, from 0.
+        visual: how it is laid out.
+        places: `[P]` int64 on the CPU, where its placeholders stand in the row, padding counted.
     """
 
     sample: int
     image: int
-    start: int
-    grid: tuple[int, int]
+    visual: Visual
+    places: Tensor
 
     @property
     def num_tokens(self) -> int:
-        """N, visual tokens of this image."""
-        return self.grid[0] * self.grid[1]
+        """N, tokens that a method can choose among."""
+        return self.visual.num_tokens
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The images of a batch of prompts, in the order in which the vision tower saw them.
+    """The visuals of a batch of prompts.
 
     Attributes:
-        spans: one entry an image, row by row and left to right.
+        spans: one entry a visual, row by row and left to right.
+        order: for each span, its place in the order in which the vision tower saw the visuals of its kind.
         batch_size: rows.
         length: tokens a row, padding counted.
     """
@@ -44,51 +111,51 @@ class Layout:
     spans: tuple[Span, ...]
     batch_size: int
     length: int
+    order: tuple[int, ...] = ()
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens in the whole batch."""
+        """Tokens that methods can choose among, in the whole batch; separators are not counted."""
         return sum(span.num_tokens for span in self.spans)
 
-    def groups(self) -> dict[tuple[int, int], list[int]]:
-        """Indices into `spans` by grid: images of one shape are handed to a method together."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, span in enumerate(self.spans):
-            groups.setdefault(span.grid, []).append(index)
-        return groups
 
-
-def build_layout(visual: Tensor, grids: Sequence[tuple[int, int]]) -> Layout:
-    """Lay the images of `grids` over the visual positions.
+def build_layout(placeholders: dict[str, Tensor], visuals: dict[str, Sequence[Visual]]) -> Layout:
+    """Lay visuals over the places that the prompts keep for them.
 
     Args:
-        visual: `[B, S]` bool on the CPU, True at visual positions.
-        grids: (rows, cols) of each image of the batch, in tower order.
+        placeholders: by kind ("image", "video"), `[B, S]` bool on the CPU, True at its placeholders.
+        visuals: by kind, the visuals of the batch in tower order.
 
     Raises:
-        ValueError: the positions and the images do not fit together.
+        ValueError: the places and the visuals do not fit together.
     """
-    batch_size, length = visual.shape
-    total, expected = int(visual.sum()), sum(rows * cols for rows, cols in grids)
-    if total != expected:
-        raise ValueError(
-            f"The prompts hold {total} image tokens, but the {len(grids)} image(s) passed with them make {expected} "
-            "visual tokens. Build the inputs with the model's own processor, images and text in one call."
-        )
-    rows, places = torch.nonzero(visual, as_tuple=True)
-    rows_list, places_list = rows.tolist(), places.tolist()
-    spans: list[Span] = []
-    cursor = 0
-    for grid in grids:
-        count = grid[0] * grid[1]
-        first, last = cursor, cursor + count - 1
-        if rows_list[first] != rows_list[last] or places_list[last] - places_list[first] != count - 1:
+    found: list[tuple[int, int, int, Visual, Tensor]] = []
+    batch_size, length = next(iter(placeholders.values())).shape
+    for kind, mask in placeholders.items():
+        items = visuals.get(kind, ())
+        total, expected = int(mask.sum()), sum(visual.length for visual in items)
+        if total != expected:
             raise ValueError(
-                f"Image {len(spans)} should be {count} image tokens in a row within one prompt, but its tokens are "
-                "split. Build the inputs with the model's own processor."
+                f"The prompts hold {total} {kind} tokens, but the {len(items)} {kind}(s) passed with them make "
+                f"{expected} visual tokens. Build the inputs with the model's own processor, {kind}s and text in one "
+                "call."
             )
-        sample = rows_list[first]
+        rows, places = torch.nonzero(mask, as_tuple=True)
+        cursor = 0
+        for order, visual in enumerate(items):
+            own = slice(cursor, cursor + visual.length)
+            first, last = int(rows[cursor]), int(rows[cursor + visual.length - 1])
+            gaps = int(places[cursor + visual.length - 1]) - int(places[cursor]) != visual.length - 1
+            if first != last or (gaps and not visual.scattered):
+                raise ValueError(
+                    f"{kind.capitalize()} {order} should be {visual.length} {kind} tokens in a row within one prompt, "
+                    "but its tokens are split. Build the inputs with the model's own processor."
+                )
+            found.append((first, int(places[cursor]), order, visual, places[own]))
+            cursor += visual.length
+    found.sort(key=lambda entry: entry[:2])
+    spans: list[Span] = []
+    for sample, _, _, visual, places in found:
         image = spans[-1].image + 1 if spans and spans[-1].sample == sample else 0
-        spans.append(Span(sample, image, places_list[first], grid))
-        cursor += count
-    return Layout(tuple(spans), batch_size, length)
+        spans.append(Span(sample, image, visual, places))
+    return Layout(tuple(spans), batch_size, length, tuple(entry[2] for entry in found))

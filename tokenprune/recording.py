@@ -6,46 +6,109 @@ feature tensors themselves rather than to a call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokenprune.layout import Visual
 from tokenprune.signals import Signal
+from tokenprune.stopwatch import Stopwatch
 
 _TAG = "_tokenprune_source"
 
 
-class Recording:
-    """One run of the vision tower over M images.
+@dataclass
+class Survivors:
+    """Which tokens of one visual a cut before the projector left.
 
     Attributes:
-        signals: recorded values, each `[M, N]`.
-        grids: (rows, cols) of each image's tokens in the prompt.
-        kept: places that a "pixels" method filled, the same in each image, or None.
-        tower_grid: (rows, cols) that the tower really worked on, if a method shrank the pictures.
+        tokens: `[k]` int64, increasing, among the tokens of the visual.
+        count: k, known on the host.
+        carry: name -> `[k]`, see `Selection.carry`.
     """
 
-    def __init__(self, pixel_values: Tensor, grids: list[tuple[int, int]]) -> None:
-        self.signals: dict[Signal, Tensor] = {}
-        self.grids = grids
-        self.kept: list[int] | None = None
-        self.tower_grid: tuple[int, int] | None = None
-        self.device = pixel_values.device
-        self._pixels = pixel_values
+    tokens: Tensor
+    count: int
+    carry: dict[str, Tensor]
 
-    def pixel_keys(self) -> Tensor:
-        """`[M]` int64: a sum over the bits of each image's pixels, the same in any batch and on any device."""
-        pixels = self._pixels.detach().float().contiguous()
-        bits = pixels.view(torch.int32).flatten(1).to(torch.int64)
+
+@dataclass(frozen=True)
+class TowerWork:
+    """One run of the vision tower over pictures.
+
+    Attributes:
+        grids: (rows, cols) of visual tokens that the tower makes of each picture.
+        blocks: patches in each block from `first` on, per picture, where tokens left inside the tower; else empty.
+        first: the block that `blocks` begins with.
+        left: visual tokens that the projector makes, all pictures together.
+        plain: the grids as they would have been, where a method shrank the pictures.
+        cuts: by cut inside the tower, the block after which it was, and the cells left of each picture.
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    blocks: tuple[tuple[int, ...], ...] = ()
+    first: int = 0
+    left: int = 0
+    plain: tuple[tuple[int, int], ...] = ()
+    cuts: tuple[tuple[int, tuple[Tensor | None, ...]], ...] = ()
+
+
+class Recording:
+    """One run of the vision tower over the visuals of one kind.
+
+    Attributes:
+        visuals: what the tower was given, in its order.
+        signals: for each request, one `[cells]` fp32 tensor per visual, in the order of the visual's crops.
+        kept: what a cut before the projector left of each visual; None where nothing was cut.
+        tower_grid: (rows, cols) that the tower really worked on, if a method shrank the pictures.
+        patches: patches of each picture in each block from `first_short` on, where a method cut inside the tower.
+        selection_flops: matrix products of signals and of methods while the tower ran.
+        watch: time of signals and selections while the tower ran.
+    """
+
+    def __init__(self, visuals: Sequence[Visual], pixels: Tensor, pixel_rows: Sequence[Tensor]) -> None:
+        self.visuals = list(visuals)
+        self.signals: dict[Signal, list[Tensor]] = {}
+        self.kept: list[Survivors | None] = [None] * len(self.visuals)
+        self.tower_grid: tuple[int, int] | None = None
+        self.patches: list[list[int]] = []
+        self.first_short = 0
+        self.selection_flops = 0
+        self.cuts: list[tuple[int, tuple[Tensor | None, ...]]] = []
+        self.left: list[int] = []  # cells of each picture behind the tower, where a method cut inside it
+        self.device = pixels.device
+        self.watch = Stopwatch()
+        self._pixels = list(pixel_rows)
+
+    def work(self) -> TowerWork:
+        """What the tower was given."""
+        grids = tuple(grid for visual in self.visuals for grid in visual.tower_grids)
+        plain: tuple[tuple[int, int], ...] = ()
+        if self.tower_grid is not None:
+            plain = grids
+            grids = (self.tower_grid,) * len(grids)
+        blocks = tuple(tuple(counts) for counts in self.patches)
+        left = sum(rows * cols for rows, cols in grids) if not self.left else sum(self.left)
+        return TowerWork(grids, blocks, self.first_short, left, plain, tuple(self.cuts))
+
+    def pixel_key(self, row: int) -> Tensor:
+        """`[]` int64: a sum over the bits of a visual's pixels, the same in any batch and on any device."""
+        bits = self._pixels[row].detach().float().contiguous().view(torch.int32).flatten().to(torch.int64)
         # weights by place, so that a shifted picture has another key; int64 overflow wraps the same way everywhere
-        weights = torch.arange(1, bits.shape[1] + 1, device=bits.device) * 2654435761
-        return (bits * weights).sum(1)
+        weights = torch.arange(1, bits.shape[0] + 1, device=bits.device) * 2654435761
+        return (bits * weights).sum()
+
+    def signal(self, signal: Signal, row: int) -> Tensor:
+        """`[N]` fp32: a signal of one visual, by its own tokens."""
+        cells, sources = self.signals[signal][row], self.visuals[row].sources
+        return cells if sources is None else cells[sources.to(cells.device)]
 
 
 def tag(features: Any, recording: Recording) -> None:
-    """Tie each image's feature tensor to its row of `recording`."""
+    """Tie each visual's feature tensor to its row of `recording`."""
     for row, tensor in enumerate(features):
         setattr(tensor, _TAG, (recording, row))
 
@@ -55,11 +118,6 @@ def source(tensor: Any) -> tuple[Recording, int] | None:
     return getattr(tensor, _TAG, None)
 
 
-def gather_rows(sources: list[tuple[Recording, int]], read: Callable[[Recording], Tensor]) -> Tensor:
-    """`read(recording)[row]` of each source, stacked; one indexing when all come from one recording in order."""
-    first = sources[0][0]
-    if all(recording is first for recording, _ in sources):
-        value = read(first)
-        rows = [row for _, row in sources]
-        return value if rows == list(range(value.shape[0])) else value[rows]
-    return torch.stack([read(recording)[row] for recording, row in sources])
+def gather_rows(sources: list[tuple[Recording, int]], read: Callable[[Recording, int], Tensor]) -> Tensor:
+    """`read(recording, row)` of each source, stacked."""
+    return torch.stack([read(recording, row) for recording, row in sources])

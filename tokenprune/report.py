@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tokenprune import cost
 from tokenprune.adapters._base import Adapter
-from tokenprune.base import Pruner
-from tokenprune.engine import Prompt
+from tokenprune.prompt import Prompt
+from tokenprune.recording import TowerWork
+from tokenprune.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -16,34 +18,42 @@ class Report:
     """Totals over the last batch of prompts.
 
     Attributes:
-        method: name of the method.
-        positions: "compact" or "keep".
+        method: the method with its budget.
+        positions: "compact" or "keep", of each stage that differs.
+        notes: what a reader must know of the method on this model, for example a stand-in for a signal.
         samples: rows of the batch.
         images: images in all.
         visual_tokens: visual tokens that the processor laid out.
-        kept_tokens: visual tokens that reached the decoder.
+        kept_tokens: visual tokens that reached the decoder's last layer.
         prompt_tokens: text and visual tokens before pruning, padding not counted.
-        kept_prompt_tokens: the same after it.
+        kept_prompt_tokens: the same in the decoder's last layer.
+        visual_by_layer: visual tokens in each decoder layer.
+        tokens_by_layer: text and visual tokens in each decoder layer.
         equivalent_tokens: kept visual tokens averaged over the decoder's layers, over the whole batch.
         selection_seconds: time for signals and selection.
         flops: by part, analytic (2 per multiply-add, matrix products only, see `tokenprune.cost`), padding not counted.
         flops_unpruned: the same without pruning.
+        flops_by_layer: of the prefill, in each decoder layer.
         kv_bytes: bytes of the prompt's KV cache after pruning, padding not counted.
         kv_bytes_unpruned: the same without pruning.
     """
 
     method: str
     positions: str
+    notes: tuple[str, ...]
     samples: int
     images: int
     visual_tokens: int
     kept_tokens: int
     prompt_tokens: int
     kept_prompt_tokens: int
+    visual_by_layer: tuple[int, ...]
+    tokens_by_layer: tuple[int, ...]
     equivalent_tokens: float
     selection_seconds: float
     flops: cost.Flops
     flops_unpruned: cost.Flops
+    flops_by_layer: tuple[int, ...]
     kv_bytes: int
     kv_bytes_unpruned: int
 
@@ -54,6 +64,7 @@ class Report:
             f"{self.method}: {self.kept_tokens} of {self.visual_tokens} visual tokens kept "
             f"({self.images} image(s), {self.samples} prompt(s), positions: {self.positions})",
             f"prompt tokens  {self.prompt_tokens} -> {self.kept_prompt_tokens}",
+            *self._layers(),
             f"FLOPs to the first token  {_si(self.flops_unpruned.total)} -> {_si(self.flops.total)} ({ratio:.1%})",
             "  of which  "
             + ", ".join(
@@ -62,8 +73,15 @@ class Report:
             ),
             f"KV cache  {_si(self.kv_bytes_unpruned)}B -> {_si(self.kv_bytes)}B ({memory:.1%})",
             f"selection  {self.selection_seconds * 1000:.2f} ms",
+            *(f"note  {note}" for note in self.notes),
         ]
         return "\n".join(lines)
+
+    def _layers(self) -> list[str]:
+        if len(set(self.visual_by_layer)) == 1:
+            return []
+        runs = [f"{n} x {len(list(same))}" for n, same in itertools.groupby(self.visual_by_layer)]
+        return [f"visual tokens by layer  {', '.join(runs)}: {self.equivalent_tokens:.1f} on average"]
 
 
 def _si(value: float) -> str:
@@ -74,53 +92,80 @@ def _si(value: float) -> str:
     return f"{value:.4g}"
 
 
-def make_report(prompt: Prompt, pruner: Pruner, adapter: Adapter, model: Any) -> Report:
+def make_report(prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Adapter) -> Report:
     """Count one prompt batch. See `Report`."""
-    shape: cost.ModelShape = adapter.cost_shape()
+    shape = adapter.cost_shape()
     layout = prompt.layout
     lengths = prompt.lengths or [layout.length] * layout.batch_size
-    kept_lengths = prompt.lengths_kept or lengths
-    kept = [span.num_tokens if k is None else k.shape[0] for span, k in zip(layout.spans, prompt.kept)]
-    images = len(layout.spans)
-    tower = None if prompt.tower_grid is None else prompt.tower_grid[0] * prompt.tower_grid[1]
-    pruned = any(indices is not None for indices in prompt.kept)
-    rows = len(pruner.signals(adapter.tower)) if images else 0
-    selection = 0
-    if pruned and pruner.site != "pixels":
-        for grid, members in layout.groups().items():
-            picked = prompt.kept[members[0]]
-            if picked is not None:
-                selection += pruner.flops(len(members), grid[0] * grid[1], shape.hidden, picked.shape[0], adapter.tower)
-    itemsize = model.dtype.itemsize
+    whole = sum(span.num_tokens for span in layout.spans)
+    by_layer = _by_layer(prompt, lengths, whole, shape.layers)
+    plain = [TowerWork(work.plain or work.grids, left=_cells(work.plain or work.grids)) for work in prompt.tower]
+    itemsize = adapter.model.dtype.itemsize
+    kept = by_layer[-1][0]
     return Report(
-        method=pruner.name,
-        positions=pruner.positions,
+        method=label,
+        positions=", ".join(dict.fromkeys(str(stage.pruner.positions) for stage in stages)),
+        notes=tuple(dict.fromkeys(note for stage in stages for note in stage.pruner.notes(adapter.tower))),
         samples=layout.batch_size,
-        images=images,
-        visual_tokens=layout.visual_tokens,
-        kept_tokens=sum(kept),
+        images=len(layout.spans),
+        visual_tokens=whole,
+        kept_tokens=kept,
         prompt_tokens=sum(lengths),
-        kept_prompt_tokens=sum(kept_lengths),
-        equivalent_tokens=cost.equivalent_tokens([sum(kept)] * shape.layers),
+        kept_prompt_tokens=sum(by_layer[-1][1]),
+        visual_by_layer=tuple(visual for visual, _ in by_layer),
+        tokens_by_layer=tuple(sum(rows) for _, rows in by_layer),
+        equivalent_tokens=cost.equivalent_tokens([visual for visual, _ in by_layer]),
         selection_seconds=prompt.watch.seconds,
-        flops=_flops(shape, kept_lengths, images, tower, selection, rows),
-        flops_unpruned=_flops(shape, lengths, images, None, 0, 0),
-        kv_bytes=sum(cost.kv_bytes(shape, [n] * shape.layers, itemsize) for n in kept_lengths),
-        kv_bytes_unpruned=sum(cost.kv_bytes(shape, [n] * shape.layers, itemsize) for n in lengths),
+        flops=_flops(adapter, shape, prompt.tower, [rows for _, rows in by_layer], prompt.flops),
+        flops_unpruned=_flops(adapter, shape, plain, [lengths] * shape.layers, 0),
+        flops_by_layer=tuple(map(sum, zip(*(cost.layer_flops(shape, row) for row in _by_row(by_layer))))),
+        kv_bytes=_kv_bytes(shape, [rows for _, rows in by_layer], itemsize),
+        kv_bytes_unpruned=_kv_bytes(shape, [lengths] * shape.layers, itemsize),
     )
+
+
+def _by_layer(prompt: Prompt, lengths: list[int], whole: int, layers: int) -> list[tuple[int, list[int]]]:
+    """Visual tokens of the batch and attended tokens of each row, in every decoder layer."""
+    found: list[tuple[int, list[int]]] = []
+    visual, rows = whole, list(lengths)
+    cuts = {int(cut.site.partition(":")[2]): cut for cut in prompt.cuts if cut.site.startswith("layer:")}
+    for cut in prompt.cuts:
+        if not cut.site.startswith("layer:"):
+            visual, rows = sum(cut.counts), list(cut.lengths)
+    for layer in range(layers):
+        if layer in cuts:
+            visual, rows = sum(cuts[layer].counts), list(cuts[layer].lengths)
+        found.append((visual, rows))
+    return found
+
+
+def _by_row(by_layer: Sequence[tuple[int, list[int]]]) -> list[list[int]]:
+    """For each row of the batch, its length in every layer."""
+    return [list(lengths) for lengths in zip(*(rows for _, rows in by_layer))]
+
+
+def _cells(grids: Sequence[tuple[int, int]]) -> int:
+    return sum(rows * cols for rows, cols in grids)
+
+
+def _kv_bytes(shape: cost.ModelShape, layers: Sequence[Sequence[int]], itemsize: int) -> int:
+    samples = len(layers[0])
+    return sum(cost.kv_bytes(shape, [rows[sample] for rows in layers], itemsize) for sample in range(samples))
 
 
 def _flops(
-    shape: cost.ModelShape, lengths: list[int], images: int, tower: int | None, selection: int, rows: int
+    adapter: Adapter,
+    shape: cost.ModelShape,
+    tower: Sequence[TowerWork],
+    layers: Sequence[Sequence[int]],
+    selection: int,
 ) -> cost.Flops:
     # the rows of a batch differ in length; the tower and the projector see all of its images at once
-    towers = cost.prompt_flops(
-        shape, [1] * shape.layers, images=images, tower_patches=tower, selection=selection, signal_rows=rows
-    )
+    samples = range(len(layers[0]))
     return cost.Flops(
-        vision=towers.vision,
-        projector=towers.projector,
-        selection=towers.selection,
-        prefill=sum(cost.prefill_flops(shape, [n] * shape.layers) for n in lengths),
-        decode=sum(cost.decode_flops(shape, [n + 1] * shape.layers) for n in lengths),
+        vision=sum(adapter.vision.flops(shape, work) for work in tower),
+        projector=sum(cost.projector_flops(shape, work.left) for work in tower),
+        selection=selection,
+        prefill=sum(cost.prefill_flops(shape, [rows[sample] for rows in layers]) for sample in samples),
+        decode=sum(cost.decode_flops(shape, [rows[sample] + 1 for rows in layers]) for sample in samples),
     )

@@ -16,13 +16,19 @@ class Selection:
         indices: `[M, k]` int64, kept visual tokens by their place in the image's own order, strictly increasing.
         features: `[M, k, D]` or None: embeddings that stand at the kept places instead of the tokens' own (methods
             that merge). None means the kept tokens go on unchanged, bit for bit.
+        counts: `[M]` ints, for methods that decide by image how many stay: image m keeps its first `counts[m]` indices
+            (the rest of its row is not looked at). None means k for each.
+        carry: name -> `[M, N]`, values of all tokens that were chosen among; those of the kept ones travel with them to
+            the next stage of the prompt (`View.carry`).
     """
 
     indices: Tensor
     features: Tensor | None = None
+    counts: list[int] | None = None
+    carry: dict[str, Tensor] | None = None
 
-    def validate(self, count: int, num_tokens: int) -> Selection:
-        """Check shape, range and order; return self.
+    def validate(self, count: int, num_tokens: int, least: int = 1) -> Selection:
+        """Check shape, range and order of a selection among `num_tokens` tokens of `count` images; return self.
 
         The range check reads values back from the device, so it runs on CPU tensors only: there it is free.
 
@@ -34,20 +40,33 @@ class Selection:
             raise ValueError(
                 f"A selection needs int64 indices of shape [{count}, k], got {indices.dtype} {tuple(indices.shape)}."
             )
-        if not 1 <= indices.shape[1] <= num_tokens:
-            raise ValueError(f"A selection must keep 1 to {num_tokens} tokens, got {indices.shape[1]}.")
+        if not least <= indices.shape[1] <= num_tokens:
+            raise ValueError(f"A selection must keep {least} to {num_tokens} tokens, got {indices.shape[1]}.")
+        if self.counts is not None:
+            self._check_counts(count, least)
         if self.features is not None and self.features.shape[:2] != indices.shape:
             raise ValueError(
                 f"Merged features must be [M, k, D] with M, k = {tuple(indices.shape)}, "
                 f"got {tuple(self.features.shape)}."
             )
         if indices.device.type == "cpu":
-            in_range = bool((indices >= 0).all() and (indices < num_tokens).all())
-            if not in_range or not bool((indices.diff(dim=1) > 0).all()):
+            counts = torch.tensor(self.counts or [indices.shape[1]] * count)[:, None]
+            read = torch.arange(indices.shape[1]) < counts
+            in_range = bool(((indices >= 0) & (indices < num_tokens) | ~read).all())
+            if not in_range or not bool(((indices.diff(dim=1) > 0) | ~read[:, 1:]).all()):
                 raise ValueError(
                     f"Selected indices must be strictly increasing and in [0, {num_tokens}); got {indices.tolist()}."
                 )
         return self
+
+    def _check_counts(self, count: int, least: int) -> None:
+        counts = self.counts or []
+        if self.features is not None:
+            raise ValueError("A selection with counts of its own for each image cannot merge features.")
+        if len(counts) != count or not all(least <= k <= self.indices.shape[1] for k in counts):
+            raise ValueError(
+                f"A selection needs one count per image, each from {least} to {self.indices.shape[1]}, got {counts}."
+            )
 
 
 def topk_indices(scores: Tensor, k: int) -> Tensor:
@@ -65,11 +84,16 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
     """
     if scores.dim() != 2 or not 1 <= k <= scores.shape[1]:
         raise ValueError(f"topk_indices needs scores [M, N] and 1 <= k <= N, got {tuple(scores.shape)} and k={k}.")
-    if scores.is_floating_point() and scores.device.type == "cpu" and bool(scores.isnan().any()):
-        raise ValueError("Scores hold NaN, so they rank nothing. Check the model's weights and its input for NaN.")
+    refuse_nan(scores)
     # torch.topk leaves the order of ties open; a stable sort does not
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices
     return order[:, :k].sort(dim=1).values
+
+
+def refuse_nan(scores: Tensor) -> None:
+    """Raise ValueError if scores on the CPU, where looking is free, hold a NaN."""
+    if scores.is_floating_point() and scores.device.type == "cpu" and bool(scores.isnan().any()):
+        raise ValueError("Scores hold NaN, so they rank nothing. Check the model's weights and its input for NaN.")
 
 
 def fit_grid(grid: tuple[int, int], budget: int) -> tuple[int, int]:

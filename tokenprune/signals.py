@@ -12,12 +12,38 @@ CLS_ATTENTION = "cls_attention"
 """Attention of the vision tower's [CLS] query to each patch in one block: softmax over [CLS] and patches in fp32, mean
 over heads, the [CLS] column dropped and the rest not renormalised. `[M, N]`."""
 
-KNOWN = (CLS_ATTENTION,)
+MEAN_QUERY_ATTENTION = "mean_query_attention"
+"""Attention of the mean of all patch queries of an image to each of its patches, as above: what stands in for
+`CLS_ATTENTION` on towers without [CLS]. Where the tower merges patches into tokens, their mean. `[M, N]`."""
+
+CLS_VALUE_SIMILARITY = "cls_value_similarity"
+"""Softmax over [CLS] and patches of the unscaled product of [CLS]'s value vector with each value vector, mean over
+heads, the [CLS] column dropped. `[M, N]`."""
+
+VALUE_NORM = "value_norm"
+"""L1 norm of each patch's value vector, averaged over heads before the norm. `[M, N]`."""
+
+VISION_SIGNALS = (CLS_ATTENTION, MEAN_QUERY_ATTENTION, CLS_VALUE_SIMILARITY, VALUE_NORM)
+
+LAST_ATTENTION = "last_attention"
+"""Attention of a prompt's last token to each visual token in one decoder layer: softmax over all tokens that it sees,
+in fp32, mean over heads. At "layer:K", layer K - 1 is read as it ran and layer K is tried on what would enter it.
+`[M, N]`."""
+
+TEXT_TO_VISUAL = "text_to_visual"
+"""Share of the attention of a prompt's text tokens after its first visual token that goes to its visual tokens, in one
+decoder layer, mean over heads. `[M]`, the same for all images of a prompt."""
+
+VISUAL_TO_TEXT = "visual_to_text"
+"""Share of the attention of a prompt's visual tokens that goes to text between or after its visual tokens, in one
+decoder layer, mean over heads; zero where all that text follows the visual tokens. `[M]`."""
+
+DECODER_SIGNALS = (LAST_ATTENTION, TEXT_TO_VISUAL, VISUAL_TO_TEXT)
 
 
 @dataclass(frozen=True)
 class Signal:
-    """A request: the signal called `name`, of vision block `layer` (0-based)."""
+    """A request: the signal called `name`, of vision block or decoder layer `layer` (0-based)."""
 
     name: str
     layer: int
@@ -40,3 +66,13 @@ class Tower:
     has_cls: bool
     num_heads: int
     hidden_size: int
+
+
+def summary_attention(tower: Tower, layer: int) -> Signal:
+    """Which patches a tower's summary looks at: [CLS] attention, or the stand-in on a tower without [CLS]."""
+    return Signal(CLS_ATTENTION if tower.has_cls else MEAN_QUERY_ATTENTION, layer)
+
+
+def stand_in_note(tower: Tower) -> tuple[str, ...]:
+    """The label that results carry where `summary_attention` is a stand-in: an extension of ours, not the paper's."""
+    return () if tower.has_cls else ("extension: no [CLS] in this tower, attention of the mean query stands in",)

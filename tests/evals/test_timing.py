@@ -17,8 +17,8 @@ def test_ideal_computes_what_the_pruned_model_computes(tiny, tiny_task):
     with torch.inference_mode():
         with applied(tiny.model, "uniform", keep=9, positions="compact") as handle:
             pruned = prefill(tiny, inputs)
-            kept = handle.kept[0]
-        ideal = ideal_prefill(tiny, inputs, kept)()
+            stays = handle.stays
+        ideal = ideal_prefill(tiny, inputs, stays)()
     torch.testing.assert_close(ideal.logits, pruned.logits, atol=1e-5, rtol=1e-5)
     assert ideal.past_key_values.get_seq_length() == inputs["input_ids"].shape[1] - 36 + 9
 

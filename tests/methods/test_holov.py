@@ -8,7 +8,7 @@ from _views import TOWER, make_view
 from torch import Tensor
 
 from tokenprune.methods.holov import HoloV, fit_quotas, similarity_variance, strip_sizes
-from tokenprune.signals import CLS_ATTENTION, Signal
+from tokenprune.signals import CLS_ATTENTION, MEAN_QUERY_ATTENTION, Signal
 
 SIGNAL = Signal(CLS_ATTENTION, 4)
 VARIANTS = ["paper", "official"]
@@ -279,8 +279,9 @@ def test_an_official_strip_of_one_token_has_next_to_no_weight() -> None:
 
 def test_what_it_asks_for() -> None:
     assert HoloV().signals(TOWER) == (SIGNAL,)
-    with pytest.raises(ValueError, match="no \\[CLS\\] token"):
-        HoloV().signals(dataclasses.replace(TOWER, has_cls=False))
+    without = dataclasses.replace(TOWER, has_cls=False)
+    assert HoloV().signals(without) == (Signal(MEAN_QUERY_ATTENTION, TOWER.feature_layer),)
+    assert "extension" in HoloV().notes(without)[0] and not HoloV().notes(TOWER)
 
 
 def test_unknown_choices_are_refused() -> None:

@@ -6,7 +6,7 @@ import torch
 from _views import TOWER, make_view, pick
 
 from tokenprune.methods.vtc_cls import VtcCls
-from tokenprune.signals import CLS_ATTENTION, Signal, Tower
+from tokenprune.signals import CLS_ATTENTION, MEAN_QUERY_ATTENTION, Signal, Tower
 
 CLIP = Tower(num_layers=24, feature_layer=22, has_cls=True, num_heads=16, hidden_size=1024)
 
@@ -71,9 +71,10 @@ def test_other_images_and_features_do_not_matter() -> None:
     assert torch.equal(alone.indices[0], method.select(view).indices[1])
 
 
-def test_a_tower_without_cls_is_refused() -> None:
-    with pytest.raises(ValueError, match="no \\[CLS\\] token"):
-        VtcCls().signals(dataclasses.replace(TOWER, has_cls=False))
+def test_a_tower_without_cls_gets_the_labelled_stand_in() -> None:
+    without = dataclasses.replace(TOWER, has_cls=False)
+    names = {signal.name for signal in VtcCls().signals(without)}
+    assert names == {MEAN_QUERY_ATTENTION} and "extension" in VtcCls().notes(without)[0] and not VtcCls().notes(TOWER)
 
 
 def test_start_layers_that_leave_nothing_are_refused() -> None:

@@ -13,7 +13,7 @@ Deviations:
 - fp32 throughout: the official half-precision Gram product gives ties and negative distances near 0 (our choice).
 - A chosen token is out of the race; in the official code it has distance 0 and can be picked twice among duplicates.
 - The budget is an exact count; the official code rounds a ratio (default 0.098, 56 of 576).
-- Images are selected one by one; the official code knows one image a prompt.
+- Each image or video is selected on its own, its crops or frames together; the official code knows one image a prompt.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class DivPrune(Pruner):
     It needs no attention and has no options of its own.
     """
 
+    scope: ClassVar[str] = "visual"
     published: ClassVar[str] = "arXiv 2503.02175, vbdi/divprune"
 
     def select(self, view: View) -> Selection:

@@ -36,8 +36,10 @@ Deviations, in both variants:
 - Quotas are computed in fp64. Shares less than 1e-4 below a whole number count as whole, so that even attention gives
   even quotas; in the code the epsilons let them fall to the next lower one (our choice).
 - Ties go to the lower raster index and the earlier strip.
-- Images are selected one by one; the official code cuts the joined sequence of all LLaVA-NeXT crops into strips.
-- Towers without [CLS]: the official Qwen2.5-VL port uses received attention, which is not recorded here; refused.
+- Images, crops and frames are selected each on its own, with their share of the budget; the official code cuts the
+  joined sequence of all LLaVA-NeXT crops into strips.
+- Towers without [CLS]: the official Qwen2.5-VL port uses received attention, which is not recorded here; the attention
+  of the mean query stands in, an extension of ours, labelled in reports.
 - Visual context refetching (paper, appendix) is left out: it is not in the official code, and its layer, threshold and
   strength are not given.
 """
@@ -53,7 +55,7 @@ from torch import Tensor
 from tokenprune.base import Pruner, View
 from tokenprune.registry import register_method
 from tokenprune.selection import Selection, topk_indices
-from tokenprune.signals import CLS_ATTENTION, Signal, Tower
+from tokenprune.signals import Signal, Tower, stand_in_note, summary_attention
 
 VARIANTS = ("paper", "official")
 
@@ -165,9 +167,10 @@ class HoloV(Pruner):
             raise ValueError(f"power must be a number from 0 on, got {self.power!r}.")
 
     def signals(self, tower: Tower) -> tuple[Signal, ...]:
-        if not tower.has_cls:
-            raise ValueError("holov shares the budget by [CLS] attention, and this vision tower has no [CLS] token.")
-        return (Signal(CLS_ATTENTION, tower.feature_layer),)
+        return (summary_attention(tower, tower.feature_layer),)
+
+    def notes(self, tower: Tower) -> tuple[str, ...]:
+        return stand_in_note(tower)
 
     def strips(self, num_tokens: int, budget: int) -> list[int]:
         """Sizes of the strips that N tokens are cut into for this budget."""
@@ -227,7 +230,9 @@ class HoloV(Pruner):
     def select(self, view: View) -> Selection:
         num_images, num_tokens, budget = view.num_images, view.num_tokens, view.budget
         sizes = self.strips(num_tokens, budget)
-        attention = view.signal(CLS_ATTENTION, view.tower.feature_layer).float()
+        attention = view.signal(
+            summary_attention(view.tower, view.tower.feature_layer).name, view.tower.feature_layer
+        ).float()
         # at most two sizes occur: strips of one size are one batch
         groups = [(m, sizes.count(m)) for m in sorted(set(sizes), reverse=True)]
         holistic, means, start = [], [], 0

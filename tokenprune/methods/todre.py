@@ -1,4 +1,4 @@
-"""Keeps mutually dissimilar tokens, grown greedily from the one that [CLS] attends to most (ToDRE, stage 1).
+"""Keeps mutually dissimilar tokens, and drops them all once the text has stopped looking at them (ToDRE).
 
 Paper: "ToDRE: Effective Visual Token Pruning via Token Diversity and Task Relevance", Li et al., v2 of Nov 2025,
 https://arxiv.org/abs/2505.18757. v1 had another title, "ToDRE: Visual Token Pruning via Diversity and Task Awareness
@@ -6,22 +6,28 @@ for Efficient Large Vision-Language Models".
 Official code: none found; everything follows the text of v2, with which no code could be compared.
 Licence: unknown, there is no code; this file was written from the formulas.
 
-Stage 1 only: diversity before the LLM. The paper's stage 2, which drops all visual tokens at decoder layer 7L/8 once
-cross-modal attention has faded, is not part of this method; the paper's ablation credits stage 1 with nearly all of
-the time saved (31:18 of 77:04 minutes left with stage 1 alone, 29:43 with both).
+Stage 1, before the decoder, is diversity. The pivot is the token with the most [CLS] attention in the last encoder
+layer (paper). Embeddings are normalised, and then, k - 1 times, the token with the smallest summed cosine similarity to
+the chosen ones joins them (paper, v2). The abstract of v1 speaks of "greedy k-center", which minimises the largest
+similarity instead; that its formula differed is unverified, and `objective="k_center"` is our reading of the name.
 
-The pivot is the token with the most [CLS] attention in the last encoder layer (paper). Embeddings are normalised, and
-then, k - 1 times, the token with the smallest summed cosine similarity to the chosen ones joins them (paper, v2). The
-abstract of v1 speaks of "greedy k-center", which minimises the largest similarity instead; that its formula differed is
-unverified, and `objective="k_center"` is our reading of the name.
+Stage 2 (`fade`), at one deep layer: with the layer's attention, mean over heads, it takes the share of the text rows'
+attention that goes to visual tokens, and the share of the visual rows' attention that goes to text. Where both are
+below tau = 0.1, all visual tokens of the prompt leave; the decision is each prompt's own, at prefill (paper).
 
 Our choices, where the paper is silent:
 - [CLS] attention per head with softmax over [CLS] and patches, then the mean over heads (the paper writes one head).
 - Towers without [CLS]: the paper allows a random pivot; the default here is the token nearest the mean of the
   normalised embeddings, by cosine, which the paper's ablation ("center") finds nearly equal and needs no seed.
 - The kept tokens are sorted into raster order; ties go to the lower raster index.
-- Images are selected one by one. The paper selects jointly over the thumbnail and all crops of LLaVA-NeXT and over all
-  frames of a video, with the pivot from the thumbnail or from the best frame.
+- Stage 2 measures in layer number floor(7 L / 8), counted from 1, and visual tokens leave its output: the cut is
+  "layer:K" with K = floor(7 L / 8) counted from 0. Text is what follows the first visual token of the prompt: what
+  stands before it is taken for the system prompt, which the paper leaves out. All text that follows all visual tokens
+  makes the second share zero under a causal mask, so that the first one decides alone.
+- Positions at stage 2 stay as they are.
+
+Several crops and the frames of a video are selected jointly, with the pivot from the thumbnail where there is one
+(paper); separators leave with the first cut (our choice).
 """
 
 from __future__ import annotations
@@ -29,15 +35,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokenprune.base import Pruner, View
+from tokenprune.budget import Budget
 from tokenprune.kernels.greedy_diversity import OBJECTIVES, greedy_diversity, greedy_diversity_flops
 from tokenprune.methods.random import hash_tokens
 from tokenprune.registry import register_method
 from tokenprune.selection import Selection, topk_indices
-from tokenprune.signals import CLS_ATTENTION, Signal, Tower
+from tokenprune.signals import CLS_ATTENTION, TEXT_TO_VISUAL, VISUAL_TO_TEXT, Signal, Tower
+from tokenprune.stages import Depths, Stage
 
 PIVOTS = ("cls", "center", "random")
 
@@ -53,20 +62,43 @@ class ToDRE(Pruner):
         pivot: the first token. "cls": most [CLS] attention in the last vision block; on a tower without [CLS] the same
             as "center". "center": nearest the mean embedding. "random": seeded, by image.
         seed: of the random pivot, any integer.
+        fade: whether stage 2 follows.
+        tau: threshold of both shares at stage 2, at least 0 (never) and 0.1 in the paper.
+        depth: where stage 2 cuts, as a part of the decoder's depth; 7/8 in the paper.
     """
 
     published: ClassVar[str] = "arXiv 2505.18757, no official code"
+    scope: ClassVar[str] = "visual"
 
     objective: str = "max_sum"
     pivot: str = "cls"
     seed: int = 0
+    fade: bool = True
+    tau: float = 0.1
+    depth: float = 7 / 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}.")
+        if not self.tau >= 0:
+            raise ValueError(f"tau must be a share from 0 on, got {self.tau!r}.")
+        if not 0 < self.depth < 1:
+            raise ValueError(f"depth must be a part of the decoder's depth between 0 and 1, got {self.depth!r}.")
         if self.pivot not in PIVOTS:
             raise ValueError(f"pivot must be one of {', '.join(PIVOTS)}, got {self.pivot!r}.")
+
+    def stages(self, budget: Budget, depths: Depths) -> tuple[Stage, ...]:
+        first = Stage("input", self, budget)
+        layer = int(self.depth * depths.decoder)
+        if not self.fade or layer < depths.first_cut:
+            return (first,)
+        return (first, Stage(f"layer:{layer}", Fade(tau=self.tau), Budget(1.0)))
+
+    def notes(self, tower: Tower) -> tuple[str, ...]:
+        if self.pivot == "cls" and not tower.has_cls:
+            return ("our choice: no [CLS] in this tower, the pivot is the token nearest the mean",)
+        return ()
 
     def signals(self, tower: Tower) -> tuple[Signal, ...]:
         if self.pivot == "cls" and tower.has_cls:
@@ -79,6 +111,8 @@ class ToDRE(Pruner):
             scores = hash_tokens(view.keys(), view.num_tokens, self.seed)
         elif self.pivot == "cls" and view.tower.has_cls:
             scores = view.signal(CLS_ATTENTION, view.tower.num_layers - 1)
+            if view.rasters[0].kind == "thumbnail" and view.tokens is None:
+                scores = scores[:, : view.rasters[0].num_tokens]
         else:
             unit = normalize(view.features.float(), dim=2)
             scores = (unit @ unit.mean(dim=1).unsqueeze(2)).squeeze(2)
@@ -92,3 +126,30 @@ class ToDRE(Pruner):
         center = self.pivot == "center" or (self.pivot == "cls" and not tower.has_cls)
         nearest_mean = 2 * num_images * num_tokens * width if center else 0
         return nearest_mean + greedy_diversity_flops(num_images, num_tokens, width, keep, has_first=True)
+
+
+@dataclass
+class Fade(Pruner):
+    """Stage 2: keeps all N visual tokens of a prompt, or none.
+
+    Attributes:
+        tau: both shares of attention must be below it for the tokens to leave.
+    """
+
+    name: ClassVar[str] = "todre_fade"
+    scope: ClassVar[str] = "visual"
+    adaptive: ClassVar[bool] = True
+    text_aware: ClassVar[bool] = True
+    published_positions: ClassVar[str] = "keep"
+
+    positions: str | None = "keep"
+    tau: float = 0.1
+
+    def signals_at(self, tower: Tower, place: str, depth: int) -> tuple[Signal, ...]:
+        return (Signal(TEXT_TO_VISUAL, depth - 1), Signal(VISUAL_TO_TEXT, depth - 1))
+
+    def select(self, view: View) -> Selection:
+        layer = int(view.site.partition(":")[2]) - 1
+        fades = (view.signal(TEXT_TO_VISUAL, layer) < self.tau) & (view.signal(VISUAL_TO_TEXT, layer) < self.tau)
+        everything = torch.arange(view.num_tokens, device=view.features.device).expand(view.num_images, -1)
+        return Selection(everything, counts=[0 if gone else view.num_tokens for gone in fades.tolist()])

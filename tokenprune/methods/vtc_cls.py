@@ -13,7 +13,8 @@ Deviations:
   are the same up to float error; the projector's cost on the dropped ones is not saved.
 - Ties go to the lower raster index; the official code leaves them to torch.topk (our choice).
 - Batches are selected per image; the official helper is right for one image only.
-- Without [CLS] (SigLIP, Qwen) the method refuses; a substitute score would be an extension of ours.
+- Without [CLS] (SigLIP, Qwen) the attention of the mean query stands in: an extension of ours, labelled in reports.
+- Crops and frames are ranked each on its own, with their share of the budget.
 The start layer behind the published tables is unverified: the README lets the user choose, 16 is the code's default.
 """
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from tokenprune.base import Pruner, View
 from tokenprune.registry import register_method
-from tokenprune.signals import CLS_ATTENTION, Signal, Tower
+from tokenprune.signals import Signal, Tower, stand_in_note, summary_attention
 
 
 @register_method("vtc_cls")
@@ -67,12 +68,15 @@ class VtcCls(Pruner):
         return range(start, tower.feature_layer + 1)
 
     def signals(self, tower: Tower) -> tuple[Signal, ...]:
-        if not tower.has_cls:
-            raise ValueError("vtc_cls ranks by [CLS] attention, and this vision tower has no [CLS] token.")
-        return tuple(Signal(CLS_ATTENTION, layer) for layer in self.layers(tower))
+        return tuple(summary_attention(tower, layer) for layer in self.layers(tower))
+
+    def notes(self, tower: Tower) -> tuple[str, ...]:
+        return stand_in_note(tower)
 
     def score(self, view: View) -> Tensor:
-        first, *rest = (view.signal(CLS_ATTENTION, layer).float() for layer in self.layers(view.tower))
+        first, *rest = (
+            view.signal(summary_attention(view.tower, layer).name, layer).float() for layer in self.layers(view.tower)
+        )
         total = first
         for rows in rest:
             total = total + rows

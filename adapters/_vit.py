@@ -1,0 +1,125 @@
+"""Vision towers that take a batch of pictures of one size: CLIP and SigLIP, with or without [CLS]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.adapters._base import VisionTower
+from tokenprune.signals import CLS_ATTENTION, CLS_VALUE_SIMILARITY, MEAN_QUERY_ATTENTION, VALUE_NORM, Tower
+
+
+class Vit(VisionTower):
+    """A ViT whose blocks are called with `(hidden [M, T, D], attention_mask)`.
+
+    Args:
+        module: the tower.
+        blocks: its blocks; each has `self_attn` with `q_proj`, `k_proj` and `v_proj`.
+        exit: the projector.
+        facts: see `Tower`.
+        patch: side of a patch in pixels.
+        can_cut: whether what comes after the tower takes each patch on its own.
+    """
+
+    def __init__(self, module: Any, blocks: Any, exit: Any, facts: Tower, patch: int, can_cut: bool = True) -> None:
+        self.module, self.blocks, self.exit, self.facts, self.can_cut = module, blocks, exit, facts, can_cut
+        summary = (CLS_ATTENTION, CLS_VALUE_SIMILARITY) if facts.has_cls else (MEAN_QUERY_ATTENTION,)
+        self.signals = (*summary, VALUE_NORM)
+        self._patch = patch
+        self._before = int(facts.has_cls)
+
+    def watch(self, block: int, done: Callable[[Any], None]) -> list[Any]:
+        attention = self.blocks[block].self_attn
+        seen: dict[str, Tensor] = {}
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.detach().unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [M, H, T, d]
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(module: Any, args: Any, output: Tensor) -> None:
+                seen[name] = heads(output)
+
+            return hook
+
+        def on_done(module: Any, args: Any, output: Any) -> None:
+            found = tuple(seen.pop(name) for name in ("query", "key", "value"))
+
+            def read(pictures: Sequence[int], count: int) -> tuple[Tensor, ...]:
+                whole = len(pictures) == found[0].shape[0]
+                return tuple((part if whole else part[list(pictures)])[:, :, : self._before + count] for part in found)
+
+            done(read)
+
+        return [
+            attention.q_proj.register_forward_hook(keep("query")),
+            attention.k_proj.register_forward_hook(keep("key")),
+            attention.v_proj.register_forward_hook(keep("value")),
+            attention.register_forward_hook(on_done),
+        ]
+
+    def start(self, args: Any, kwargs: Any, counts: Sequence[int]) -> dict[str, Any]:
+        return {"counts": list(counts), "cells": counts[0]}
+
+    def states(self, run: Any, args: Any, pictures: Sequence[int], count: int) -> Tensor:
+        return args[0][list(pictures), self._before : self._before + count]
+
+    def thin(self, run: Any, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
+        hidden = args[0]
+        if kept is not None:
+            run["counts"] = counts = [index.shape[0] for index in kept]
+            longest = max(counts)
+            rows = torch.zeros(len(kept), longest, dtype=torch.int64, device=hidden.device)
+            for row, index in enumerate(kept):
+                rows[row, : counts[row]] = index
+            body = hidden[:, self._before :].gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
+            hidden = torch.cat([hidden[:, : self._before], body], dim=1)
+            run["mask"] = None
+            if min(counts) != longest:
+                real = torch.arange(longest)[None] < torch.tensor(counts)[:, None]
+                real = torch.cat([torch.ones(len(kept), self._before, dtype=torch.bool), real], dim=1).to(hidden.device)
+                mask = torch.zeros(real.shape, dtype=hidden.dtype, device=hidden.device)
+                # additive, which both SDPA and eager attention take
+                run["mask"] = mask.masked_fill(~real, torch.finfo(hidden.dtype).min)[:, None, None]
+                run["mask"] = run["mask"].expand(-1, 1, real.shape[1], -1)
+        if "attention_mask" in kwargs:
+            return (hidden, *args[1:]), {**kwargs, "attention_mask": run["mask"]}
+        return (hidden, run["mask"], *args[2:]), kwargs
+
+    def leave(self, run: Any, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
+        full = output.new_zeros(output.shape[0], run["cells"], output.shape[-1])
+        for row, places in enumerate(alive):
+            full[row, places] = output[row, : places.shape[0]]
+        return full
+
+    def resize(self, kind: str, call: Mapping[str, Any], grid: tuple[int, int]) -> Mapping[str, Any]:
+        pixels = call["pixel_values"]
+        size = (grid[0] * self._patch, grid[1] * self._patch)
+        small = torch.nn.functional.interpolate(
+            pixels.float(), size=size, mode="bicubic", antialias=True, align_corners=False
+        )
+        return {**call, "pixel_values": small.to(pixels.dtype), "interpolate_pos_encoding": True}
+
+
+def vit_facts(vision: Any, feature_block: int, has_cls: bool) -> Tower:
+    """Facts from a CLIP or SigLIP vision config; `feature_block` is 0-based."""
+    return Tower(
+        num_layers=vision.num_hidden_layers,
+        feature_layer=feature_block,
+        has_cls=has_cls,
+        num_heads=vision.num_attention_heads,
+        hidden_size=vision.hidden_size,
+    )
+
+
+def feature_block(layer: Any, depth: int) -> int:
+    """0-based block behind an entry of `hidden_states`, which has depth + 1 entries, the first being the embeddings.
+
+    Raises:
+        ValueError: several layers are joined; they have no common raster.
+    """
+    if not isinstance(layer, int):
+        raise ValueError(f"vision_feature_layer must be one layer, got {layer!r}; several have no common raster.")
+    return (layer if layer >= 0 else depth + 1 + layer) - 1

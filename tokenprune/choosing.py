@@ -1,0 +1,138 @@
+"""From a stage and the tokens that are there to a selection: groups images of one shape, and asks the method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenprune.base import Pruner, View
+from tokenprune.layout import Raster
+from tokenprune.selection import Selection
+from tokenprune.signals import Signal, Tower
+from tokenprune.stages import Stage
+
+
+@dataclass
+class Asked:
+    """One image, video, crop or frame that a method shall choose in.
+
+    Attributes:
+        owner: whose it is (index into the caller's list), to put answers together.
+        rasters: its grids.
+        count: tokens that are there.
+        budget: how many shall stay.
+        tokens: `[count]` int64, which of its tokens are there; None for all.
+        features: reads `[count, D]`.
+        signal: reads a signal, `[count]` or, for those of a whole prompt, `[]`.
+        key: reads the image's number for random methods, `[]` int64.
+        hint: reads a hint by name.
+        carry: name -> `[count]`.
+    """
+
+    owner: int
+    rasters: tuple[Raster, ...]
+    count: int
+    budget: int
+    tokens: Tensor | None
+    features: Callable[[], Tensor]
+    signal: Callable[[Signal], Tensor]
+    key: Callable[[], Tensor]
+    hint: Callable[[str], object]
+    carry: Mapping[str, Tensor]
+
+
+@dataclass
+class Answer:
+    """What was chosen in one `Asked`.
+
+    Attributes:
+        indices: `[k]` int64, increasing, among the tokens that were there.
+        features: `[k, D]` in place of the tokens' own, or None.
+        carry: name -> `[count]`, values of all tokens that were there.
+    """
+
+    indices: Tensor
+    features: Tensor | None
+    carry: dict[str, Tensor]
+
+
+def choose(stage: Stage, tower: Tower, asked: Sequence[Asked]) -> tuple[list[Answer | None], int]:
+    """Ask the stage's method about each of `asked`, those of one shape together.
+
+    Returns:
+        An answer each, None where all stay; and the method's own matrix products.
+    """
+    pruner = stage.pruner
+    answers: list[Answer | None] = [None] * len(asked)
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index, item in enumerate(asked):
+        if item.budget >= item.count and not pruner.adaptive:
+            continue
+        if item.budget == 0 and not pruner.adaptive:
+            answers[index] = Answer(torch.empty(0, dtype=torch.int64), None, {})
+            continue
+        shape = tuple(raster.grid for raster in item.rasters)
+        key = (shape, item.count, item.budget, item.tokens is None, tuple(item.carry))
+        groups.setdefault(key, []).append(index)
+    flops = 0
+    for members in groups.values():
+        items = [asked[member] for member in members]
+        view = make_view(stage, tower, items)
+        least = 0 if stage.place == "layer" else 1
+        selection = pruner.select(view).validate(len(items), view.num_tokens, least)
+        width = view.features.shape[-1]
+        flops += pruner.flops(len(items), view.num_tokens, width, selection.indices.shape[1], tower)
+        for row, member in enumerate(members):
+            answers[member] = _answer(selection, row, view.num_tokens, pruner)
+    return answers, flops
+
+
+def make_view(stage: Stage, tower: Tower, items: Sequence[Asked]) -> View:
+    """The view of items of one shape."""
+    pruner, first = stage.pruner, items[0]
+    features = torch.stack([item.features() for item in items])
+    device = features.device
+    return View(
+        features=features,
+        rasters=first.rasters,
+        budget=first.budget,
+        tower=tower,
+        signals={
+            signal: torch.stack([item.signal(signal) for item in items]).to(device) for signal in stage.signals(tower)
+        },
+        hints={name: [item.hint(name) for item in items] for name in pruner.hints},
+        make_keys=lambda: torch.stack([item.key() for item in items]).to(device),
+        site=stage.site,
+        tokens=None if first.tokens is None else torch.stack([_present(item.tokens) for item in items]),
+        carry={name: torch.stack([item.carry[name] for item in items]) for name in first.carry},
+    )
+
+
+def _present(tokens: Tensor | None) -> Tensor:
+    if tokens is None:
+        raise ValueError("Images of one group must have all been cut, or none of them.")
+    return tokens
+
+
+def _answer(selection: Selection, row: int, num_tokens: int, pruner: Pruner) -> Answer | None:
+    count = selection.indices.shape[1] if selection.counts is None else selection.counts[row]
+    carry = {name: values[row] for name, values in (selection.carry or {}).items()}
+    if count == num_tokens and selection.features is None and not carry:
+        return None
+    features = None if selection.features is None else selection.features[row]
+    return Answer(selection.indices[row, :count], features, carry)
+
+
+def split_budget(budget: int, sizes: Sequence[int]) -> list[int]:
+    """`budget` over grids of these sizes, in proportion; what rounding leaves goes to the largest remainders, the
+    first of equals. Sums to min(budget, sum(sizes))."""
+    total = sum(sizes)
+    budget = min(budget, total)
+    shares = [budget * size // total for size in sizes]
+    rest = sorted(range(len(sizes)), key=lambda i: (-(budget * sizes[i] % total), i))
+    for index in rest[: budget - sum(shares)]:
+        shares[index] += 1
+    return shares

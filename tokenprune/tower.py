@@ -1,0 +1,331 @@
+"""What happens while the vision tower runs: signals are read off its blocks, and stages at "pixels" and "vision:L" cut.
+
+Tokens that leave inside the tower come back as zeros behind the projector, so that the model's own merging of text and
+pictures sees the lengths it expects; they leave the prompt before the decoder.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.adapters._base import Adapter
+from tokenprune.choosing import Asked, choose, split_budget
+from tokenprune.kernels.attention_rows import attention_rows
+from tokenprune.layout import Raster, Visual
+from tokenprune.ledger import Ledger
+from tokenprune.recording import Recording, Survivors, tag
+from tokenprune.selection import grid_places
+from tokenprune.signals import (
+    CLS_ATTENTION,
+    CLS_VALUE_SIMILARITY,
+    MEAN_QUERY_ATTENTION,
+    VALUE_NORM,
+    VISION_SIGNALS,
+    Signal,
+)
+from tokenprune.stages import Stage
+
+Hints = Callable[[str, int], object]
+
+
+def vision_signal(name: str, query: Tensor, key: Tensor, value: Tensor, before: int, group: int) -> Tensor:
+    """One signal of m pictures, `[m, cells]` fp32.
+
+    Args:
+        query, key, value: `[m, H, T, d]`, T = `before` [CLS] tokens and the patches.
+        group: patches of a cell.
+    """
+    if name == CLS_ATTENTION:
+        found = attention_rows(query[:, :, :1], key, query.shape[-1] ** -0.5)[:, 0, before:]
+    elif name == MEAN_QUERY_ATTENTION:
+        mean = query.float().mean(dim=2, keepdim=True)
+        found = attention_rows(mean, key, query.shape[-1] ** -0.5)[:, 0, before:]
+    elif name == CLS_VALUE_SIMILARITY:
+        found = attention_rows(value[:, :, :1], value, 1.0)[:, 0, before:]
+    else:
+        found = value.float().mean(dim=1).abs().sum(dim=-1)[:, before:]
+    return found if group == 1 else found.unflatten(1, (-1, group)).mean(dim=2)
+
+
+class TowerRun:
+    """One run of the tower over the visuals of one kind.
+
+    Pictures are the crops of all visuals in tower order. `alive[p]` says which cells of picture p are left.
+    """
+
+    def __init__(self, recording: Recording, stages: Sequence[Stage], watch_tower: TowerWatch) -> None:
+        self.recording, self.stages, self._owner = recording, stages, watch_tower
+        self.grids = [grid for visual in recording.visuals for grid in visual.tower_grids]
+        self.visual_of = [v for v, visual in enumerate(recording.visuals) for _ in visual.tower_grids]
+        self.counts = [rows * cols for rows, cols in self.grids]
+        self.alive: list[Tensor | None] = [None] * len(self.grids)
+        self.carry: list[Mapping[str, Tensor]] = [{} for _ in self.grids]
+        self.latest: dict[Signal, list[Tensor]] = {}
+        self.run: Any = None
+        self.patches: list[list[int]] = []
+        self.first_short = 0
+
+    def groups(self) -> dict[int, list[int]]:
+        """Pictures by the number of cells they have left."""
+        found: dict[int, list[int]] = {}
+        for picture, count in enumerate(self.counts):
+            found.setdefault(count, []).append(picture)
+        return found
+
+    def record(self, signal: Signal, read: Callable[[Sequence[int], int], tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Compute a signal of the block that just ran, for all pictures."""
+        vision = self._owner.adapter.vision
+        before, group = int(vision.facts.has_cls), vision.patches_per_cell
+        values: list[Tensor] = [torch.empty(0)] * len(self.counts)
+        for count, pictures in self.groups().items():
+            query, key, value = read(pictures, count)
+            found = vision_signal(signal.name, query, key, value, before, group)
+            if signal.name != VALUE_NORM:  # one row of every head against all keys
+                self.recording.selection_flops += 2 * key.shape[0] * query.shape[1] * key.shape[2] * key.shape[3]
+            for row, picture in enumerate(pictures):
+                values[picture] = found[row]
+        self.latest[signal] = values
+
+    def cut(self, stage: Stage, args: Any) -> list[Tensor] | None:
+        """Let a stage choose among the cells after its block; what stays of each picture, among those that were
+        there."""
+        vision = self._owner.adapter.vision
+        asked = [self._ask(stage, args, picture) for picture in range(len(self.grids))]
+        answers, flops = choose(stage, vision.facts, asked)
+        self.recording.selection_flops += flops
+        kept: list[Tensor] = []
+        for picture, answer in enumerate(answers):
+            everything = torch.arange(self.counts[picture], device=args[0].device)
+            if answer is None:
+                kept.append(everything)
+                continue
+            indices = answer.indices
+            self.carry[picture] = {name: values[indices] for name, values in answer.carry.items()}
+            kept.append(indices)
+        if all(index.shape[0] == count for index, count in zip(kept, self.counts)):
+            return None
+        for picture, index in enumerate(kept):
+            alive = self.alive[picture]
+            self.alive[picture] = index if alive is None else alive[index]
+            self.counts[picture] = index.shape[0]
+        self.recording.cuts.append((stage.depth, tuple(self.alive)))
+        return kept
+
+    def _ask(self, stage: Stage, args: Any, picture: int) -> Asked:
+        visual, count = self.recording.visuals[self.visual_of[picture]], self.counts[picture]
+        crops = [rows * cols for rows, cols in visual.tower_grids]
+        first = self.visual_of.index(self.visual_of[picture])
+        budget = split_budget(stage.budget.tokens(visual.num_tokens), crops)[picture - first]
+        rows, cols = self.grids[picture]
+        vision = self._owner.adapter.vision
+        place = self.visual_of[picture]
+        return Asked(
+            owner=picture,
+            rasters=(Raster((rows, cols)),),
+            count=count,
+            budget=min(max(budget, 1), count),
+            tokens=self.alive[picture],
+            features=lambda: vision.states(self.run, args, [picture], count)[0],
+            signal=lambda signal: self._signal(signal, picture),
+            key=lambda: self.recording.pixel_key(place) + picture - first,
+            hint=lambda name: self._owner.hint(name, place),
+            carry=self.carry[picture],
+        )
+
+    def _signal(self, signal: Signal, picture: int) -> Tensor:
+        found = self.latest[signal][picture]
+        if found.shape[0] == self.counts[picture]:
+            return found
+        raise ValueError(
+            f"{signal.name} of block {signal.layer} was recorded before tokens left; a stage inside the vision tower "
+            "reads signals of blocks after the cut before it."
+        )
+
+    def finish(self) -> None:
+        """Hand signals and survivors to the recording."""
+        recording = self.recording
+        by_visual: list[list[int]] = [[] for _ in recording.visuals]
+        for picture, visual in enumerate(self.visual_of):
+            by_visual[visual].append(picture)
+        for signal, values in self.latest.items():
+            full = [self._full(picture, value) for picture, value in enumerate(values)]
+            recording.signals[signal] = [
+                full[pictures[0]] if len(pictures) == 1 else torch.cat([full[p] for p in pictures])
+                for pictures in by_visual
+            ]
+        if all(alive is None for alive in self.alive):
+            return
+        recording.patches, recording.first_short, recording.left = self.patches, self.first_short, self.counts
+        for row, pictures in enumerate(by_visual):
+            recording.kept[row] = self._survivors(recording.visuals[row], pictures)
+
+    def _full(self, picture: int, value: Tensor) -> Tensor:
+        rows, cols = self.grids[picture]
+        if value.shape[0] == rows * cols:
+            return value
+        alive = self.alive[picture]
+        if alive is None or value.shape[0] != alive.shape[0]:
+            return value.new_zeros(rows * cols)  # recorded between two cuts: of no use to later stages
+        return value.new_zeros(rows * cols).index_copy(0, alive, value)
+
+    def _survivors(self, visual: Visual, pictures: list[int]) -> Survivors:
+        cells = [self.grids[p][0] * self.grids[p][1] for p in pictures]
+        if visual.sources is None and len(pictures) == 1:
+            alive = self.alive[pictures[0]]
+            tokens = torch.arange(cells[0]) if alive is None else alive
+            return Survivors(tokens, self.counts[pictures[0]], dict(self.carry[pictures[0]]))
+        there = []
+        for picture, count in zip(pictures, cells):
+            alive = self.alive[picture]
+            mask = torch.ones(count, dtype=torch.bool) if alive is None else torch.zeros(count, dtype=torch.bool)
+            there.append(mask if alive is None else mask.index_fill(0, alive.cpu(), True))
+        mask = torch.cat(there)
+        tokens = (mask if visual.sources is None else mask[visual.sources]).nonzero()[:, 0]
+        return Survivors(tokens.to(self.recording.device), tokens.shape[0], {})
+
+
+class TowerWatch:
+    """Wraps the calls that run the vision tower.
+
+    Args:
+        adapter: the family.
+        stages: those at "pixels" and "vision:L".
+        signals: what has to be recorded, for any stage of the method.
+        hint: reads what the caller knows of a visual: (name, its place in tower order).
+    """
+
+    def __init__(self, adapter: Adapter, stages: Sequence[Stage], signals: Sequence[Signal], hint: Hints) -> None:
+        self.adapter, self.hint = adapter, hint
+        self._signals = [signal for signal in signals if signal.name in VISION_SIGNALS]
+        self._shrink = next((stage for stage in stages if stage.place == "pixels"), None)
+        self._cuts = {stage.depth: stage for stage in stages if stage.place == "vision"}
+        self._run: TowerRun | None = None
+        self.recordings: dict[str, list[Recording]] = {}
+
+    def forget(self) -> None:
+        """A new call of the model begins, or one has ended."""
+        self._run, self.recordings = None, {}
+
+    def install(self, ledger: Ledger) -> None:
+        """Place the hooks and wrap the calls; `ledger` takes them away."""
+        vision = self.adapter.vision
+        for signal in self._signals:
+            self._check(signal)
+        for block in sorted({signal.layer for signal in self._signals}):
+            names = [signal for signal in self._signals if signal.layer == block]
+            for hook in vision.watch(block, functools.partial(self._record, names)):
+                ledger.hook(hook)
+        if self._cuts:
+            for block in range(min(self._cuts) + 1, len(vision.blocks)):
+                hook = functools.partial(self._enter_block, block)
+                ledger.hook(vision.blocks[block].register_forward_pre_hook(hook, with_kwargs=True))
+            ledger.hook(vision.exit.register_forward_hook(self._leave_tower))
+        for kind, name in self.adapter.features.items():
+            original = getattr(self.adapter.entry, name)
+            ledger.set(self.adapter.entry, name, self._wrap(kind, original))
+
+    def _check(self, signal: Signal) -> None:
+        vision = self.adapter.vision
+        if signal.name not in vision.signals:
+            raise ValueError(
+                f"The vision tower of this model gives no {signal.name!r}; it gives {', '.join(vision.signals)}."
+            )
+        if not 0 <= signal.layer < vision.facts.num_layers:
+            raise ValueError(
+                f"{signal.name} of vision block {signal.layer} was asked for; the tower has blocks "
+                f"0 to {vision.facts.num_layers - 1}."
+            )
+
+    def _record(self, signals: Sequence[Signal], read: Any) -> None:
+        if self._run is not None:
+            with self._run.recording.watch.running(self._run.recording.device):
+                for signal in signals:
+                    self._run.record(signal, read)
+
+    def _enter_block(self, block: int, module: Any, args: Any, kwargs: Any) -> Any:
+        run, vision = self._run, self.adapter.vision
+        if run is None:
+            return None
+        stage, kept = self._cuts.get(block - 1), None
+        if stage is not None:
+            if run.run is None:
+                run.run = vision.start(args, kwargs, run.counts)
+            with run.recording.watch.running(run.recording.device):
+                kept = run.cut(stage, args)
+        if not run.patches:
+            run.first_short = block
+        run.patches.append([count * vision.patches_per_cell for count in run.counts])
+        if all(alive is None for alive in run.alive):
+            return None
+        return vision.thin(run.run, args, kwargs, kept)
+
+    def _leave_tower(self, module: Any, args: Any, output: Any) -> Any:
+        run = self._run
+        if run is None or all(alive is None for alive in run.alive):
+            return None
+        device = output.device
+        whole = [
+            torch.arange(rows * cols, device=device) if alive is None else alive.to(device)
+            for (rows, cols), alive in zip(run.grids, run.alive)
+        ]
+        return self.adapter.vision.leave(run.run, output, whole)
+
+    def _wrap(self, kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+        parameters = list(signature.parameters)
+
+        @functools.wraps(original)
+        def features(*args: Any, **kwargs: Any) -> Any:
+            call = {**dict(zip(parameters, args)), **kwargs}
+            visuals = self.adapter.visuals(kind, call)
+            pixels = call[self.adapter.pixels[kind]]
+            recording = Recording(visuals, pixels, self.adapter.pixel_rows(kind, call, visuals))
+            cuts = list(self._cuts.values())
+            self._run = TowerRun(recording, cuts, self)
+            try:
+                if self._shrink is not None:
+                    output = self._small(kind, original, call, recording)
+                else:
+                    output = original(**call)
+                self._run.finish()
+            finally:
+                self._run = None
+            found = getattr(output, "pooler_output", None)
+            if found is not None:
+                tag(found, recording)
+            self.recordings.setdefault(kind, []).append(recording)
+            return output
+
+        return features
+
+    def _small(self, kind: str, original: Callable[..., Any], call: dict[str, Any], recording: Recording) -> Any:
+        """Run the tower on fewer pixels; its tokens stand at their cells' centres, zeros elsewhere (they leave)."""
+        stage = self._shrink
+        if stage is None:
+            raise ValueError("No stage acts at 'pixels'.")
+        grids = {raster.grid for visual in recording.visuals for raster in visual.rasters}
+        if len(grids) != 1 or any(len(visual.rasters) != 1 for visual in recording.visuals):
+            raise ValueError(
+                f"{stage.pruner.name} needs images of one grid in a call, got {sorted(grids)}: call the model once per "
+                "size."
+            )
+        grid = next(iter(grids))
+        small = stage.pruner.target_grid(grid, stage.budget.tokens(grid[0] * grid[1]))
+        if small == grid:
+            return original(**call)
+        output = original(**{**self.adapter.vision.resize(kind, call, small), "return_dict": True})
+        places = grid_places(grid, small)
+        recording.tower_grid = small
+        full = []
+        for row, tokens in enumerate(output.pooler_output):
+            index = torch.tensor(places, device=tokens.device)
+            full.append(tokens.new_zeros(grid[0] * grid[1], tokens.shape[-1]).index_copy(0, index, tokens))
+            recording.kept[row] = Survivors(index, len(places), {})
+        output.pooler_output = full
+        return output
