@@ -27,8 +27,8 @@ class VisionTower:
         module: the whole tower.
         exit: the module whose output are the visual tokens of all pictures: the projector, or the merger.
         can_cut: whether tokens can leave after a block.
+        can_resize: whether it takes pictures of other sizes than the processor's.
         patches_per_cell: patches that one visual token comes from.
-        group: patches that must leave together after a block; 1 or `patches_per_cell`.
     """
 
     facts: Tower
@@ -37,6 +37,7 @@ class VisionTower:
     module: Any
     exit: Any
     can_cut: bool = False
+    can_resize: bool = False
     patches_per_cell: int = 1
 
     def watch(self, block: int, done: Any) -> list[Any]:
@@ -72,13 +73,18 @@ class VisionTower:
         """Output of `exit` at full length: zeros where tokens left; `alive` are the cells left of each picture."""
         raise TypeError(f"{type(self).__name__} cannot be cut inside.")
 
+    def by_cell(self, values: Tensor) -> Tensor:
+        """From `[m, patches]` to `[m, cells]`: the mean over each cell's patches."""
+        return values
+
     def flops(self, shape: ModelShape, work: TowerWork) -> int:
         """Floating-point operations of one run of the tower, by the conventions of `tokenprune.cost`."""
         pictures = [rows * cols * self.patches_per_cell for rows, cols in work.grids]
         return tower_flops(shape, pictures, work.blocks, work.first)
 
-    def resize(self, kind: str, call: Mapping[str, Any], grid: tuple[int, int]) -> Mapping[str, Any]:
-        """Arguments of the features call with pictures shrunk so that the tower makes a raster of `grid` tokens."""
+    def resize(self, kind: str, call: Mapping[str, Any], grids: Sequence[tuple[int, int]]) -> Mapping[str, Any]:
+        """Arguments of the features call with each picture (each frame of a video) shrunk so that the tower makes a
+        raster of `grids` tokens of it."""
         raise TypeError(f"{type(self).__name__} cannot run at another size.")
 
 
@@ -128,7 +134,7 @@ class Adapter:
     def depths(self) -> Depths:
         """What stages can be planned for."""
         feature = self.tower.feature_layer if self.vision.can_cut else None
-        return Depths(self.tower.num_layers, feature, len(self.layers), self.first_cut)
+        return Depths(self.tower.num_layers, feature, len(self.layers), self.first_cut, self.vision.can_resize)
 
     @property
     def num_tokens(self) -> int | None:
@@ -161,6 +167,10 @@ class Adapter:
     def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin `[B, S, d]` for position ids as the decoder layers get them."""
         return self.language_model.rotary_emb(hidden, position_ids)
+
+    def expand_features(self, output: Any, expand: Callable[[Sequence[Tensor]], list[Tensor]]) -> None:
+        """Put what a features call made of smaller pictures at full length, in place: all of its per-visual tensors."""
+        output.pooler_output = expand(output.pooler_output)
 
     def beside(self, kwargs: Mapping[str, Any], rows: Callable[[Tensor], Tensor], real: Tensor) -> dict[str, Any]:
         """Arguments of the decoder that go by place, shortened: what is added to visual tokens inside it.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.adapters._base import VisionTower
 from tokenprune.signals import CLS_ATTENTION, CLS_VALUE_SIMILARITY, MEAN_QUERY_ATTENTION, VALUE_NORM, Tower
@@ -22,17 +22,32 @@ class Vit(VisionTower):
         facts: see `Tower`.
         patch: side of a patch in pixels.
         can_cut: whether what comes after the tower takes each patch on its own.
+        cell_patches: `[cells, g]` int64, the patches that are joined into each visual token; None means one each.
     """
 
-    def __init__(self, module: Any, blocks: Any, exit: Any, facts: Tower, patch: int, can_cut: bool = True) -> None:
+    def __init__(
+        self,
+        module: Any,
+        blocks: Any,
+        exit: Any,
+        facts: Tower,
+        patch: int,
+        can_cut: bool = True,
+        cell_patches: Tensor | None = None,
+    ) -> None:
         self.module, self.blocks, self.exit, self.facts, self.can_cut = module, blocks, exit, facts, can_cut
+        self._cell_patches = cell_patches
+        if cell_patches is not None:
+            self.can_cut, self.patches_per_cell = False, cell_patches.shape[1]
         summary = (CLS_ATTENTION, CLS_VALUE_SIMILARITY) if facts.has_cls else (MEAN_QUERY_ATTENTION,)
         self.signals = (*summary, VALUE_NORM)
         self._patch = patch
         self._before = int(facts.has_cls)
 
     def watch(self, block: int, done: Callable[[Any], None]) -> list[Any]:
-        attention = self.blocks[block].self_attn
+        block_module = self.blocks[block]
+        attention = getattr(block_module, "self_attn", None) or block_module.attention
+        patches = self.patches_per_cell
         seen: dict[str, Tensor] = {}
 
         def heads(projected: Tensor) -> Tensor:
@@ -49,16 +64,27 @@ class Vit(VisionTower):
 
             def read(pictures: Sequence[int], count: int) -> tuple[Tensor, ...]:
                 whole = len(pictures) == found[0].shape[0]
-                return tuple((part if whole else part[list(pictures)])[:, :, : self._before + count] for part in found)
+                return tuple(
+                    (part if whole else part[list(pictures)])[:, :, : self._before + count * patches] for part in found
+                )
 
             done(read)
 
+        def after(projection: str, norm: str) -> Any:
+            module = getattr(attention, norm, None)
+            return getattr(attention, projection) if module is None or isinstance(module, nn.Identity) else module
+
         return [
-            attention.q_proj.register_forward_hook(keep("query")),
-            attention.k_proj.register_forward_hook(keep("key")),
+            after("q_proj", "q_norm").register_forward_hook(keep("query")),
+            after("k_proj", "k_norm").register_forward_hook(keep("key")),
             attention.v_proj.register_forward_hook(keep("value")),
             attention.register_forward_hook(on_done),
         ]
+
+    def by_cell(self, values: Tensor) -> Tensor:
+        if self._cell_patches is None:
+            return values
+        return values[:, self._cell_patches.to(values.device)].mean(dim=2)
 
     def start(self, args: Any, kwargs: Any, counts: Sequence[int]) -> dict[str, Any]:
         return {"counts": list(counts), "cells": counts[0]}
@@ -94,8 +120,8 @@ class Vit(VisionTower):
             full[row, places] = output[row, : places.shape[0]]
         return full
 
-    def resize(self, kind: str, call: Mapping[str, Any], grid: tuple[int, int]) -> Mapping[str, Any]:
-        pixels = call["pixel_values"]
+    def resize(self, kind: str, call: Mapping[str, Any], grids: Sequence[tuple[int, int]]) -> Mapping[str, Any]:
+        pixels, grid = call["pixel_values"], grids[0]
         size = (grid[0] * self._patch, grid[1] * self._patch)
         small = torch.nn.functional.interpolate(
             pixels.float(), size=size, mode="bicubic", antialias=True, align_corners=False

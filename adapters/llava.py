@@ -42,6 +42,7 @@ class Llava(Adapter):
         block = feature_block(config.vision_feature_layer, vision.num_hidden_layers)
         facts = vit_facts(vision, block, has_cls=True)
         self.vision = Vit(tower, decoder_of(tower, "encoder.layers"), self.projector, facts, vision.patch_size)
+        self.vision.can_resize = True
 
     @property
     def num_tokens(self) -> int:

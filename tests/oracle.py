@@ -161,14 +161,8 @@ class MaskedModel:
         count = tokens.shape[1]
         embeds = torch.cat([self.embeds, self.model.get_input_embeddings()(tokens)], dim=1)
         mask = torch.cat([self.mask, torch.ones_like(tokens)], dim=1)
-        steps = torch.arange(count, device=tokens.device)
-        if self.adapter.mrope:
-            deltas = self.adapter.entry.rope_deltas
-            text = self.mask.sum(1, keepdim=True) + steps
-            following = (text + deltas).expand(self.base.shape[0], -1, -1)
-        else:
-            following = self.base[:, -1:] + 1 + steps
-        positions = torch.cat([self.base.expand(*following.shape[:-1], -1), following], dim=-1)
+        following = self.base[..., -1:] + 1 + torch.arange(count, device=tokens.device)
+        positions = torch.cat([self.base, following], dim=-1)
         hidden = self._decode(embeds, mask, positions, count)
         return self.model.lm_head(hidden[:, -count - 1 : -1])
 
@@ -258,10 +252,12 @@ def run_pruned(model: Any, method: Any, keep: Any, batch: dict[str, Tensor], tok
         "merges": any(stage.pruner.merges for stage in handle.stages),
         "exact": not any(stage.place == "vision" for stage in handle.stages),
         "cuts": cuts,
+        "full_mask": batch["attention_mask"],
         "tower": prompt.tower,
         "kept": kept,
         "report": report,
         "fed": fed["inputs_embeds"],
+        "beside": fed.get("deepstack_visual_embeds"),
         "attended": torch.ones(fed["inputs_embeds"].shape[:2]).bool() if seen is None else seen.bool(),
         "logits": output.logits[real],
         "cache": output.past_key_values,
@@ -301,6 +297,8 @@ def compare(run: dict[str, Any], batch: dict[str, Tensor], tolerance: float) -> 
     assert fed.shape == expected.shape
     if run["merges"]:
         masked = masked_of(run, batch, fed[masked.visual[visible]])
+        for own, given in zip(run["beside"] or [], masked.given.get("deepstack_visual_embeds") or []):
+            given[visible[masked.visual]] = own  # merged as well
     elif run["exact"]:
         assert torch.equal(fed, expected), "kept tokens must go on bit for bit"
     else:
@@ -315,19 +313,24 @@ def compare(run: dict[str, Any], batch: dict[str, Tensor], tolerance: float) -> 
 
 
 def check_cache(run: dict[str, Any]) -> None:
-    """Each layer holds as many keys as its longest row has tokens left."""
+    """Each layer holds as many keys as its longest row has tokens left (one more where rows end in padding)."""
     longest = list(run["attended"].sum(1).tolist())
-    layout, lengths = run["layout"], {0: max(longest)}
-    counts = None
+    tails = [int(not bool(mask[-1])) for mask in run["full_mask"]]
+    layout = run["layout"]
+
+    def held(rows: list[int]) -> int:
+        return max(row + tail for row, tail in zip(rows, tails))
+
+    lengths = {0: run["fed"].shape[1]}
+    counts, before = [span.num_tokens for span in layout.spans], [None] * len(layout.spans)
     for site, kept in run["cuts"]:
         now = [span.num_tokens if tokens is None else len(tokens) for span, tokens in zip(layout.spans, kept)]
         if site.startswith("layer"):
             for i, span in enumerate(layout.spans):
-                was = span.visual.length if counts is None or counts[i] == span.num_tokens else counts[i]
-                is_now = span.visual.length if kept[i] is None else now[i]
-                longest[span.sample] -= was - is_now
-            lengths[int(site.partition(":")[2])] = max(longest)
-        counts = now
-    for layer, held in enumerate(run["cache"].layers):
+                was = span.visual.length if before[i] is None else counts[i]
+                longest[span.sample] -= was - (span.visual.length if kept[i] is None else now[i])
+            lengths[int(site.partition(":")[2])] = held(longest)
+        counts, before = now, kept
+    for layer, cached in enumerate(run["cache"].layers):
         first = max(begin for begin in lengths if begin <= layer)
-        assert held.keys.shape[2] == lengths[first], f"layer {layer}"
+        assert cached.keys.shape[2] == lengths[first], f"layer {layer}"

@@ -61,7 +61,9 @@ class Compaction:
         return moved - self.removed_before.to(moved.device) if policy == "compact" else moved
 
 
-def plan_compaction(keep: Tensor, attended: Tensor | None, lengths: list[int], pad_left: bool) -> Compaction:
+def plan_compaction(
+    keep: Tensor, attended: Tensor | None, lengths: list[int], pad_left: bool, tails: list[int] | None = None
+) -> Compaction:
     """Plan the move of the kept, unpadded tokens of each row to one end of a shorter row.
 
     Args:
@@ -70,9 +72,11 @@ def plan_compaction(keep: Tensor, attended: Tensor | None, lengths: list[int], p
         lengths: for each row, the count of places that are kept and attended (known on the host, so that the new
             length needs no read from the device).
         pad_left: put the padding of the shortened rows on the left.
+        tails: for each row, how many places of padding it must keep at its right end: 1 where the full row ends in
+            padding, because `generate` reads the last column, whatever it is.
     """
     batch_size, _ = keep.shape
-    length = max(lengths)
+    length = max(count + tail for count, tail in zip(lengths, tails or [0] * batch_size))
     stays = keep if attended is None else keep & attended
     place = stays.cumsum(1) - 1  # [B, S]
     if pad_left:

@@ -24,7 +24,7 @@ from tokenprune.decoding import DecoderPass
 from tokenprune.layout import Layout, Raster, build_layout
 from tokenprune.ledger import Ledger
 from tokenprune.prompt import Cutter, Prompt
-from tokenprune.recording import Recording, source
+from tokenprune.recording import Recording, sources_of
 from tokenprune.signals import DECODER_SIGNALS, Signal
 from tokenprune.stages import Stage
 from tokenprune.tower import TowerWatch
@@ -98,7 +98,7 @@ class Engine:
         visuals = {}
         for kind in adapter.features:
             if encoded.get(kind) is not None:
-                sources[kind] = self._sources(encoded[kind].pooler_output)
+                sources[kind] = self._sources(encoded[kind])
                 visuals[kind] = [recording.visuals[row] for recording, row in sources[kind]]
             elif given[kind]:
                 visuals[kind] = adapter.visuals(kind, call)
@@ -116,14 +116,15 @@ class Engine:
         self._prompt = prompt
 
     @staticmethod
-    def _sources(features: Any) -> list[tuple[Recording, int]]:
-        found = [source(tensor) for tensor in features]
-        if any(item is None for item in found):
+    def _sources(encoded: Any) -> list[tuple[Recording, int]]:
+        found = sources_of(encoded)
+        if found is None:
             raise ValueError(
                 "mm_encoder_outputs holds image features that were computed before tokenprune was applied to the "
-                "model. Compute them again, or pass pixel_values."
+                "model, or that were cut up since (prefill_chunk_size does that). Compute them again, pass "
+                "pixel_values, or leave the prompt in one piece."
             )
-        return [item for item in found if item is not None]
+        return found
 
     def _placeholders(self, call: dict[str, Any]) -> dict[str, Tensor]:
         ids = {kind: number for kind, number in self.adapter.placeholder_ids.items() if kind in self.adapter.features}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,8 @@ class Visual:
         offsets: `[N]` int64, which placeholder each token stands at; None where there are no separators.
         crops: (rows, cols) of what the vision tower saw of it, in tower order; None means the rasters themselves.
         sources: `[N]` int64, the cell of the concatenated crops that each token comes from; None means in order.
+        resample: from values by cell of the crops to values by token, `[cells]` -> `[N]`, where tokens are mixed from
+            several cells; None means `sources`.
         scattered: whether text may stand between its placeholders (time stamps of frames, labels of tiles).
     """
 
@@ -52,6 +54,7 @@ class Visual:
     offsets: Tensor | None = None
     crops: tuple[tuple[int, int], ...] | None = None
     sources: Tensor | None = None
+    resample: Callable[[Tensor], Tensor] | None = None
     scattered: bool = False
 
     @property
@@ -143,6 +146,8 @@ def build_layout(placeholders: dict[str, Tensor], visuals: dict[str, Sequence[Vi
         rows, places = torch.nonzero(mask, as_tuple=True)
         cursor = 0
         for order, visual in enumerate(items):
+            if visual.length == 0:  # a prompt without pictures, in families that have an entry for each prompt
+                continue
             own = slice(cursor, cursor + visual.length)
             first, last = int(rows[cursor]), int(rows[cursor + visual.length - 1])
             gaps = int(places[cursor + visual.length - 1]) - int(places[cursor]) != visual.length - 1

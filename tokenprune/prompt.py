@@ -140,7 +140,8 @@ class Cutter:
         keep = torch.ones(batch_size, self._length, dtype=torch.bool, device=self._gone[0][1].device)
         keep[_pairs(self._gone)] = False
         keep[_pairs(self._kept)] = True
-        plan = plan_compaction(keep, attended, self._lengths, prompt.pad_left)
+        tails = [0 if prompt.pad_left else int(count < prompt.layout.length) for count in prompt.lengths]
+        plan = plan_compaction(keep, attended, self._lengths, prompt.pad_left, tails)
         for span, alive in zip(prompt.layout.spans, prompt.alive):
             alive.places = plan.target[span.sample][alive.places]
             if alive.placeholders is not None:

@@ -6,7 +6,7 @@ feature tensors themselves rather than to a call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ class Recording:
         visuals: what the tower was given, in its order.
         signals: for each request, one `[cells]` fp32 tensor per visual, in the order of the visual's crops.
         kept: what a cut before the projector left of each visual; None where nothing was cut.
-        tower_grid: (rows, cols) that the tower really worked on, if a method shrank the pictures.
+        shrunk: (rows, cols) of each visual that the tower really worked on, if a method shrank the pictures.
         patches: patches of each picture in each block from `first_short` on, where a method cut inside the tower.
         selection_flops: matrix products of signals and of methods while the tower ran.
         watch: time of signals and selections while the tower ran.
@@ -73,7 +73,7 @@ class Recording:
         self.visuals = list(visuals)
         self.signals: dict[Signal, list[Tensor]] = {}
         self.kept: list[Survivors | None] = [None] * len(self.visuals)
-        self.tower_grid: tuple[int, int] | None = None
+        self.shrunk: list[tuple[int, int]] | None = None
         self.patches: list[list[int]] = []
         self.first_short = 0
         self.selection_flops = 0
@@ -87,9 +87,9 @@ class Recording:
         """What the tower was given."""
         grids = tuple(grid for visual in self.visuals for grid in visual.tower_grids)
         plain: tuple[tuple[int, int], ...] = ()
-        if self.tower_grid is not None:
+        if self.shrunk is not None:
             plain = grids
-            grids = (self.tower_grid,) * len(grids)
+            grids = tuple(own for own, visual in zip(self.shrunk, self.visuals) for _ in visual.rasters)
         blocks = tuple(tuple(counts) for counts in self.patches)
         left = sum(rows * cols for rows, cols in grids) if not self.left else sum(self.left)
         return TowerWork(grids, blocks, self.first_short, left, plain, tuple(self.cuts))
@@ -103,21 +103,41 @@ class Recording:
 
     def signal(self, signal: Signal, row: int) -> Tensor:
         """`[N]` fp32: a signal of one visual, by its own tokens."""
-        cells, sources = self.signals[signal][row], self.visuals[row].sources
-        return cells if sources is None else cells[sources.to(cells.device)]
+        cells, visual = self.signals[signal][row], self.visuals[row]
+        if visual.resample is not None:
+            return visual.resample(cells)
+        return cells if visual.sources is None else cells[visual.sources.to(cells.device)]
 
 
-def tag(features: Any, recording: Recording) -> None:
-    """Tie each visual's feature tensor to its row of `recording`."""
-    for row, tensor in enumerate(features):
-        setattr(tensor, _TAG, (recording, row))
+def tag(output: Any, recording: Recording) -> None:
+    """Tie the features in the output of a features call to `recording`."""
+    features = getattr(output, "pooler_output", None)
+    if isinstance(features, Tensor):
+        setattr(output, _TAG, (recording, features))
+    elif features is not None:
+        for row, tensor in enumerate(features):
+            setattr(tensor, _TAG, (recording, row))
 
 
-def source(tensor: Any) -> tuple[Recording, int] | None:
-    """The recording and row that a feature tensor came from."""
-    return getattr(tensor, _TAG, None)
+def sources_of(output: Any) -> list[tuple[Recording, int]] | None:
+    """The recording and row that each visual's features in `output` came from; None if they are not known.
 
-
-def gather_rows(sources: list[tuple[Recording, int]], read: Callable[[Recording, int], Tensor]) -> Tensor:
-    """`read(recording, row)` of each source, stacked."""
-    return torch.stack([read(recording, row) for recording, row in sources])
+    Where features are one tensor for all visuals, generation may have repeated its rows for beams: they are then known
+    again by what they hold.
+    """
+    features = output.pooler_output
+    if not isinstance(features, Tensor):
+        found = [getattr(tensor, _TAG, None) for tensor in features]
+        return None if any(item is None for item in found) else found  # type: ignore[return-value]
+    recording, original = getattr(output, _TAG, (None, None))
+    if recording is None or original.shape[1:] != features.shape[1:]:
+        return None
+    if original is features:
+        return [(recording, row) for row in range(len(original))]
+    rows = []
+    for tensor in features:
+        same = (tensor == original).flatten(1).all(1).nonzero()
+        if len(same) == 0:
+            return None
+        rows.append((recording, int(same[0])))
+    return rows

@@ -60,12 +60,14 @@ class Depths:
         feature: the block whose output becomes the visual tokens; None where the tower cannot be cut.
         decoder: decoder layers.
         first_cut: lowest K of "layer:K" (0 cuts at the input of the first layer).
+        resizable: whether the vision tower takes pictures of other sizes.
     """
 
     vision: int
     feature: int | None
     decoder: int
     first_cut: int = 1
+    resizable: bool = False
 
 
 def check_site(site: Any, numbered: bool = True) -> str:
@@ -95,6 +97,11 @@ def check_plan(stages: Sequence[Stage], depths: Depths) -> tuple[Stage, ...]:
         if before.site == after.site:
             raise ValueError(f"Two stages act at {before.site!r}; give each its own site.")
     for stage in ordered:
+        if stage.place == "pixels" and not depths.resizable:
+            raise ValueError(
+                f"{stage.pruner.name} gives the vision tower smaller pictures, and this family's tower takes pictures "
+                "of one size only, or its crops follow from the size: its adapter says so."
+            )
         if stage.place == "vision":
             if depths.feature is None:
                 raise ValueError(

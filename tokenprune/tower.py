@@ -34,23 +34,24 @@ from tokenprune.stages import Stage
 Hints = Callable[[str, int], object]
 
 
-def vision_signal(name: str, query: Tensor, key: Tensor, value: Tensor, before: int, group: int) -> Tensor:
-    """One signal of m pictures, `[m, cells]` fp32.
+def vision_signal(name: str, query: Tensor, key: Tensor, value: Tensor, before: int) -> Tensor:
+    """One signal of m pictures, `[m, patches]` fp32.
 
     Args:
         query, key, value: `[m, H, T, d]`, T = `before` [CLS] tokens and the patches.
-        group: patches of a cell.
     """
     if name == CLS_ATTENTION:
-        found = attention_rows(query[:, :, :1], key, query.shape[-1] ** -0.5)[:, 0, before:]
-    elif name == MEAN_QUERY_ATTENTION:
-        mean = query.float().mean(dim=2, keepdim=True)
-        found = attention_rows(mean, key, query.shape[-1] ** -0.5)[:, 0, before:]
-    elif name == CLS_VALUE_SIMILARITY:
-        found = attention_rows(value[:, :, :1], value, 1.0)[:, 0, before:]
-    else:
-        found = value.float().mean(dim=1).abs().sum(dim=-1)[:, before:]
-    return found if group == 1 else found.unflatten(1, (-1, group)).mean(dim=2)
+        return attention_rows(query[:, :, :1], key, query.shape[-1] ** -0.5)[:, 0, before:]
+    if name == MEAN_QUERY_ATTENTION:
+        mean = query[:, :, before:].float().mean(dim=2, keepdim=True)
+        return attention_rows(mean, key, query.shape[-1] ** -0.5)[:, 0, before:]
+    if name == CLS_VALUE_SIMILARITY:
+        return attention_rows(value[:, :, :1], value, 1.0)[:, 0, before:]
+    return value.float().mean(dim=1).abs().sum(dim=-1)[:, before:]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.empty(0)
 
 
 class TowerRun:
@@ -81,11 +82,11 @@ class TowerRun:
     def record(self, signal: Signal, read: Callable[[Sequence[int], int], tuple[Tensor, Tensor, Tensor]]) -> None:
         """Compute a signal of the block that just ran, for all pictures."""
         vision = self._owner.adapter.vision
-        before, group = int(vision.facts.has_cls), vision.patches_per_cell
+        before = int(vision.facts.has_cls)
         values: list[Tensor] = [torch.empty(0)] * len(self.counts)
         for count, pictures in self.groups().items():
             query, key, value = read(pictures, count)
-            found = vision_signal(signal.name, query, key, value, before, group)
+            found = vision.by_cell(vision_signal(signal.name, query, key, value, before))
             if signal.name != VALUE_NORM:  # one row of every head against all keys
                 self.recording.selection_flops += 2 * key.shape[0] * query.shape[1] * key.shape[2] * key.shape[3]
             for row, picture in enumerate(pictures):
@@ -156,7 +157,7 @@ class TowerRun:
         for signal, values in self.latest.items():
             full = [self._full(picture, value) for picture, value in enumerate(values)]
             recording.signals[signal] = [
-                full[pictures[0]] if len(pictures) == 1 else torch.cat([full[p] for p in pictures])
+                full[pictures[0]] if len(pictures) == 1 else _joined([full[p] for p in pictures])
                 for pictures in by_visual
             ]
         if all(alive is None for alive in self.alive):
@@ -282,11 +283,19 @@ class TowerWatch:
 
         @functools.wraps(original)
         def features(*args: Any, **kwargs: Any) -> Any:
+            if self._run is not None:  # one features call may make use of the other
+                return original(*args, **kwargs)
             call = {**dict(zip(parameters, args)), **kwargs}
             visuals = self.adapter.visuals(kind, call)
             pixels = call[self.adapter.pixels[kind]]
             recording = Recording(visuals, pixels, self.adapter.pixel_rows(kind, call, visuals))
             cuts = list(self._cuts.values())
+            if cuts and any(visual.resample is not None and visual.sources is None for visual in visuals):
+                raise ValueError(
+                    f"{cuts[0].pruner.name} cuts inside the vision tower, but a visual token of this {kind} is mixed "
+                    "from several places there (interpolated or pooled). Use a method that cuts at 'input' or at a "
+                    "layer."
+                )
             self._run = TowerRun(recording, cuts, self)
             try:
                 if self._shrink is not None:
@@ -296,9 +305,7 @@ class TowerWatch:
                 self._run.finish()
             finally:
                 self._run = None
-            found = getattr(output, "pooler_output", None)
-            if found is not None:
-                tag(found, recording)
+            tag(output, recording)
             self.recordings.setdefault(kind, []).append(recording)
             return output
 
@@ -309,23 +316,25 @@ class TowerWatch:
         stage = self._shrink
         if stage is None:
             raise ValueError("No stage acts at 'pixels'.")
-        grids = {raster.grid for visual in recording.visuals for raster in visual.rasters}
-        if len(grids) != 1 or any(len(visual.rasters) != 1 for visual in recording.visuals):
-            raise ValueError(
-                f"{stage.pruner.name} needs images of one grid in a call, got {sorted(grids)}: call the model once per "
-                "size."
-            )
-        grid = next(iter(grids))
-        small = stage.pruner.target_grid(grid, stage.budget.tokens(grid[0] * grid[1]))
-        if small == grid:
+        grids = [visual.rasters[0].grid for visual in recording.visuals]
+        small = [stage.pruner.target_grid(grid, stage.budget.tokens(grid[0] * grid[1])) for grid in grids]
+        if small == grids:
             return original(**call)
         output = original(**{**self.adapter.vision.resize(kind, call, small), "return_dict": True})
-        places = grid_places(grid, small)
-        recording.tower_grid = small
-        full = []
-        for row, tokens in enumerate(output.pooler_output):
-            index = torch.tensor(places, device=tokens.device)
-            full.append(tokens.new_zeros(grid[0] * grid[1], tokens.shape[-1]).index_copy(0, index, tokens))
-            recording.kept[row] = Survivors(index, len(places), {})
-        output.pooler_output = full
+        recording.shrunk = small
+        places = []
+        for row, (visual, grid, own) in enumerate(zip(recording.visuals, grids, small)):
+            step = torch.arange(len(visual.rasters))[:, None] * (grid[0] * grid[1])
+            index = (step + torch.tensor(grid_places(grid, own))).flatten().to(recording.device)
+            places.append(index)
+            recording.kept[row] = Survivors(index, index.shape[0], {})
+
+        def expand(features: Sequence[Tensor]) -> list[Tensor]:
+            sizes = [visual.num_tokens for visual in recording.visuals]
+            return [
+                tokens.new_zeros(size, tokens.shape[-1]).index_copy(0, index.to(tokens.device), tokens)
+                for tokens, size, index in zip(features, sizes, places)
+            ]
+
+        self.adapter.expand_features(output, expand)
         return output

@@ -1,0 +1,79 @@
+"""LLaVA-NeXT (1.6): a CLIP tower over a thumbnail and tiles, whose mosaic is unpadded and gets a token after each row.
+
+A method ranks the thumbnail and the mosaic each on its own, with budgets in proportion, or jointly (its `scope`). The
+row-end tokens leave with the first cut of their picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tokenprune.adapters._anyres import anyres_visual, split_crops
+from tokenprune.adapters._base import Adapter, decoder_of
+from tokenprune.adapters._cost import llava_shape
+from tokenprune.adapters._vit import Vit, feature_block, vit_facts
+from tokenprune.cost import ModelShape
+from tokenprune.layout import Visual
+from tokenprune.registry import MODELS
+
+
+class AnyRes(Adapter):
+    """What LLaVA-NeXT and LLaVA-NeXT-Video share."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        vision = config.vision_config
+        if config.vision_feature_select_strategy != "default":
+            raise ValueError(
+                "vision_feature_select_strategy must be 'default' (patches only), got "
+                f"{config.vision_feature_select_strategy!r}: a [CLS] token among the visual tokens has no place in "
+                "the grid."
+            )
+        self.model = model
+        self.entry = decoder_of(model, "model")
+        self.language_model = decoder_of(model, "model.language_model")
+        self.projector = decoder_of(model, "model.multi_modal_projector")
+        self.placeholder_ids = {"image": config.image_token_id}
+        tower = decoder_of(model, "model.vision_tower")
+        block = feature_block(config.vision_feature_layer, vision.num_hidden_layers)
+        facts = vit_facts(vision, block, has_cls=True)
+        self.vision = Vit(tower, decoder_of(tower, "encoder.layers"), self.projector, facts, vision.patch_size)
+        self._side = vision.image_size // vision.patch_size
+
+    def _crops(self, call: Mapping[str, Any]) -> list[int]:
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        config = self.model.config
+        return [
+            image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+            for size in call["image_sizes"]
+        ]
+
+    def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
+        found = []
+        for size, crops in zip(call["image_sizes"], self._crops(call)):
+
+            def pack(values: Tensor, newline: Tensor, size: Tensor = size) -> Tensor:
+                packed, _ = self.entry.pack_image_features(
+                    [values], size[None], vision_feature_select_strategy="default", image_newline=newline
+                )
+                return packed[0]
+
+            found.append(anyres_visual(pack, crops, self._side))
+        return found
+
+    def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        return split_crops(call["pixel_values"], self._crops(call))
+
+    def cost_shape(self) -> ModelShape:
+        return llava_shape(self.model.config, has_cls=True)
+
+
+@MODELS.register("llava_next")
+class LlavaNext(AnyRes):
+    """Stock `LlavaNextForConditionalGeneration` with a CLIP vision tower."""
+
+    classes = ("LlavaNextForConditionalGeneration",)

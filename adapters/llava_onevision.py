@@ -1,0 +1,79 @@
+"""LLaVA-OneVision: a SigLIP tower without [CLS], pictures in crops, videos pooled by frame, a Qwen2 decoder.
+
+Large mosaics are interpolated down by the model: their tokens are mixed from several patches, and so are a video's, so
+that nothing can leave inside the tower there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tokenprune.adapters._anyres import anyres_visual, split_crops
+from tokenprune.adapters._base import Adapter, decoder_of
+from tokenprune.adapters._cost import llava_shape
+from tokenprune.adapters._vit import Vit, feature_block, vit_facts
+from tokenprune.adapters.llava_next_video import pooled_video
+from tokenprune.cost import ModelShape
+from tokenprune.layout import Visual
+from tokenprune.registry import MODELS
+
+
+@MODELS.register("llava_onevision")
+class LlavaOnevision(Adapter):
+    """Stock `LlavaOnevisionForConditionalGeneration` with a SigLIP vision tower."""
+
+    classes = ("LlavaOnevisionForConditionalGeneration",)
+    features = {"image": "get_image_features", "video": "get_video_features"}
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        vision = config.vision_config
+        self.model = model
+        self.entry = decoder_of(model, "model")
+        self.language_model = decoder_of(model, "model.language_model")
+        self.projector = decoder_of(model, "model.multi_modal_projector")
+        self.placeholder_ids = {"image": config.image_token_id, "video": config.video_token_id}
+        tower = decoder_of(model, "model.vision_tower")
+        block = feature_block(config.vision_feature_layer, vision.num_hidden_layers)
+        facts = vit_facts(vision, block, has_cls=False)
+        self.vision = Vit(tower, decoder_of(tower, "encoder.layers"), self.projector, facts, vision.patch_size)
+        self._side = vision.image_size // vision.patch_size
+
+    def _crops(self, call: Mapping[str, Any]) -> list[int]:
+        from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
+
+        config, sizes = self.model.config, call["image_sizes"]
+        numbers = call.get("batch_num_images")
+        tiled = [True] * len(sizes) if numbers is None else [n == 1 for n in numbers for _ in range(n)]
+        return [
+            image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) if own else 1
+            for size, own in zip(sizes, tiled)
+        ]
+
+    def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
+        if kind == "video":
+            videos, frames = call["pixel_values_videos"].shape[:2]
+            return [pooled_video(frames, self._side, self.entry.apply_pooling, separators=1)] * videos
+        ratio = call.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
+        found = []
+        for size, crops in zip(call["image_sizes"], self._crops(call)):
+
+            def pack(values: Tensor, newline: Tensor, size: Tensor = size) -> Tensor:
+                packed, _ = self.entry.pack_image_features(
+                    [values], size[None], image_newline=newline, vision_aspect_ratio=ratio
+                )
+                return packed[0]
+
+            found.append(anyres_visual(pack, crops, self._side))
+        return found
+
+    def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        if kind == "video":
+            return list(call["pixel_values_videos"])
+        return split_crops(call["pixel_values"], self._crops(call))
+
+    def cost_shape(self) -> ModelShape:
+        return llava_shape(self.model.config, has_cls=False)

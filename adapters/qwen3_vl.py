@@ -1,0 +1,47 @@
+"""Qwen3-VL: features of several depths of the tower are added to the visual tokens in the first decoder layers, and
+time stamps stand between the frames of a video.
+
+What is added is cut in step with the tokens. The additions come after the first layers, so the decoder can be cut from
+the layer behind them on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tokenprune.adapters._qwen import QwenVL
+from tokenprune.registry import MODELS
+
+
+@MODELS.register("qwen3_vl")
+class Qwen3VL(QwenVL):
+    """Stock `Qwen3VLForConditionalGeneration`."""
+
+    classes = ("Qwen3VLForConditionalGeneration",)
+    timestamps = True
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.first_cut = max(1, self.extra_mergers(model.config))
+
+    def extra_mergers(self, config: Any) -> int:
+        return len(config.vision_config.deepstack_visual_indexes)
+
+    def expand_features(self, output: Any, expand: Callable[[Sequence[Tensor]], list[Tensor]]) -> None:
+        super().expand_features(output, expand)
+        output.deepstack_features = [expand(features) for features in output.deepstack_features]
+
+    def beside(self, kwargs: Mapping[str, Any], rows: Callable[[Tensor], Tensor], real: Tensor) -> dict[str, Any]:
+        visual, added = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
+        if visual is None or added is None:
+            return {}
+        short = rows(visual) & real.to(visual.device)
+        shortened = []
+        for values in added:
+            full = values.new_zeros(*visual.shape, values.shape[-1])
+            full[visual] = values
+            shortened.append(rows(full)[short])
+        return {"visual_pos_masks": short, "deepstack_visual_embeds": shortened}

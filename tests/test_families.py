@@ -1,0 +1,128 @@
+"""Promise 1 on every family: removal equals masking, for each method that the family can take, on ragged batches of
+pictures of different sizes, with padding on either side, and with videos; cells come from the registries."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from _families import BUILDERS, batch_of, family, layouts
+from oracle import compare, run_pruned
+
+import tokenprune
+from tokenprune.api import adapter_for
+from tokenprune.registry import METHODS, MODELS
+
+TOLERANCE = 1e-5  # relative, fp32
+KEEP = 9
+
+
+@functools.cache
+def refusal(name: str, method: str) -> str:
+    """What `apply` says of a method that a family cannot take; "" if it can."""
+    try:
+        tokenprune.apply(family(name), method, keep=KEEP).remove()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def pairs(taken: bool) -> list[tuple[str, str]]:
+    """Families and methods that go together, or do not."""
+    return [(name, method) for name in BUILDERS for method in METHODS.names() if (not refusal(name, method)) == taken]
+
+
+def cells() -> list[tuple[str, str, str, str]]:
+    """(family, method, layout, attention): SDPA on every layout, eager attention on the ragged one."""
+    found = []
+    for name, method in pairs(True):
+        found += [(name, method, layout, "sdpa") for layout in layouts(name)]
+        found.append((name, method, "ragged_left", "eager"))
+    return found
+
+
+def test_every_registered_family_has_a_tiny_model():
+    assert sorted(BUILDERS) == sorted(MODELS.names())
+    for name in BUILDERS:
+        assert type(family(name)).__name__ in MODELS.get(name).classes
+
+
+@pytest.mark.parametrize(("name", "method", "layout", "attention"), cells(), ids=lambda value: value)
+def test_removal_equals_masking(name, method, layout, attention):
+    batch = batch_of(name, layout)
+    site = METHODS.get(method).site
+    mixed = layout.startswith("mixed") or layout.startswith("interpolated")
+    if site == "vision" and mixed:
+        # tokens there are interpolated or pooled from several places of the tower
+        with pytest.raises(ValueError, match="mixed from several places"):
+            run_pruned(family(name, attention), method, KEEP, batch)
+        return
+    compare(run_pruned(family(name, attention), method, KEEP, batch, tokens=8), batch, TOLERANCE)
+
+
+@pytest.mark.parametrize(("name", "method"), pairs(False), ids=lambda value: value)
+def test_what_a_family_cannot_take_is_refused_before_anything_runs(name, method):
+    assert refusal(name, method).endswith("its adapter says so.")
+    assert METHODS.get(method).site in ("vision", "pixels")
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_keeping_everything_changes_no_bit(name):
+    model, batch = family(name), batch_of(name, "ragged_left")
+    with torch.no_grad():
+        plain = model(**batch).logits
+        for method in ("random", "fastv", "pyramiddrop"):
+            with tokenprune.applied(model, method, 1.0):
+                assert torch.equal(model(**batch).logits, plain)
+        assert torch.equal(model(**batch).logits, plain)
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+@pytest.mark.parametrize("method", ["vtc_cls", "fastv"])
+def test_beams_and_several_answers(name, method):
+    """Each beam keeps what its sample keeps, and the best beam is at least as good as greedy."""
+    model, batch = family(name), batch_of(name, "one_left")
+    with torch.no_grad(), tokenprune.applied(model, method, KEEP) as handle:
+        model(**batch)
+        kept = handle.kept[0]
+        found = model.generate(
+            **batch, num_beams=3, num_return_sequences=2, max_new_tokens=6, do_sample=False, output_scores=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        assert found.sequences.shape[0] == 2 and len(handle.kept) == 3
+        for row in handle.kept:
+            assert all(torch.equal(a, b) for a, b in zip(row, kept))
+        greedy = model.generate(
+            **batch, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+    tokens = greedy.sequences[:, batch["input_ids"].shape[1] :]
+    score = torch.stack(greedy.logits, 1).log_softmax(-1).gather(2, tokens[..., None]).mean()
+    assert found.sequences_scores[0] >= score - 1e-5
+
+
+def test_stages_compose_on_every_family():
+    plan = [
+        {"at": "input", "prune": "random", "keep": 20},
+        {"at": "layer:2", "prune": "divprune", "keep": 10},
+        {"at": "layer:3", "prune": "fastv", "keep": 4},
+    ]
+    for name in BUILDERS:
+        batch = batch_of(name, "ragged_left")
+        run = run_pruned(family(name), plan, None, batch, tokens=6)
+        compare(run, batch, TOLERANCE)
+        report, images = run["report"], len(run["layout"].spans)
+        assert report.visual_by_layer == (20 * images, 20 * images, 10 * images, 4 * images)
+        assert report.equivalent_tokens == 13.5 * images
+
+
+def test_the_adapter_of_each_family_is_found_by_class():
+    for name in BUILDERS:
+        assert adapter_for(family(name)).name == name
+
+
+def test_the_count_of_cells(capsys):
+    with capsys.disabled():
+        taken = len({name for name, *_ in cells()})
+        print(f"\noracle matrix: {len(cells())} cells, {taken} families, {len(METHODS.names())} methods")
+    assert len(BUILDERS) >= 9
