@@ -110,7 +110,6 @@ class Adapter:
     classes: ClassVar[tuple[str, ...]] = ()
     features: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
     pixels: ClassVar[Mapping[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
-    first_cut: ClassVar[int] = 1
     mrope: ClassVar[bool] = False
 
     model: Any
@@ -119,6 +118,7 @@ class Adapter:
     placeholder_ids: Mapping[str, int]
     vision: VisionTower
     projector: Any
+    first_cut: int = 1
 
     @property
     def tower(self) -> Tower:

@@ -104,7 +104,7 @@ class QwenTower(VisionTower):
         if own is not None:
             index = own(grids)[0]
         else:
-            from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_window_index
+            from transformers.vision_utils import get_vision_window_index
 
             index = get_vision_window_index(
                 grids,

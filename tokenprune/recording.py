@@ -129,7 +129,7 @@ def sources_of(output: Any) -> list[tuple[Recording, int]] | None:
     if not isinstance(features, Tensor):
         found = [getattr(tensor, _TAG, None) for tensor in features]
         return None if any(item is None for item in found) else found  # type: ignore[return-value]
-    recording, original = getattr(output, _TAG, (None, None))
+    recording, original = getattr(output, _TAG, (None, features))
     if recording is None or original.shape[1:] != features.shape[1:]:
         return None
     if original is features:
