@@ -121,8 +121,3 @@ def test_the_adapter_of_each_family_is_found_by_class():
         assert adapter_for(family(name)).name == name
 
 
-def test_the_count_of_cells(capsys):
-    with capsys.disabled():
-        taken = len({name for name, *_ in cells()})
-        print(f"\noracle matrix: {len(cells())} cells, {taken} families, {len(METHODS.names())} methods")
-    assert len(BUILDERS) >= 9

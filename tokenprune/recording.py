@@ -113,7 +113,9 @@ def tag(output: Any, recording: Recording) -> None:
     """Tie the features in the output of a features call to `recording`."""
     features = getattr(output, "pooler_output", None)
     if isinstance(features, Tensor):
-        setattr(output, _TAG, (recording, features))
+        # on both: generation makes a new tensor for beams, and offloading a new output
+        for holder in (output, features):
+            setattr(holder, _TAG, (recording, features))
     elif features is not None:
         for row, tensor in enumerate(features):
             setattr(tensor, _TAG, (recording, row))
@@ -129,7 +131,7 @@ def sources_of(output: Any) -> list[tuple[Recording, int]] | None:
     if not isinstance(features, Tensor):
         found = [getattr(tensor, _TAG, None) for tensor in features]
         return None if any(item is None for item in found) else found  # type: ignore[return-value]
-    recording, original = getattr(output, _TAG, (None, features))
+    recording, original = getattr(output, _TAG, None) or getattr(features, _TAG, (None, features))
     if recording is None or original.shape[1:] != features.shape[1:]:
         return None
     if original is features:

@@ -1,0 +1,103 @@
+"""Published FLOPs figures follow from configs alone: sizes of LLaVA-1.5-7B and LLaVA-NeXT-7B, no weights.
+
+The papers count multiply-adds of the decoder over visual tokens only: `cost.paper_flops`.
+"""
+
+from __future__ import annotations
+
+import pytest
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+from tokenprune import cost
+from tokenprune.adapters._cost import llava_shape
+from tokenprune.spec import parse_method
+from tokenprune.stages import Depths, visual_lengths
+
+SHAPE = llava_shape(
+    LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(),
+    ),
+    has_cls=True,
+)  # fmt: skip
+LLAVA = Depths(vision=24, feature=22, decoder=32)
+ONEVISION = Depths(vision=26, feature=25, decoder=28)
+
+
+def lengths(method: object, num_tokens: int, depths: Depths = LLAVA, **options: object) -> list[int]:
+    """Visual tokens in each layer under a method."""
+    stages = parse_method(method, **options).plan(depths, num_tokens)
+    return visual_lengths(stages, num_tokens, depths.decoder)
+
+
+def tera(visual: list[int]) -> float:
+    return cost.paper_flops(SHAPE, visual) / 1e12
+
+
+def schedule(kept: dict[int, int | float]) -> list[dict[str, object]]:
+    """A plan that keeps so many tokens from each layer on; 0 is the decoder's input."""
+    return [
+        {"at": f"layer:{layer}" if layer else "input", "prune": "random", "keep": keep} for layer, keep in kept.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "published", "kept", "pruned"),
+    [(576, 3.82, (504, 360, 72), 1.56), (2880, 20.83, (2520, 1800, 360), 8.33)],
+)
+def test_transprune_high_and_the_vanilla_models(num_tokens, published, kept, pruned):
+    """arXiv 2507.20630: tokens leave after layers 7, 9 and 12, counted from 1."""
+    assert round(tera([num_tokens] * 32), 2) == published
+    assert round(tera(lengths(schedule(dict(zip((7, 9, 12), kept))), num_tokens)), 2) == pruned
+
+
+def test_pyramiddrops_published_schedule_is_its_default_at_72_tokens():
+    found = lengths("pyramiddrop@72", 576)
+    assert found == [576] * 8 + [288] * 8 + [144] * 8 + [72] * 8
+    assert cost.equivalent_tokens(found) == 270
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "third", "mean"),
+    [(0.72332, 0.74875, 0.487, 0.5007), (0.26510, 0.98334, 0.87733, 0.2507), (0.11662, 1.0, 0.6011, 0.1000)],
+)
+def test_vflowopts_shipped_ratios_have_the_published_mean(first, second, third, mean):
+    """Ratios of LLaVA-OneVision-7B, each of the tokens that are left: cuts at the input and before layers 9 and 18."""
+    plan = schedule({0: first, 9: first * second, 18: first * second * third})
+    found = lengths(plan, 100_000, ONEVISION)
+    assert cost.equivalent_tokens(found) / 100_000 == pytest.approx(mean, abs=1e-4)
+
+
+@pytest.mark.parametrize(("average", "keep"), [(192, 166), (128, 98), (64, 30)])
+def test_fastvs_published_averages_give_its_counts(average, keep):
+    """K = 2 of 32 layers: (2 N + 30 T) / 32; T = (192 * 32 - 1152) / 30 = 166.4, 98.1 and 29.9."""
+    assert lengths("fastv", 576, average=average) == [576] * 2 + [keep] * 30
+    assert lengths(f"fastv@avg{average}", 576) == [576] * 2 + [keep] * 30
+
+
+def test_an_average_is_solved_for_the_one_open_stage_of_a_list():
+    plan = [{"at": "input", "prune": "vtc_cls", "keep": 288}, {"at": "layer:9", "prune": "random"}]
+    found = lengths(plan, 576, average=128)
+    assert found[:9] == [288] * 9 and abs(cost.equivalent_tokens(found) - 128) < 0.5
+    share = parse_method("fastv", average=0.25).plan(LLAVA, None)[0].budget.keep
+    assert (2 + 30 * share) / 32 == pytest.approx(0.25, abs=1e-3)
+
+
+def test_an_average_that_cannot_be_held_says_what_can():
+    with pytest.raises(ValueError, match="cannot hold an average of 64 .* goes from"):
+        lengths("pyramiddrop@avg64", 576)
+    with pytest.raises(ValueError, match="no fixed number"):
+        parse_method("fastv", average=64).plan(LLAVA, None)
+    with pytest.raises(ValueError, match="solved for the one stage that has no keep, and 0"):
+        parse_method([{"at": "input", "prune": "random", "keep": 9}], average=64)
+    with pytest.raises(ValueError, match="not both"):
+        parse_method("fastv@avg64", keep=9)
+    with pytest.raises(ValueError, match="no site 'layers:9'"):
+        parse_method([{"at": "layers:9", "prune": "random", "keep": 9}])
+    with pytest.raises(ValueError, match="K goes from 1 to 31"):
+        lengths([{"at": "layer:32", "prune": "random", "keep": 9}], 576)
+    with pytest.raises(ValueError, match="Two stages act at 'layer:9'"):
+        lengths([{"at": "layer:9", "prune": "random", "keep": 9}, {"at": "layer:9", "prune": "pool", "keep": 9}], 576)
