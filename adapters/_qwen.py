@@ -116,7 +116,7 @@ class QwenTower(VisionTower):
         return torch.as_tensor(index).argsort()
 
     def resize(self, kind: str, call: Mapping[str, Any], grids: Sequence[tuple[int, int]]) -> Mapping[str, Any]:
-        pixels = "pixel_values" if kind == "image" else "pixel_values_videos"
+        pixels = "pixel_values_videos" if "pixel_values_videos" in call else "pixel_values"
         name = f"{kind}_grid_thw" if f"{kind}_grid_thw" in call else "image_grid_thw"
         before: list[list[int]] = call[name].tolist()
         merge, patch = self._vision.spatial_merge_size, self._vision.patch_size

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenprune.adapters._qwen import QwenVL
@@ -31,8 +32,13 @@ class Qwen3VL(QwenVL):
         return len(config.vision_config.deepstack_visual_indexes)
 
     def expand_features(self, output: Any, expand: Callable[[Sequence[Tensor]], list[Tensor]]) -> None:
+        sizes = [len(tokens) for tokens in output.pooler_output]
         super().expand_features(output, expand)
-        output.deepstack_features = [expand(features) for features in output.deepstack_features]
+        # older transformers leave these unsplit
+        output.deepstack_features = [
+            torch.cat(expand(features.split(sizes))) if isinstance(features, Tensor) else expand(features)
+            for features in output.deepstack_features
+        ]
 
     def beside(self, kwargs: Mapping[str, Any], rows: Callable[[Tensor], Tensor], real: Tensor) -> dict[str, Any]:
         visual, added = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")

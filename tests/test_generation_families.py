@@ -6,13 +6,16 @@ import copy
 
 import pytest
 import torch
+import transformers
 from _families import BUILDERS, batch_of, family
 from oracle import masked_by, relative_error
+from packaging.version import Version
 
 import tokenprune
 from tokenprune.api import adapter_for
 
 FAMILIES = list(BUILDERS)
+NEWER = Version(transformers.__version__) >= Version("5.23")
 PLANS = {
     "input": "random@9",
     "layers": [{"at": "input", "prune": "random", "keep": 20}, {"at": "layer:2", "prune": "random", "keep": 6}],
@@ -110,6 +113,7 @@ def test_a_static_cache_is_refused_before_the_prompt_runs(name):
 
 
 @every_family
+@pytest.mark.skipif(not NEWER, reason="older transformers get chunks of prompts with pictures wrong, pruned or not")
 def test_a_prompt_in_chunks_is_refused_with_a_sentence(name):
     model, batch = family(name), batch_of(name, "one_left")
     with tokenprune.applied(model, "random@9"), torch.no_grad(), pytest.raises(ValueError, match=r"prefill_chunk_size"):
@@ -130,7 +134,10 @@ def test_half_precision_runs_and_stays_near_full_precision(name, dtype):
             # bits of the pixels seed the choice, so it is made on the rounded ones
             rounded = {k: v.to(dtype).float() if v.is_floating_point() else v for k, v in batch.items()}
             truth, expected = full(**rounded).logits[:, -1], handle.kept
+        stock = relative_error(half(**low).logits[:, -1].float(), full(**rounded).logits[:, -1])
     assert all(torch.equal(a, b) for a, b in zip(kept[0], expected[0]))
+    if stock > 0.2:
+        pytest.skip(f"the stock model itself is {stock:.2f} away from full precision in this version")
     assert relative_error(found, truth) < (0.12 if dtype == torch.bfloat16 else 0.02)
 
 
@@ -140,8 +147,11 @@ def test_weights_offloaded_to_the_cpu_by_accelerate(name):
 
     plain, batch = family(name), batch_of(name, "one_left")
     model = copy.deepcopy(plain)
-    # where a family's features need a parameter of its own, transformers' generate finds it on the meta device
-    generates = name not in ("llava_next", "llava_next_video", "llava_onevision")
+    offloaded = copy.deepcopy(plain)
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    generates, forwards = works(offloaded.generate, batch), works(offloaded, batch)
+    if not forwards:  # SigLIP's pooling head: not even a forward call of the stock model gets through
+        pytest.skip("the stock model fails on the meta device as well")
 
     def run(net):
         with torch.no_grad(), tokenprune.applied(net, PLANS["layers"]):
@@ -149,11 +159,15 @@ def test_weights_offloaded_to_the_cpu_by_accelerate(name):
 
     truth = run(plain)
     cpu_offload(model, execution_device=torch.device("cpu"))
-    if not generates:
-        with torch.no_grad(), pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-            model.generate(**batch, max_new_tokens=5, do_sample=False)
-    if name == "llava_onevision":  # SigLIP's pooling head: not even a forward call of the stock model gets through
-        with torch.no_grad(), pytest.raises(RuntimeError, match="meta"):
-            model(**batch)
-        return
     assert torch.equal(run(model), truth)
+
+
+def works(call, batch) -> bool:
+    """Whether a stock call gets through; some find their own parameters on the meta device when weights are away."""
+    try:
+        with torch.no_grad():
+            call(**batch)
+    except (NotImplementedError, RuntimeError) as error:
+        assert "meta" in str(error)
+        return False
+    return True

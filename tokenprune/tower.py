@@ -286,9 +286,11 @@ class TowerWatch:
             if self._run is not None:  # one features call may make use of the other
                 return original(*args, **kwargs)
             call = {**dict(zip(parameters, args)), **kwargs}
-            visuals = self.adapter.visuals(kind, call)
-            pixels = call[self.adapter.pixels[kind]]
-            recording = Recording(visuals, pixels, self.adapter.pixel_rows(kind, call, visuals))
+            name = self.adapter.pixels[kind]
+            # transformers before 5.20 calls the pixels of videos by the name of those of images
+            named = call if name in call else {**call, name: call["pixel_values"]}
+            visuals = self.adapter.visuals(kind, named)
+            recording = Recording(visuals, named[name], self.adapter.pixel_rows(kind, named, visuals))
             cuts = list(self._cuts.values())
             if cuts and any(visual.resample is not None and visual.sources is None for visual in visuals):
                 raise ValueError(
