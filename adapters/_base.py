@@ -40,20 +40,25 @@ class VisionTower:
     can_resize: bool = False
     patches_per_cell: int = 1
 
+    @property
+    def exits(self) -> Sequence[Any]:
+        """All modules that make visual tokens of the tower's states: `exit`, and those for other depths."""
+        return (self.exit,)
+
     def watch(self, block: int, done: Any) -> list[Any]:
         """Hook a block so that `done(read)` is called when its attention ran.
 
-        `read(pictures, count)` gives query, key and value `[m, H, T, d]` of pictures that all have `count` cells; T
-        counts patches, and a [CLS] token before them if there is one.
+        `read(run, pictures, count)` gives query, key and value `[m, H, T, d]` of pictures that all have `count` cells
+        left; T counts patches, and a [CLS] token before them if there is one. `run` is what `start` made, None before
+        the first cut.
 
         Returns:
             The removable hook handles.
         """
         raise TypeError(f"{type(self).__name__} records no signals.")
 
-    def start(self, args: Any, kwargs: Any, counts: Sequence[int]) -> Any:
-        """What `states`, `thin` and `leave` need to know of one run; `args` and `kwargs` are those of a block, and
-        `counts` the cells of each picture."""
+    def start(self, grids: Sequence[tuple[int, int]]) -> Any:
+        """What `states`, `thin` and `leave` need to know of one run; `grids` are (rows, cols) of cells by picture."""
         raise TypeError(f"{type(self).__name__} cannot be cut inside.")
 
     def states(self, run: Any, args: Any, pictures: Sequence[int], count: int) -> Tensor:
@@ -70,8 +75,13 @@ class VisionTower:
         raise TypeError(f"{type(self).__name__} cannot be cut inside.")
 
     def leave(self, run: Any, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
-        """Output of `exit` at full length: zeros where tokens left; `alive` are the cells left of each picture."""
+        """Output of one of `exits` at full length: zeros where tokens left; `alive` are the cells left of each picture.
+        An output that has its full length already is handed back."""
         raise TypeError(f"{type(self).__name__} cannot be cut inside.")
+
+    def computed(self, counts: Sequence[int]) -> list[int]:
+        """Cells of each picture that are computed where so many are left: padding costs what a token costs."""
+        return list(counts)
 
     def by_cell(self, values: Tensor) -> Tensor:
         """From `[m, patches]` to `[m, cells]`: the mean over each cell's patches."""

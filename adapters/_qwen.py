@@ -25,13 +25,14 @@ class QwenTower(VisionTower):
     Args:
         module: the tower.
         vision: its config.
-        extra: projections beside the merger, for costs: how many further mergers run on all cells.
+        extra: blocks behind which further mergers run, for costs.
     """
 
     signals = (MEAN_QUERY_ATTENTION, VALUE_NORM)
+    can_cut = True
     can_resize = True
 
-    def __init__(self, module: Any, vision: Any, extra: int = 0) -> None:
+    def __init__(self, module: Any, vision: Any, extra: Sequence[int] = ()) -> None:
         self.module, self.blocks, self.exit = module, module.blocks, module.merger
         self._vision, self._extra = vision, extra
         merge = vision.spatial_merge_size
@@ -44,6 +45,10 @@ class QwenTower(VisionTower):
             hidden_size=getattr(vision, "embed_dim", None) or vision.hidden_size,
         )
         self._windows = hasattr(vision, "window_size") and hasattr(vision, "fullatt_block_indexes")
+
+    @property
+    def exits(self) -> Sequence[Any]:
+        return (self.exit, *getattr(self.module, "deepstack_merger_list", ()))
 
     def watch(self, block: int, done: Callable[[Any], None]) -> list[Any]:
         attention = self.blocks[block].attn
@@ -59,15 +64,15 @@ class QwenTower(VisionTower):
             seen["qkv"] = output.detach()
 
         def on_done(module: Any, args: Any, output: Any) -> None:
-            query, key, value = self._heads(seen.pop("qkv"), seen.pop("rotation"), seen["grids"])
-            starts = self._starts(seen["grids"])
+            qkv, rotation, grids = seen.pop("qkv"), seen.pop("rotation"), seen["grids"]
 
-            def read(pictures: Sequence[int], count: int) -> tuple[Tensor, ...]:
+            def read(run: Any, pictures: Sequence[int], count: int) -> tuple[Tensor, ...]:
+                present = self._present(grids, run)
+                parts = self._heads(qkv, rotation, present.to(qkv.device))
+                sizes = run["counts"] if run is not None else self._cells(grids)
+                starts = [self.patches_per_cell * sum(sizes[:picture]) for picture in pictures]
                 length = count * self.patches_per_cell
-                return tuple(
-                    torch.stack([part[:, starts[picture] : starts[picture] + length] for picture in pictures])
-                    for part in (query, key, value)
-                )
+                return tuple(torch.stack([part[:, at : at + length] for at in starts]) for part in parts)
 
             done(read)
 
@@ -78,12 +83,17 @@ class QwenTower(VisionTower):
             attention.register_forward_hook(on_done),
         ]
 
-    def _starts(self, grids: Tensor) -> list[int]:
-        sizes = [rows * cols for frames, rows, cols in grids.tolist() for _ in range(frames)]
-        return [sum(sizes[:picture]) for picture in range(len(sizes))]
+    def _cells(self, grids: Tensor) -> list[int]:
+        """Cells of each frame."""
+        sizes = [(frames, rows * cols // self.patches_per_cell) for frames, rows, cols in grids.tolist()]
+        return [size for frames, size in sizes for _ in range(frames)]
 
-    def _heads(self, qkv: Tensor, rotation: tuple[Tensor, Tensor], grids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value `[H, patches, d]` of a packed row, rotated, in the order of the frames."""
+    def _heads(self, qkv: Tensor, rotation: tuple[Tensor, Tensor], present: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value `[H, patches, d]` of a packed row, rotated, in the order of frames and rasters.
+
+        Args:
+            present: `[cells]` int64, which cell stands at each place of the row.
+        """
         query, key, value = qkv.unflatten(-1, (3, self.facts.num_heads, -1)).unbind(1)  # [S, H, d]
         cos, sin = (part[:, None].to(query.dtype) for part in rotation)
 
@@ -91,15 +101,68 @@ class QwenTower(VisionTower):
             first, second = values.chunk(2, dim=-1)
             return values * cos + torch.cat([-second, first], dim=-1) * sin
 
+        order, group = present.argsort(), self.patches_per_cell
         parts = (turned(query), turned(key), value)
-        if self._windows:
-            order = self._cell_order(grids).to(qkv.device)
-            group = self.patches_per_cell
-            parts = tuple(part.unflatten(0, (-1, group))[order].flatten(0, 1) for part in parts)
-        return tuple(part.transpose(0, 1) for part in parts)  # type: ignore[return-value]
+        return tuple(part.unflatten(0, (-1, group))[order].flatten(0, 1).transpose(0, 1) for part in parts)
 
-    def _cell_order(self, grids: Tensor) -> Tensor:
-        """Where each cell stands in the row that was sorted by windows."""
+    def _present(self, grids: Tensor, run: Any) -> Tensor:
+        """`[cells]` int64: which cell, counted over all frames, stands at each place of the row now."""
+        order = self._window_order(grids)
+        return order if run is None else order[run["there"]]
+
+    # --- cutting: cells leave or stay whole, in the row as it is sorted -----------------------------------------------
+
+    def start(self, grids: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        counts = [rows * cols for rows, cols in grids]
+        merge = self._vision.spatial_merge_size
+        return {
+            "counts": counts,
+            "starts": [sum(counts[:picture]) for picture in range(len(counts))],
+            "alive": [torch.arange(count) for count in counts],
+            "there": torch.ones(sum(counts), dtype=torch.bool),
+            # windows lie within a frame, so each frame may stand for a picture of its own
+            "order": self._window_order(torch.tensor([[1, rows * merge, cols * merge] for rows, cols in grids])),
+        }
+
+    def states(self, run: Any, args: Any, pictures: Sequence[int], count: int) -> Tensor:
+        hidden = args[0]
+        present = run["order"][run["there"]].to(hidden.device)
+        cells = hidden.unflatten(0, (-1, self.patches_per_cell)).mean(dim=1)[present.argsort()]
+        starts = [sum(run["counts"][:picture]) for picture in pictures]
+        return torch.stack([cells[at : at + count] for at in starts])
+
+    def thin(self, run: Any, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
+        hidden, group = args[0], self.patches_per_cell
+        if kept is not None:
+            before = run["there"]
+            run["alive"] = [alive[index.cpu()] for alive, index in zip(run["alive"], kept)]
+            run["counts"] = [len(alive) for alive in run["alive"]]
+            stays = torch.zeros(len(before), dtype=torch.bool)
+            stays[torch.cat([start + alive for start, alive in zip(run["starts"], run["alive"])])] = True
+            run["there"] = there = stays[run["order"]]
+            run["patches"] = there.repeat_interleave(group).to(hidden.device)
+            # how many patches are left before each place of the full row: boundaries of frames and windows follow it
+            run["before"] = torch.cat([torch.zeros(1, dtype=torch.int64), run["patches"].cpu().cumsum(0)])
+            hidden = hidden[there[before].repeat_interleave(group).to(hidden.device)]
+        bounds = kwargs["cu_seqlens"]
+        short = run["before"][bounds.cpu().long()].unique_consecutive().to(bounds)
+        changed = {**kwargs, "cu_seqlens": short}
+        if kwargs.get("max_seqlen") is not None:
+            changed["max_seqlen"] = int(short.diff().max())
+        changed["position_embeddings"] = tuple(part[run["patches"]] for part in kwargs["position_embeddings"])
+        return (hidden, *args[1:]), changed
+
+    def leave(self, run: Any, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
+        if run is None or output.shape[0] == len(run["there"]):
+            return output
+        full = output.new_zeros(len(run["there"]), output.shape[-1])
+        full[run["there"].to(output.device)] = output
+        return full
+
+    def _window_order(self, grids: Tensor) -> Tensor:
+        """`[cells]` int64: which cell stands at each place of the full row, which may be sorted by windows."""
+        if not self._windows:
+            return torch.arange(sum(self._cells(grids)))
         own = getattr(self.module, "get_window_index", None)
         if own is not None:
             index = own(grids)[0]
@@ -113,7 +176,7 @@ class QwenTower(VisionTower):
                 patch_size=self._vision.patch_size,
                 kwargs={},
             )[0]
-        return torch.as_tensor(index).argsort()
+        return torch.as_tensor(index).cpu().long()
 
     def resize(self, kind: str, call: Mapping[str, Any], grids: Sequence[tuple[int, int]]) -> Mapping[str, Any]:
         pixels = "pixel_values_videos" if "pixel_values_videos" in call else "pixel_values"
@@ -141,20 +204,28 @@ class QwenTower(VisionTower):
 
     def flops(self, shape: ModelShape, work: TowerWork) -> int:
         pictures = [rows * cols * self.patches_per_cell for rows, cols in work.grids]
-        total = tower_flops(shape, pictures)
-        merged = sum(rows * cols for rows, cols in work.grids)
-        total += self._extra * sum(2 * merged * a * b for a, b in zip(shape.projector[:-1], shape.projector[1:]))
+        total = tower_flops(shape, pictures, work.blocks, work.first)
+        for block in self._extra:
+            counts = work.blocks[block - work.first] if work.blocks and block >= work.first else pictures
+            merged = sum(counts) // self.patches_per_cell
+            total += sum(2 * merged * a * b for a, b in zip(shape.projector[:-1], shape.projector[1:]))
         if not self._windows:
             return total
-        blocks = shape.vision_blocks_run - len(self._vision.fullatt_block_indexes)
         width = self._vision.window_size // self._vision.spatial_merge_size // self._vision.patch_size
-        for (rows, cols), patches in zip(work.grids, pictures):
-            windows = [
-                min(width, rows - top) * min(width, cols - left) * self.patches_per_cell
-                for top in range(0, rows, width)
-                for left in range(0, cols, width)
-            ]
-            total -= blocks * 4 * shape.vision_hidden * (patches**2 - sum(size**2 for size in windows))
+        for block in range(shape.vision_blocks_run):
+            if block in self._vision.fullatt_block_indexes:
+                continue
+            counts = work.blocks[block - work.first] if work.blocks and block >= work.first else pictures
+            for (rows, cols), patches, left in zip(work.grids, pictures, counts):
+                windows = [
+                    min(width, rows - top) * min(width, cols - start) * self.patches_per_cell
+                    for top in range(0, rows, width)
+                    for start in range(0, cols, width)
+                ]
+                # what is left is taken to be spread evenly over the windows
+                total -= int(
+                    4 * shape.vision_hidden * (left / patches) ** 2 * (patches**2 - sum(w**2 for w in windows))
+                )
         return total
 
 
@@ -177,9 +248,9 @@ class QwenVL(Adapter):
         self.projector = module.merger
         self.vision = QwenTower(module, config.vision_config, self.extra_mergers(config))
 
-    def extra_mergers(self, config: Any) -> int:
-        """Mergers of the tower beside the one at its end."""
-        return 0
+    def extra_mergers(self, config: Any) -> Sequence[int]:
+        """Blocks of the tower behind which mergers run, beside the one at its end."""
+        return ()
 
     def _grids(self, kind: str, call: Mapping[str, Any]) -> list[tuple[int, int, int]]:
         names = ("image_grid_thw",) if kind == "image" else ("video_grid_thw", "image_grid_thw")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.adapters._base import VisionTower
+from tokenprune.cost import ModelShape
+from tokenprune.recording import TowerWork
 from tokenprune.signals import CLS_ATTENTION, CLS_VALUE_SIMILARITY, MEAN_QUERY_ATTENTION, VALUE_NORM, Tower
 
 
@@ -22,6 +24,7 @@ class Vit(VisionTower):
         facts: see `Tower`.
         patch: side of a patch in pixels.
         can_cut: whether what comes after the tower takes each patch on its own.
+        pooling_head: whether the tower pools its last states by attention as well, for costs.
         cell_patches: `[cells, g]` int64, the patches that are joined into each visual token; None means one each.
     """
 
@@ -34,7 +37,9 @@ class Vit(VisionTower):
         patch: int,
         can_cut: bool = True,
         cell_patches: Tensor | None = None,
+        pooling_head: bool = False,
     ) -> None:
+        self._pooling_head = pooling_head
         self.module, self.blocks, self.exit, self.facts, self.can_cut = module, blocks, exit, facts, can_cut
         self._cell_patches = cell_patches
         if cell_patches is not None:
@@ -62,7 +67,7 @@ class Vit(VisionTower):
         def on_done(module: Any, args: Any, output: Any) -> None:
             found = tuple(seen.pop(name) for name in ("query", "key", "value"))
 
-            def read(pictures: Sequence[int], count: int) -> tuple[Tensor, ...]:
+            def read(run: Any, pictures: Sequence[int], count: int) -> tuple[Tensor, ...]:
                 whole = len(pictures) == found[0].shape[0]
                 return tuple(
                     (part if whole else part[list(pictures)])[:, :, : self._before + count * patches] for part in found
@@ -81,13 +86,25 @@ class Vit(VisionTower):
             attention.register_forward_hook(on_done),
         ]
 
+    def computed(self, counts: Sequence[int]) -> list[int]:
+        return [max(counts)] * len(counts)
+
+    def flops(self, shape: ModelShape, work: TowerWork) -> int:
+        total = super().flops(shape, work)
+        if not self._pooling_head:
+            return total
+        d = shape.vision_hidden
+        last = work.blocks[-1] if work.blocks else [rows * cols for rows, cols in work.grids]
+        # one learnt query over the patches of each picture, and an MLP: nothing reads it
+        return total + sum(4 * n * d * d + 4 * d * d + 4 * n * d + 4 * d * shape.vision_mlp for n in last)
+
     def by_cell(self, values: Tensor) -> Tensor:
         if self._cell_patches is None:
             return values
         return values[:, self._cell_patches.to(values.device)].mean(dim=2)
 
-    def start(self, args: Any, kwargs: Any, counts: Sequence[int]) -> dict[str, Any]:
-        return {"counts": list(counts), "cells": counts[0]}
+    def start(self, grids: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        return {"cells": grids[0][0] * grids[0][1]}
 
     def states(self, run: Any, args: Any, pictures: Sequence[int], count: int) -> Tensor:
         return args[0][list(pictures), self._before : self._before + count]
@@ -95,7 +112,7 @@ class Vit(VisionTower):
     def thin(self, run: Any, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
         hidden = args[0]
         if kept is not None:
-            run["counts"] = counts = [index.shape[0] for index in kept]
+            counts = [index.shape[0] for index in kept]
             longest = max(counts)
             rows = torch.zeros(len(kept), longest, dtype=torch.int64, device=hidden.device)
             for row, index in enumerate(kept):

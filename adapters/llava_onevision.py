@@ -39,7 +39,8 @@ class LlavaOnevision(Adapter):
         tower = decoder_of(model, "model.vision_tower")
         block = feature_block(config.vision_feature_layer, vision.num_hidden_layers)
         facts = vit_facts(vision, block, has_cls=False)
-        self.vision = Vit(tower, decoder_of(tower, "encoder.layers"), self.projector, facts, vision.patch_size)
+        blocks, head = decoder_of(tower, "encoder.layers"), bool(getattr(tower, "use_head", False))
+        self.vision = Vit(tower, blocks, self.projector, facts, vision.patch_size, pooling_head=head)
         self._side = vision.image_size // vision.patch_size
 
     def _crops(self, call: Mapping[str, Any]) -> list[int]:

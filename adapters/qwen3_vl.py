@@ -26,10 +26,10 @@ class Qwen3VL(QwenVL):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self.first_cut = max(1, self.extra_mergers(model.config))
+        self.first_cut = max(1, len(self.extra_mergers(model.config)))
 
-    def extra_mergers(self, config: Any) -> int:
-        return len(config.vision_config.deepstack_visual_indexes)
+    def extra_mergers(self, config: Any) -> Sequence[int]:
+        return config.vision_config.deepstack_visual_indexes
 
     def expand_features(self, output: Any, expand: Callable[[Sequence[Tensor]], list[Tensor]]) -> None:
         sizes = [len(tokens) for tokens in output.pooler_output]

@@ -48,6 +48,10 @@ def masked_tower(adapter: Any, works: list[Any]):
     """
     vision, call = adapter.vision, {"run": -1}
     handles = []
+    if any(work.cuts for work in works) and hasattr(vision.blocks[0], "attn"):
+        with masked_packed_tower(vision, works):
+            yield
+        return
 
     def hook(block: int, module: Any, args: Any, kwargs: Any) -> Any:
         if block == 0:
@@ -75,6 +79,51 @@ def masked_tower(adapter: Any, works: list[Any]):
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def masked_packed_tower(vision: Any, works: list[Any]):
+    """The same for towers whose blocks take all patches in one row, cut into frames and windows: each block's attention
+    is computed in the open, within its own part of the row and over the patches that are left."""
+    call = {"run": -1}
+    before = [block.attn.forward for block in vision.blocks]
+
+    def forward(block: int, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any, **rest: Any) -> Tensor:
+        if block == 0:
+            call["run"] += 1
+        work, attn = works[call["run"]], vision.blocks[block].attn
+        length, heads = hidden_states.shape[0], attn.num_heads
+        group = vision.patches_per_cell
+        seen = torch.ones(length, dtype=torch.bool)
+        cuts = [alive for after, alive in work.cuts if after < block]
+        if cuts:
+            there, start = torch.zeros(length // group, dtype=torch.bool), 0
+            for (rows, cols), alive in zip(work.grids, cuts[-1]):
+                there[start + (torch.arange(rows * cols) if alive is None else alive)] = True
+                start += rows * cols
+            seen = there[vision.start(work.grids)["order"]].repeat_interleave(group)
+        query, key, value = attn.qkv(hidden_states).view(length, 3, heads, -1).unbind(1)
+        cos, sin = (part[:, None] for part in position_embeddings)
+
+        def turned(x: Tensor) -> Tensor:
+            first, second = x.chunk(2, dim=-1)
+            return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+        part = torch.bucketize(torch.arange(length), cu_seqlens, right=True)
+        allowed = (part[:, None] == part[None]) & seen[None]
+        allowed |= torch.eye(length, dtype=torch.bool)  # hidden patches have a softmax too
+        scores = torch.einsum("qhd,khd->hqk", turned(query), turned(key)) * (query.shape[-1] ** -0.5)
+        mixed = scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ value.transpose(0, 1)
+        return attn.proj(mixed.transpose(0, 1).reshape(length, -1))
+
+    try:
+        for index, block in enumerate(vision.blocks):
+            block.attn.forward = lambda *a, i=index, **k: forward(i, *a, **k)
+        yield
+    finally:
+        for block, own in zip(vision.blocks, before):
+            del block.attn.forward
+            assert block.attn.forward == own
 
 
 class MaskedModel:

@@ -123,6 +123,47 @@ def test_stages_compose_on_every_family():
         assert report.equivalent_tokens == 13.5 * images
 
 
+@pytest.mark.parametrize("name", [n for n in BUILDERS if adapter_for(family(n)).vision.can_cut])
+@pytest.mark.parametrize("layout", ["ragged_left", "mixed_left"])
+def test_any_method_can_cut_inside_the_tower_and_again_later(name, layout):
+    if layout not in layouts(name) or (layout == "mixed_left" and name.startswith("llava")):
+        pytest.skip("this family has no such batch, or pools its videos behind the tower")
+    plan = [
+        {"at": "vision:0", "prune": "random", "keep": 14},
+        {"at": "input", "prune": "divprune", "keep": 10},
+        {"at": "layer:2", "prune": "random", "keep": 5},
+    ]
+    batch = batch_of(name, layout)
+    run = run_pruned(family(name), plan, None, batch, tokens=6)
+    compare(run, batch, TOLERANCE)
+    assert run["report"].visual_by_layer[-1] == 5 * len(run["layout"].spans)
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+@pytest.mark.parametrize("method", ["none", "divprune", "fastv", "flowcut", "downsample"])
+def test_analytic_flops_equal_measured_by_part_and_layer(name, method):
+    from types import SimpleNamespace
+
+    from tokenprune.evals.flops import TOLERANCE as NEAR
+    from tokenprune.evals.flops import _measure_once
+
+    model, batch = family(name), batch_of(name, "one_left")
+    try:
+        handle = tokenprune.apply(model, "random" if method == "none" else method, 1.0 if method == "none" else KEEP)
+    except ValueError:
+        pytest.skip("refused")
+    with handle:
+        found = _measure_once(SimpleNamespace(model=model), batch)  # type: ignore[arg-type]
+        model(**batch)
+        report = handle.report()
+    counted = report.flops.as_dict()
+    for part in ("vision", "projector", "selection", "prefill", "decode"):
+        assert counted[part] == pytest.approx(found[part], rel=NEAR), part
+    for layer, flops in enumerate(report.flops_by_layer):
+        assert flops == pytest.approx(found[f"layer:{layer}"], rel=NEAR), layer
+    assert report.kv_bytes > 0 and (method == "none") == (report.flops == report.flops_unpruned)
+
+
 def test_the_adapter_of_each_family_is_found_by_class():
     for name in BUILDERS:
         assert adapter_for(family(name)).name == name

@@ -111,7 +111,7 @@ class Cutter:
         self._prompt, self._site, self._length = prompt, site, length
         self._lengths = prompt.lengths_now
         self._gone: list[tuple[int, Tensor]] = []
-        self._kept: list[tuple[int, Tensor]] = []
+        self._kept: dict[int, tuple[int, Tensor]] = {}  # by span: a second stage here may cut a span again
 
     def keep(self, index: int, chosen: Tensor, carry: dict[str, Tensor]) -> Tensor:
         """Of the present tokens of span `index`, keep those at `chosen` `[k]` int64 (increasing); all others leave,
@@ -122,7 +122,7 @@ class Cutter:
         count = chosen.shape[0]
         self._gone.append((span.sample, alive.placeholders if alive.placeholders is not None else alive.places))
         places = alive.places[chosen]
-        self._kept.append((span.sample, places))
+        self._kept[index] = (span.sample, places)
         self._lengths[span.sample] -= before - count
         tokens = chosen if alive.tokens is None else alive.tokens[chosen]
         self._prompt.alive[index] = Alive(tokens, count, places, None, {name: v[chosen] for name, v in carry.items()})
@@ -139,7 +139,7 @@ class Cutter:
             return None
         keep = torch.ones(batch_size, self._length, dtype=torch.bool, device=self._gone[0][1].device)
         keep[_pairs(self._gone)] = False
-        keep[_pairs(self._kept)] = True
+        keep[_pairs(list(self._kept.values()))] = True
         tails = [0 if prompt.pad_left else int(count < prompt.layout.length) for count in prompt.lengths]
         plan = plan_compaction(keep, attended, self._lengths, prompt.pad_left, tails)
         for span, alive in zip(prompt.layout.spans, prompt.alive):

@@ -79,13 +79,13 @@ class TowerRun:
             found.setdefault(count, []).append(picture)
         return found
 
-    def record(self, signal: Signal, read: Callable[[Sequence[int], int], tuple[Tensor, Tensor, Tensor]]) -> None:
+    def record(self, signal: Signal, read: Callable[[Any, Sequence[int], int], tuple[Tensor, Tensor, Tensor]]) -> None:
         """Compute a signal of the block that just ran, for all pictures."""
         vision = self._owner.adapter.vision
         before = int(vision.facts.has_cls)
         values: list[Tensor] = [torch.empty(0)] * len(self.counts)
         for count, pictures in self.groups().items():
-            query, key, value = read(pictures, count)
+            query, key, value = read(self.run, pictures, count)
             found = vision.by_cell(vision_signal(signal.name, query, key, value, before))
             if signal.name != VALUE_NORM:  # one row of every head against all keys
                 self.recording.selection_flops += 2 * key.shape[0] * query.shape[1] * key.shape[2] * key.shape[3]
@@ -162,7 +162,11 @@ class TowerRun:
             ]
         if all(alive is None for alive in self.alive):
             return
-        recording.patches, recording.first_short, recording.left = self.patches, self.first_short, self.counts
+        recording.patches, recording.first_short, recording.left = (
+            self.patches,
+            self.first_short,
+            self._owner.adapter.vision.computed(self.counts),
+        )
         for row, pictures in enumerate(by_visual):
             recording.kept[row] = self._survivors(recording.visuals[row], pictures)
 
@@ -226,7 +230,8 @@ class TowerWatch:
             for block in range(min(self._cuts) + 1, len(vision.blocks)):
                 hook = functools.partial(self._enter_block, block)
                 ledger.hook(vision.blocks[block].register_forward_pre_hook(hook, with_kwargs=True))
-            ledger.hook(vision.exit.register_forward_hook(self._leave_tower))
+            for module in vision.exits:
+                ledger.hook(module.register_forward_hook(self._leave_tower))
         for kind, name in self.adapter.features.items():
             original = getattr(self.adapter.entry, name)
             ledger.set(self.adapter.entry, name, self._wrap(kind, original))
@@ -256,12 +261,12 @@ class TowerWatch:
         stage, kept = self._cuts.get(block - 1), None
         if stage is not None:
             if run.run is None:
-                run.run = vision.start(args, kwargs, run.counts)
+                run.run = vision.start(run.grids)
             with run.recording.watch.running(run.recording.device):
                 kept = run.cut(stage, args)
         if not run.patches:
             run.first_short = block
-        run.patches.append([count * vision.patches_per_cell for count in run.counts])
+        run.patches.append([count * vision.patches_per_cell for count in vision.computed(run.counts)])
         if all(alive is None for alive in run.alive):
             return None
         return vision.thin(run.run, args, kwargs, kept)

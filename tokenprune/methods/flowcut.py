@@ -22,7 +22,10 @@ Deviations:
 - Several crops share the budget in proportion to their patches. The official LLaVA-NeXT code keeps T / 2 per crop and
   cuts to T at decoder layer 1, with the text; that second cut is not here.
 - Towers without [CLS]: mean-query attention stands in for a, and there is no m, as in the official Qwen2-VL code. On
-  SigLIP towers this is an extension of ours. Qwen towers cannot be cut here.
+  SigLIP towers this is an extension of ours.
+- Qwen towers: the 2 x 2 patches of a visual token leave or stay together, by the mean of their scores; the official
+  code drops single patches, so that the merger joins four survivors that need not be neighbours. The last cut is before
+  the last block; officially it is after it, to twice the target, with a second cut in the decoder.
 - Ties go to the lower raster index.
 """
 
