@@ -171,3 +171,31 @@ def works(call, batch) -> bool:
         assert "meta" in str(error)
         return False
     return True
+
+
+def test_a_compiled_forward_generates_the_same():
+    """What is compiled is the model as it is applied: our hooks run between its graphs."""
+    model, batch = BUILDERS["llava"](), batch_of("llava", "one_left")
+    with tokenprune.applied(model, PLANS["layers"]), torch.no_grad():
+        truth = model.generate(**batch, max_new_tokens=3, do_sample=False)
+        model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
+        assert torch.equal(model.generate(**batch, max_new_tokens=3, do_sample=False), truth)
+        del model.forward
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "smolvlm"])
+def test_a_quantized_cache_holds_a_pruned_prompt(name):
+    pytest.importorskip("optimum.quanto")
+    model, batch = family(name), batch_of(name, "one_left")
+    with tokenprune.applied(model, PLANS["layers"]), torch.no_grad():
+        found = model.generate(
+            **batch, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True,
+            cache_implementation="quantized", cache_config={"backend": "quanto", "nbits": 4, "q_group_size": 16},
+        )  # fmt: skip
+        plain = model.generate(
+            **batch, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+    assert found.past_key_values.get_seq_length() == batch["input_ids"].shape[1] + 4
+    assert torch.equal(found.logits[0], plain.logits[0]), "the prompt itself sees unquantized keys"
+    assert relative_error(found.logits[1], plain.logits[1]) < 0.5

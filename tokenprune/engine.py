@@ -23,6 +23,7 @@ from tokenprune.decoder_signals import DecoderSignals, LayerInput, check_decoder
 from tokenprune.decoding import DecoderPass
 from tokenprune.layout import Layout, Raster, build_layout
 from tokenprune.ledger import Ledger
+from tokenprune.opaque import opaque
 from tokenprune.prompt import Cutter, Prompt
 from tokenprune.recording import Recording, sources_of
 from tokenprune.signals import DECODER_SIGNALS, Signal
@@ -63,14 +64,14 @@ class Engine:
     def install(self, ledger: Ledger) -> None:
         """Place every hook; `ledger` takes them away."""
         adapter = self.adapter
-        ledger.hook(adapter.entry.register_forward_pre_hook(self._enter, with_kwargs=True))
-        ledger.hook(adapter.entry.register_forward_hook(self._leave, always_call=True))
+        ledger.hook(adapter.entry.register_forward_pre_hook(opaque(self._enter), with_kwargs=True))
+        ledger.hook(adapter.entry.register_forward_hook(opaque(self._leave), always_call=True))
         decoder = adapter.language_model
-        ledger.hook(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
-        ledger.hook(decoder.register_forward_hook(self._after_decoder))
+        ledger.hook(decoder.register_forward_pre_hook(opaque(self._before_decoder), with_kwargs=True))
+        ledger.hook(decoder.register_forward_hook(opaque(self._after_decoder)))
         if self._layers:
             for layer in range(min({*self._layers, *self._read_layers}), len(adapter.layers)):
-                hook = functools.partial(self._enter_layer, layer)
+                hook = opaque(functools.partial(self._enter_layer, layer))
                 ledger.hook(adapter.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
         LossAfterPruning(lambda: self._compaction).install(adapter.model, ledger)
         self._tower.install(ledger)

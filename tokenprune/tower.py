@@ -19,6 +19,7 @@ from tokenprune.choosing import Asked, choose, split_budget
 from tokenprune.kernels.attention_rows import attention_rows
 from tokenprune.layout import Raster, Visual
 from tokenprune.ledger import Ledger
+from tokenprune.opaque import opaque
 from tokenprune.recording import Recording, Survivors, tag
 from tokenprune.selection import grid_places
 from tokenprune.signals import (
@@ -224,14 +225,14 @@ class TowerWatch:
             self._check(signal)
         for block in sorted({signal.layer for signal in self._signals}):
             names = [signal for signal in self._signals if signal.layer == block]
-            for hook in vision.watch(block, functools.partial(self._record, names)):
+            for hook in vision.watch(block, opaque(functools.partial(self._record, names))):
                 ledger.hook(hook)
         if self._cuts:
             for block in range(min(self._cuts) + 1, len(vision.blocks)):
-                hook = functools.partial(self._enter_block, block)
+                hook = opaque(functools.partial(self._enter_block, block))
                 ledger.hook(vision.blocks[block].register_forward_pre_hook(hook, with_kwargs=True))
             for module in vision.exits:
-                ledger.hook(module.register_forward_hook(self._leave_tower))
+                ledger.hook(module.register_forward_hook(opaque(self._leave_tower)))
         for kind, name in self.adapter.features.items():
             original = getattr(self.adapter.entry, name)
             ledger.set(self.adapter.entry, name, self._wrap(kind, original))
@@ -316,7 +317,7 @@ class TowerWatch:
             self.recordings.setdefault(kind, []).append(recording)
             return output
 
-        return features
+        return opaque(features)
 
     def _small(self, kind: str, original: Callable[..., Any], call: dict[str, Any], recording: Recording) -> Any:
         """Run the tower on fewer pixels; its tokens stand at their cells' centres, zeros elsewhere (they leave)."""

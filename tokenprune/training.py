@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenprune.compaction import Compaction
 from tokenprune.ledger import Ledger
+from tokenprune.opaque import opaque
 
 
 class LossAfterPruning:
@@ -28,8 +29,8 @@ class LossAfterPruning:
 
     def install(self, model: Any, ledger: Ledger) -> None:
         """Hook the model that computes the loss."""
-        ledger.hook(model.register_forward_pre_hook(self._take_labels, with_kwargs=True))
-        ledger.hook(model.register_forward_hook(self._give_loss))
+        ledger.hook(model.register_forward_pre_hook(opaque(self._take_labels), with_kwargs=True))
+        ledger.hook(model.register_forward_hook(opaque(self._give_loss)))
 
     def _take_labels(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._labels = kwargs.get("labels")
