@@ -11,6 +11,7 @@ from typing import Any
 from tokenprune.evals.config import NONE, RunConfig
 from tokenprune.evals.results import flat_costs, replace_file
 from tokenprune.evals.svgplot import svg_plot
+from tokenprune.evals.tasks import cut_short
 
 Record = dict[str, Any]
 TEMPLATE = Path(__file__).with_name("report_page.html")
@@ -55,7 +56,8 @@ def _lead(config: RunConfig, records: list[Record], origin: Record) -> str:
     counts = sorted({record["overall"]["n"] for record in records})
     hardware = origin["hardware"]
     machine = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
-    limit = " A limit was set, so these are not all samples of the task." if config.limit else ""
+    short = cut_short(config.tasks, config.limit)
+    limit = " A limit was set, so these are not all samples of the task." if short else ""
     many = ", ".join(map(str, counts))
     return (
         f'<p class="soft">{many} samples a point, greedy answers, {config.dtype}, seed {config.seed}; '

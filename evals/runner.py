@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tokenprune import cost
 from tokenprune.api import adapter_for, applied
 from tokenprune.base import Pruner
 from tokenprune.evals.config import NONE, Point, RunConfig, digest
@@ -144,11 +145,12 @@ class SharedTower:
 
 def answer_batch(
     loaded: LoadedModel, point: Point, samples: list[Sample], inputs: dict[str, Any], seed: int, max_new_tokens: int
-) -> tuple[list[str], list[int], list[list[list[int]]]]:
+) -> tuple[list[str], list[float], list[list[list[int]]]]:
     """Greedy answers of one batch.
 
     Returns:
-        The texts; kept visual tokens per sample; kept raster indices per sample and image ([] for unpruned).
+        The texts; visual tokens per sample, averaged over the decoder's layers; raster indices per sample and image
+        that reached its end ([] for unpruned).
     """
     length = inputs["input_ids"].shape[1]
     with pruned(loaded, point, seed, samples) as handle, torch.inference_mode():
@@ -157,7 +159,8 @@ def answer_batch(
         if handle is None:
             return texts, visual_tokens(loaded, inputs), [[] for _ in samples]
         kept = [[indices.tolist() for indices in images] for images in handle.kept]
-    return texts, [sum(map(len, images)) for images in kept], kept
+        tokens = [cost.equivalent_tokens(layers) for layers in handle.visual_by_layer]
+    return texts, tokens, kept
 
 
 def visual_tokens(loaded: LoadedModel, inputs: dict[str, Any]) -> list[int]:

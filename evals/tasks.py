@@ -112,6 +112,11 @@ def load_task(name: str) -> Task:
     return _pocket_task(name)
 
 
+def cut_short(names: list[str], limit: int | None) -> bool:
+    """Whether a run with `limit` leaves samples of any of these tasks out."""
+    return limit is not None and any(load_task(name).size > limit for name in names)
+
+
 def _pocket_task(name: str) -> Task:
     from tokenprune.evals.pocket import suite
 

@@ -12,6 +12,8 @@ from oracle import compare, run_pruned
 
 import tokenprune
 from tokenprune.api import adapter_for
+from tokenprune.budget import Budget
+from tokenprune.choosing import split_budget
 from tokenprune.registry import METHODS, MODELS
 
 TOLERANCE = 1e-5  # relative, fp32
@@ -125,6 +127,30 @@ def test_stages_compose_on_every_family():
         report, images = run["report"], len(run["layout"].spans)
         assert report.visual_by_layer == (20 * images, 20 * images, 10 * images, 4 * images)
         assert report.equivalent_tokens == 13.5 * images
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "qwen2_5_vl", "smolvlm"])
+@pytest.mark.parametrize("scope", ["raster", "visual"])
+def test_a_method_may_rank_crops_and_frames_alone_or_together(name, scope):
+    layout = "mixed_left" if name == "qwen2_5_vl" else "ragged_left"
+    batch = batch_of(name, layout)
+    run = run_pruned(family(name), "vtc_cls", 0.25, batch, tokens=4, scope=scope)
+    compare(run, batch, TOLERANCE)
+    for span in run["layout"].spans:
+        kept = run["kept"][span.sample][span.image]
+        assert len(kept) == Budget(0.25).tokens(span.num_tokens), "the whole visual keeps its budget either way"
+        if scope == "raster" and span.num_tokens:
+            shares = split_budget(len(kept), [raster.num_tokens for raster in span.visual.rasters])
+            for raster, share in zip(span.visual.rasters, shares):
+                inside = (kept >= raster.start) & (kept < raster.start + raster.num_tokens)
+                assert int(inside.sum()) == share
+
+
+def test_a_method_of_the_grid_cannot_rank_together():
+    with pytest.raises(ValueError, match="works on a grid"):
+        tokenprune.apply(family("llava_next"), "uniform@9", scope="visual")
+    with pytest.raises(ValueError, match="scope must be"):
+        tokenprune.apply(family("llava_next"), "random@9", scope="crop")
 
 
 @pytest.mark.parametrize("name", [n for n in BUILDERS if adapter_for(family(n)).vision.can_cut])

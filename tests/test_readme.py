@@ -25,6 +25,19 @@ def test_the_long_example_runs_as_written(capsys):
     assert "64 of 576 visual tokens kept" in capsys.readouterr().out
 
 
+def test_the_example_of_stages_runs_as_written():
+    from _tiny import prompts, tiny_llava
+
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    example = next(block for block in blocks if "plan = [" in block)
+    model = tiny_llava(layers=12)
+    names: dict = {"model": model}
+    exec(compile("import tokenprune\n" + example, "README.md", "exec"), names)
+    model(**prompts([1]))
+    assert [stage.site for stage in names["handle"].stages] == ["input", "layer:9"]
+    names["handle"].remove()
+
+
 def test_the_first_example_runs_as_written(capsys):
     from _tiny import prompts, tiny_llava
 

@@ -97,14 +97,17 @@ class Pruner:
         positions: "compact" renumbers what stays without gaps, "keep" leaves every token its original position id.
             None is the published policy of the method; on families with 3-D positions (M-RoPE) it is "keep", because
             gaps in those ids are not counts of tokens.
+        scope: what it ranks at a time while a visual is whole: "raster" (each crop, frame or image alone, its share of
+            the budget in proportion to its size) or "visual" (all tokens of an image or video together). None is the
+            method's own. Later cuts rank the visual together.
     """
 
     name: ClassVar[str] = ""
     site: ClassVar[str] = "input"
     """Where it acts unless told otherwise, see `tokenprune.stages`."""
-    scope: ClassVar[str] = "raster"
-    """What it ranks at a time while a visual is whole: "raster" (each grid alone, its share of the budget in proportion
-    to its size) or "visual" (all tokens of an image or video together). Later cuts rank the visual together."""
+    default_scope: ClassVar[str] = "raster"
+    needs_grid: ClassVar[bool] = False
+    """Whether it works on a single grid of tokens only."""
     published_positions: ClassVar[str] = "compact"
     hints: ClassVar[tuple[str, ...]] = ()
     """Names of the hints that the method cannot do without."""
@@ -117,8 +120,13 @@ class Pruner:
     """Paper, arXiv number and official code, for tables."""
 
     positions: str | None = None
+    scope: str | None = None
 
     def __post_init__(self) -> None:
+        if self.scope not in (None, "raster", "visual"):
+            raise ValueError(f"scope must be 'raster' or 'visual', got {self.scope!r}.")
+        if self.scope == "visual" and self.needs_grid:
+            raise ValueError(f"{self.name} works on a grid of tokens, so it cannot rank a visual together.")
         if self.positions not in (None, "compact", "keep"):
             raise ValueError(f"positions must be 'compact' or 'keep', got {self.positions!r}.")
 

@@ -203,6 +203,7 @@ def _execute(config: Any) -> int:
 
     from tokenprune.evals.sweep import run
     from tokenprune.evals.tables import result_tables
+    from tokenprune.evals.tasks import cut_short
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
     done = run(config, console)
@@ -210,7 +211,7 @@ def _execute(config: Any) -> int:
         console.print()
         console.print(table)
     console.print()
-    if config.limit:
+    if cut_short(config.tasks, config.limit):
         console.print(f"A limit of {config.limit} samples was set: these are not the numbers of the whole task.")
     for note in done.warnings:
         console.print(f"[yellow]{note}[/yellow]")

@@ -289,7 +289,8 @@ class Engine:
         recording, row = prompt.sources[index]
         rasters = span.visual.rasters
         budget = stage.budget.tokens(span.num_tokens)
-        whole = alive.tokens is None and (stage.pruner.scope == "visual" or len(rasters) == 1)
+        scope = stage.pruner.scope or stage.pruner.default_scope
+        whole = alive.tokens is None and (scope == "visual" or len(rasters) == 1)
 
         def one(rasters: tuple[Raster, ...], begin: int, count: int, budget: int) -> Asked:
             places = alive.places[begin : begin + count]

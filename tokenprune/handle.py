@@ -11,7 +11,7 @@ from tokenprune.base import Pruner
 from tokenprune.engine import Engine
 from tokenprune.ledger import Ledger
 from tokenprune.prompt import Prompt
-from tokenprune.report import Report, make_report
+from tokenprune.report import Report, make_report, visual_by_layer
 
 
 class Handle:
@@ -80,6 +80,15 @@ class Handle:
         for span, alive in zip(prompt.layout.spans, prompt.alive):
             kept[span.sample].append(torch.arange(span.num_tokens) if alive.tokens is None else alive.tokens.cpu())
         return kept
+
+    @property
+    def visual_by_layer(self) -> list[list[int]]:
+        """For each sample of the last batch of prompts, its visual tokens in every decoder layer.
+
+        Raises:
+            RuntimeError: no prompt has run yet.
+        """
+        return visual_by_layer(self._last(), len(self.adapter.layers))
 
     @property
     def stays(self) -> Tensor:

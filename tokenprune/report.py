@@ -124,6 +124,20 @@ def make_report(prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Ad
     )
 
 
+def visual_by_layer(prompt: Prompt, layers: int) -> list[list[int]]:
+    """For each sample, its visual tokens in every decoder layer."""
+    counts = [span.num_tokens for span in prompt.layout.spans]
+    cuts = {}
+    for cut in prompt.cuts:
+        cuts[int(cut.site.partition(":")[2]) if cut.site.startswith("layer:") else 0] = cut.counts
+    rows: list[list[int]] = [[] for _ in range(prompt.layout.batch_size)]
+    for layer in range(layers):
+        counts = cuts.get(layer, counts)
+        for row, own in enumerate(rows):
+            own.append(sum(n for n, span in zip(counts, prompt.layout.spans) if span.sample == row))
+    return rows
+
+
 def _by_layer(prompt: Prompt, lengths: list[int], whole: int, layers: int) -> list[tuple[int, list[int]]]:
     """Visual tokens of the batch and attended tokens of each row, in every decoder layer."""
     found: list[tuple[int, list[int]]] = []

@@ -36,7 +36,7 @@ class DivPrune(Pruner):
     It needs no attention and has no options of its own.
     """
 
-    scope: ClassVar[str] = "visual"
+    default_scope: ClassVar[str] = "visual"
     published: ClassVar[str] = "arXiv 2503.02175, vbdi/divprune"
 
     def select(self, view: View) -> Selection:

@@ -27,6 +27,7 @@ class Downsample(Pruner):
 
     site: ClassVar[str] = "pixels"
     merges: ClassVar[bool] = True
+    needs_grid: ClassVar[bool] = True
     published: ClassVar[str] = "control, no paper"
 
     def target_grid(self, grid: tuple[int, int], budget: int) -> tuple[int, int]:

@@ -44,7 +44,7 @@ class FastV(Pruner):
     """
 
     site: ClassVar[str] = "layer"
-    scope: ClassVar[str] = "visual"
+    default_scope: ClassVar[str] = "visual"
     text_aware: ClassVar[bool] = True
     published_positions: ClassVar[str] = "keep"
     published: ClassVar[str] = "arXiv 2403.06764, pkunlp-icler/FastV"

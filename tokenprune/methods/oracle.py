@@ -80,6 +80,7 @@ class Oracle(Pruner):
 
     hints: ClassVar[tuple[str, ...]] = ("boxes",)
     text_aware: ClassVar[bool] = True
+    needs_grid: ClassVar[bool] = True
     published: ClassVar[str] = "upper bound, no paper"
 
     def select(self, view: View) -> Selection:

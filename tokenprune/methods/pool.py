@@ -32,6 +32,7 @@ class Pool(Pruner):
     """
 
     merges: ClassVar[bool] = True
+    needs_grid: ClassVar[bool] = True
     published: ClassVar[str] = "control, no paper"
 
     def select(self, view: View) -> Selection:

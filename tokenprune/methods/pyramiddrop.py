@@ -58,7 +58,7 @@ class PyramidDrop(Pruner):
     """
 
     site: ClassVar[str] = "layer"
-    scope: ClassVar[str] = "visual"
+    default_scope: ClassVar[str] = "visual"
     text_aware: ClassVar[bool] = True
     published: ClassVar[str] = "arXiv 2410.17247, Cooperx521/PyramidDrop"
 

@@ -68,7 +68,7 @@ class ToDRE(Pruner):
     """
 
     published: ClassVar[str] = "arXiv 2505.18757, no official code"
-    scope: ClassVar[str] = "visual"
+    default_scope: ClassVar[str] = "visual"
 
     objective: str = "max_sum"
     pivot: str = "cls"
@@ -137,7 +137,7 @@ class Fade(Pruner):
     """
 
     name: ClassVar[str] = "todre_fade"
-    scope: ClassVar[str] = "visual"
+    default_scope: ClassVar[str] = "visual"
     adaptive: ClassVar[bool] = True
     text_aware: ClassVar[bool] = True
     published_positions: ClassVar[str] = "keep"

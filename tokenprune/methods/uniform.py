@@ -62,6 +62,7 @@ class Uniform(Pruner):
     It has no options of its own; see `spread` for the places it takes.
     """
 
+    needs_grid: ClassVar[bool] = True
     published: ClassVar[str] = "control, no paper"
 
     def select(self, view: View) -> Selection:
