@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from tokenprune.api import adapter_for
 from tokenprune.evals.config import NONE, Point
+from tokenprune.evals.models import LoadedModel
+from tokenprune.layout import Raster
 
 DIM = 0.22
 """Brightness left to a dropped patch."""
@@ -57,24 +61,65 @@ def shrunk(picture: Image.Image, grid: tuple[int, int], patch: int) -> Image.Ima
     return small.resize(picture.size, Image.Resampling.NEAREST)
 
 
-def draw_kept(picture: Image.Image, point: Point, images: list[list[int]], num_tokens: int) -> Image.Image:
-    """The overlay of one sample at one point.
+View = tuple[Image.Image, Raster]
+"""A picture and the raster of visual tokens that lies over it."""
+
+_SCALE = 14  # pixels a token where the picture is drawn anew
+_MOST = 12  # crops of a picture that are drawn
+
+
+def seen_views(loaded: LoadedModel, inputs: Mapping[str, Any], image: Image.Image) -> list[View]:
+    """The first picture of a prompt as its visual tokens lie over it: once for a plain image, once for the thumbnail
+    and once for the mosaic of a picture in crops, once a tile where the model gets tiles.
 
     Args:
-        picture: see `seen_picture`.
-        images: kept raster indices of the sample's images; the first is drawn.
-        num_tokens: visual tokens of that image before pruning.
+        inputs: of one prompt, as the processor made them.
+        image: the picture as it was handed to the processor.
     """
+    visual = adapter_for(loaded.model).visuals("image", inputs)[0]
+    pixels = inputs["pixel_values"]
+    views: list[View] = []
+    for number, raster in enumerate(visual.rasters[:_MOST]):
+        tile = pixels[0] if pixels.dim() == 4 else pixels[0, number] if raster.kind == "crop" else None
+        if tile is not None and raster.kind in ("image", "crop"):
+            views.append((seen_picture(tile, loaded.processor), raster))
+        else:
+            size = (raster.grid[1] * _SCALE, raster.grid[0] * _SCALE)
+            views.append((image.convert("RGB").resize(size, Image.Resampling.BICUBIC), raster))
+    return views
+
+
+def draw_kept(views: Sequence[View], point: Point, images: list[list[int]]) -> Image.Image:
+    """The overlay of one sample at one point, its views side by side.
+
+    Args:
+        views: see `seen_views`.
+        images: kept indices of the sample's images; the first is drawn.
+    """
+    drawn = [_draw_view(picture, raster, point, images) for picture, raster in views]
+    if len(drawn) == 1:
+        return drawn[0]
+    gap = 8
+    sheet = Image.new("RGB", (sum(d.width + gap for d in drawn) - gap, max(d.height for d in drawn)), "white")
+    left = 0
+    for picture in drawn:
+        sheet.paste(picture, (left, 0))
+        left += picture.width + gap
+    return sheet
+
+
+def _draw_view(picture: Image.Image, raster: Raster, point: Point, images: list[list[int]]) -> Image.Image:
     if point.method == NONE or not images:
         return picture
     from tokenprune.registry import METHODS
 
-    grid = square_grid(num_tokens, picture.size)
-    if METHODS.get(point.method).site == "pixels" and len(images[0]) < num_tokens:
+    start, count = raster.start, raster.num_tokens
+    kept = [index - start for index in images[0] if start <= index < start + count]
+    if METHODS.get(point.method).site == "pixels" and 0 < len(kept) < count:
         # nothing is dropped: the whole picture is there, with fewer pixels
-        small = square_grid(len(images[0]), picture.size) if _has_raster(len(images[0]), picture.size) else grid
-        return shrunk(picture, small, picture.size[0] // grid[1])
-    return dim_dropped(picture, images[0], grid)
+        small = square_grid(len(kept), picture.size) if _has_raster(len(kept), picture.size) else raster.grid
+        return shrunk(picture, small, picture.size[0] // raster.grid[1])
+    return dim_dropped(picture, kept, raster.grid)
 
 
 def _has_raster(num_tokens: int, size: tuple[int, int]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ class SharedTower:
 
 def answer_batch(
     loaded: LoadedModel, point: Point, samples: list[Sample], inputs: dict[str, Any], seed: int, max_new_tokens: int
-) -> tuple[list[str], list[float], list[list[list[int]]]]:
+) -> tuple[list[str], Sequence[float], list[list[list[int]]]]:
     """Greedy answers of one batch.
 
     Returns:

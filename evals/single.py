@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tokenprune.evals.config import NONE, Point, refusing
 from tokenprune.evals.models import load_model
-from tokenprune.evals.overlay import draw_kept, seen_picture
+from tokenprune.evals.overlay import draw_kept, seen_views
 from tokenprune.evals.runner import answer_batch, method_of, visual_tokens
 from tokenprune.evals.tasks import Sample, load_task
 from tokenprune.registry import METHODS
@@ -74,7 +74,6 @@ def run_single(
     console.print(table)
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    picture = seen_picture(inputs["pixel_values"][0], loaded.processor)
-    draw_kept(picture, point, kept[0], before).save(target, optimize=True)
+    draw_kept(seen_views(loaded, inputs, asked.image), point, kept[0]).save(target, optimize=True)
     console.print(f"overlay   {target}", soft_wrap=True, highlight=False)
     return 0

@@ -183,7 +183,7 @@ def _draw(
     folder: Path,
 ) -> list[Record]:
     """Overlays of a few samples at one budget: PNG files, and what to write under them."""
-    from tokenprune.evals.overlay import draw_kept, seen_picture
+    from tokenprune.evals.overlay import draw_kept, seen_views
 
     budgets = [point.keep for point in points if point.keep is not None]
     if not config.overlays.samples or not budgets:
@@ -196,10 +196,10 @@ def _draw(
     for number in drawn_samples(task, config.overlays.samples, config.limit):
         sample = next(task.load(number, number + 1))
         inputs = dict(loaded.inputs([sample.question], [sample.image]))
-        picture = seen_picture(inputs["pixel_values"][0], loaded.processor)
+        views = seen_views(loaded, inputs, sample.image)
         for point in drawn:
             row = rows[point.key][number]
-            image = draw_kept(picture, point, row["kept"], row["visual_tokens"])
+            image = draw_kept(views, point, row["kept"])
             name = f"{task.name}-{sample.sample_id}-{point.label}.png".replace("/", "_").replace(":", "_")
             image.save(target / name, optimize=True)
             where = {"file": target / name, "model": point.model, "task": point.task}

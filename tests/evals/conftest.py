@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,27 +12,35 @@ WORDS = ["what", "is", "this", "where", "who", "red", "blue", "one", "two", "thr
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from _tiny import IMAGE, tiny_llava
+def tiny_tokenizer() -> Any:
+    """One token a word, the ids of `_tiny`."""
+    from _tiny import IMAGE
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("models") / "tiny"
     names = ["<pad>", "</s>", "<s>", "<unk>", "<spare>", "<image>", *WORDS]
     assert names[IMAGE] == "<image>"
     names += [f"w{number}" for number in range(64 - len(names))]
     core = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
         additional_special_tokens=["<image>"],
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> str:
+    from _tiny import tiny_llava
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
     image = CLIPImageProcessor(size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42})
     processor = LlavaProcessor(
-        image_processor=image, tokenizer=tokenizer, patch_size=7, vision_feature_select_strategy="default",
+        image_processor=image, tokenizer=tiny_tokenizer, patch_size=7, vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )  # fmt: skip
     tiny_llava().save_pretrained(folder)
