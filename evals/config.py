@@ -38,7 +38,8 @@ class Point:
     """One model x task x method x budget.
 
     Attributes:
-        keep: visual tokens kept of each image (int), or the kept fraction (float); None for the unpruned model.
+        keep: visual tokens kept of each image (int), or the kept fraction (float), or their mean over the decoder's
+            layers ("avg64"); None for the unpruned model.
         options: the method's options that were set, as a sorted tuple of pairs.
         reference: run only so that others can be compared with it.
     """
@@ -46,7 +47,7 @@ class Point:
     model: str
     task: str
     method: str
-    keep: int | float | None
+    keep: int | float | str | None
     options: tuple[tuple[str, Any], ...] = ()
     reference: bool = False
 

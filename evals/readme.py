@@ -10,6 +10,7 @@ import csv
 import re
 from pathlib import Path
 
+from tokenprune.budget import budget_size, read_budget
 from tokenprune.registry import METHODS
 
 
@@ -40,7 +41,8 @@ def results_table(rows: list[dict[str, str]], command: str) -> str:
         rows: the `overall` rows of a summary.csv.
         command: what made them, printed below.
     """
-    budgets = sorted({row["keep"] for row in rows if row["keep"]}, key=float, reverse=True)
+    asked = {row["keep"] for row in rows if row["keep"]}
+    budgets = sorted(asked, key=lambda keep: budget_size(read_budget(keep)), reverse=True)
     cells = {(row["method"], row["keep"]): row for row in rows}
     share = {keep: next(row["flops_share"] for row in rows if row["keep"] == keep) for keep in budgets}
     heads = [f"{keep} tokens" + (f" ({float(share[keep]):.0%} of FLOPs)" if share[keep] else "") for keep in budgets]

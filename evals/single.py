@@ -19,7 +19,7 @@ from tokenprune.registry import METHODS
 def run_single(
     model: str,
     method: str,
-    keep: int | float,
+    keep: int | float | str,
     options: dict[str, Any],
     image: str | None,
     question: str | None,

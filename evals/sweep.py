@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tokenprune.budget import budget_size
 from tokenprune.evals.config import NONE, Point, RunConfig, digest, refusing
 from tokenprune.evals.models import LoadedModel, load_model
 from tokenprune.evals.results import Record, collect_rows, provenance, replace_file, summarise, write_results
@@ -188,7 +189,7 @@ def _draw(
     budgets = [point.keep for point in points if point.keep is not None]
     if not config.overlays.samples or not budgets:
         return []
-    keep: Any = config.overlays.keep if config.overlays.keep in budgets else min(budgets)
+    keep: Any = config.overlays.keep if config.overlays.keep in budgets else min(budgets, key=budget_size)
     drawn = [point for point in points if point.method == NONE or point.keep == keep]
     target = folder / "overlays"
     target.mkdir(exist_ok=True)

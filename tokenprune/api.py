@@ -36,7 +36,7 @@ def adapter_for(model: Any) -> Adapter:
 
 
 def apply(
-    model: Any, method: Any, keep: int | float | None = None, average: int | float | None = None, **options: Any
+    model: Any, method: Any, keep: int | float | str | None = None, average: int | float | None = None, **options: Any
 ) -> Handle:
     """Prune the visual tokens of every prompt that `model` gets from now on.
 
@@ -46,7 +46,7 @@ def apply(
         method: a name ("holov"), a name with its budget ("holov@64"), a mapping, a list of stages, a YAML path or a
             `Pruner` object.
         keep: visual tokens kept of each image or video after the method's last cut: an int counts tokens, a float in
-            (0, 1] is the kept fraction of those it had.
+            (0, 1] is the kept fraction of those it had, a text like "avg64" the same as `average=64`.
         average: in place of `keep`, visual tokens of an image averaged over all decoder layers (int), or their
             fraction (float); the method's cuts are solved for it.
         options: options of the method.
@@ -85,7 +85,7 @@ def apply(
 
 @contextmanager
 def applied(
-    model: Any, method: Any, keep: int | float | None = None, average: int | float | None = None, **options: Any
+    model: Any, method: Any, keep: int | float | str | None = None, average: int | float | None = None, **options: Any
 ) -> Iterator[Handle]:
     """`apply` for the length of a `with` block; the model is restored also after an exception."""
     handle = apply(model, method, keep, average, **options)

@@ -44,12 +44,23 @@ class Budget:
         return f"{self.keep}"
 
 
-def read_budget(text: str) -> int | float:
-    """The budget in a text: "64" is tokens per image, "0.25" a kept fraction.
+AVERAGE = "avg"
+"""What a budget begins with that is meant as a mean over the decoder's layers: "avg64", "avg0.111"."""
+
+
+def read_budget(text: str) -> int | float | str:
+    """The budget in a text: "64" is tokens per image, "0.25" a kept fraction, "avg64" (as it is) a mean over layers.
 
     Raises:
         ValueError: no number.
     """
+    if text.startswith(AVERAGE):
+        return f"{AVERAGE}{Budget(read_number(text[len(AVERAGE) :].lstrip(':'))).keep}"
+    return read_number(text)
+
+
+def read_number(text: str) -> int | float:
+    """An int or a float."""
     try:
         return int(text)
     except ValueError:
@@ -57,5 +68,19 @@ def read_budget(text: str) -> int | float:
             return float(text)
         except ValueError:
             raise ValueError(
-                f"A budget is a number of tokens like 64 or a kept fraction like 0.25, got {text!r}."
+                "A budget is a number of tokens like 64, a kept fraction like 0.25 or a mean over the decoder's layers "
+                f"like avg64, got {text!r}."
             ) from None
+
+
+def average_of(keep: object) -> int | float | None:
+    """The mean that a budget asks for; None if it is no mean."""
+    if not isinstance(keep, str) or not keep.startswith(AVERAGE):
+        return None
+    return read_number(keep[len(AVERAGE) :].lstrip(":"))
+
+
+def budget_size(keep: int | float | str) -> float:
+    """A number to sort budgets by."""
+    average = average_of(keep)
+    return float(keep if average is None else average)

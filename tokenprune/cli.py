@@ -94,7 +94,7 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(handler=_sweep)
 
 
-def _budget(text: str) -> int | float:
+def _budget(text: str) -> int | float | str:
     try:
         return read_budget(text)
     except ValueError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.base import Pruner
-from tokenprune.budget import Budget, read_budget
+from tokenprune.budget import Budget, average_of, read_budget
 from tokenprune.registry import METHODS, near
 from tokenprune.stages import Depths, Stage, check_plan, check_site, solve_average, visual_lengths, with_positions
 
@@ -130,7 +130,7 @@ def parse_method(method: Any, keep: Any = None, average: Any = None, **options: 
             key `method` (or `prune`, or `name`), optionally `keep`, `at` and the method's options, a list of those
             (stages of one method), the path of a YAML file that holds such a mapping or list, or a `Pruner` object (it
             is copied).
-        keep: the budget.
+        keep: the budget; a text like "avg64" is an average.
         average: in place of a budget, visual tokens averaged over all decoder layers (int) or their fraction.
         options: options of the method.
 
@@ -180,7 +180,7 @@ def _one(what: str, first: Any, second: Any) -> Any:
 
 def _read_entry(method: Any, keep: Any, options: Mapping[str, Any]) -> tuple[Entry, Any]:
     """One entry and the average that it names (or None)."""
-    site, budget, average = None, None, None
+    site, budget = None, None
     if isinstance(method, Mapping):
         entry = dict(method)
         key = next((name for name in ("method", "prune", "name") if name in entry), None)
@@ -192,18 +192,16 @@ def _read_entry(method: Any, keep: Any, options: Mapping[str, Any]) -> tuple[Ent
         options = {**entry, **options}
     if isinstance(method, str) and "@" in method:
         method, _, text = method.partition("@")
-        if text.startswith("avg"):
-            average = read_budget(text[3:].lstrip(":"))
-        else:
-            if budget is not None and str(budget) != text:
-                raise ValueError(f"Two budgets were given, @{text} and keep={budget}; give one.")
-            budget = read_budget(text)
+        if budget is not None and str(budget) != text:
+            raise ValueError(f"Two budgets were given, @{text} and keep={budget}; give one.")
+        budget = read_budget(text)
     if keep is not None:
         if budget is not None and budget != keep:
             raise ValueError(f"Two budgets were given, {budget} and keep={keep}; give one.")
         budget = keep
-    if budget is not None and average is not None:
-        raise ValueError(f"Give keep={budget} or an average of {average}, not both.")
+    average = average_of(budget)
+    if average is not None:
+        budget = None
     if isinstance(method, Pruner):
         if options:
             raise ValueError(f"Options {sorted(options)} were given beside a method object; set them on the object.")

@@ -49,7 +49,7 @@ def test_options_and_own_budgets(tiny_folder):
         ("methods: [unifrm]", "no method called 'unifrm'. Did you mean 'uniform'"),
         ("methods: [{method: holov, varient: paper}]", "no option 'varient'. Did you mean 'variant'"),
         ("methods: [{methd: holov}]", "mapping with the key 'method'"),
-        ("methods: [uniform@many]", "a number of tokens like 64 or a kept fraction like 0.25, got 'many'"),
+        ("methods: [uniform@many]", "or a mean over the decoder's layers like avg64, got 'many'"),
         ("keep: []", "Say how many visual tokens 'uniform' keeps"),
         ("keep: [1.5]", "must be in"),
         ("keep: [0]", "at least 1 token"),

@@ -46,6 +46,18 @@ def save_processor(name: str, folder: Path, tokenizer: Any) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
+def test_a_budget_may_be_a_mean_over_the_layers(tmp_path, tiny_folder, tiny_task):
+    from tokenprune.cli import main
+
+    command = ["eval", "--model", tiny_folder, "--tasks", tiny_task, "--method", "fastv", "--limit", "2"]
+    main([*command, "--keep", "avg21", "--no-timing", "--output", str(tmp_path)])
+    with (tmp_path / "summary.csv").open() as stream:
+        rows = {row["method"]: row for row in csv.DictReader(stream) if row["family"] == "overall"}
+    assert rows["fastv"]["keep"] == "avg21"
+    # layers 0 and 1 of 4 hold all 36: (2 * 36 + 2 * 6) / 4
+    assert float(rows["fastv"]["kept_tokens"]) == 21 == float(rows["random"]["kept_tokens"])
+
+
 @pytest.mark.parametrize("method", ["none", "divprune", "fastv", "flowcut"])
 @pytest.mark.parametrize("name", IMAGE_ONLY)
 def test_the_command_line_evaluates_a_folder(name, method, tmp_path, tiny_folder, tiny_tokenizer, tiny_task, capsys):

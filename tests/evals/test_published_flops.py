@@ -93,7 +93,7 @@ def test_an_average_that_cannot_be_held_says_what_can():
         parse_method("fastv", average=64).plan(LLAVA, None)
     with pytest.raises(ValueError, match="solved for the one stage that has no keep, and 0"):
         parse_method([{"at": "input", "prune": "random", "keep": 9}], average=64)
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="Two budgets were given, avg64 and keep=9"):
         parse_method("fastv@avg64", keep=9)
     with pytest.raises(ValueError, match="no site 'layers:9'"):
         parse_method([{"at": "layers:9", "prune": "random", "keep": 9}])
