@@ -114,6 +114,7 @@ class Adapter:
         projector: the module between tower and decoder that costs are counted of; None if it is part of the tower.
         first_cut: lowest K of the site "layer:K".
         mrope: whether positions are 3-D ids of which gaps are no counts of tokens.
+        decoder_path, projector_path: where these modules are, from the model.
     """
 
     name: ClassVar[str] = ""
@@ -121,6 +122,8 @@ class Adapter:
     features: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
     pixels: ClassVar[Mapping[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
     mrope: ClassVar[bool] = False
+    decoder_path: ClassVar[str] = "model.language_model"
+    projector_path: ClassVar[str] = "model.multi_modal_projector"
 
     model: Any
     entry: Any
@@ -129,6 +132,13 @@ class Adapter:
     vision: VisionTower
     projector: Any
     first_cut: int = 1
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.entry = decoder_of(model, "model")
+        self.language_model = decoder_of(model, self.decoder_path)
+        self.projector = decoder_of(model, self.projector_path)
+        self.placeholder_ids = {kind: getattr(model.config, f"{kind}_token_id") for kind in self.features}
 
     @property
     def tower(self) -> Tower:

@@ -7,23 +7,31 @@ from typing import Any
 from tokenprune.cost import ModelShape
 
 
-def llava_shape(config: Any, has_cls: bool, blocks_run: int | None = None) -> ModelShape:
+def llava_shape(config: Any, has_cls: bool) -> ModelShape:
     """CLIP or SigLIP tower, two-layer projector, Llama-like decoder."""
     vision, text = config.vision_config, config.get_text_config()
     width = text.hidden_size
+    patches = (vision.image_size // vision.patch_size) ** 2
     return ModelShape(
-        vision_layers=vision.num_hidden_layers,
-        vision_blocks_run=vision.num_hidden_layers if blocks_run is None else blocks_run,
-        vision_hidden=vision.hidden_size,
-        vision_mlp=vision.intermediate_size,
-        vision_heads=vision.num_attention_heads,
-        patch=vision.patch_size,
-        channels=vision.num_channels,
-        image_patches=(vision.image_size // vision.patch_size) ** 2,
-        has_cls=has_cls,
+        **vit_sizes(vision, vision.patch_size, patches, has_cls),
         projector=(vision.hidden_size, width, width),
         **text_sizes(text),
     )
+
+
+def vit_sizes(vision: Any, patch: int, patches: int, has_cls: bool) -> dict[str, Any]:
+    """The vision tower's part of a `ModelShape`; `patches` are those of one picture."""
+    return {
+        "vision_layers": vision.num_hidden_layers,
+        "vision_blocks_run": vision.num_hidden_layers,
+        "vision_hidden": vision.hidden_size,
+        "vision_mlp": vision.intermediate_size,
+        "vision_heads": vision.num_attention_heads,
+        "patch": patch,
+        "channels": vision.num_channels,
+        "image_patches": patches,
+        "has_cls": has_cls,
+    }
 
 
 def text_sizes(text: Any) -> dict[str, Any]:

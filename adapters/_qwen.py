@@ -234,18 +234,15 @@ class QwenVL(Adapter):
 
     features = {"image": "get_image_features", "video": "get_video_features"}
     mrope = True
+    projector_path = "model.visual.merger"
     timestamps = False
     """Whether text stands between the frames of a video."""
     gated_tower = False
 
     def __init__(self, model: Any) -> None:
         config = model.config
-        self.model = model
-        self.entry = decoder_of(model, "model")
-        self.language_model = decoder_of(model, "model.language_model")
-        self.placeholder_ids = {"image": config.image_token_id, "video": config.video_token_id}
+        super().__init__(model)
         module = decoder_of(model, "model.visual")
-        self.projector = module.merger
         self.vision = QwenTower(module, config.vision_config, self.extra_mergers(config))
 
     def extra_mergers(self, config: Any) -> Sequence[int]:

@@ -157,6 +157,16 @@ def vit_facts(vision: Any, feature_block: int, has_cls: bool) -> Tower:
     )
 
 
+def check_patches_only(config: Any) -> None:
+    """Raise ValueError if a [CLS] token is among the visual tokens."""
+    if config.vision_feature_select_strategy != "default":
+        raise ValueError(
+            f"vision_feature_select_strategy must be 'default' (patches only), got "
+            f"{config.vision_feature_select_strategy!r}: a [CLS] token among the visual tokens has no place in the "
+            "grid."
+        )
+
+
 def feature_block(layer: Any, depth: int) -> int:
     """0-based block behind an entry of `hidden_states`, which has depth + 1 entries, the first being the embeddings.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tokenprune.adapters._base import Adapter, decoder_of
-from tokenprune.adapters._cost import text_sizes
+from tokenprune.adapters._cost import text_sizes, vit_sizes
 from tokenprune.adapters._vit import Vit, feature_block, vit_facts
 from tokenprune.cost import ModelShape
 from tokenprune.layout import Visual, one_raster
@@ -28,11 +28,7 @@ class InternVL(Adapter):
     def __init__(self, model: Any) -> None:
         config = model.config
         vision = config.vision_config
-        self.model = model
-        self.entry = decoder_of(model, "model")
-        self.language_model = decoder_of(model, "model.language_model")
-        self.projector = decoder_of(model, "model.multi_modal_projector")
-        self.placeholder_ids = {"image": config.image_token_id}
+        super().__init__(model)
         tower = decoder_of(model, "model.vision_tower")
         block = feature_block(config.vision_feature_layer, vision.num_hidden_layers)
         facts = vit_facts(vision, block, has_cls=config.vision_feature_select_strategy == "default")
@@ -62,15 +58,7 @@ class InternVL(Adapter):
         vision, text = config.vision_config, config.get_text_config()
         joined = vision.hidden_size * self.vision.patches_per_cell
         return ModelShape(
-            vision_layers=vision.num_hidden_layers,
-            vision_blocks_run=vision.num_hidden_layers,
-            vision_hidden=vision.hidden_size,
-            vision_mlp=vision.intermediate_size,
-            vision_heads=vision.num_attention_heads,
-            patch=self._patch,
-            channels=vision.num_channels,
-            image_patches=self.num_tokens * self.vision.patches_per_cell,
-            has_cls=True,
+            **vit_sizes(vision, self._patch, self.num_tokens * self.vision.patches_per_cell, has_cls=True),
             projector=(joined, text.hidden_size, text.hidden_size),
             **text_sizes(text),
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenprune.adapters._base import Adapter, decoder_of
 from tokenprune.adapters._cost import llava_shape
-from tokenprune.adapters._vit import Vit, feature_block, vit_facts
+from tokenprune.adapters._vit import Vit, check_patches_only, feature_block, vit_facts
 from tokenprune.cost import ModelShape
 from tokenprune.layout import Visual, one_raster
 from tokenprune.registry import MODELS
@@ -26,17 +26,8 @@ class Llava(Adapter):
             raise ValueError(
                 f"The llava adapter covers CLIP vision towers; this model's tower is a {vision.model_type!r}."
             )
-        if config.vision_feature_select_strategy != "default":
-            raise ValueError(
-                "vision_feature_select_strategy must be 'default' (patches only), got "
-                f"{config.vision_feature_select_strategy!r}: a [CLS] token among the visual tokens has no place in "
-                "the grid."
-            )
-        self.model = model
-        self.entry = decoder_of(model, "model")
-        self.language_model = decoder_of(model, "model.language_model")
-        self.projector = decoder_of(model, "model.multi_modal_projector")
-        self.placeholder_ids = {"image": config.image_token_id}
+        check_patches_only(config)
+        super().__init__(model)
         self._patch = vision.patch_size
         tower = decoder_of(model, "model.vision_tower")
         block = feature_block(config.vision_feature_layer, vision.num_hidden_layers)

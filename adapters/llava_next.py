@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenprune.adapters._anyres import anyres_visual, split_crops
 from tokenprune.adapters._base import Adapter, decoder_of
 from tokenprune.adapters._cost import llava_shape
-from tokenprune.adapters._vit import Vit, feature_block, vit_facts
+from tokenprune.adapters._vit import Vit, check_patches_only, feature_block, vit_facts
 from tokenprune.cost import ModelShape
 from tokenprune.layout import Visual
 from tokenprune.registry import MODELS
@@ -26,17 +26,8 @@ class AnyRes(Adapter):
     def __init__(self, model: Any) -> None:
         config = model.config
         vision = config.vision_config
-        if config.vision_feature_select_strategy != "default":
-            raise ValueError(
-                "vision_feature_select_strategy must be 'default' (patches only), got "
-                f"{config.vision_feature_select_strategy!r}: a [CLS] token among the visual tokens has no place in "
-                "the grid."
-            )
-        self.model = model
-        self.entry = decoder_of(model, "model")
-        self.language_model = decoder_of(model, "model.language_model")
-        self.projector = decoder_of(model, "model.multi_modal_projector")
-        self.placeholder_ids = {"image": config.image_token_id}
+        check_patches_only(config)
+        super().__init__(model)
         tower = decoder_of(model, "model.vision_tower")
         block = feature_block(config.vision_feature_layer, vision.num_hidden_layers)
         facts = vit_facts(vision, block, has_cls=True)

@@ -44,10 +44,6 @@ class LlavaNextVideo(AnyRes):
     classes = ("LlavaNextVideoForConditionalGeneration",)
     features = {"image": "get_image_features", "video": "get_video_features"}
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        self.placeholder_ids = {"image": model.config.image_token_id, "video": model.config.video_token_id}
-
     def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
         if kind == "image":
             return super().visuals(kind, call)

@@ -31,11 +31,7 @@ class LlavaOnevision(Adapter):
     def __init__(self, model: Any) -> None:
         config = model.config
         vision = config.vision_config
-        self.model = model
-        self.entry = decoder_of(model, "model")
-        self.language_model = decoder_of(model, "model.language_model")
-        self.projector = decoder_of(model, "model.multi_modal_projector")
-        self.placeholder_ids = {"image": config.image_token_id, "video": config.video_token_id}
+        super().__init__(model)
         tower = decoder_of(model, "model.vision_tower")
         block = feature_block(config.vision_feature_layer, vision.num_hidden_layers)
         facts = vit_facts(vision, block, has_cls=False)

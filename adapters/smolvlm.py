@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapters._base import Adapter, decoder_of
-from tokenprune.adapters._cost import text_sizes
+from tokenprune.adapters._cost import text_sizes, vit_sizes
 from tokenprune.adapters._vit import Vit, vit_facts
 from tokenprune.cost import ModelShape
 from tokenprune.layout import Raster, Visual
@@ -25,15 +25,13 @@ class SmolVLM(Adapter):
     """Stock `SmolVLMForConditionalGeneration`."""
 
     classes = ("SmolVLMForConditionalGeneration",)
+    decoder_path = "model.text_model"
+    projector_path = "model.connector"
 
     def __init__(self, model: Any) -> None:
         config = model.config
         vision = config.vision_config
-        self.model = model
-        self.entry = decoder_of(model, "model")
-        self.language_model = decoder_of(model, "model.text_model")
-        self.projector = decoder_of(model, "model.connector")
-        self.placeholder_ids = {"image": config.image_token_id}
+        super().__init__(model)
         tower = decoder_of(model, "model.vision_model")
         patches = vision.image_size // vision.patch_size
         self._side = patches // config.scale_factor
@@ -65,16 +63,9 @@ class SmolVLM(Adapter):
     def cost_shape(self) -> ModelShape:
         config = self.model.config
         vision, text = config.vision_config, config.get_text_config()
+        patches = (vision.image_size // vision.patch_size) ** 2
         return ModelShape(
-            vision_layers=vision.num_hidden_layers,
-            vision_blocks_run=vision.num_hidden_layers,
-            vision_hidden=vision.hidden_size,
-            vision_mlp=vision.intermediate_size,
-            vision_heads=vision.num_attention_heads,
-            patch=vision.patch_size,
-            channels=vision.num_channels,
-            image_patches=(vision.image_size // vision.patch_size) ** 2,
-            has_cls=False,
+            **vit_sizes(vision, vision.patch_size, patches, has_cls=False),
             projector=(vision.hidden_size * config.scale_factor**2, text.hidden_size),
             **text_sizes(text),
         )
