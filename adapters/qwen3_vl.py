@@ -1,8 +1,7 @@
-"""Qwen3-VL: features of several depths of the tower are added to the visual tokens in the first decoder layers, and
-time stamps stand between the frames of a video.
+"""Qwen3-VL: features of several tower depths are added to visual tokens in the first decoder layers; time stamps.
 
-What is added is cut in step with the tokens. The additions come after the first layers, so the decoder can be cut from
-the layer behind them on.
+The time stamps are text between the frames of a video. What is added is cut in step with the tokens. The additions come
+after the first layers, so the decoder can be cut from the layer behind them on.
 """
 
 from __future__ import annotations

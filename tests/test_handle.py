@@ -153,3 +153,27 @@ def test_toy_method_takes_one_class_and_passes_the_oracle():
     finally:
         METHODS.unregister("toy")
     assert "toy" not in tokenprune.list_methods()
+
+
+def test_the_handle_shows_every_cut_of_a_composed_method():
+    plan = [
+        {"at": "vision:0", "prune": "random", "keep": 30},
+        {"at": "input", "prune": "random", "keep": 20},
+        {"at": "layer:2", "prune": "random", "keep": 6},
+    ]
+    batch = prompts([1, 2, 0])
+    with tokenprune.applied(model(), plan) as handle, torch.no_grad():
+        model()(**batch)
+        assert [stage.site for stage in handle.stages] == ["vision:0", "input", "layer:2"]
+        at = handle.kept_at
+        assert list(at) == ["input", "layer:2"], "what left inside the tower leaves the rows at the input"
+        for early, late in zip(at["input"], at["layer:2"]):
+            for first, second in zip(early, late):
+                assert len(first) == 20 and len(second) == 6 and set(second.tolist()) <= set(first.tolist())
+        assert all(torch.equal(a, b) for rows in zip(at["layer:2"], handle.kept) for a, b in zip(*rows))
+        assert handle.visual_by_layer == [[20, 20, 6, 6], [40, 40, 12, 12], [0, 0, 0, 0]]
+        stays, visual = handle.stays, batch["input_ids"] == 5
+        assert (stays & visual).sum(1).tolist() == [6, 12, 0] and bool(stays[~visual].all())
+        text = str(handle.report())
+    assert "visual tokens by layer  60 x 2, 18 x 2: 39.0 on average" in text
+    assert "random@30 at vision:0 + random@20 at input + random@6 at layer:2" in text

@@ -125,15 +125,15 @@ def _ls(what: str) -> None:
 
     if what == "methods":
         for name in METHODS.names():
-            print(f"{name:<14} {METHODS.describe(name)}")
+            print(f"{name:<17} {METHODS.describe(name)}")
     elif what == "models":
         from tokenprune.evals.models import pocket_names
 
         for name in pocket_names():
-            print(f"{name:<14} ships with tokenprune")
+            print(f"{name:<17} ships with tokenprune")
         for name in MODELS.names():
-            print(f"{name:<14} family: {MODELS.describe(name)}")
-        print(f"{'OWNER/NAME':<14} a hub id or a local folder of one of the families")
+            print(f"{name:<17} family: {MODELS.describe(name)}")
+        print(f"{'OWNER/NAME':<17} a hub id or a local folder of one of the families")
     elif what == "tasks":
         from tokenprune.evals.tasks import task_names
 
@@ -145,7 +145,7 @@ def _ls(what: str) -> None:
 
         for name, file in packaged_configs().items():
             first = file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-            print(f"{name:<14} {first}")
+            print(f"{name:<17} {first}")
 
 
 def _eval(args: argparse.Namespace) -> int:

@@ -86,11 +86,17 @@ class DecoderSignals:
         """`[B, R, P]` fp32: head-mean attention of the query rows `[B, R]` to the tokens of this call."""
         given = self._given
         hidden = given.hidden.detach()
-        query, key = self._adapter.query_key(given.module, hidden, rows)
+        if "key" not in self._cache:
+            query, key = self._adapter.query_key(given.module, hidden, rows)
+            self._cache["key"] = rotate(key, given.rotation)
+        else:  # the keys are there: only these rows are projected
+            asked = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
+            query, _ = self._adapter.query_key(given.module, asked, None)
+        key = self._cache["key"]
         cos, sin = given.rotation
         picked = rows[..., None].expand(-1, -1, cos.shape[-1])
         turned = tuple(part.expand(rows.shape[0], -1, -1).gather(1, picked) for part in (cos, sin))
-        query, key = rotate(query, turned), rotate(key, given.rotation)  # type: ignore[arg-type]
+        query = rotate(query, turned)  # type: ignore[arg-type]
         if given.keys is not None:
             key = torch.cat([given.keys.to(key.dtype), key], dim=2)
         scale = float(getattr(given.module.self_attn, "scaling", key.shape[-1] ** -0.5))
@@ -150,6 +156,6 @@ class DecoderSignals:
         if LAST_ATTENTION in names:
             total += 2 * batch_size * (length * width * kv + width * heads + held * heads)
         if names - {LAST_ATTENTION}:
-            chunks = -(-length // _CHUNK)
-            total += 2 * batch_size * (chunks * length * width * kv + length * width * heads + length * held * heads)
+            later = max(length - _CHUNK, 0)  # rows whose own keys are projected along with their queries
+            total += 2 * batch_size * ((length + later) * width * kv + length * width * heads + length * held * heads)
         return total

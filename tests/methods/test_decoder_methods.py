@@ -122,7 +122,7 @@ def test_the_position_policies_are_the_published_ones():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_shares_equal_those_of_the_eager_attention_matrix(side):
     """With every visual token there, the shares of layer 2 (K = floor(7 / 8 * 4) = 3) are sums over its matrix."""
-    batch, seen = prompts([1, 2], side), _Seen()
+    batch, seen = prompts([1, 4], side), _Seen()  # more tokens than are read at a time
     model = tiny_llava()
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     plan = [{"at": "layer:3", "prune": watched(Fade, seen)(tau=0.0), "keep": 1.0}]
@@ -180,6 +180,26 @@ def test_a_threshold_of_zero_never_fires_and_changes_no_bit():
             both = model(**batch).logits
         with tokenprune.applied(model, ToDRE(fade=False), keep=9):
             assert torch.equal(model(**batch).logits, both)
+
+
+def test_the_flops_of_the_shares_are_those_that_torch_counts():
+    from tokenprune.evals.flops import flop_counter
+    from tokenprune.stopwatch import Stopwatch
+
+    model, batch, spent = tiny_llava(), prompts([4]), [0, 0]
+    plan = [{"at": "layer:3", "prune": Fade(tau=0.0), "keep": 1.0}]
+    with tokenprune.applied(model, plan) as handle, torch.no_grad(), flop_counter() as counter:
+
+        def listen(begins: bool) -> None:
+            now = counter.get_total_flops()
+            spent[0], spent[1] = (spent[0], now) if begins else (spent[0] + now - spent[1], now)
+
+        Stopwatch.listener = listen
+        try:
+            model(**batch)
+        finally:
+            Stopwatch.listener = None
+        assert handle.report().flops.selection == pytest.approx(spent[0], rel=0.01)
 
 
 def test_stage_two_stands_at_seven_eighths_of_the_depth():
