@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tokenprune import cost
-from tokenprune.api import adapter_for, applied
+from tokenprune.api import adapter_for, applied, plan_for
 from tokenprune.base import Pruner
 from tokenprune.evals.config import NONE, Point, RunConfig, digest
 from tokenprune.evals.models import LoadedModel
@@ -22,7 +22,6 @@ from tokenprune.evals.tasks import Sample, Task, drawn_samples
 from tokenprune.handle import Handle
 from tokenprune.signals import VISION_SIGNALS, Signal, Tower
 from tokenprune.spec import make_method, parse_method
-from tokenprune.stages import Stage
 
 SAMPLE_KEY = ("settings", "point", "sample_id")
 
@@ -109,28 +108,25 @@ class SharedTower:
     def __init__(self, loaded: LoadedModel, points: list[Point], seed: int) -> None:
         self._model = loaded.model
         self._adapter = adapter_for(loaded.model)
-        self._seed = seed
+        self._stages = {
+            point.key: plan_for(self._adapter, parse_method(method_of(point, seed), point.keep))
+            for point in points
+            if point.method != NONE
+        }
         self.possible = "mm_encoder_outputs" in inspect.signature(loaded.model.forward).parameters
         signals = [
             signal
             for point in points
             if self.covers(point)
-            for stage in self._stages(point)
+            for stage in self._stages.get(point.key, ())
             for signal in stage.signals(self._adapter.tower)
             if signal.name in VISION_SIGNALS
         ]
         self._recorder = _Recorder(wanted=tuple(dict.fromkeys(signals)))
 
-    def _stages(self, point: Point) -> tuple[Stage, ...]:
-        if point.method == NONE:
-            return ()
-        adapter = self._adapter
-        policy = "keep" if adapter.mrope else None
-        return parse_method(method_of(point, self._seed), point.keep).plan(adapter.depths, adapter.num_tokens, policy)
-
     def covers(self, point: Point) -> bool:
         """Whether the point cuts behind the tower only."""
-        return all(stage.place in ("input", "layer") for stage in self._stages(point))
+        return all(stage.place in ("input", "layer") for stage in self._stages.get(point.key, ()))
 
     def encode(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The same inputs with features in place of pixels."""

@@ -7,21 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _tiny import EOS, IMAGE, PAD, prompts, tiny_llava
+from _tiny import IMAGE, PAD, TEXT, prompts, tiny_llava
 
 VIDEO, START, END = 6, 3, 4
-_TEXT = {
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "max_position_embeddings": 512,
-    "pad_token_id": PAD,
-    "bos_token_id": 2,
-    "eos_token_id": EOS,
-}
 
 
 def _loud(model: Any) -> Any:
@@ -53,7 +41,7 @@ def llava_next(attention: str = "sdpa", seed: int = 0) -> Any:
     from transformers import LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
     config = LlavaNextConfig(
-        vision_config=_clip(), text_config=LlamaConfig(**_TEXT), image_token_index=IMAGE,
+        vision_config=_clip(), text_config=LlamaConfig(**TEXT), image_token_index=IMAGE,
         image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]], vision_feature_layer=-2,
     )  # fmt: skip
     return _build(LlavaNextForConditionalGeneration, config, attention, seed)
@@ -63,7 +51,7 @@ def llava_next_video(attention: str = "sdpa", seed: int = 0) -> Any:
     from transformers import LlamaConfig, LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
 
     config = LlavaNextVideoConfig(
-        vision_config=_clip(), text_config=LlamaConfig(**_TEXT), image_token_index=IMAGE, video_token_index=VIDEO,
+        vision_config=_clip(), text_config=LlamaConfig(**TEXT), image_token_index=IMAGE, video_token_index=VIDEO,
         image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]], vision_feature_layer=-2, spatial_pool_mode="average",
         spatial_pool_stride=2,
     )  # fmt: skip
@@ -82,7 +70,7 @@ def llava_onevision(attention: str = "sdpa", seed: int = 0) -> Any:
         hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=28, patch_size=7
     )
     config = LlavaOnevisionConfig(
-        vision_config=vision, text_config=Qwen2Config(**_TEXT), image_token_index=IMAGE, video_token_index=VIDEO,
+        vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_index=IMAGE, video_token_index=VIDEO,
         image_grid_pinpoints=[[28, 56], [56, 28], [56, 56], [84, 84]], vision_aspect_ratio="anyres_max_4",
     )  # fmt: skip
     return _build(LlavaOnevisionForConditionalGeneration, config, attention, seed)
@@ -102,7 +90,7 @@ def qwen2_vl(attention: str = "sdpa", seed: int = 0) -> Any:
 
     vision = {"depth": 3, "embed_dim": 32, "hidden_size": 48, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
-    config = Qwen2VLConfig(vision_config=vision, text_config={**_TEXT, "rope_parameters": rope}, **_qwen_ids())
+    config = Qwen2VLConfig(vision_config=vision, text_config={**TEXT, "rope_parameters": rope}, **_qwen_ids())
     return _build(Qwen2VLForConditionalGeneration, config, attention, seed)
 
 
@@ -114,7 +102,7 @@ def qwen2_5_vl(attention: str = "sdpa", seed: int = 0) -> Any:
         "window_size": 16, "fullatt_block_indexes": [1],
     }  # fmt: skip
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
-    config = Qwen2_5_VLConfig(vision_config=vision, text_config={**_TEXT, "rope_parameters": rope}, **_qwen_ids())
+    config = Qwen2_5_VLConfig(vision_config=vision, text_config={**TEXT, "rope_parameters": rope}, **_qwen_ids())
     return _build(Qwen2_5_VLForConditionalGeneration, config, attention, seed)
 
 
@@ -126,7 +114,7 @@ def qwen3_vl(attention: str = "sdpa", seed: int = 0) -> Any:
         "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
     }  # fmt: skip
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2], "mrope_interleaved": True}
-    text = {**_TEXT, "head_dim": 12, "rope_parameters": rope}
+    text = {**TEXT, "head_dim": 12, "rope_parameters": rope}
     config = Qwen3VLConfig(vision_config=vision, text_config=text, **_qwen_ids())
     return _build(Qwen3VLForConditionalGeneration, config, attention, seed)
 
@@ -138,7 +126,7 @@ def internvl(attention: str = "sdpa", seed: int = 0) -> Any:
         hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=[48, 48],
         patch_size=[4, 4], layer_scale_init_value=1.0,
     )  # fmt: skip
-    config = InternVLConfig(vision_config=vision, text_config=Qwen2Config(**_TEXT), image_token_id=IMAGE)
+    config = InternVLConfig(vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_id=IMAGE)
     return _build(InternVLForConditionalGeneration, config, attention, seed)
 
 
@@ -149,7 +137,7 @@ def smolvlm(attention: str = "sdpa", seed: int = 0) -> Any:
         hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=48, patch_size=4
     )
     config = SmolVLMConfig(
-        vision_config=vision, text_config=LlamaConfig(**_TEXT), image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD
+        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD
     )
     return _build(SmolVLMForConditionalGeneration, config, attention, seed)
 

@@ -11,6 +11,21 @@ GRID = (6, 6)
 PATCHES = GRID[0] * GRID[1]
 
 
+TEXT = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "bos_token_id": 2,
+    "eos_token_id": EOS,
+}
+"""Sizes of every tiny decoder: grouped queries, four layers."""
+
+
 def tiny_llava(seed: int = 0, attention: str = "sdpa", layers: int = 4, vision_layers: int = 4, **text: Any) -> Any:
     """A LLaVA-1.5 with a 6 x 6 CLIP tower and a grouped-query Llama decoder; weights so large that logits differ."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -24,21 +39,9 @@ def tiny_llava(seed: int = 0, attention: str = "sdpa", layers: int = 4, vision_l
         image_size=42,
         patch_size=7,
     )
-    options = {
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 64,
-        "max_position_embeddings": 512,
-        "pad_token_id": PAD,
-        "bos_token_id": 2,
-        "eos_token_id": EOS,
-    }
     config = LlavaConfig(
         vision_config=vision,
-        text_config=LlamaConfig(**{**options, **text}),
+        text_config=LlamaConfig(**{**TEXT, "num_hidden_layers": layers, **text}),
         image_token_index=IMAGE,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",

@@ -12,7 +12,8 @@ from tokenprune.engine import Engine
 from tokenprune.handle import Handle
 from tokenprune.ledger import Ledger
 from tokenprune.registry import MODELS, near
-from tokenprune.spec import parse_method
+from tokenprune.spec import Spec, parse_method
+from tokenprune.stages import Stage
 
 _applied: weakref.WeakKeyDictionary[Any, Handle] = weakref.WeakKeyDictionary()
 
@@ -33,6 +34,15 @@ def adapter_for(model: Any) -> Adapter:
         f"No adapter covers a {names[0]}.{near(names[0], supported)} Supported classes: {', '.join(supported)}. "
         "To add a family, write one file in adapters/ (see CONTRIBUTING.md)."
     )
+
+
+def plan_for(adapter: Adapter, spec: Spec) -> tuple[Stage, ...]:
+    """The stages of a method on a model; with M-RoPE, methods that were not told otherwise keep positions.
+
+    Raises:
+        ValueError: see `Spec.plan`.
+    """
+    return spec.plan(adapter.depths, adapter.num_tokens, "keep" if adapter.mrope else None)
 
 
 def apply(
@@ -64,7 +74,7 @@ def apply(
         raise ValueError(f"{present!r} is at work on this model already; call its remove() first.")
     adapter = adapter_for(model)
     spec = parse_method(method, keep, average, **options)
-    stages = spec.plan(adapter.depths, adapter.num_tokens, "keep" if adapter.mrope else None)
+    stages = plan_for(adapter, spec)
     if adapter.mrope and any(stage.pruner.positions == "compact" for stage in stages):
         raise ValueError(
             f"positions='compact' has no meaning for {type(model).__name__}: its positions are 3-D ids (M-RoPE), of "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenprune.base import Pruner, View
+from tokenprune.base import View
 from tokenprune.layout import Raster
 from tokenprune.selection import Selection
 from tokenprune.signals import Signal, Tower
@@ -86,7 +86,7 @@ def choose(stage: Stage, tower: Tower, asked: Sequence[Asked]) -> tuple[list[Ans
         width = view.features.shape[-1]
         flops += pruner.flops(len(items), view.num_tokens, width, selection.indices.shape[1], tower)
         for row, member in enumerate(members):
-            answers[member] = _answer(selection, row, view.num_tokens, pruner)
+            answers[member] = _answer(selection, row, view.num_tokens)
     return answers, flops
 
 
@@ -117,7 +117,7 @@ def _present(tokens: Tensor | None) -> Tensor:
     return tokens
 
 
-def _answer(selection: Selection, row: int, num_tokens: int, pruner: Pruner) -> Answer | None:
+def _answer(selection: Selection, row: int, num_tokens: int) -> Answer | None:
     count = selection.indices.shape[1] if selection.counts is None else selection.counts[row]
     carry = {name: values[row] for name, values in (selection.carry or {}).items()}
     if count == num_tokens and selection.features is None and not carry:

@@ -19,7 +19,7 @@ Lengths are lists with one entry per decoder layer, because a method may drop to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,7 @@ def vision_flops(shape: ModelShape, images: int = 1, patches: int | None = None,
     """
     patches = shape.image_patches if patches is None else patches
     blocks = shape.vision_blocks_run if blocks is None else blocks
-    n, d = patches + int(shape.has_cls), shape.vision_hidden
-    embed = 2 * patches * shape.channels * shape.patch**2 * d
-    matrices = 3 if shape.vision_gated else 2
-    block = 8 * n * d * d + 4 * n * n * d + 2 * matrices * n * d * shape.vision_mlp
-    return images * (embed + blocks * block)
+    return images * tower_flops(replace(shape, vision_blocks_run=blocks), [patches])
 
 
 def tower_flops(

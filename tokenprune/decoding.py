@@ -36,10 +36,9 @@ class DecoderPass:
         self.adapter, self.before, self.past, self.length = adapter, before, past, length
         self.batch_size, self.device = batch_size, device
         self.compaction: Compaction | None = None  # of the whole pass so far
-        self.real: Tensor | None = (
-            None  # [B, P] bool, False at padding that cuts of this pass made; None: there is none
-        )
-        self.attended: Tensor | None = None  # [B, P] bool, False at any padding; None: there is none
+        # [B, P] bool, None where there is no padding: False at padding that cuts of this pass made, and at any padding
+        self.real: Tensor | None = None
+        self.attended: Tensor | None = None
         self.index: Tensor | None = None  # [B, P] of the base, None: the base itself
         self.closed: Tensor | int = 0  # [B, P] what positions shrink by since the base
         self.shift: Tensor | None = None  # [B] what later positions shrink by, of this pass alone

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tokenprune import cost
 from tokenprune.adapters._base import Adapter
-from tokenprune.prompt import Prompt
+from tokenprune.prompt import Cut, Prompt
 from tokenprune.recording import TowerWork
 from tokenprune.stages import Stage
 
@@ -98,7 +98,7 @@ def make_report(prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Ad
     layout = prompt.layout
     lengths = prompt.lengths or [layout.length] * layout.batch_size
     whole = sum(span.num_tokens for span in layout.spans)
-    by_layer = _by_layer(prompt, lengths, whole, shape.layers)
+    by_layer = _by_layer(prompt, lengths, shape.layers)
     plain = [TowerWork(work.plain or work.grids, left=_cells(work.plain or work.grids)) for work in prompt.tower]
     itemsize = adapter.model.dtype.itemsize
     kept = by_layer[-1][0]
@@ -127,9 +127,7 @@ def make_report(prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Ad
 def visual_by_layer(prompt: Prompt, layers: int) -> list[list[int]]:
     """For each sample, its visual tokens in every decoder layer."""
     counts = [span.num_tokens for span in prompt.layout.spans]
-    cuts = {}
-    for cut in prompt.cuts:
-        cuts[int(cut.site.partition(":")[2]) if cut.site.startswith("layer:") else 0] = cut.counts
+    cuts = {_first_layer(cut): cut.counts for cut in prompt.cuts}
     rows: list[list[int]] = [[] for _ in range(prompt.layout.batch_size)]
     for layer in range(layers):
         counts = cuts.get(layer, counts)
@@ -138,19 +136,22 @@ def visual_by_layer(prompt: Prompt, layers: int) -> list[list[int]]:
     return rows
 
 
-def _by_layer(prompt: Prompt, lengths: list[int], whole: int, layers: int) -> list[tuple[int, list[int]]]:
+def _by_layer(prompt: Prompt, lengths: list[int], layers: int) -> list[tuple[int, list[int]]]:
     """Visual tokens of the batch and attended tokens of each row, in every decoder layer."""
     found: list[tuple[int, list[int]]] = []
-    visual, rows = whole, list(lengths)
-    cuts = {int(cut.site.partition(":")[2]): cut for cut in prompt.cuts if cut.site.startswith("layer:")}
-    for cut in prompt.cuts:
-        if not cut.site.startswith("layer:"):
-            visual, rows = sum(cut.counts), list(cut.lengths)
+    rows = list(lengths)
+    cuts = {_first_layer(cut): cut for cut in prompt.cuts}
+    visual = visual_by_layer(prompt, layers)
     for layer in range(layers):
         if layer in cuts:
-            visual, rows = sum(cuts[layer].counts), list(cuts[layer].lengths)
-        found.append((visual, rows))
+            rows = list(cuts[layer].lengths)
+        found.append((sum(own[layer] for own in visual), rows))
     return found
+
+
+def _first_layer(cut: Cut) -> int:
+    """The decoder layer from which on a cut is felt."""
+    return int(cut.site.partition(":")[2]) if cut.site.startswith("layer:") else 0
 
 
 def _by_row(by_layer: Sequence[tuple[int, list[int]]]) -> list[list[int]]:

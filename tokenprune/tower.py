@@ -61,8 +61,8 @@ class TowerRun:
     Pictures are the crops of all visuals in tower order. `alive[p]` says which cells of picture p are left.
     """
 
-    def __init__(self, recording: Recording, stages: Sequence[Stage], watch_tower: TowerWatch) -> None:
-        self.recording, self.stages, self._owner = recording, stages, watch_tower
+    def __init__(self, recording: Recording, owner: TowerWatch) -> None:
+        self.recording, self._owner = recording, owner
         self.grids = [grid for visual in recording.visuals for grid in visual.tower_grids]
         self.visual_of = [v for v, visual in enumerate(recording.visuals) for _ in visual.tower_grids]
         self.counts = [rows * cols for rows, cols in self.grids]
@@ -163,11 +163,8 @@ class TowerRun:
             ]
         if all(alive is None for alive in self.alive):
             return
-        recording.patches, recording.first_short, recording.left = (
-            self.patches,
-            self.first_short,
-            self._owner.adapter.vision.computed(self.counts),
-        )
+        recording.patches, recording.first_short = self.patches, self.first_short
+        recording.left = self._owner.adapter.vision.computed(self.counts)
         for row, pictures in enumerate(by_visual):
             recording.kept[row] = self._survivors(recording.visuals[row], pictures)
 
@@ -304,7 +301,7 @@ class TowerWatch:
                     "from several places there (interpolated or pooled). Use a method that cuts at 'input' or at a "
                     "layer."
                 )
-            self._run = TowerRun(recording, cuts, self)
+            self._run = TowerRun(recording, self)
             try:
                 if self._shrink is not None:
                     output = self._small(kind, original, call, recording)
