@@ -33,10 +33,10 @@ class LoadedModel:
     processor: Any
     fingerprint: str
 
-    def prompt(self, question: str) -> str:
-        """The text of one turn with one image: the processor's chat template, or the LLaVA-1.5 form without one."""
+    def prompt(self, question: str, kind: str = "image") -> str:
+        """The text of one turn with one image (or, `kind` "video", one video): the processor's chat template, or the LLaVA-1.5 form without one."""
         if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}, {"type": "text", "text": question}]
+            content = [{"type": kind}, {"type": "text", "text": question}]
             text = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
             )
@@ -48,13 +48,20 @@ class LoadedModel:
             return text.removeprefix(bos) if doubled else text
         return PLAIN_PROMPT.format(question=question)
 
-    def inputs(self, questions: list[str], images: list[Image]) -> Any:
-        """Processor output for a batch with one image each, left padded, on the model's device and in its dtype."""
+    def inputs(self, questions: list[str], images: list[Image | list[Image]]) -> Any:
+        """Processor output for a batch with one image, or one video (its frames), each.
+
+        Left padded, on the model's device and in its dtype.
+        """
+        kinds = ["video" if isinstance(image, list) else "image" for image in images]
+        pictures = [image.convert("RGB") for image in images if not isinstance(image, list)]
+        videos = [[frame.convert("RGB") for frame in image] for image in images if isinstance(image, list)]
         batch = self.processor(
-            images=[image.convert("RGB") for image in images],
-            text=[self.prompt(question) for question in questions],
+            text=[self.prompt(question, kind) for question, kind in zip(questions, kinds)],
             padding=True,
             return_tensors="pt",
+            **({"images": pictures} if pictures else {}),
+            **({"videos": videos} if videos else {}),
         )
         return batch.to(self.model.device, dtype=self.model.dtype)
 
@@ -103,12 +110,14 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None) -> 
     source = model_source(name)
     check_dtype(dtype)
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
+
+    from tokenprune.evals.processing import load_processor
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, dtype))
     model = model.to(device).eval()
-    processor = AutoProcessor.from_pretrained(source)
+    processor = load_processor(source)
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:

@@ -1,7 +1,7 @@
 """What a model is asked: tasks by name, their samples, and when an answer is right.
 
-A task is a `Task`. `pocket` and its families (`pocket:count`) are built in. Another one joins as a YAML file whose path
-is given in place of a name:
+A task is a `Task`. `pocket`, `pocket-mixed` (pictures of several sizes and short videos) and their families
+(`pocket:count`) are built in. Another one joins as a YAML file whose path is given in place of a name:
 
     name: my_task                 # shown in tables
     data: questions.parquet       # parquet or jsonl beside this file, or the id of a hub dataset
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Kept here beside evals.pocket so that `tokenprune ls tasks` imports no torch.
 POCKET_FAMILIES = ("exist", "attribute", "count", "relation", "read", "global", "easy_vqa")
+_SUITES = {"pocket": POCKET_FAMILIES, "pocket-mixed": (*POCKET_FAMILIES, "video")}
 POCKET_FRAME = 336  # pixels: side of the square in which the pocket suite gives its boxes
 _KEYS = ("name", "data", "split", "columns", "match", "max_new_tokens")
 _COLUMNS = ("image", "question", "answer", "family", "id", "boxes")
@@ -33,10 +34,11 @@ _COLUMNS = ("image", "question", "answer", "family", "id", "boxes")
 
 @dataclass
 class Sample:
-    """One question on one image.
+    """One question on one picture or video.
 
     Attributes:
         sample_id: unique within its task.
+        image: the picture, or the frames of a video.
         answer: the reference, or a list of accepted ones.
         family: what accuracy is also reported by.
         boxes: what suffices for the answer, each (x0, y0, x1, y1) in fractions 0..1 of the image; None if not known.
@@ -46,7 +48,7 @@ class Sample:
     family: str
     question: str
     answer: Any
-    image: Image
+    image: Image | list[Image]
     boxes: list[list[float]] | None = None
 
 
@@ -90,7 +92,12 @@ def drawn_samples(task: Task, wanted: int, limit: int | None) -> list[int]:
 
 def task_names() -> list[str]:
     """Names of the built-in tasks; imports nothing heavy."""
-    return ["pocket", *(f"pocket:{family}" for family in POCKET_FAMILIES)]
+    return [name for suite, families in _SUITES.items() for name in (suite, *(f"{suite}:{f}" for f in families))]
+
+
+def default_task(model: str) -> str:
+    """The suite that a pocket model was made for; "pocket" for any other model."""
+    return "pocket-mixed" if model == "pocket-qwen" else "pocket"
 
 
 def check_task(name: str) -> None:
@@ -109,7 +116,7 @@ def load_task(name: str) -> Task:
     check_task(name)
     if name.endswith((".yaml", ".yml")):
         return _file_task(Path(name))
-    return _pocket_task(name)
+    return _mixed_task(name) if name.startswith("pocket-mixed") else _pocket_task(name)
 
 
 def cut_short(names: list[str], limit: int | None) -> bool:
@@ -141,6 +148,31 @@ def _pocket_task(name: str) -> Task:
 
     families = (family,) if family else POCKET_FAMILIES
     return Task(name, len(data), load, score, max_new_tokens=8, families=families, has_boxes=True)
+
+
+def _mixed_task(name: str) -> Task:
+    from tokenprune.evals.pocket import suite
+    from tokenprune.evals.pocket.qwen import suite as mixed
+
+    family = name.partition(":")[2]
+    rows = [row for row in mixed.load_rows() if family in ("", row["family"])]
+
+    def load(start: int, stop: int) -> Iterator[Sample]:
+        for row in rows[start:stop]:
+            yield Sample(
+                sample_id=row["sample_id"],
+                family=row["family"],
+                question=row["question"],
+                answer=row["answer"],
+                image=mixed.decode(row["image"]),
+                boxes=row["boxes"],
+            )
+
+    def score(prediction: str, answer: Any) -> float:
+        return float(suite.answer_matches(prediction, answer))
+
+    families = (family,) if family else _SUITES["pocket-mixed"]
+    return Task(name, len(rows), load, score, max_new_tokens=8, families=families, has_boxes=True)
 
 
 def normalise(text: str) -> str:

@@ -38,8 +38,12 @@ _CHAT = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every word of the templates is one token, and a sign is spelled symbol by symbol."""
+def build_tokenizer(more_words: tuple[str, ...] = (), markers: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which every word of the templates is one token, and a sign is spelled symbol by symbol.
+
+    ``more_words``: whole words beside those of the still pictures' questions; ``markers``: special tokens of another
+    family, the last of which but one stands for an image.
+    """
     words = [*SHAPES, *COLOURS, *PATTERNS, *SIDES, *PLURALS.values(), *EASY_SHAPES, *EASY_COLOURS, "yes", "no"]
     words += [
         "is",
@@ -63,7 +67,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         "say",
         "background",
     ]
-    words += ["pattern", "shape", "color", "image", "contain", "not", "in", "present"]
+    words += ["pattern", "shape", "color", "image", "contain", "not", "in", "present", *more_words]
     texts = [text for word in dict.fromkeys(words) for text in (word, " " + word)] + [f" {n}" for n in range(10)]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -73,6 +77,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<pad>", "<s>", "</s>", "<image>"],
     )  # fmt: skip
     core.train_from_iterator(texts, trainer)
+    core.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in markers])
     # whole tokens, so that no merge of capital letters is ever learnt: those belong to the signs
     core.add_tokens([AddedToken(name, normalized=False, special=False) for name in ("USER:", "ASSISTANT:")])
     core.post_processor = processors.TemplateProcessing(
@@ -80,7 +85,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left",
-        extra_special_tokens={"image_token": "<image>"}, clean_up_tokenization_spaces=False, model_max_length=2048,
+        extra_special_tokens={"image_token": markers[-2] if markers else "<image>"}, clean_up_tokenization_spaces=False, model_max_length=2048,
     )  # fmt: skip
 
 

@@ -123,8 +123,8 @@ def kept_patches(scenes: list[Scene | None], share: float, rng: np.random.Genera
     for scene in scenes:
         if scene is None:
             continue
-        total = (scene.size // PATCH) ** 2
-        fore = np.zeros((scene.size // PATCH,) * 2, bool)
+        fore = np.zeros((scene.height // PATCH, scene.width // PATCH), bool)
+        total = fore.size
         for box in [t.box for t in scene.things] + ([scene.sign_box] if scene.sign_box else []):
             x0, y0, x1, y1 = box
             fore[y0 // PATCH : (y1 - 1) // PATCH + 1, x0 // PATCH : (x1 - 1) // PATCH + 1] = True

@@ -115,7 +115,7 @@ def _read(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def _global(scene: Scene, rng: random.Random) -> Question:
-    whole = (0.0, 0.0, float(scene.size), float(scene.size))
+    whole = (0.0, 0.0, float(scene.width), float(scene.height))
     return Question("global", "what is the background pattern?", scene.pattern, (whole,))
 
 

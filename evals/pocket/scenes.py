@@ -65,12 +65,13 @@ class Thing:
 class Scene:
     """A rendered scene.
 
-    ``image`` is [size, size, 3] uint8. ``owner`` is [size, size] uint8: 0 background, 1 + i the i-th thing,
+    ``image`` is [height, width, 3] uint8. ``owner`` is [height, width] uint8: 0 background, 1 + i the i-th thing,
     200 + j the cell of the sign's j-th symbol, 250 the rest of the sign's plate.
     """
 
     seed: int
-    size: int
+    width: int
+    height: int
     pattern: str
     things: list[Thing]
     sign: str | None
@@ -79,30 +80,47 @@ class Scene:
     owner: np.ndarray = field(repr=False)
 
 
-def make_scene(seed: int, size: int = SIZE, objects: tuple[int, int] = (5, 9), sign_share: float = 1.0) -> Scene:
-    """Draw the scene of ``seed``: between ``objects`` things (ends included), a sign in ``sign_share`` of scenes."""
+def make_scene(
+    seed: int, size: int | tuple[int, int] = SIZE, objects: tuple[int, int] = (5, 9), sign_share: float = 1.0
+) -> Scene:
+    """Draw the scene of ``seed``: between ``objects`` things (ends included), a sign in ``sign_share`` of scenes.
+
+    ``size``: pixels a side, or (width, height).
+    """
     rng = random.Random(seed)
+    width, height = (size, size) if isinstance(size, int) else size
     pattern = rng.choice(PATTERNS)
     while True:
         wanted = _pick_things(rng, rng.randint(*objects))
         text = "".join(rng.choices(SYMBOLS, k=SIGN_LENGTH)) if rng.random() < sign_share else None
         extents = [_extent(shape, rng.randint(20, 30)) for shape, _ in wanted]
-        boxes = _place(rng, size, ([_SIGN_SIZE] if text else []) + extents)
+        boxes = _place(rng, width, height, ([_SIGN_SIZE] if text else []) + extents)
         if boxes is not None:
             break
-    image = Image.fromarray(_background(rng, pattern, size))
-    owner = Image.new("L", (size, size), 0)
-    draw, mark = ImageDraw.Draw(image), ImageDraw.Draw(owner)
+    background = _background(rng, pattern, width, height)
     sign_box = boxes.pop(0) if text else None
     things = [Thing(shape, colour, box) for (shape, colour), box in zip(wanted, boxes, strict=True)]
-    for i, thing in enumerate(things):
-        rgb = tuple(min(255, max(0, c + rng.randint(-10, 10))) for c in _RGB[thing.colour])
-        _draw_shape(draw, thing, rgb)
-        _draw_shape(mark, thing, i + 1)
-    pixels, owners = np.array(image), np.array(owner)
+    pixels, owners = draw_things(background, things, [paint(rng, thing.colour) for thing in things])
     if text and sign_box:
         _draw_sign(pixels, owners, text, sign_box)
-    return Scene(seed, size, pattern, things, text, sign_box, pixels, owners)
+    return Scene(seed, width, height, pattern, things, text, sign_box, pixels, owners)
+
+
+def paint(rng: random.Random, colour: str) -> tuple[int, ...]:
+    """(red, green, blue) of a thing: no two things of one colour are painted quite alike."""
+    return tuple(min(255, max(0, c + rng.randint(-10, 10))) for c in _RGB[colour])
+
+
+def draw_things(
+    background: np.ndarray, things: list[Thing], paints: list[tuple[int, ...]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """``background`` [height, width, 3] with ``things`` on it, and whose each pixel is, [height, width] uint8."""
+    image, owner = Image.fromarray(background), Image.new("L", background.shape[1::-1], 0)
+    draw, mark = ImageDraw.Draw(image), ImageDraw.Draw(owner)
+    for i, (thing, rgb) in enumerate(zip(things, paints, strict=True)):
+        _draw_shape(draw, thing, rgb)
+        _draw_shape(mark, thing, i + 1)
+    return np.array(image), np.array(owner)
 
 
 def _pick_things(rng: random.Random, n: int) -> list[tuple[str, str]]:
@@ -132,12 +150,12 @@ def _extent(shape: str, side: int) -> tuple[int, int]:
     return (side, thin) if shape == "bar" else (thin, side) if shape == "pole" else (side, side)
 
 
-def _place(rng: random.Random, size: int, extents: list[tuple[int, int]], gap: int = 5):
+def _place(rng: random.Random, across: int, down: int, extents: list[tuple[int, int]], gap: int = 5):
     """Non-overlapping boxes for ``extents`` (width, height), at any pixel; None if it does not fit."""
     boxes: list[tuple[int, int, int, int]] = []
     for width, height in extents:
         for _ in range(60):
-            x, y = rng.randint(2, size - width - 2), rng.randint(2, size - height - 2)
+            x, y = rng.randint(2, across - width - 2), rng.randint(2, down - height - 2)
             if all(
                 x >= b[2] + gap or b[0] >= x + width + gap or y >= b[3] + gap or b[1] >= y + height + gap for b in boxes
             ):
@@ -148,17 +166,17 @@ def _place(rng: random.Random, size: int, extents: list[tuple[int, int]], gap: i
     return boxes
 
 
-def _background(rng: random.Random, pattern: str, size: int) -> np.ndarray:
-    """[size, size, 3] uint8: two muted tones in bands wider than a patch, with specks of a third tone."""
+def _background(rng: random.Random, pattern: str, width: int, height: int) -> np.ndarray:
+    """[height, width, 3] uint8: two muted tones in bands wider than a patch, with specks of a third tone."""
     grey = rng.randint(70, 185)
     base = [grey + rng.randint(-8, 8) for _ in range(3)]
     step, speck = rng.randint(22, 35) * rng.choice((-1, 1)), rng.randint(-60, 60)
     tones = np.clip([[c + d for c in base] for d in (0, step, speck)], 0, 255).astype(np.uint8)
     period, dx, dy = rng.randint(26, 48), rng.randrange(200), rng.randrange(200)
-    line = np.arange(2 * size)
-    x, y = line[:size] + dx, line[:size] + dy
+    line = np.arange(width + height)
+    x, y = line[:width] + dx, line[:height] + dy
     across, down = (x // period % 2).astype(np.uint8)[None, :], (y // period % 2).astype(np.uint8)[:, None]
-    index = np.zeros((size, size), np.uint8)
+    index = np.zeros((height, width), np.uint8)
     if pattern == "rows":
         index |= down
     elif pattern == "columns":
@@ -167,12 +185,12 @@ def _background(rng: random.Random, pattern: str, size: int) -> np.ndarray:
         index = across ^ down
     elif pattern == "diagonals":
         bands = ((line + dx) // period % 2).astype(np.uint8)
-        index = np.lib.stride_tricks.sliding_window_view(bands, size)[:size].copy()
+        index = np.lib.stride_tricks.sliding_window_view(bands, width)[:height].copy()
     elif pattern == "spots":
         squares = [((v % period - period / 2) ** 2).astype(np.float32) for v in (x, y)]
         index = (squares[0][None, :] + squares[1][:, None] < (0.34 * period) ** 2).astype(np.uint8)
-    for _ in range(int(rng.randint(20, 60) * (size / SIZE) ** 2)):
-        sx, sy, w, h = rng.randrange(size - 6), rng.randrange(size - 6), rng.randint(2, 5), rng.randint(2, 5)
+    for _ in range(int(rng.randint(20, 60) * (width * height / SIZE**2))):
+        sx, sy, w, h = rng.randrange(width - 6), rng.randrange(height - 6), rng.randint(2, 5), rng.randint(2, 5)
         index[sy : sy + h, sx : sx + w] = 2
     return tones[index]
 

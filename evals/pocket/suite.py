@@ -95,7 +95,9 @@ def png(image: np.ndarray) -> bytes:
     """[H, W, 3] uint8 -> PNG bytes, with a palette where 256 colours hold the picture exactly."""
     picture = PILImage.fromarray(image)
     if picture.getcolors(256) is not None:
-        colours, index = np.unique(image.reshape(-1, 3), axis=0, return_inverse=True)
+        packed = image.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+        codes, index = np.unique(packed, return_inverse=True)
+        colours = codes[:, None] >> np.array([16, 8, 0], np.uint32) & 255
         picture = PILImage.fromarray(index.reshape(image.shape[:2]).astype(np.uint8), "P")
         picture.putpalette(colours.astype(np.uint8).tobytes())
     buffer = io.BytesIO()

@@ -135,27 +135,27 @@ class Heads(nn.Module):
 
 def patch_targets(scene: Scene) -> dict[str, np.ndarray]:
     """What each patch (raster order, N of them) shows, from the pixels that each thing owns; -1 means "do not ask"."""
-    side = scene.size // PATCH
-    cells = scene.owner.reshape(side, PATCH, side, PATCH).transpose(0, 2, 1, 3).reshape(side * side, -1)
+    side, rows = scene.width // PATCH, scene.height // PATCH
+    cells = scene.owner.reshape(rows, PATCH, side, PATCH).transpose(0, 2, 1, 3).reshape(rows * side, -1)
     n = len(scene.things)
-    shape = np.full(side * side, len(SHAPES), np.int64)
-    colour = np.full(side * side, len(COLOURS), np.int64)
-    best = np.zeros(side * side, np.int64)
+    shape = np.full(rows * side, len(SHAPES), np.int64)
+    colour = np.full(rows * side, len(COLOURS), np.int64)
+    best = np.zeros(rows * side, np.int64)
     for i, thing in enumerate(scene.things):
         seen = (cells == i + 1).sum(1)
         take = (seen > best) & (seen >= 10)
         # a sliver shows its colour and not its shape: do not ask a patch for what its neighbourhood must tell too early
         shape[take], colour[take] = SHAPES.index(thing.shape), COLOURS.index(thing.colour)
         best = np.maximum(best, seen)
-    sign = np.full((side * side, SIGN_LENGTH), len(SYMBOLS), np.int64)
+    sign = np.full((rows * side, SIGN_LENGTH), len(SYMBOLS), np.int64)
     for j, symbol in enumerate(scene.sign or ""):
         sign[(cells == 200 + j).sum(1) >= 56, j] = SYMBOLS.index(symbol)
-    centre = np.zeros(side * side, np.float32)
+    centre = np.zeros(rows * side, np.float32)
     for thing in scene.things:
         x, y = thing.centre
         centre[int(y) // PATCH * side + int(x) // PATCH] = 1
-    middle = np.zeros((side * side, 3), np.float32)  # from the patch's centre to its object's, and the object's side
-    y0, x0 = np.divmod(np.arange(side * side), side)
+    middle = np.zeros((rows * side, 3), np.float32)  # from the patch's centre to its object's, and the object's side
+    y0, x0 = np.divmod(np.arange(rows * side), side)
     for i, thing in enumerate(scene.things):
         mine = (cells == i + 1).sum(1) >= 10
         x, y = thing.centre
@@ -164,7 +164,7 @@ def patch_targets(scene: Scene) -> dict[str, np.ndarray]:
         middle[mine, 2] = (max(thing.box[2] - thing.box[0], thing.box[3] - thing.box[1]) - 25) / 5
     solid = (cells > 0) & (cells < 200)
     half = PATCH // _MASK
-    mask = solid.reshape(-1, _MASK, half, _MASK, half).mean((2, 4), dtype=np.float32).reshape(side * side, -1)
+    mask = solid.reshape(-1, _MASK, half, _MASK, half).mean((2, 4), dtype=np.float32).reshape(rows * side, -1)
     text = [SYMBOLS.index(s) for s in scene.sign] if scene.sign else [len(SYMBOLS)] * SIGN_LENGTH
     combos = np.zeros(_N_COMBOS, np.float32)
     for t in scene.things:

@@ -1,0 +1,132 @@
+"""How pocket-qwen is put together: tokenizer, the stock Qwen2.5-VL classes at pocket size, and the export."""
+
+from __future__ import annotations
+
+# layers of transformers models are untyped modules to pyright, and the recipe handles nothing else
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+import json
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from tokenprune.evals.pocket import model as llava
+from tokenprune.evals.pocket.vision import IMAGE_MEAN, IMAGE_STD
+
+MODEL_DIR = Path(__file__).parents[1] / "models" / "pocket-qwen"
+TEACHER_DIR = llava.MODEL_DIR
+SCALE = 2  # a scene is drawn at twice the size that pocket-llava sees, so a merged token shows what a patch shows there
+TOKEN = 28  # pixels a side of a merged token: patch 14, merged 2 x 2
+MROPE = [2, 4, 26]  # rotary pairs of time, height and width; see `transfer.place_layer`
+START, END, IMAGE, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
+NEW_WORDS = ("way", "that", "move", "moves", "up", "down")
+_CHAT = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}USER:{% else %}ASSISTANT: {% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '" + START + IMAGE + END + "' }}"
+    "{% elif part['type'] == 'video' %}{{ '" + START + VIDEO + END + "' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{% if message['role'] == 'user' %}{{ ' ' }}{% else %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@lru_cache(maxsize=1)
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """pocket-llava's tokenizer with the words of the video questions and Qwen's markers."""
+    return llava.build_tokenizer(NEW_WORDS, (START, END, IMAGE, VIDEO))
+
+
+def build_config() -> Qwen2_5_VLConfig:
+    """A windowed tower of 5 x 128 with full attention in blocks 1 and 3, and a decoder of 7 x 256."""
+    ids = build_tokenizer().convert_tokens_to_ids
+    pad, bos, eos = ids(["<pad>", "<s>", "</s>"])
+    vision = {
+        "depth": 5, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 256,
+        "window_size": 112, "fullatt_block_indexes": [1, 3], "tokens_per_second": 2,
+    }  # fmt: skip
+    text = {
+        "vocab_size": (len(build_tokenizer()) + 15) // 16 * 16, "hidden_size": 256, "intermediate_size": 576,
+        "num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": MROPE},
+        "pad_token_id": pad, "bos_token_id": bos, "eos_token_id": eos, "rms_norm_eps": 1e-6,
+    }  # fmt: skip
+    start, end, image, video = ids([START, END, IMAGE, VIDEO])
+    return Qwen2_5_VLConfig(
+        vision_config=vision, text_config=text, vision_start_token_id=start, vision_end_token_id=end,
+        image_token_id=image, video_token_id=video, tie_word_embeddings=False,
+        pad_token_id=pad, bos_token_id=bos, eos_token_id=eos,
+    )  # fmt: skip
+
+
+def build_qwen() -> Qwen2_5_VLForConditionalGeneration:
+    """A fresh model; its tower starts with heads that look at one neighbouring patch each."""
+    config = build_config()
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        max_new_tokens=8, do_sample=False, pad_token_id=config.text_config.pad_token_id,
+        bos_token_id=config.text_config.bos_token_id, eos_token_id=config.text_config.eos_token_id,
+    )  # fmt: skip
+    _start_tower(model.model.visual)
+    return model
+
+
+def _start_tower(tower: nn.Module) -> None:
+    """Scaled weights, and in the first two blocks a query and key bias that peak at one offset of patches a head."""
+    width, heads, depth = tower.config.hidden_size, tower.config.num_heads, tower.config.depth
+    head, pairs = width // heads, width // heads // 4
+    turns = 10000.0 ** (-torch.arange(pairs) / pairs)  # radians a patch, for rows and for columns alike
+    offsets = [[(-1, 0), (1, 0), (0, -1), (0, 1)], [(-2, 0), (2, 0), (0, -2), (0, 2)]]
+    weight = torch.tensor([1.0, 0.7, 0.4] + [0.0] * (pairs - 3))  # the pairs that tell near patches apart
+    with torch.no_grad():
+        tower.patch_embed.proj.weight.normal_(std=0.03)
+        for depth_at, block in enumerate(tower.blocks):
+            block.attn.qkv.weight.normal_(std=0.7 * width**-0.5)
+            block.attn.qkv.weight[2 * width :].normal_(std=width**-0.5)
+            block.attn.qkv.bias.zero_()
+            block.attn.proj.weight.normal_(std=width**-0.5 / math.sqrt(2))
+            for name in ("gate_proj", "up_proj"):
+                getattr(block.mlp, name).weight.normal_(std=width**-0.5)
+            block.mlp.down_proj.weight.normal_(std=tower.config.intermediate_size**-0.5)
+            if depth_at >= len(offsets):
+                continue
+            query, key = block.attn.qkv.bias[: 2 * width].view(2, heads, head)
+            for h, (dy, dx) in enumerate(offsets[depth_at]):
+                block.attn.qkv.weight[h * head : (h + 1) * head] *= 0.2
+                block.attn.qkv.weight[width + h * head : width + (h + 1) * head] *= 0.2
+                key[h, : 2 * pairs] = 4.5 * torch.cat([weight, weight])
+                query[h, : 2 * pairs] = 4.5 * torch.cat([(dy * turns).cos(), (dx * turns).cos()])
+                query[h, 2 * pairs :] = 4.5 * torch.cat([(dy * turns).sin(), (dx * turns).sin()])
+        first, _, last = tower.merger.mlp
+        first.weight.normal_(std=first.in_features**-0.5)
+        last.weight.normal_(std=0.5 * last.in_features**-0.5)
+
+
+def export(model: Qwen2_5_VLForConditionalGeneration, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write an ordinary ``from_pretrained`` folder, weights in ``dtype``; the model handed in is left as it is."""
+    copy = Qwen2_5_VLForConditionalGeneration(model.config)
+    copy.load_state_dict(model.state_dict())
+    copy.generation_config = model.generation_config
+    copy.to(dtype).save_pretrained(folder)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = _CHAT
+    tokenizer.save_pretrained(folder)
+    size = {"shortest_edge": 56 * 56, "longest_edge": 1024 * TOKEN * TOKEN}
+    shared = {
+        "image_mean": [IMAGE_MEAN] * 3, "image_std": [IMAGE_STD] * 3, "patch_size": 14, "temporal_patch_size": 2,
+        "merge_size": 2, "size": size, "processor_class": "Qwen2_5_VLProcessor",
+    }  # fmt: skip
+    # written by hand: the classes that would write the video processor's file need torchvision
+    image = shared | {"image_processor_type": "Qwen2VLImageProcessor"}
+    video = shared | {"video_processor_type": "Qwen2VLVideoProcessor", "do_sample_frames": False}
+    for name, content in (("preprocessor_config", image), ("video_preprocessor_config", video)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,120 @@
+"""The recipe: ``python -m tokenprune.evals.pocket.qwen.train --out DIR [--resume]``, about two hours on two CPU cores.
+
+pocket-llava is the teacher and lends its decoder. ``DIR/stage_NAME.pt`` is written every few minutes and ``--resume`` goes
+on from it; ``DIR/log.csv`` grows by a line every few steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenprune.evals.pocket import train as llava
+from tokenprune.evals.pocket.qwen import answer, see
+from tokenprune.evals.pocket.qwen.model import build_qwen
+from tokenprune.evals.pocket.qwen.transfer import load_teacher, transfer
+from tokenprune.evals.pocket.train import learning_rate, make_optimizer, save  # noqa: F401  (tools of the stages)
+
+_MIX = {"relation": 5, "exist": 4, "count": 6, "attribute": 3, "read": 1, "global": 1}
+_SMALL = ((12, 12), (12, 12), (12, 12), (10, 14), (14, 10), (16, 10), (9, 12))
+_ALL = ((12, 12), (14, 14), (10, 14), (14, 10), (18, 12), (12, 18), (16, 16), (20, 14), (14, 20), (20, 20), (24, 16))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the recipe.
+
+    ``seed``: offset of its scenes within the split's range; ``clips``: share of batches that are videos; ``easy``:
+    easy-VQA pictures a batch in stage V, their share in the others; ``objects``: things a scene, from - to; ``sizes``,
+    ``clip_sizes``: columns and rows of tokens; ``grids``: pairs of frames a clip; ``tokens``: visual tokens a batch;
+    ``drop``, ``drop_end``: share of batches in which background tokens are dropped before the decoder, at the first and
+    the last step; ``mix``: questions a picture; ``fit``: weight of the teacher's hidden states; ``tower_lr``: rate of the
+    tower as a part of ``lr``; ``every``: steps from one line of the log to the next; ``after``: the stage whose weights
+    it starts from.
+    """
+
+    name: str
+    steps: int
+    lr: float
+    seed: int
+    objects: tuple[int, int] = (5, 9)
+    clips: float = 0.2
+    easy: float = 1
+    sizes: tuple[tuple[int, int], ...] = _SMALL
+    clip_sizes: tuple[tuple[int, int], ...] = ((8, 8), (10, 8), (8, 10))
+    grids: tuple[int, ...] = (2,)
+    tokens: int = 1152
+    drop: float = 0.0
+    drop_end: float = 0.0
+    mix: dict[str, int] = field(default_factory=lambda: dict(_MIX))
+    fit: float = 0.0
+    tower_lr: float = 0.5
+    every: int = 25
+    after: str = ""
+
+
+STAGES = {
+    "V": Stage("V", steps=800, lr=2e-3, seed=300_000_000, objects=(6, 11)),
+    "J": Stage(
+        "J", steps=500, lr=5e-4, seed=320_000_000, objects=(3, 8), easy=0.1, drop=0.5, drop_end=0.4, fit=0.5, after="V"
+    ),
+    "J2": Stage(
+        "J2",
+        steps=500,
+        lr=5e-4,
+        seed=340_000_000,
+        easy=0.1,
+        sizes=_ALL,
+        clip_sizes=((8, 8), (10, 8), (10, 10)),
+        grids=(2, 4),
+        tokens=1600,
+        drop=0.5,
+        drop_end=0.4,
+        after="J",
+    ),
+}
+
+
+class Log(llava.Log):
+    """The columns of this recipe."""
+
+    columns = (
+        "stage", "step", "images", "seconds", "loss", "fit", "shape", "colour", "sign", "way",
+        "exist", "attribute", "count", "relation", "read", "global", "easy_vqa", "video",
+    )  # fmt: skip
+
+
+def load(out: Path, stage: Stage, resume: bool) -> dict[str, Any] | None:
+    """The checkpoint that ``stage`` goes on from: its own, or that of the stage before; None for a fresh start."""
+    own = out / f"stage_{stage.name}.pt"
+    if resume and own.exists():
+        return torch.load(own, weights_only=True)
+    return torch.load(out / f"stage_{stage.after}.pt", weights_only=True) if stage.after else None
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the log")
+    parser.add_argument("--stages", default=",".join(STAGES), help="which stages, in order")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    teacher, model = load_teacher(), build_qwen()
+    transfer(model, teacher)
+    for name in args.stages.split(","):
+        stage, module = STAGES[name], see if name == "V" else answer
+        module.train(stage, args.out, args.resume, sys.modules[__name__], model, teacher)
+
+
+if __name__ == "__main__":
+    main()
