@@ -150,7 +150,8 @@ class StageBudget(Budget):
 
     def tokens(self, num_tokens: int) -> int:
         last = super().tokens(num_tokens)
-        first, second = shipped_ratios(last / num_tokens)
+        # the fraction that was asked for: what rounding makes of it would move the ratios
+        first, second = shipped_ratios(self.keep if isinstance(self.keep, float) else last / num_tokens)
         first = first if self._first is None else self._first
         second = second if self._second is None else self._second
         count = max(last, num_tokens - round(num_tokens * (1 - first)))
