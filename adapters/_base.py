@@ -87,6 +87,16 @@ class VisionTower:
         """From `[m, patches]` to `[m, cells]`: the mean over each cell's patches."""
         return values
 
+    def patch_pixels(self, pixels: Tensor, pictures: int) -> Tensor:
+        """`[pictures, patches, C, n]`: the n normalised pixel values of each patch and colour, in the order of patches
+        that `by_cell` takes.
+
+        Args:
+            pixels: of one visual, see `Adapter.pixel_rows`.
+            pictures: how many the tower gets of it.
+        """
+        raise TypeError(f"{type(self).__name__} cuts no pixels into patches.")
+
     def flops(self, shape: ModelShape, work: TowerWork) -> int:
         """Floating-point operations of one run of the tower, by the conventions of `tokenprune.cost`."""
         pictures = [rows * cols * self.patches_per_cell for rows, cols in work.grids]

@@ -13,10 +13,18 @@ from torch import Tensor
 
 from tokenprune.adapters._base import Adapter, VisionTower, decoder_of
 from tokenprune.adapters._cost import text_sizes
+from tokenprune.adapters._vit import CLIP_PIXELS
 from tokenprune.cost import ModelShape, tower_flops
 from tokenprune.layout import Raster, Visual
 from tokenprune.recording import TowerWork
-from tokenprune.signals import MEAN_QUERY_ATTENTION, VALUE_NORM, Tower
+from tokenprune.signals import (
+    GREY_ENTROPY,
+    MEAN_QUERY_ATTENTION,
+    SINK_ATTENTION,
+    SINK_ATTENTION_SUM,
+    VALUE_NORM,
+    Tower,
+)
 
 
 class QwenTower(VisionTower):
@@ -26,13 +34,14 @@ class QwenTower(VisionTower):
         module: the tower.
         vision: its config.
         extra: blocks behind which further mergers run, for costs.
+        pixels: mean and standard deviation of the colours in the family's published processors.
     """
 
-    signals = (MEAN_QUERY_ATTENTION, VALUE_NORM)
+    signals = (MEAN_QUERY_ATTENTION, VALUE_NORM, SINK_ATTENTION, SINK_ATTENTION_SUM, GREY_ENTROPY)
     can_cut = True
     can_resize = True
 
-    def __init__(self, module: Any, vision: Any, extra: Sequence[int] = ()) -> None:
+    def __init__(self, module: Any, vision: Any, extra: Sequence[int] = (), pixels: Any = CLIP_PIXELS) -> None:
         self.module, self.blocks, self.exit = module, module.blocks, module.merger
         self._vision, self._extra = vision, extra
         merge = vision.spatial_merge_size
@@ -43,6 +52,8 @@ class QwenTower(VisionTower):
             has_cls=False,
             num_heads=vision.num_heads,
             hidden_size=getattr(vision, "embed_dim", None) or vision.hidden_size,
+            pixel_mean=pixels[0],
+            pixel_std=pixels[1],
         )
         self._windows = hasattr(vision, "window_size") and hasattr(vision, "fullatt_block_indexes")
 
@@ -199,6 +210,10 @@ class QwenTower(VisionTower):
             after.append([frames, small_rows * merge, small_cols * merge])
         return {**call, pixels: torch.cat(parts), name: call[name].new_tensor(after)}
 
+    def patch_pixels(self, pixels: Tensor, pictures: int) -> Tensor:
+        # a row is a patch, by cell of its frame: colours, then its two moments in time, its rows and columns
+        return pixels.reshape(pictures, -1, self._vision.in_channels, pixels.shape[-1] // self._vision.in_channels)
+
     def by_cell(self, values: Tensor) -> Tensor:
         return values.unflatten(1, (-1, self.patches_per_cell)).mean(dim=2)
 
@@ -238,12 +253,13 @@ class QwenVL(Adapter):
     timestamps = False
     """Whether text stands between the frames of a video."""
     gated_tower = False
+    pixel_facts = CLIP_PIXELS
 
     def __init__(self, model: Any) -> None:
         config = model.config
         super().__init__(model)
         module = decoder_of(model, "model.visual")
-        self.vision = QwenTower(module, config.vision_config, self.extra_mergers(config))
+        self.vision = QwenTower(module, config.vision_config, self.extra_mergers(config), self.pixel_facts)
 
     def extra_mergers(self, config: Any) -> Sequence[int]:
         """Blocks of the tower behind which mergers run, beside the one at its end."""

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from tokenprune.adapters._base import VisionTower
 from tokenprune.cost import ModelShape
 from tokenprune.recording import TowerWork
-from tokenprune.signals import CLS_ATTENTION, CLS_VALUE_SIMILARITY, MEAN_QUERY_ATTENTION, VALUE_NORM, Tower
+from tokenprune.signals import (
+    CLS_ATTENTION,
+    CLS_VALUE_SIMILARITY,
+    GREY_ENTROPY,
+    MEAN_QUERY_ATTENTION,
+    SINK_ATTENTION,
+    SINK_ATTENTION_SUM,
+    VALUE_NORM,
+    Tower,
+)
 
 
 class Vit(VisionTower):
@@ -45,7 +54,7 @@ class Vit(VisionTower):
         if cell_patches is not None:
             self.can_cut, self.patches_per_cell = False, cell_patches.shape[1]
         summary = (CLS_ATTENTION, CLS_VALUE_SIMILARITY) if facts.has_cls else (MEAN_QUERY_ATTENTION,)
-        self.signals = (*summary, VALUE_NORM)
+        self.signals = (*summary, VALUE_NORM, SINK_ATTENTION, SINK_ATTENTION_SUM, GREY_ENTROPY)
         self._patch = patch
         self._before = int(facts.has_cls)
 
@@ -103,6 +112,11 @@ class Vit(VisionTower):
             return values
         return values[:, self._cell_patches.to(values.device)].mean(dim=2)
 
+    def patch_pixels(self, pixels: Tensor, pictures: int) -> Tensor:
+        whole = pixels.reshape(pictures, *pixels.shape[-3:])
+        patches = whole.unfold(2, self._patch, self._patch).unfold(3, self._patch, self._patch)  # [m, C, r, c, p, p]
+        return patches.permute(0, 2, 3, 1, 4, 5).flatten(4).flatten(1, 2)
+
     def start(self, grids: Sequence[tuple[int, int]]) -> dict[str, Any]:
         return {"cells": grids[0][0] * grids[0][1]}
 
@@ -146,14 +160,24 @@ class Vit(VisionTower):
         return {**call, "pixel_values": small.to(pixels.dtype), "interpolate_pos_encoding": True}
 
 
-def vit_facts(vision: Any, feature_block: int, has_cls: bool) -> Tower:
-    """Facts from a CLIP or SigLIP vision config; `feature_block` is 0-based."""
+CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+IMAGENET_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SIGLIP_PIXELS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""Mean and standard deviation of red, green and blue in the published processors of these towers."""
+
+
+def vit_facts(vision: Any, feature_block: int, has_cls: bool, pixels: Any = None) -> Tower:
+    """Facts from a CLIP or SigLIP vision config; `feature_block` is 0-based. `pixels` is one of the pairs above; None
+    takes CLIP's for towers with [CLS] and SigLIP's for others."""
+    mean, std = pixels or (CLIP_PIXELS if has_cls else SIGLIP_PIXELS)
     return Tower(
         num_layers=vision.num_hidden_layers,
         feature_layer=feature_block,
         has_cls=has_cls,
         num_heads=vision.num_attention_heads,
         hidden_size=vision.hidden_size,
+        pixel_mean=mean,
+        pixel_std=std,
     )
 
 

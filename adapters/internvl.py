@@ -13,7 +13,7 @@ import torch
 
 from tokenprune.adapters._base import Adapter, decoder_of
 from tokenprune.adapters._cost import text_sizes, vit_sizes
-from tokenprune.adapters._vit import Vit, feature_block, vit_facts
+from tokenprune.adapters._vit import IMAGENET_PIXELS, Vit, feature_block, vit_facts
 from tokenprune.cost import ModelShape
 from tokenprune.layout import Visual, one_raster
 from tokenprune.registry import MODELS
@@ -31,7 +31,8 @@ class InternVL(Adapter):
         super().__init__(model)
         tower = decoder_of(model, "model.vision_tower")
         block = feature_block(config.vision_feature_layer, vision.num_hidden_layers)
-        facts = vit_facts(vision, block, has_cls=config.vision_feature_select_strategy == "default")
+        has_cls = config.vision_feature_select_strategy == "default"
+        facts = vit_facts(vision, block, has_cls, IMAGENET_PIXELS)
         self._patch = vision.patch_size[0]
         rows, cols = (size // self._patch for size in vision.image_size)
         self._ratio = config.downsample_ratio

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapters._qwen import QwenVL
+from tokenprune.adapters._vit import SIGLIP_PIXELS
 from tokenprune.registry import MODELS
 
 
@@ -22,6 +23,7 @@ class Qwen3VL(QwenVL):
 
     classes = ("Qwen3VLForConditionalGeneration",)
     timestamps = True
+    pixel_facts = SIGLIP_PIXELS
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

@@ -110,7 +110,8 @@ class RunConfig:
         name: of the run; its folder is `runs/NAME` unless `output` says otherwise.
         model: pocket name, folder or hub id, or a list of them.
         tasks: task names or task files.
-        methods: names, or mappings with `method`, optionally `keep` (its own budgets) and the method's options.
+        methods: names, or mappings with `method`, optionally `keep` (its own budgets) and the method's options, or the
+            paths of YAML files with such a mapping.
         keep: budgets: ints are tokens per image, floats are kept fractions.
         limit: samples per task, None for all.
         seed: of methods that draw, and of the bootstrap.
@@ -236,7 +237,26 @@ def _positive(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
 
 
+def method_of_file(path: str) -> Mapping[str, Any]:
+    """The mapping with the key 'method' in a YAML file, as `tokenprune tune` writes it.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or it holds none.
+    """
+    import yaml
+
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no method file {path}.")
+    loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(loaded, Mapping) or not isinstance(loaded.get("method"), str):
+        raise ValueError(f"{path} must hold a mapping whose key 'method' names one method.")
+    return loaded
+
+
 def _read_method(entry: Any, budgets: list[Any]) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]]:
+    if isinstance(entry, str) and entry.endswith((".yaml", ".yml")):
+        entry = method_of_file(entry)
     if isinstance(entry, str):
         name, at, keep = entry.partition("@")
         if not at:

@@ -44,7 +44,8 @@ class Run:
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
+def show_progress(console: Console) -> Iterator[Progress]:
+    """A progress bar with what is done, how long it took and how long it will take."""
     columns = (
         TextColumn("{task.description:<34}"),
         BarColumn(bar_width=30),
@@ -126,7 +127,7 @@ def _answer(
     total = task.count(config.limit) * len(points)
     limited = f", the first {task.count(config.limit)} of {task.size} samples" if config.limit else ""
     console.print(f"{loaded.name} on {task.name}: {len(points)} points{limited}")
-    with _progress(console) as progress:
+    with show_progress(console) as progress:
         bar = progress.add_task("answers", total=total)
 
         def on_progress(done: int, label: str) -> None:
@@ -154,7 +155,7 @@ def _measure(
     how = digest(asdict(config.measure))
     found: dict[str, Record] = {}
     notes: list[str] = []
-    with _progress(console) as progress:
+    with show_progress(console) as progress:
         bar = progress.add_task("times and FLOPs", total=len(points))
         for point in points:
             progress.update(bar, description=f"times and FLOPs  {point.label}")

@@ -170,7 +170,7 @@ def test_any_method_can_cut_inside_the_tower_and_again_later(name, layout):
 
 
 @pytest.mark.parametrize("name", list(BUILDERS))
-@pytest.mark.parametrize("method", ["none", "divprune", "fastv", "flowcut", "downsample"])
+@pytest.mark.parametrize("method", ["none", "divprune", "fastv", "flowcut", "downsample", "vflowopt"])
 def test_analytic_flops_equal_measured_by_part_and_layer(name, method):
     from types import SimpleNamespace
 

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tokenprune.budget import Budget
+from tokenprune.budget import AVERAGE, Budget
 from tokenprune.layout import Raster
+from tokenprune.search import Choice, Range
 from tokenprune.selection import Selection, topk_indices
 from tokenprune.signals import Signal, Tower
 from tokenprune.stages import Depths, Stage
@@ -71,10 +72,10 @@ class View:
         """N."""
         return self.features.shape[1]
 
-    def signal(self, name: str, layer: int) -> Tensor:
+    def signal(self, name: str, layer: int, *settings: float) -> Tensor:
         """The signal that the method asked for in `signals()`, `[M, N]` fp32 (`[M]` for those of a whole prompt)."""
         try:
-            return self.signals[Signal(name, layer)]
+            return self.signals[Signal(name, layer, settings)]
         except KeyError:
             asked = ", ".join(f"{signal.name} of block {signal.layer}" for signal in self.signals) or "nothing"
             raise KeyError(f"{name} of block {layer} was not recorded; signals() asked for {asked}.") from None
@@ -118,6 +119,9 @@ class Pruner:
     text_aware: ClassVar[bool] = False
     published: ClassVar[str] = ""
     """Paper, arXiv number and official code, for tables."""
+    processor_options: ClassVar[Mapping[str, str]] = {}
+    """Options whose value an image processor knows, by the name of its attribute: what runs with a processor at hand
+    may set them."""
 
     positions: str | None = None
     scope: str | None = None
@@ -133,6 +137,22 @@ class Pruner:
     def stages(self, budget: Budget, depths: Depths) -> tuple[Stage, ...]:
         """The cuts that make up the method, for a model of these depths; one cut at `site` by default."""
         return (Stage(self.site, self, budget),)
+
+    @classmethod
+    def search_space(cls, mean: float, depths: Depths) -> Mapping[str, Range | Choice]:
+        """Options that `tokenprune tune` searches, by name; empty for a method without any.
+
+        Args:
+            mean: the budget, visual tokens averaged over the decoder's layers as a kept fraction in (0, 1].
+            depths: of the model.
+        """
+        return {}
+
+    @classmethod
+    def tuned(cls, values: Mapping[str, Any], mean: float, depths: Depths) -> dict[str, Any] | None:
+        """The method with these values of its search space at that budget, as a mapping that `apply` takes; None where
+        they cannot hold it. By default the method's cuts are solved for the mean, whatever the values are."""
+        return {"method": cls.name, "keep": f"{AVERAGE}{mean}", **values}
 
     def signals(self, tower: Tower) -> tuple[Signal, ...]:
         """Signals to record, for a given tower. Raise ValueError where the method cannot work on it."""

@@ -122,7 +122,7 @@ def _answer(selection: Selection, row: int, num_tokens: int) -> Answer | None:
     carry = {name: values[row] for name, values in (selection.carry or {}).items()}
     if count == num_tokens and selection.features is None and not carry:
         return None
-    features = None if selection.features is None else selection.features[row]
+    features = None if selection.features is None else selection.features[row, :count]
     return Answer(selection.indices[row, :count], features, carry)
 
 

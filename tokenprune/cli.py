@@ -1,4 +1,4 @@
-"""The command `tokenprune`: ls, run, eval, sweep, demo.
+"""The command `tokenprune`: ls, run, eval, sweep, demo, tune.
 
 Only argparse is imported at the top: `--help` and `ls` answer at once, and no subcommand imports torch before every
 name on its command line has been checked.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from tokenprune import __version__
@@ -19,6 +20,7 @@ _EXAMPLES = """examples:
   tokenprune run --method vtc_cls --keep 64
   tokenprune eval --model pocket-llava --tasks pocket --method holov --keep 64 --limit 150 --output runs/holov
   tokenprune sweep configs/pocket_llava.yaml
+  tokenprune tune vflowopt --model pocket-llava --data pocket --budget 0.25
 """
 
 
@@ -60,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _model_arguments(evaluate)
     evaluate.add_argument("--tasks", default="pocket", help="task names or YAML files, comma separated (%(default)s)")
-    evaluate.add_argument("--method", required=True, help="name of a method, or none for the unpruned model")
+    evaluate.add_argument(
+        "--method", required=True, help="name of a method, a YAML file with one, or none for the unpruned model"
+    )
     evaluate.add_argument("--keep", type=_budget, help="tokens per image (64) or kept fraction (0.25)")
     evaluate.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the method")
     evaluate.add_argument("--limit", type=int, help="samples per task; all by default")
@@ -78,6 +82,26 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="the sweep configs/demo.yaml: minutes on a laptop, no GPU, no download")
     demo.set_defaults(config="demo")
     _sweep_arguments(demo)
+
+    tune = commands.add_parser(
+        "tune",
+        help="search a method's options offline, on unlabelled samples",
+        description="Searches the options under which the last prompt token's final hidden state changes least, at a "
+        "budget that every trial holds. Writes a YAML file that apply and `eval --method` take. A killed run goes on "
+        "where it was. Needs the extra tokenprune-vlm[tune].",
+    )
+    tune.add_argument("method", help="name of a method that declares a search space, such as vflowopt")
+    _model_arguments(tune)
+    tune.add_argument("--data", default="pocket", help="task, its YAML file or a folder of pictures (%(default)s)")
+    tune.add_argument("--budget", type=float, required=True, help="mean over the layers, as a kept fraction (0.25)")
+    tune.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option that stays fixed")
+    tune.add_argument("--samples", type=int, default=30, help="samples of the objective (%(default)s)")
+    tune.add_argument("--held-out", type=int, default=30, help="samples to check the result on (%(default)s)")
+    tune.add_argument("--trials", type=int, default=50, help="settings tried in all (%(default)s)")
+    tune.add_argument("--seed", type=int, default=42, help="of the samples and the search (%(default)s)")
+    tune.add_argument("--batch-size", type=int, default=6, help="prompts a forward pass (%(default)s)")
+    tune.add_argument("--output", help="folder of the study; runs/tune-METHOD-MODEL-BUDGET by default")
+    tune.set_defaults(handler=_tune)
     return parser
 
 
@@ -157,17 +181,25 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _eval_config(args: argparse.Namespace) -> Any:
-    from tokenprune.evals.config import NONE, Measure, RunConfig
+    from tokenprune.evals.config import NONE, Measure, RunConfig, method_of_file
 
     tasks = [task for task in args.tasks.split(",") if task]
     options = parse_options(args.set)
     if args.method == NONE and args.keep is not None:
         raise ValueError("The unpruned model keeps every token; leave --keep out with --method none.")
-    if args.method != NONE and args.keep is None and "@" not in args.method:
-        raise ValueError(f"Say how many visual tokens {args.method} keeps: --keep 64 or --keep 0.25.")
-    entry: Any = {"method": args.method, **options} if options else args.method
+    method, entry = args.method, args.method
+    if method.endswith((".yaml", ".yml")):
+        entry = {**method_of_file(method), **options}
+        if args.keep is not None:
+            entry["keep"] = args.keep
+        method = Path(method).stem
+    elif options:
+        entry = {"method": method, **options}
+    has_keep = "keep" in entry if isinstance(entry, dict) else "@" in entry
+    if method != NONE and args.keep is None and not has_keep:
+        raise ValueError(f"Say how many visual tokens {method} keeps: --keep 64 or --keep 0.25.")
     stem = args.model.rstrip("/").rpartition("/")[2]
-    name = f"{stem}-{args.method}" + (f"-{args.keep}" if args.keep is not None else "")
+    name = f"{stem}-{method}" + (f"-{args.keep}" if args.keep is not None else "")
     return RunConfig(
         name=name,
         model=args.model,
@@ -184,6 +216,29 @@ def _eval_config(args: argparse.Namespace) -> Any:
         output=args.output,
         measure=Measure(times=not args.no_timing),
     )
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from tokenprune.evals.config import refusing
+    from tokenprune.evals.tune import TuneConfig, tune
+
+    given = {name: value for name, value in vars(args).items() if name not in ("command", "handler", "set")}
+    with refusing():
+        config = TuneConfig(**given, options=parse_options(args.set))
+    from rich.console import Console
+
+    found = tune(config, Console())
+    for name, check in (("shipped", found.shipped), ("tuned", found.best)):
+        print(
+            f"{name:<8} cosine {check.tuned_on:.5f} on its samples, {check.held_out:.5f} on held-out ones; "
+            f"{check.retention:.2%} of the visual tokens on average"
+        )
+    if found.best.held_out <= found.shipped.held_out:
+        print("On held-out samples the tuned settings are no better than the shipped ones.")
+    print(f"{found.trials} trials. Written:")
+    for file in found.files:
+        print(f"  {file}")
+    return 0
 
 
 def _sweep(args: argparse.Namespace) -> int:

@@ -264,11 +264,13 @@ class Engine:
             if all(answer is None for _, answer in parts):
                 continue
             chosen, merged, carry, start = [], [], {}, 0
+            merges = any(answer is not None and answer.features is not None for _, answer in parts)
             for item, answer in parts:
                 indices = torch.arange(item.count) if answer is None else answer.indices
                 chosen.append(start + indices.to(hidden.device))
-                if answer is not None and answer.features is not None:
-                    merged.append(answer.features)
+                if merges:
+                    own = None if answer is None else answer.features
+                    merged.append(item.features()[indices.to(hidden.device)] if own is None else own)
                 if answer is not None and len(parts) == 1:
                     carry = answer.carry
                 start += item.count

@@ -17,7 +17,7 @@ class Selection:
         features: `[M, k, D]` or None: embeddings that stand at the kept places instead of the tokens' own (methods
             that merge). None means the kept tokens go on unchanged, bit for bit.
         counts: `[M]` ints, for methods that decide by image how many stay: image m keeps its first `counts[m]` indices
-            (the rest of its row is not looked at). None means k for each.
+            and features (the rest of its rows is not looked at). None means k for each.
         carry: name -> `[M, N]`, values of all tokens that were chosen among; those of the kept ones travel with them to
             the next stage of the prompt (`View.carry`).
     """
@@ -61,8 +61,6 @@ class Selection:
 
     def _check_counts(self, count: int, least: int) -> None:
         counts = self.counts or []
-        if self.features is not None:
-            raise ValueError("A selection with counts of its own for each image cannot merge features.")
         if len(counts) != count or not all(least <= k <= self.indices.shape[1] for k in counts):
             raise ValueError(
                 f"A selection needs one count per image, each from {least} to {self.indices.shape[1]}, got {counts}."

@@ -23,7 +23,30 @@ heads, the [CLS] column dropped. `[M, N]`."""
 VALUE_NORM = "value_norm"
 """L1 norm of each patch's value vector, averaged over heads before the norm. `[M, N]`."""
 
-VISION_SIGNALS = (CLS_ATTENTION, MEAN_QUERY_ATTENTION, CLS_VALUE_SIMILARITY, VALUE_NORM)
+SINK_ATTENTION = "sink_attention"
+"""Mean of the attention rows of the patches that receive much: those whose column mean is above t times the mean over
+all columns, or the one with the largest if there is none. Attention as above, rows and columns of patches only. The
+setting is t. `[M, N]`."""
+
+SINK_ATTENTION_SUM = "sink_attention_sum"
+"""The sum of those rows in place of their mean. `[M, N]`."""
+
+GREY_ENTROPY = "grey_entropy"
+"""Softmax over a picture's patches of the entropy of their grey levels (256 bins), mean over the patches of a token. Of
+the pixels, not of a block (layer 0). The settings are the base of the logarithm and the mean and standard deviation of
+red, green and blue with which the pixels were normalised (0..1 before). `[M, N]`."""
+
+PIXEL_SIGNALS = (GREY_ENTROPY,)
+
+VISION_SIGNALS = (
+    CLS_ATTENTION,
+    MEAN_QUERY_ATTENTION,
+    CLS_VALUE_SIMILARITY,
+    VALUE_NORM,
+    SINK_ATTENTION,
+    SINK_ATTENTION_SUM,
+    GREY_ENTROPY,
+)
 
 LAST_ATTENTION = "last_attention"
 """Attention of a prompt's last token to each visual token in one decoder layer: softmax over all tokens that it sees,
@@ -43,10 +66,12 @@ DECODER_SIGNALS = (LAST_ATTENTION, TEXT_TO_VISUAL, VISUAL_TO_TEXT)
 
 @dataclass(frozen=True)
 class Signal:
-    """A request: the signal called `name`, of vision block or decoder layer `layer` (0-based)."""
+    """A request: the signal called `name`, of vision block or decoder layer `layer` (0-based); `settings` are numbers
+    that some signals are computed with."""
 
     name: str
     layer: int
+    settings: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +84,8 @@ class Tower:
         has_cls: whether a [CLS] token is there.
         num_heads: attention heads a block.
         hidden_size: width.
+        pixel_mean, pixel_std: of red, green and blue, what the family's published processors normalise pixels (0..1)
+            with. A model does not know its processor, so methods that look at pixels take others as options.
     """
 
     num_layers: int
@@ -66,6 +93,8 @@ class Tower:
     has_cls: bool
     num_heads: int
     hidden_size: int
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
 
 def summary_attention(tower: Tower, layer: int) -> Signal:

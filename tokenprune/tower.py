@@ -16,39 +16,16 @@ from torch import Tensor
 
 from tokenprune.adapters._base import Adapter
 from tokenprune.choosing import Asked, choose, split_budget
-from tokenprune.kernels.attention_rows import attention_rows
 from tokenprune.layout import Raster, Visual
 from tokenprune.ledger import Ledger
 from tokenprune.opaque import opaque
 from tokenprune.recording import Recording, Survivors, tag
 from tokenprune.selection import grid_places
-from tokenprune.signals import (
-    CLS_ATTENTION,
-    CLS_VALUE_SIMILARITY,
-    MEAN_QUERY_ATTENTION,
-    VALUE_NORM,
-    VISION_SIGNALS,
-    Signal,
-)
+from tokenprune.signals import PIXEL_SIGNALS, VISION_SIGNALS, Signal
 from tokenprune.stages import Stage
+from tokenprune.vision_signals import grey_entropy, grey_levels, vision_signal
 
 Hints = Callable[[str, int], object]
-
-
-def vision_signal(name: str, query: Tensor, key: Tensor, value: Tensor, before: int) -> Tensor:
-    """One signal of m pictures, `[m, patches]` fp32.
-
-    Args:
-        query, key, value: `[m, H, T, d]`, T = `before` [CLS] tokens and the patches.
-    """
-    if name == CLS_ATTENTION:
-        return attention_rows(query[:, :, :1], key, query.shape[-1] ** -0.5)[:, 0, before:]
-    if name == MEAN_QUERY_ATTENTION:
-        mean = query[:, :, before:].float().mean(dim=2, keepdim=True)
-        return attention_rows(mean, key, query.shape[-1] ** -0.5)[:, 0, before:]
-    if name == CLS_VALUE_SIMILARITY:
-        return attention_rows(value[:, :, :1], value, 1.0)[:, 0, before:]
-    return value.float().mean(dim=1).abs().sum(dim=-1)[:, before:]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -87,9 +64,10 @@ class TowerRun:
         values: list[Tensor] = [torch.empty(0)] * len(self.counts)
         for count, pictures in self.groups().items():
             query, key, value = read(self.run, pictures, count)
-            found = vision.by_cell(vision_signal(signal.name, query, key, value, before))
-            if signal.name != VALUE_NORM:  # one row of every head against all keys
-                self.recording.selection_flops += 2 * key.shape[0] * query.shape[1] * key.shape[2] * key.shape[3]
+            by_patch, rows = vision_signal(signal, query, key, value, before)
+            found = vision.by_cell(by_patch)
+            # so many rows of every head against all keys
+            self.recording.selection_flops += 2 * rows * key.shape[0] * query.shape[1] * key.shape[2] * key.shape[3]
             for row, picture in enumerate(pictures):
                 values[picture] = found[row]
         self.latest[signal] = values
@@ -148,6 +126,16 @@ class TowerRun:
             f"{signal.name} of block {signal.layer} was recorded before tokens left; a stage inside the vision tower "
             "reads signals of blocks after the cut before it."
         )
+
+    def read_pixels(self, signal: Signal, pixels: Sequence[Tensor]) -> None:
+        """Compute a signal of the pixels of each visual."""
+        vision, base, colours = self._owner.adapter.vision, signal.settings[0], signal.settings[1:]
+        values: list[Tensor] = []
+        for visual, own in zip(self.recording.visuals, pixels):
+            patches = vision.patch_pixels(own, len(visual.tower_grids))
+            entropy = grey_entropy(grey_levels(patches, colours[:3], colours[3:]), base)
+            values += vision.by_cell(entropy.softmax(dim=1))
+        self.latest[signal] = values
 
     def finish(self) -> None:
         """Hand signals and survivors to the recording."""
@@ -220,8 +208,9 @@ class TowerWatch:
         vision = self.adapter.vision
         for signal in self._signals:
             self._check(signal)
-        for block in sorted({signal.layer for signal in self._signals}):
-            names = [signal for signal in self._signals if signal.layer == block]
+        of_blocks = [signal for signal in self._signals if signal.name not in PIXEL_SIGNALS]
+        for block in sorted({signal.layer for signal in of_blocks}):
+            names = [signal for signal in of_blocks if signal.layer == block]
             for hook in vision.watch(block, opaque(functools.partial(self._record, names))):
                 ledger.hook(hook)
         if self._cuts:
@@ -293,7 +282,8 @@ class TowerWatch:
             # transformers before 5.20 calls the pixels of videos by the name of those of images
             named = call if name in call else {**call, name: call["pixel_values"]}
             visuals = self.adapter.visuals(kind, named)
-            recording = Recording(visuals, named[name], self.adapter.pixel_rows(kind, named, visuals))
+            pixels = self.adapter.pixel_rows(kind, named, visuals)
+            recording = Recording(visuals, named[name], pixels)
             cuts = list(self._cuts.values())
             if cuts and any(visual.resample is not None and visual.sources is None for visual in visuals):
                 raise ValueError(
@@ -303,6 +293,10 @@ class TowerWatch:
                 )
             self._run = TowerRun(recording, self)
             try:
+                for signal in self._signals:
+                    if signal.name in PIXEL_SIGNALS:
+                        with recording.watch.running(recording.device):
+                            self._run.read_pixels(signal, pixels)
                 if self._shrink is not None:
                     output = self._small(kind, original, call, recording)
                 else:

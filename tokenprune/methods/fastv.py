@@ -21,6 +21,7 @@ Deviations:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from tokenprune.base import Pruner, View
 from tokenprune.budget import Budget
 from tokenprune.registry import register_method
+from tokenprune.search import Range
 from tokenprune.signals import LAST_ATTENTION, Signal, Tower
 from tokenprune.stages import Depths, Stage
 
@@ -55,6 +57,10 @@ class FastV(Pruner):
         super().__post_init__()
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
             raise ValueError(f"layer must be a decoder layer from 1 on, got {self.layer!r}.")
+
+    @classmethod
+    def search_space(cls, mean: float, depths: Depths) -> Mapping[str, Range]:
+        return {"layer": Range(depths.first_cut, depths.decoder - 1, max(2, depths.first_cut))}
 
     def stages(self, budget: Budget, depths: Depths) -> tuple[Stage, ...]:
         return (Stage(f"layer:{max(self.layer, depths.first_cut)}", self, budget),)

@@ -1,0 +1,91 @@
+"""Unlabelled samples to tune on: pictures and questions without answers, drawn by a seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenprune.evals.tasks import POCKET_FAMILIES, check_task, load_task, task_names
+
+QUESTIONS = "questions.jsonl"
+"""The file of a folder of pictures: a line `{"image": "name.png", "question": "..."}` for each sample."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An unlabelled sample: a picture and a question."""
+
+    sample_id: str
+    question: str
+    image: Any
+
+
+def check_data(data: str) -> None:
+    """Raise if `data` is neither a task nor a folder with questions; reads no pictures."""
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        check_task(data)
+    elif not (folder / QUESTIONS).is_file():
+        raise FileNotFoundError(
+            f"The folder {data} holds no {QUESTIONS}; write one with a line like "
+            '{"image": "name.png", "question": "What is this?"} for each sample.'
+        )
+
+
+def _candidates(data: str, scenes: int, seed: int) -> Iterator[Asked]:
+    """Samples in a shuffled order that depends on the seed only."""
+    draw = random.Random(seed)
+    folder = Path(data).expanduser()
+    if folder.is_dir():
+        from PIL import Image
+
+        lines = [json.loads(line) for line in (folder / QUESTIONS).read_text("utf-8").splitlines() if line.strip()]
+        for number in draw.sample(range(len(lines)), len(lines)):
+            line = lines[number]
+            yield Asked(str(number), str(line["question"]), Image.open(folder / line["image"]).convert("RGB"))
+    elif data in task_names():
+        from tokenprune.evals.pocket import suite
+
+        rows: dict[str, list[Any]] = {}
+        wanted = [data.partition(":")[2]] if ":" in data else list(POCKET_FAMILIES)
+        data_set: Any = suite.load("val", scenes)
+        for row in data_set:
+            if row["family"] in wanted:
+                rows.setdefault(row["scene_id"], []).append(row)
+        for own in rows.values():  # scenes come at random already; one question about each
+            row = draw.choice(own)
+            yield Asked(row["sample_id"], row["question"], row["image"])
+    else:
+        task = load_task(data)
+        for number in draw.sample(range(task.size), task.size):
+            sample = next(task.load(number, number + 1))
+            yield Asked(sample.sample_id, sample.question, sample.image)
+
+
+def draw_samples(data: str, samples: int, held_out: int, seed: int) -> tuple[list[Asked], list[Asked]]:
+    """Samples to tune on and held-out ones, no picture in both.
+
+    Raises:
+        ValueError: there are not enough.
+    """
+    first: list[Asked] = []
+    rest: list[Asked] = []
+    seen: set[str] = set()
+    for asked in _candidates(data, samples + held_out, seed):
+        picture = hashlib.sha256(asked.image.convert("RGB").tobytes()).hexdigest()
+        if len(first) < samples:
+            first.append(asked)
+            seen.add(picture)
+        elif picture not in seen:
+            rest.append(asked)
+        if len(rest) == held_out:
+            return first, rest
+    raise ValueError(
+        f"{data} gives {len(first)} sample(s) to tune on and {len(rest)} held-out one(s) with other pictures; "
+        f"{samples} and {held_out} were asked for. Lower --samples or --held-out."
+    )
