@@ -122,8 +122,7 @@ def _redistribute(heads: int, key_heads: int, rows: int, count: int, width: int)
 
 CASES = (
     Case("attention_rows", "[CLS], CLIP-L/14-336", _rows(16, 16, 1, 577, 64, False)),
-    Case("attention_rows", "last token, Qwen2-7B", _rows(28, 4, 1, 3000, 128, False)),
-    Case("attention_rows", "128 text rows, Llama-7B", _rows(32, 32, 128, 3000, 128, True)),
+    Case("attention_rows", "last token, Qwen2-7B", _rows(28, 4, 1, 3000, 128, True)),
     Case("attention_received", "CLIP-L/14-336", _received(16, 577, 64)),
     Case("attention_received", "width 72, SigLIP", _received(16, 729, 72)),
     Case("greedy_diversity", "max-sum, 576", _greedy(576, "max_sum"), (torch.float32,)),
@@ -137,7 +136,6 @@ CASES = (
     Case("token_transition", "4096 wide", _transition),
     Case("redistribute_attention", "decode, Llama-7B", _redistribute(32, 32, 1, 700, 128)),
     Case("redistribute_attention", "48 text rows, Llama-7B", _redistribute(32, 32, 48, 700, 128)),
-    Case("redistribute_attention", "decode, Qwen2-7B", _redistribute(28, 4, 1, 3000, 128)),
 )
 
 

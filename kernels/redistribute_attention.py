@@ -113,7 +113,7 @@ def _launch(
     batch, heads, rows, width = query.shape
     key_heads, count, out_width = value.shape[1:]
     group = heads // key_heads
-    block_r, block_n, block_v = power_of_two(group * rows, 16, 32), 64, power_of_two(out_width, 16)
+    block_r, block_n, block_v = 16, 32, power_of_two(out_width, 16)
     blocks, tiles = ceil_div(group * rows, block_r), ceil_div(count, block_n)
     splits = min(tiles, ceil_div(_PROGRAMS, blocks * batch * key_heads))
     tiles_each = ceil_div(tiles, splits)
@@ -122,13 +122,14 @@ def _launch(
     vectors = query.new_empty(batch, heads, rows, splits, 3, out_width, dtype=torch.float32)
     kinds = (sink.to(torch.int8) + 2 * visual.to(torch.int8)).contiguous()
     seen = query if mask is None else mask
-    # wide fp32 tiles leave shared memory for one stage only
+    # wide fp32 tiles leave shared memory for one stage, and registers for eight warps
     stages = 2 if key.element_size() * max(block_v, power_of_two(width)) <= 256 else 1
+    warps = 4 if key.element_size() == 2 else 8
     groups_kernel[(splits, blocks, batch * key_heads)](
         query, key, value, kinds, seen, sums, vectors, scale, key_heads, group, rows, count, width, out_width,
         splits, tiles_each, *query.stride(), *key.stride(), *value.stride(), *(seen.stride()[:3]),
         mask is not None, must_widen(query.dtype, key.dtype), must_widen(value.dtype), block_r, block_n,
-        block_of_width(width, query.dtype, key.dtype), block_v, num_stages=stages,
+        block_of_width(width, query.dtype, key.dtype), block_v, num_stages=stages, num_warps=warps,
     )  # fmt: skip
     out = query.new_empty(batch, heads, rows, out_width)
     active = query.new_empty(batch, heads, rows, dtype=torch.bool)

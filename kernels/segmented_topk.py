@@ -14,12 +14,15 @@ from tokenprune.kernels._triton import Kernel, on_device, power_of_two
 if TYPE_CHECKING:
     import triton.language as tl
 
+_EXACT_IN_FP32 = (torch.float16, torch.bfloat16, torch.float32, torch.uint8)
+
 
 def segmented_topk(scores: Tensor, sizes: Sequence[int], quotas: Tensor | None, total: int) -> Tensor:
     """The highest scores of each segment, as sorted indices into the row; ties go to the lower index.
 
     Args:
-        scores: `[M, N]` fp16, bf16 or fp32; higher means keep. A NaN ranks above everything, zero and minus zero tie.
+        scores: `[M, N]`; higher means keep. A NaN ranks above everything, zero and minus zero tie. The kernel takes
+            fp16, bf16, fp32 and uint8; other dtypes run the reference on every device.
         sizes: of the segments, which follow each other in every row; their sum is N.
         quotas: `[M, S]` int64, how many each segment of each row keeps, from 0 to its size. None, for one segment: it
             keeps `total`.
@@ -33,16 +36,16 @@ def segmented_topk(scores: Tensor, sizes: Sequence[int], quotas: Tensor | None, 
         ValueError: the shapes do not fit each other.
     """
     sizes = list(sizes)
-    if scores.dim() != 2 or sum(sizes) != scores.shape[1] or scores.dtype == torch.float64:
+    if scores.dim() != 2 or sum(sizes) != scores.shape[1]:
         raise ValueError(
-            f"segmented_topk needs scores [M, N] of at most 32 bits and segments that sum to N, got {scores.dtype} "
-            f"{tuple(scores.shape)} and {sizes}."
+            f"segmented_topk needs scores [M, N] and segments that sum to N, got {tuple(scores.shape)} and {sizes}."
         )
     if quotas is None and (len(sizes) != 1 or not 1 <= total <= sizes[0]):
         raise ValueError(f"Without quotas there is one segment, which keeps 1 to N, got {sizes} and total={total}.")
     if quotas is not None and quotas.shape != (scores.shape[0], len(sizes)):
         raise ValueError(f"quotas must be [{scores.shape[0]}, {len(sizes)}], got {tuple(quotas.shape)}.")
-    return _OP(scores.detach(), sizes, quotas, total)
+    run = _OP if scores.dtype in _EXACT_IN_FP32 else reference
+    return run(scores.detach(), sizes, quotas, total)
 
 
 def reference(scores: Tensor, sizes: list[int], quotas: Tensor | None, total: int) -> Tensor:
@@ -75,7 +78,7 @@ def _launch(scores: Tensor, sizes: list[int], quotas: Tensor | None, total: int)
     segment_kernel[(len(sizes), num_rows)](
         scores, on_device(starts, scores.device), chosen if quotas is None else quotas.contiguous(), chosen,
         len(sizes), total, *scores.stride(),
-        quotas is not None, power_of_two(len(sizes)), block, num_warps=power_of_two(block // 256, 1, 16),
+        quotas is not None, power_of_two(len(sizes)), block, num_warps=power_of_two(block // 256, 1, 32),
     )  # fmt: skip
     return chosen
 
