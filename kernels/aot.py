@@ -71,7 +71,7 @@ def _heads(heads: int, key_heads: int, rows: int, count: int, width: int, dtype:
 def _rows(heads: int, key_heads: int, rows: int, count: int, width: int, masked: bool) -> Callable[..., object]:
     def make(dtype: torch.dtype) -> object:
         query, key, _ = _heads(heads, key_heads, rows, count, width, dtype)
-        return attention_rows._launch(query, key, 0.1, _new(1, rows, count, dtype=torch.bool) if masked else None)
+        return attention_rows.launch(query, key, 0.1, _new(1, rows, count, dtype=torch.bool) if masked else None)
 
     return make
 
@@ -79,35 +79,35 @@ def _rows(heads: int, key_heads: int, rows: int, count: int, width: int, masked:
 def _received(heads: int, count: int, width: int) -> Callable[..., object]:
     def make(dtype: torch.dtype) -> object:
         query, key, _ = _heads(heads, heads, count, count, width, dtype)
-        return attention_received._launch(query, key, 0.1, None)
+        return attention_received.launch(query, key, 0.1, None)
 
     return make
 
 
 def _greedy(count: int, objective: str) -> Callable[..., object]:
-    return lambda dtype: greedy_diversity._launch(_new(1, count, 4096, dtype=dtype), 64, objective, None, None)
+    return lambda dtype: greedy_diversity.launch(_new(1, count, 4096, dtype=dtype), 64, objective, None, None)
 
 
 def _topk(sizes: list[int], quotas: bool) -> Callable[..., object]:
     def make(dtype: torch.dtype) -> object:
         wanted = _new(1, len(sizes), dtype=torch.int64) if quotas else None
-        return segmented_topk._launch(_new(1, sum(sizes), dtype=dtype), sizes, wanted, 64)
+        return segmented_topk.launch(_new(1, sum(sizes), dtype=dtype), sizes, wanted, 64)
 
     return make
 
 
 def _compact(dtype: torch.dtype) -> object:
     tensors = [_new(1, 704, 4096, dtype=dtype), _new(1, 704, dtype=torch.int64), _new(1, 704, dtype=torch.bool)]
-    return compact_rows._launch(_new(1, 192, dtype=torch.int64), tensors)
+    return compact_rows.launch(_new(1, 192, dtype=torch.int64), tensors)
 
 
 def _merge(dtype: torch.dtype) -> object:
     target, weights = _new(1, 576, dtype=torch.int64), _new(1, 576, dtype=torch.float32)
-    return merge._launch(_new(1, 576, 4096, dtype=dtype), target, 64, weights)
+    return merge.launch(_new(1, 576, 4096, dtype=dtype), target, 64, weights)
 
 
 def _transition(dtype: torch.dtype) -> object:
-    return token_transition._launch(*(_new(1, 640, 4096, dtype=dtype) for _ in range(4)))
+    return token_transition.launch(*(_new(1, 640, 4096, dtype=dtype) for _ in range(4)))
 
 
 def _redistribute(heads: int, key_heads: int, rows: int, count: int, width: int) -> Callable[..., object]:
@@ -115,7 +115,7 @@ def _redistribute(heads: int, key_heads: int, rows: int, count: int, width: int)
         query, key, value = _heads(heads, key_heads, rows, count, width, dtype)
         flags = _new(1, count, dtype=torch.bool)
         mask = _new(1, rows, count, dtype=torch.bool) if rows > 1 else None
-        return redistribute_attention._launch(query, key, value, 0.1, flags, flags, 0.6, 0.2, 0.5, mask, None)
+        return redistribute_attention.launch(query, key, value, 0.1, flags, flags, 0.6, 0.2, 0.5, mask, None)
 
     return make
 

@@ -68,7 +68,7 @@ def reference(query: Tensor, key: Tensor, scale: float, lengths: Tensor | None) 
     return received.sum(dim=1) / heads
 
 
-def _launch(query: Tensor, key: Tensor, scale: float, lengths: Tensor | None) -> Tensor:
+def launch(query: Tensor, key: Tensor, scale: float, lengths: Tensor | None) -> Tensor:
     batch, heads, rows, width = query.shape
     count = key.shape[2]
     lse = query.new_empty(batch, heads, rows, dtype=torch.float32)
@@ -164,7 +164,7 @@ def _flops(query: Tensor, key: Tensor, scale: float, lengths: Tensor | None) -> 
 _OP = Op(
     "attention_received(Tensor query, Tensor key, float scale, Tensor? lengths) -> Tensor",
     reference,
-    _launch,
+    launch,
     _fake,
     _flops,
 )

@@ -68,7 +68,7 @@ def reference(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> 
     return logits.softmax(dim=-1).mean(dim=1)
 
 
-def _launch(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+def launch(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     batch, heads, rows, width = query.shape
     key_heads, count = key.shape[1:3]
     group = heads // key_heads
@@ -157,5 +157,5 @@ def _flops(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> int
 
 
 _OP = Op(
-    "attention_rows(Tensor query, Tensor key, float scale, Tensor? mask) -> Tensor", reference, _launch, _fake, _flops
+    "attention_rows(Tensor query, Tensor key, float scale, Tensor? mask) -> Tensor", reference, launch, _fake, _flops
 )

@@ -51,7 +51,7 @@ def reference(index: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def _launch(index: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+def launch(index: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     batch, places = index.shape
     index = index.contiguous()
     moved = []
@@ -101,4 +101,4 @@ def _fake(index: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.new_empty(*index.shape, *tensor.shape[2:]) for tensor in tensors]
 
 
-_OP = Op("compact_rows(Tensor index, Tensor[] tensors) -> Tensor[]", reference, _launch, _fake)
+_OP = Op("compact_rows(Tensor index, Tensor[] tensors) -> Tensor[]", reference, launch, _fake)

@@ -191,7 +191,7 @@ def _batched(unit: Tensor, k: int, objective: str, first: Tensor | None, lengths
     return chosen
 
 
-def _launch(features: Tensor, k: int, objective: str, first: Tensor | None, lengths: Tensor | None) -> Tensor:
+def launch(features: Tensor, k: int, objective: str, first: Tensor | None, lengths: Tensor | None) -> Tensor:
     num_images, num_tokens, _ = features.shape
     table, first = _similarities(_normalised(features, lengths)[0], first, lengths)
     chosen = torch.empty(num_images, k, dtype=torch.int64, device=features.device)
@@ -242,7 +242,7 @@ def _flops(features: Tensor, k: int, objective: str, first: Tensor | None, lengt
 _OP = Op(
     "greedy_diversity(Tensor features, int k, str objective, Tensor? first, Tensor? lengths) -> Tensor",
     reference,
-    _launch,
+    launch,
     _fake,
     _flops,
 )

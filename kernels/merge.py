@@ -52,7 +52,7 @@ def reference(features: Tensor, target: Tensor, count: int, weights: Tensor | No
     return merged[:-1].view(num_images, count, width).to(features.dtype)
 
 
-def _launch(features: Tensor, target: Tensor, count: int, weights: Tensor | None) -> Tensor:
+def launch(features: Tensor, target: Tensor, count: int, weights: Tensor | None) -> Tensor:
     num_images, num_tokens, width = features.shape
     # sorted by target, the members of each stand together: no atomic additions, whose order is open
     ordered = target.sort(dim=1, stable=True)
@@ -97,4 +97,4 @@ def _fake(features: Tensor, target: Tensor, count: int, weights: Tensor | None) 
     return features.new_empty(features.shape[0], count, features.shape[2])
 
 
-_OP = Op("merge(Tensor features, Tensor target, SymInt count, Tensor? weights) -> Tensor", reference, _launch, _fake)
+_OP = Op("merge(Tensor features, Tensor target, SymInt count, Tensor? weights) -> Tensor", reference, launch, _fake)

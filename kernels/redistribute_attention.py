@@ -106,7 +106,7 @@ def reference(
     return out.to(query.dtype), active.view(batch, heads, rows)
 
 
-def _launch(
+def launch(
     query: Tensor, key: Tensor, value: Tensor, scale: float, sink: Tensor, visual: Tensor,
     p: float, least_mass: float, least_ratio: float, mask: Tensor | None, gate: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -270,7 +270,7 @@ _OP = Op(
     "redistribute_attention(Tensor query, Tensor key, Tensor value, float scale, Tensor sink, Tensor visual, float p, "
     "float least_mass, float least_ratio, Tensor? mask, Tensor? gate) -> (Tensor, Tensor)",
     reference,
-    _launch,
+    launch,
     _fake,
     _flops,
 )

@@ -68,7 +68,7 @@ def reference(scores: Tensor, sizes: list[int], quotas: Tensor | None, total: in
     return chosen.scatter_(1, place, at.expand_as(place))[:, :total]
 
 
-def _launch(scores: Tensor, sizes: list[int], quotas: Tensor | None, total: int) -> Tensor:
+def launch(scores: Tensor, sizes: list[int], quotas: Tensor | None, total: int) -> Tensor:
     num_rows = scores.shape[0]
     chosen = torch.full((num_rows, total), -1, dtype=torch.int64, device=scores.device)
     starts = [0]
@@ -126,5 +126,5 @@ def _fake(scores: Tensor, sizes: list[int], quotas: Tensor | None, total: int) -
 
 
 _OP = Op(
-    "segmented_topk(Tensor scores, SymInt[] sizes, Tensor? quotas, SymInt total) -> Tensor", reference, _launch, _fake
+    "segmented_topk(Tensor scores, SymInt[] sizes, Tensor? quotas, SymInt total) -> Tensor", reference, launch, _fake
 )

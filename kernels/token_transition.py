@@ -54,7 +54,7 @@ def reference(attention_in: Tensor, attention_out: Tensor, mlp_in: Tensor, mlp_o
     return torch.stack(magnitudes), torch.stack(cosines)
 
 
-def _launch(attention_in: Tensor, attention_out: Tensor, mlp_in: Tensor, mlp_out: Tensor) -> tuple[Tensor, Tensor]:
+def launch(attention_in: Tensor, attention_out: Tensor, mlp_in: Tensor, mlp_out: Tensor) -> tuple[Tensor, Tensor]:
     batch, count, width = attention_in.shape
     given = (attention_in, attention_out, mlp_in, mlp_out)
     found = attention_in.new_empty(2, 2, batch, count, dtype=torch.float32)
@@ -108,6 +108,6 @@ def _fake(attention_in: Tensor, attention_out: Tensor, mlp_in: Tensor, mlp_out: 
 _OP = Op(
     "token_transition(Tensor attention_in, Tensor attention_out, Tensor mlp_in, Tensor mlp_out) -> (Tensor, Tensor)",
     reference,
-    _launch,
+    launch,
     _fake,
 )
