@@ -65,7 +65,7 @@ def reference(scores: Tensor, sizes: list[int], quotas: Tensor | None, total: in
     kept.scatter_(1, by_segment, rank < quotas[:, segment])
     place = torch.where(kept, kept.cumsum(1) - 1, total).clamp_max_(total)
     chosen = torch.full((num_rows, total + 1), -1, dtype=torch.int64, device=size.device)
-    return chosen.scatter_(1, place, at.expand_as(place))[:, :total]
+    return chosen.scatter_(1, place, at.expand_as(place))[:, :total].contiguous()
 
 
 def launch(scores: Tensor, sizes: list[int], quotas: Tensor | None, total: int) -> Tensor:
@@ -78,7 +78,7 @@ def launch(scores: Tensor, sizes: list[int], quotas: Tensor | None, total: int) 
     segment_kernel[(len(sizes), num_rows)](
         scores, on_device(starts, scores.device), chosen if quotas is None else quotas.contiguous(), chosen,
         len(sizes), total, *scores.stride(),
-        quotas is not None, power_of_two(len(sizes)), block, num_warps=power_of_two(block // 256, 1, 32),
+        quotas is not None, power_of_two(len(sizes)), block, num_warps=power_of_two(block // 256, 1, 16),
     )  # fmt: skip
     return chosen
 
@@ -90,8 +90,8 @@ def segment_kernel(
 ):  # fmt: skip
     """One segment of one row: finds the score of rank `quota` bit by bit, and writes who is above it in order."""
     segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    begin = tl.load(p_starts + segment)
-    size = tl.load(p_starts + segment + 1) - begin
+    begin = tl.load(p_starts + segment).to(tl.int32)
+    size = tl.load(p_starts + segment + 1).to(tl.int32) - begin
     quota, before = total, 0
     if QUOTAS:
         o_s = tl.arange(0, BLOCK_S)
@@ -106,11 +106,11 @@ def segment_kernel(
     bits = score.to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     bits = tl.where(score != score, 0x7FFFFFFF, bits)
-    lowest = -0x7FFFFFFF - 1
-    threshold = tl.zeros([], tl.int32) + lowest
-    for bit in tl.static_range(31, -1, -1):
-        # the highest bit is the sign, whose weight is negative
-        trial = tl.zeros([], tl.int32) if bit == 31 else threshold + (1 << bit)
+    # the highest bit is the sign, whose weight is negative
+    positive = tl.sum((there & (bits >= 0)).to(tl.int32), axis=0) >= quota
+    threshold = tl.where(positive, 0, -0x7FFFFFFF - 1)
+    for bit in range(31):
+        trial = threshold + (1 << (30 - bit))
         enough = tl.sum((there & (bits >= trial)).to(tl.int32), axis=0) >= quota
         threshold = tl.where(enough, trial, threshold)
     above = there & (bits > threshold)
@@ -118,7 +118,7 @@ def segment_kernel(
     left = quota - tl.sum(above.to(tl.int32), axis=0)
     kept = above | (level & (tl.cumsum(level.to(tl.int32), axis=0) <= left))
     place = before + tl.cumsum(kept.to(tl.int32), axis=0) - 1
-    tl.store(p_chosen + row * total + place, begin + o_n, mask=kept & (place < total))
+    tl.store(p_chosen + row * total + place, (begin + o_n).to(tl.int64), mask=kept & (place < total))
 
 
 def _fake(scores: Tensor, sizes: list[int], quotas: Tensor | None, total: int) -> Tensor:

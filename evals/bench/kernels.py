@@ -38,8 +38,8 @@ from tokenprune.kernels._triton import runs_triton
 
 COLUMNS = (
     "op", "tokens", "width", "batch", "keep", "dtype", "kernel_ms", "reference_ms", "floor_ms", "to_reference",
-    "to_floor", "bound_by", "kernel_q25_ms", "kernel_q75_ms", "error", "gbytes", "gflops", "bandwidth_gb_s", "matrix_tflop_s",
-    "rounds", "cpu", "gpu", "threads", "torch", "triton", "commit", "date",
+    "to_floor", "bound_by", "kernel_q25_ms", "kernel_q75_ms", "error", "gbytes", "gflops", "bandwidth_gb_s",
+    "matrix_tflop_s", "rounds", "cpu", "gpu", "threads", "torch", "triton", "commit", "date",
 )  # fmt: skip
 
 _HEAD = 64  # width of an attention head; a width of 4096 has 64 of them
