@@ -43,8 +43,7 @@ class Kernel:
     noted: ClassVar[list[Launch] | None] = None
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, function)
-        self.function = function
+        self.function, self.__doc__ = function, function.__doc__
 
     @functools.cached_property
     def compiled(self) -> Any:
@@ -57,11 +56,12 @@ class Kernel:
         return triton.jit(self.function)
 
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., Any]:
-        if Kernel.noted is None:
+        noted = Kernel.noted
+        if noted is None:
             return self.compiled[tuple(grid)]
 
         def note(*args: Any, num_warps: int = 4, num_stages: int = 3) -> None:
-            Kernel.noted.append(Launch(self, args, {"num_warps": num_warps, "num_stages": num_stages}))
+            noted.append(Launch(self, args, {"num_warps": num_warps, "num_stages": num_stages}))
 
         return note
 

@@ -237,7 +237,7 @@ def join_kernel(
     z_o = tl.sum(b_scale * tl.load(p_sums + o_s * 5 + 4, mask=m_s, other=0.0), axis=0)
     total = z_s + z_n + z_t + z_o
     in_image = z_s + z_n
-    active = (in_image >= least_mass * total) & (z_n >= least_ratio * in_image) & (z_n > 0.0)
+    active = (in_image >= least_mass * total) & (z_n >= least_ratio * in_image) & (z_n > 0.0)  # type: ignore[operator]
     if GATED:
         active = active & tl.load(p_gate + line).to(tl.int1)
     shrunk = tl.where(active, 1.0 - p, 1.0)

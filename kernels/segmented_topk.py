@@ -107,15 +107,15 @@ def segment_kernel(
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     bits = tl.where(score != score, 0x7FFFFFFF, bits)
     # the highest bit is the sign, whose weight is negative
-    positive = tl.sum((there & (bits >= 0)).to(tl.int32), axis=0) >= quota
+    positive = tl.sum((there & (bits >= 0)).to(tl.int32), axis=0) >= quota  # type: ignore[operator]
     threshold = tl.where(positive, 0, -0x7FFFFFFF - 1)
     for bit in range(31):
         trial = threshold + (1 << (30 - bit))
-        enough = tl.sum((there & (bits >= trial)).to(tl.int32), axis=0) >= quota
+        enough = tl.sum((there & (bits >= trial)).to(tl.int32), axis=0) >= quota  # type: ignore[operator]
         threshold = tl.where(enough, trial, threshold)
     above = there & (bits > threshold)
     level = there & (bits == threshold)
-    left = quota - tl.sum(above.to(tl.int32), axis=0)
+    left = quota - tl.sum(above.to(tl.int32), axis=0)  # type: ignore[operator]
     kept = above | (level & (tl.cumsum(level.to(tl.int32), axis=0) <= left))
     place = before + tl.cumsum(kept.to(tl.int32), axis=0) - 1
     tl.store(p_chosen + row * total + place, (begin + o_n).to(tl.int64), mask=kept & (place < total))
