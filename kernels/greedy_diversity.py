@@ -2,14 +2,23 @@
 
 Both start from one token and then add, k - 1 times, the token that is least similar to those chosen: by the sum of its
 cosine similarities to them ("max_sum") or by the largest of these ("k_center"). The similarities come from one Gram
-product of N x N, or, where k is small beside N, from one matrix-vector product a step.
+product of N x N, or, on a CPU where k is small beside N, from one matrix-vector product a step. On a GPU all k steps of
+all images are one launch.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from tokenprune.kernels._ops import Op
+from tokenprune.kernels._triton import Kernel, power_of_two, runs_triton
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 OBJECTIVES = ("max_sum", "k_center")
 
@@ -21,21 +30,25 @@ _ROW_COST = 12
 
 
 def needs_gram(num_tokens: int, k: int, has_first: bool) -> bool:
-    """Whether all N x N similarities are formed: yes unless k is small beside N and the first token is given."""
+    """Whether the reference forms all N x N similarities: yes unless k is small beside N and the first token is
+    given. The kernel always does."""
     return not has_first or _ROW_COST * k > num_tokens
 
 
 def greedy_diversity_flops(num_images: int, num_tokens: int, width: int, k: int, has_first: bool) -> int:
-    """Floating-point operations of the matrix products in `greedy_diversity`, 2 per multiply-add."""
+    """Floating-point operations of the matrix products in the reference, 2 per multiply-add."""
     rows = num_tokens if needs_gram(num_tokens, k, has_first) else k - 1
     return 2 * num_images * rows * num_tokens * width
 
 
-def greedy_diversity(features: Tensor, k: int, objective: str, first: Tensor | None = None) -> Tensor:
+def greedy_diversity(
+    features: Tensor, k: int, objective: str, first: Tensor | None = None, lengths: Tensor | None = None
+) -> Tensor:
     """Choose k tokens of each image, every one the least similar to those chosen before it.
 
     Similarity is the cosine, in fp32; equal values go to the lower index. Costs 2 N^2 D floating-point operations and
-    N^2 numbers of memory an image (2 (k - 1) N D and O(N) where `needs_gram` says no), then k steps of O(N).
+    N^2 numbers of memory an image (2 (k - 1) N D and O(N) where `needs_gram` says no), then k steps of O(N). The first
+    j of the k are the choice for a budget of j, so images with budgets of their own need one call, too.
 
     Args:
         features: `[M, N, D]`, any float dtype; rows need not be normalised, and a row of zeros is similar to nothing.
@@ -44,9 +57,11 @@ def greedy_diversity(features: Tensor, k: int, objective: str, first: Tensor | N
             one whose largest similarity to a chosen one is smallest.
         first: `[M]` int64, the token that each image starts from; None starts from the token whose nearest neighbour
             is farthest.
+        lengths: `[M]` int64, at least 1, for ragged batches: only the first lengths[m] tokens of image m are there.
+            The others may hold anything.
 
     Returns:
-        `[M, k]` int64 in the order of choice, without duplicates.
+        `[M, k]` int64 in the order of choice, without duplicates; -1 after an image's last token.
 
     Raises:
         ValueError: an argument is out of range, or (CPU tensors, where looking is free) a feature is NaN or infinite.
@@ -57,37 +72,56 @@ def greedy_diversity(features: Tensor, k: int, objective: str, first: Tensor | N
         )
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}.")
-    if first is not None and (first.shape != features.shape[:1] or first.dtype != torch.int64):
-        raise ValueError(f"first must be int64 [{features.shape[0]}], got {first.dtype} {tuple(first.shape)}.")
-    on_cpu = features.device.type == "cpu"
-    unit = features.detach().float()
+    for name, given in (("first", first), ("lengths", lengths)):
+        if given is not None and (given.shape != features.shape[:1] or given.dtype != torch.int64):
+            raise ValueError(f"{name} must be int64 [{features.shape[0]}], got {given.dtype} {tuple(given.shape)}.")
+    return _OP(features.detach(), k, objective, first, lengths)
+
+
+def reference(features: Tensor, k: int, objective: str, first: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """`greedy_diversity` in PyTorch and NumPy."""
+    unit, norms = _normalised(features, lengths)
+    if unit.device.type != "cpu":
+        return _batched(unit, k, objective, first, lengths)
+    if not bool(norms.isfinite().all()):
+        raise ValueError("Features hold NaN or infinity, so they rank nothing. Check the model's weights and input.")
+    sizes = [unit.shape[1]] * unit.shape[0] if lengths is None else lengths.tolist()
+    if not all(1 <= size <= unit.shape[1] for size in sizes):
+        raise ValueError(f"lengths must be in [1, {unit.shape[1]}], got {sizes}.")
+    if first is not None and not all(0 <= place < size for place, size in zip(first.tolist(), sizes)):
+        raise ValueError(f"first must be in [0, {min(sizes)}), got {first.tolist()}.")
+    return _one_by_one(unit, k, objective, first, sizes)
+
+
+def _normalised(features: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows of length 1 `[M, N, D]` in fp32, those of padding zero, and the lengths that they had."""
+    unit = features.float()
+    if lengths is not None:
+        unit = unit.masked_fill(_padding(unit, lengths)[:, :, None], 0)
     norms = torch.linalg.vector_norm(unit, dim=2, keepdim=True)
-    if on_cpu:
-        if not bool(norms.isfinite().all()):
-            raise ValueError(
-                "Features hold NaN or infinity, so they rank nothing. Check the model's weights and input."
-            )
-        if first is not None and not bool(((first >= 0) & (first < features.shape[1])).all()):
-            raise ValueError(f"first must be in [0, {features.shape[1]}), got {first.tolist()}.")
-    unit = unit / norms.clamp_min(_TINY)
-    return _one_by_one(unit, k, objective, first) if on_cpu else _batched(unit, k, objective, first)
+    return unit / norms.clamp_min(_TINY), norms
 
 
-def _one_by_one(unit: Tensor, k: int, objective: str, first: Tensor | None) -> Tensor:
+def _padding(unit: Tensor, lengths: Tensor) -> Tensor:
+    """`[M, N]` bool, True at padding."""
+    return torch.arange(unit.shape[1], device=unit.device) >= lengths[:, None]
+
+
+def _one_by_one(unit: Tensor, k: int, objective: str, first: Tensor | None, sizes: list[int]) -> Tensor:
     """For CPU tensors: image by image, so that a batch gives the very bits of its images alone.
 
     The steps run in NumPy on the tensors' own memory, because a step is two operations on N numbers, and for so few
     NumPy takes 1.5 us where starting the operations of PyTorch takes 20.
     """
-    num_images, num_tokens, _ = unit.shape
-    chosen = torch.empty(num_images, k, dtype=torch.int64)
-    has_gram = needs_gram(num_tokens, k, first is not None)
-    gram = torch.empty(num_tokens if has_gram else 0, num_tokens)
-    row = torch.empty(num_tokens, 1)
-    rows, one_row = gram.numpy(), row.numpy()[:, 0]
+    chosen = torch.full((len(sizes), k), -1, dtype=torch.int64)
+    memory = torch.empty(max(size * size if needs_gram(size, k, first is not None) else 0 for size in sizes))
     join = np.add if objective == "max_sum" else np.maximum
-    for image in range(num_images):
-        x, out = unit[image], chosen[image].numpy()
+    for image, size in enumerate(sizes):
+        x, out = unit[image, :size], chosen[image].numpy()
+        has_gram = needs_gram(size, k, first is not None)
+        gram = memory[: size * size if has_gram else 0].view(-1, size)
+        row = torch.empty(size, 1)
+        rows, one_row = gram.numpy(), row.numpy()[:, 0]
         if has_gram:
             torch.mm(x, x.T, out=gram)
         if first is None:
@@ -98,8 +132,8 @@ def _one_by_one(unit: Tensor, k: int, objective: str, first: Tensor | None) -> T
             # a chosen token leaves the race by its own similarity: infinity survives both addition and maximum
             gram.fill_diagonal_(torch.inf)
         out[0] = place
-        total = np.full(num_tokens, 0 if objective == "max_sum" else -np.inf, dtype=np.float32)
-        for step in range(1, k):
+        total = np.full(size, 0 if objective == "max_sum" else -np.inf, dtype=np.float32)
+        for step in range(1, min(k, size)):
             if has_gram:
                 join(total, rows[place], out=total)
             else:
@@ -111,23 +145,37 @@ def _one_by_one(unit: Tensor, k: int, objective: str, first: Tensor | None) -> T
     return chosen
 
 
-def _batched(unit: Tensor, k: int, objective: str, first: Tensor | None) -> Tensor:
+def _similarities(unit: Tensor, first: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The Gram product `[M, N, N]`, and the first tokens `[M]`: those given, or those most alone."""
+    table = torch.bmm(unit, unit.transpose(1, 2))
+    if first is not None:
+        return table, first
+    table.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    if lengths is None:
+        return table, table.amax(dim=2).argmin(dim=1)
+    padding = _padding(unit, lengths)
+    table.masked_fill_(padding[:, None], -torch.inf)
+    return table, table.amax(dim=2).masked_fill_(padding, torch.inf).argmin(dim=1)
+
+
+def _batched(unit: Tensor, k: int, objective: str, first: Tensor | None, lengths: Tensor | None = None) -> Tensor:
     """For any device: all images at once, and no value is read back to the host."""
-    num_images, num_tokens, width = unit.shape
-    if has_gram := needs_gram(num_tokens, k, first is not None):
-        table = torch.bmm(unit, unit.transpose(1, 2))
-        diagonal = table.diagonal(dim1=1, dim2=2)
-        if first is None:
-            diagonal.fill_(-torch.inf)
-            first = table.amax(dim=2).argmin(dim=1)
-        diagonal.fill_(torch.inf)
+    num_images, num_tokens, _ = unit.shape
+    total = unit.new_full((num_images, num_tokens), 0 if objective == "max_sum" else -torch.inf)
+    padding = None if lengths is None else _padding(unit, lengths)
+    if first is None or needs_gram(num_tokens, k, True):
+        table, place = _similarities(unit, first, lengths)
+        table.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+        if padding is not None:
+            table.masked_fill_(padding[:, None], torch.inf)
+        has_gram = True
     else:
-        table = unit
+        table, place, has_gram = unit, first, False
+        if padding is not None:
+            total.masked_fill_(padding, torch.inf)
     table = table.flatten(0, 1)
     start = torch.arange(0, num_images * num_tokens, num_tokens, device=unit.device)
-    total = unit.new_full((num_images, num_tokens), 0 if objective == "max_sum" else -torch.inf)
     chosen = torch.empty(num_images, k, dtype=torch.int64, device=unit.device)
-    place = first if first is not None else start  # `first` is set by now; the type checker cannot see it
     chosen[:, 0] = place
     for step in range(1, k):
         row = table.index_select(0, start + place)
@@ -138,4 +186,63 @@ def _batched(unit: Tensor, k: int, objective: str, first: Tensor | None) -> Tens
             total.scatter_(1, place.unsqueeze(1), torch.inf)
         place = total.argmin(dim=1)
         chosen[:, step] = place
+    if lengths is not None:
+        chosen.masked_fill_(torch.arange(k, device=chosen.device) >= lengths[:, None], -1)
     return chosen
+
+
+def launch(features: Tensor, k: int, objective: str, first: Tensor | None, lengths: Tensor | None) -> Tensor:
+    num_images, num_tokens, _ = features.shape
+    table, first = _similarities(_normalised(features, lengths)[0], first, lengths)
+    chosen = torch.empty(num_images, k, dtype=torch.int64, device=features.device)
+    block = power_of_two(num_tokens, 16)
+    steps_kernel[(num_images,)](
+        table, first, first if lengths is None else lengths, chosen, num_tokens, k,
+        lengths is not None, objective == "max_sum", block, num_warps=power_of_two(block // 512, 1, 16),
+    )  # fmt: skip
+    return chosen
+
+
+@Kernel
+def steps_kernel(
+    p_table, p_first, p_lengths, p_chosen, count, k,
+    RAGGED: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """All k steps of one image; what decides stays in registers."""
+    image = tl.program_id(0).to(tl.int64)
+    o_n = tl.arange(0, BLOCK)
+    size = count
+    if RAGGED:
+        size = tl.load(p_lengths + image).to(tl.int32)
+    place = tl.load(p_first + image).to(tl.int32)
+    p_table += image * count * count
+    p_chosen += image * k
+    tl.store(p_chosen, place.to(tl.int64))
+    b_total = tl.where(o_n < size, 0.0 if SUM else float("-inf"), float("inf"))
+    for step in range(1, k):
+        row = tl.load(p_table + place.to(tl.int64) * count + o_n, mask=o_n < size, other=float("inf"))
+        b_total = b_total + row if SUM else tl.maximum(b_total, row)
+        b_total = tl.where(o_n == place, float("inf"), b_total)
+        # NaN among the features must not lead out of the table
+        place = tl.minimum(tl.argmin(b_total, axis=0, tie_break_left=True), count - 1)
+        tl.store(p_chosen + step, tl.where(step < size, place, -1).to(tl.int64))
+
+
+def _fake(features: Tensor, k: int, objective: str, first: Tensor | None, lengths: Tensor | None) -> Tensor:
+    return features.new_empty(features.shape[0], k, dtype=torch.int64)
+
+
+def _flops(features: Tensor, k: int, objective: str, first: Tensor | None, lengths: Tensor | None) -> int:
+    num_images, num_tokens, width = features.shape
+    if runs_triton(features):
+        return 2 * num_images * num_tokens * num_tokens * width
+    return greedy_diversity_flops(num_images, num_tokens, width, k, first is not None)
+
+
+_OP = Op(
+    "greedy_diversity(Tensor features, int k, str objective, Tensor? first, Tensor? lengths) -> Tensor",
+    reference,
+    launch,
+    _fake,
+    _flops,
+)

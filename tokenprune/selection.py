@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenprune.kernels.segmented_topk import segmented_topk
+
 
 @dataclass
 class Selection:
@@ -83,9 +85,7 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
     if scores.dim() != 2 or not 1 <= k <= scores.shape[1]:
         raise ValueError(f"topk_indices needs scores [M, N] and 1 <= k <= N, got {tuple(scores.shape)} and k={k}.")
     refuse_nan(scores)
-    # torch.topk leaves the order of ties open; a stable sort does not
-    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
-    return order[:, :k].sort(dim=1).values
+    return segmented_topk(scores, [scores.shape[1]], None, k)
 
 
 def refuse_nan(scores: Tensor) -> None:

@@ -53,8 +53,9 @@ import torch
 from torch import Tensor
 
 from tokenprune.base import Pruner, View
+from tokenprune.kernels.segmented_topk import segmented_topk
 from tokenprune.registry import register_method
-from tokenprune.selection import Selection, topk_indices
+from tokenprune.selection import Selection
 from tokenprune.signals import Signal, Tower, stand_in_note, summary_attention
 
 VARIANTS = ("paper", "official")
@@ -228,7 +229,7 @@ class HoloV(Pruner):
         return fit_quotas(weight, give(quota, limit, order, left), size, budget, one_each=official)
 
     def select(self, view: View) -> Selection:
-        num_images, num_tokens, budget = view.num_images, view.num_tokens, view.budget
+        num_tokens, budget = view.num_tokens, view.budget
         sizes = self.strips(num_tokens, budget)
         attention = view.signal(
             summary_attention(view.tower, view.tower.feature_layer).name, view.tower.feature_layer
@@ -250,16 +251,8 @@ class HoloV(Pruner):
         device = score.device
         size = torch.cat([torch.full((count,), m, device=device) for m, count in groups])
         quota = self.quotas(torch.cat(means, dim=1), size, budget)
-        # sorted by strip, and inside a strip by score: the place in its strip is then a token's rank
-        strip = torch.repeat_interleave(torch.arange(len(sizes), device=device), size, output_size=num_tokens)
-        by_score = (
-            (attention if self.variant == "official" else score).sort(dim=1, descending=True, stable=True).indices
-        )
-        by_strip = by_score.gather(1, strip[by_score].sort(dim=1, stable=True).indices)
-        rank = torch.arange(num_tokens, device=device) - (size.cumsum(0) - size)[strip]
-        kept = torch.zeros(num_images, num_tokens, dtype=torch.uint8, device=device)
-        kept.scatter_(1, by_strip, (rank < quota[:, strip]).to(kept.dtype))
-        return Selection(topk_indices(kept, budget))
+        ranked = attention if self.variant == "official" else score
+        return Selection(segmented_topk(ranked, sizes, quota, budget))
 
     def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: Tower) -> int:
         official = self.variant == "official"

@@ -1,0 +1,72 @@
+"""Ops of the namespace `tokenprune` in torch: a reference, a Triton kernel, and what compilers and counters need.
+
+On CPU tensors a call is a call of the reference, whose operations autograd and FLOP counters see for themselves.
+On CUDA tensors, and while torch.compile traces, it is the op `torch.ops.tokenprune.NAME`, which they see as one node
+with a fake implementation and, where it multiplies matrices, a FLOP formula. Where a gradient is asked for, the
+reference runs on every device: the kernels have no backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.kernels._triton import HAS_TRITON, runs_triton
+
+_LIBRARY = torch.library.Library("tokenprune", "FRAGMENT")
+
+
+class Op:
+    """A registered op.
+
+    Args:
+        schema: as in `torch.library`, the name first; the first argument is a tensor.
+        reference: PyTorch, for every device.
+        launch: the same with Triton kernels.
+        fake: the same on tensors without values.
+        flops: floating-point operations of its matrix products, from the same arguments; None where it has none.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        reference: Callable[..., Any],
+        launch: Callable[..., Any],
+        fake: Callable[..., Any],
+        flops: Callable[..., int] | None = None,
+    ) -> None:
+        self.name = schema.partition("(")[0]
+        self.reference, self.launch = reference, launch
+        _LIBRARY.define(schema)
+
+        def run(first: Tensor, *args: Any) -> Any:
+            return launch(first, *args) if runs_triton(first) else reference(first, *args)
+
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(self.name, run, key)
+        torch.library.register_fake(f"tokenprune::{self.name}", fake, lib=_LIBRARY)
+        packet = getattr(torch.ops.tokenprune, self.name)
+        self._op = packet.default
+        # the counter complains on import where triton is missing, and without triton it sees the reference
+        if flops is not None and HAS_TRITON:
+            from torch.utils.flop_counter import register_flop_formula
+
+            formula = flops
+
+            @register_flop_formula(packet, get_raw=True)
+            def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+                return formula(*args, **kwargs)
+
+    def __call__(self, first: Tensor, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._op(first, *args)
+        if not runs_triton(first) or _wants_gradient(first, *args):
+            return self.reference(first, *args)
+        return self._op(first, *args)
+
+
+def _wants_gradient(*args: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)

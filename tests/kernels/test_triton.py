@@ -1,0 +1,288 @@
+"""Every kernel against its reference: on a GPU where there is one, else in Triton's interpreter (TRITON_INTERPRET=1),
+which `test_interpreter.py` starts. Without either these tests are skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tokenprune.kernels import (
+    attention_received,
+    attention_rows,
+    compact_rows,
+    greedy_diversity,
+    merge,
+    redistribute_attention,
+    segmented_topk,
+    token_transition,
+)
+from tokenprune.kernels._triton import INTERPRETED
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+HALF = [torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, *HALF]
+# of the largest value: fp32 sums in another order; one rounding to the output's format, which is that of the input
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1 before the start"
+)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory that a kernel is handed holds NaN or nonsense, so what it leaves unwritten shows."""
+
+    def poison(tensor: Tensor) -> Tensor:
+        if tensor.dtype.is_floating_point:
+            return tensor.fill_(torch.nan)
+        return tensor.fill_(True) if tensor.dtype == torch.bool else tensor.fill_(113)
+
+    empty, new_empty = torch.empty, Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
+    torch.manual_seed(0)
+    yield
+
+
+def on_device(value: Any) -> Any:
+    if isinstance(value, list):
+        return [on_device(item) for item in value]
+    return value.to(DEVICE) if isinstance(value, Tensor) else value
+
+
+def both(module: Any, *args: Any) -> tuple[Any, Any]:
+    """Kernel and reference, on the CPU."""
+    launched = module._OP(*[on_device(arg) for arg in args])
+    expected = module.reference(*args)
+    if isinstance(launched, Tensor):
+        return launched.cpu(), expected
+    return [tensor.cpu() for tensor in launched], list(expected)
+
+
+def assert_near(found: Tensor, expected: Tensor, rounding: float = 1e-5) -> None:
+    """Equal within `rounding` of the largest value."""
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    error = (found.double() - expected.double()).abs().max()
+    assert error <= rounding * expected.double().abs().max(), f"{float(error)}"
+
+
+def heads(
+    batch: int, query_heads: int, key_heads: int, rows: int, count: int, width: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key, value as models hold them: tokens before heads, so every one is strided."""
+    sizes = ((rows, query_heads), (count, key_heads), (count, key_heads))
+    query, key, value = (torch.randn(batch, n, h, width).to(dtype).transpose(1, 2) for n, h in sizes)
+    return query, key, value
+
+
+def some_seen(batch: int, rows: int, count: int) -> Tensor:
+    seen = torch.rand(batch, rows, count) < 0.7
+    seen[..., 0] = True
+    return seen
+
+
+# --- attention rows ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch", "query_heads", "key_heads", "rows", "count", "width", "masked"),
+    [
+        *[(dtype, 2, 4, 2, 3, 63, 20, True) for dtype in DTYPES],
+        (torch.bfloat16, 1, 2, 2, 1, 577, 64, False),
+        (torch.float16, 2, 6, 2, 1, 1, 8, False),
+        (torch.float32, 1, 6, 1, 7, 65, 72, True),
+    ],
+)
+def test_attention_rows(
+    dtype: torch.dtype, batch: int, query_heads: int, key_heads: int, rows: int, count: int, width: int, masked: bool
+) -> None:
+    query, key, _ = heads(batch, query_heads, key_heads, rows, count, width, dtype)
+    mask = some_seen(batch, rows, count) if masked else None
+    assert_near(*both(attention_rows, query, key, width**-0.5, mask))
+
+
+def test_attention_rows_of_2880_keys_that_a_tile_of_which_no_row_sees() -> None:
+    query, key, _ = heads(1, 1, 1, 1, 2880, 16, torch.float16)
+    mask = torch.ones(1, 1, 2880, dtype=torch.bool)
+    mask[..., :200] = False
+    found, expected = both(attention_rows, query, key, 0.25, mask)
+    assert_near(found, expected)
+    assert bool((found[..., :200] == 0).all())
+
+
+def test_attention_rows_takes_a_query_of_another_format() -> None:
+    """The mean query of a picture is fp32, its keys are what the tower holds."""
+    query, key, _ = heads(1, 2, 2, 1, 63, 16, torch.bfloat16)
+    assert_near(*both(attention_rows, query.float() * 1.001, key, 0.25, None))
+
+
+def test_attention_rows_does_not_overflow() -> None:
+    query, key = torch.full((1, 2, 1, 4), 60.0), torch.full((1, 2, 5, 4), 60.0)
+    key[:, :, 2] = 61.0
+    found, _ = both(attention_rows, query.half(), key.half(), 1.0, None)
+    assert found[0, 0].tolist() == [0, 0, 1, 0, 0]
+
+
+# --- attention received -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch", "query_heads", "key_heads", "count", "width", "ragged"),
+    [
+        *[(dtype, 3, 2, 1, 63, 20, True) for dtype in DTYPES],
+        (torch.float16, 2, 2, 2, 1, 8, False),
+        (torch.bfloat16, 1, 1, 1, 130, 72, False),
+    ],
+)
+def test_attention_received(
+    dtype: torch.dtype, batch: int, query_heads: int, key_heads: int, count: int, width: int, ragged: bool
+) -> None:
+    query, key, _ = heads(batch, query_heads, key_heads, count, count, width, dtype)
+    lengths = torch.tensor([count, 1, count // 2]) if ragged else None
+    found, expected = both(attention_received, query, key, width**-0.5, lengths)
+    assert_near(found, expected)
+    wanted = torch.full((batch,), count) if lengths is None else lengths
+    torch.testing.assert_close(found.sum(dim=1), wanted.float(), rtol=1e-5, atol=0)
+
+
+# --- greedy diversity -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", greedy_diversity.OBJECTIVES)
+@pytest.mark.parametrize(
+    ("images", "count", "k", "ragged"),
+    [(2, 1, 1, False), (2, 63, 63, True), (1, 577, 10, False), (1, 2880, 6, True)],
+)
+@pytest.mark.parametrize("given", [True, False])
+def test_greedy_diversity(objective: str, images: int, count: int, k: int, ragged: bool, given: bool) -> None:
+    # entries of +-1 in 16 dimensions: cosines are exact, so ties are, and every choice must agree
+    features = torch.randint(2, (images, count, 16)) * 2.0 - 1
+    lengths = torch.randint(1, count + 1, (images,)) if ragged else None
+    first = torch.zeros(images, dtype=torch.int64) if given else None
+    if lengths is not None:
+        features[0, int(lengths[0]) :] = torch.nan
+    found, expected = both(greedy_diversity, features, k, objective, first, lengths)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_greedy_diversity_of_half_precision(dtype: torch.dtype) -> None:
+    features = (torch.randint(2, (1, 63, 16)) * 2.0 - 1).to(dtype)
+    assert torch.equal(*both(greedy_diversity, features, 20, "k_center", None, None))
+
+
+# --- segmented top-k and the move -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [*[(dtype, [5, 1, 30, 27]) for dtype in DTYPES], *[(torch.float32, sizes) for sizes in ([1], [577], [576] * 5)]],
+)
+def test_segmented_topk(dtype: torch.dtype, sizes: list[int]) -> None:
+    # few values, both signs, zeros of both signs: ties everywhere
+    scores = (torch.randint(-3, 4, (2, sum(sizes))) * (torch.randint(2, (2, sum(sizes))) * 2.0 - 1)).to(dtype)
+    scores[0, -1], scores[1, 0] = torch.nan, -torch.inf
+    quotas = torch.stack([torch.randint(0, size + 1, (2,)) for size in sizes], dim=1)
+    quotas[1] = torch.tensor(sizes)
+    assert torch.equal(*both(segmented_topk, scores, sizes, quotas, int(quotas[0].sum())))
+
+
+@pytest.mark.parametrize("count", [1, 63, 577, 2880])
+def test_topk_of_whole_rows(count: int) -> None:
+    scores = torch.randn(1, 2 * count)[:, ::2]
+    for k in {1, (count + 1) // 2, count}:
+        assert torch.equal(*both(segmented_topk, scores, [count], None, k))
+
+
+def test_compact_rows() -> None:
+    index = torch.tensor([[0, 3, 4, 62], [-1, -1, 5, 6]])
+    tensors = [
+        torch.randn(2, 63, 33),
+        torch.randn(2, 63, 16).bfloat16(),
+        torch.arange(126).view(2, 63),
+        torch.rand(2, 63) < 0.5,
+        torch.randint(9, (3, 2, 63)).movedim(0, 2),
+        torch.randn(2, 63, 2, 3).half(),
+    ]
+    for found, expected in zip(*both(compact_rows, index, tensors)):
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("dtype", "count", "targets"), [*[(dtype, 63, 7) for dtype in DTYPES], (torch.float16, 1, 1)])
+def test_merge(dtype: torch.dtype, count: int, targets: int) -> None:
+    images = 2 if dtype == torch.float32 else 1
+    features = torch.randn(images, 33, count).to(dtype).transpose(1, 2)
+    target = torch.randint(-1, targets, (images, count))
+    weights = torch.rand(images, count) * (target != 0)
+    for given in (None, weights):
+        found, expected = both(merge, features, target, targets, given)
+        assert_near(found, expected, ROUNDING[dtype])
+        assert given is None or bool((found[:, 0] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_token_transition(dtype: torch.dtype) -> None:
+    tensors = [torch.randn(2, 10, 63).to(dtype)[:, ::2] for _ in range(2)]
+    tensors += [torch.randn(2, 5, 126).to(dtype)[..., ::2] for _ in range(2)]
+    tensors[0][0, 0] = tensors[3][0, 1] = 0
+    for found, expected in zip(*both(token_transition, *tensors)):
+        assert_near(found, expected)
+
+
+# --- redistribution ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch", "query_heads", "key_heads", "rows", "count", "width", "masked"),
+    [
+        *[(dtype, 1, 4, 2, 3, 63, 20, True) for dtype in DTYPES],
+        (torch.bfloat16, 1, 1, 1, 1, 577, 16, False),
+        (torch.float16, 2, 6, 2, 1, 1, 8, False),
+        (torch.float32, 1, 2, 1, 19, 40, 24, True),
+    ],
+)
+def test_redistribute_attention(
+    dtype: torch.dtype, batch: int, query_heads: int, key_heads: int, rows: int, count: int, width: int, masked: bool
+) -> None:
+    query, key, value = heads(batch, query_heads, key_heads, rows, count, width, dtype)
+    sink, visual = torch.rand(batch, count) < 0.1, torch.rand(batch, count) < 0.6
+    mask = some_seen(batch, rows, count) if masked else None
+    gate = torch.rand(batch, query_heads, rows) < 0.7 if masked else None
+    args = (query, key, value, width**-0.5, sink, visual, 0.6, 0.3, 0.8, mask, gate)
+    (found, active), (expected, wanted) = both(redistribute_attention, *args)
+    assert_near(found, expected, 4 * ROUNDING[dtype])
+    assert torch.equal(active, wanted)
+
+
+def test_redistribute_attention_with_a_part_of_the_keys_out_of_sight() -> None:
+    query, key, value = heads(1, 2, 2, 1, 300, 16, torch.float32)
+    mask = torch.zeros(1, 1, 300, dtype=torch.bool)
+    mask[..., 290:] = True
+    flags = torch.arange(300)[None] % 2 == 0
+    args = (query, key, value, 0.25, flags, torch.ones_like(flags), 0.5, 0.2, 0.1, mask, None)
+    (found, active), (expected, wanted) = both(redistribute_attention, *args)
+    assert_near(found, expected)
+    assert torch.equal(active, wanted) and bool(active.all())
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: attention_rows.attention_rows(x[:, :, :1], x, 1.0),
+        lambda x: attention_received.attention_received(x, x, 1.0),
+        lambda x: merge.merge(x[0], torch.zeros(2, 5, dtype=torch.int64, device=x.device), 1),
+        lambda x: token_transition.token_transition(x[0], x[0] + 1, x[0], x[0] - 1)[0],
+    ],
+)
+def test_gradients_go_through_the_reference(call: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(1, 2, 5, 4, device=DEVICE, requires_grad=True)
+    call(x).sum().backward()
+    assert x.grad is not None
