@@ -184,6 +184,11 @@ class Adapter:
                 query, key = (norm(query), key) if name == "q_norm" else (query, norm(key))
         return query.transpose(1, 2), key.transpose(1, 2)
 
+    def branches(self, layer: Any) -> tuple[nn.Module, nn.Module]:
+        """Attention and MLP of a decoder layer: modules called with normalised states, whose output is added to the
+        residual as it is."""
+        return decoder_of(layer, "self_attn"), decoder_of(layer, "mlp")
+
     def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin `[B, S, d]` for position ids as the decoder layers get them."""
         return self.language_model.rotary_emb(hidden, position_ids)

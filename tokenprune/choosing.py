@@ -126,6 +126,13 @@ def _answer(selection: Selection, row: int, num_tokens: int) -> Answer | None:
     return Answer(selection.indices[row, :count], features, carry)
 
 
+def joined_carry(before: Mapping[str, Tensor], answers: Sequence[Answer | None]) -> dict[str, Tensor]:
+    """What goes on with the tokens of one visual: what stood there before this stage, and what all its parts left."""
+    given = [{} if answer is None else answer.carry for answer in answers]
+    names = set(given[0]).intersection(*given)
+    return {**before, **{name: torch.cat([carry[name] for carry in given]) for name in names}}
+
+
 def split_budget(budget: int, sizes: Sequence[int]) -> list[int]:
     """`budget` over grids of these sizes, in proportion; what rounding leaves goes to the largest remainders, the
     first of equals. Sums to min(budget, sum(sizes))."""

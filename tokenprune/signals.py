@@ -38,7 +38,34 @@ VISUAL_TO_TEXT = "visual_to_text"
 """Share of the attention of a prompt's visual tokens that goes to text between or after its visual tokens, in one
 decoder layer, mean over heads; zero where all that text follows the visual tokens. `[M]`."""
 
-DECODER_SIGNALS = (LAST_ATTENTION, TEXT_TO_VISUAL, VISUAL_TO_TEXT)
+INSTRUCTION_ATTENTION = "instruction_attention"
+"""Attention of the text behind a prompt's last visual token to each visual token in one decoder layer: softmax over all
+tokens that a row sees, in fp32, mean over heads and then over those rows. The prompt's last token stands in where no
+text follows. Layers as for `LAST_ATTENTION`. `[M, N]`."""
+
+DECODER_SIGNALS = (LAST_ATTENTION, TEXT_TO_VISUAL, VISUAL_TO_TEXT, INSTRUCTION_ATTENTION)
+
+ATTENTION_GAIN = "attention_gain"
+"""Length of what the attention branch of one decoder layer makes of a token, over the length of what enters it behind
+its norm; the residual counts in neither. At "layer:K" any layer before K. `[M, N]`."""
+
+ATTENTION_COSINE = "attention_cosine"
+"""Cosine between the same two vectors. `[M, N]`."""
+
+ATTENTION_TURN = "attention_turn"
+"""Softmax of 1 - `ATTENTION_COSINE` over all tokens of the prompt in this call, text included and padding not. They are
+the tokens that the layer held: cuts after it do not change the values. `[M, N]`."""
+
+MLP_GAIN = "mlp_gain"
+"""As `ATTENTION_GAIN`, of the MLP branch. `[M, N]`."""
+
+MLP_COSINE = "mlp_cosine"
+"""As `ATTENTION_COSINE`, of the MLP branch. `[M, N]`."""
+
+MLP_TURN = "mlp_turn"
+"""As `ATTENTION_TURN`, of the MLP branch. `[M, N]`."""
+
+TRANSITION_SIGNALS = (ATTENTION_GAIN, ATTENTION_COSINE, ATTENTION_TURN, MLP_GAIN, MLP_COSINE, MLP_TURN)
 
 
 @dataclass(frozen=True)
