@@ -62,6 +62,7 @@ def test_transprunes_schedules_and_the_vanilla_models(num_tokens, published, hig
     [((5, 7, 10), 1.35), ((6, 8, 11), 1.45), ((7, 9, 12), 1.56), ((8, 10, 13), 1.66), ((9, 11, 14), 1.77)],
 )
 def test_transprunes_ablation_of_layers(layers, published):
+    """The five published figures, with cuts one or two layers earlier or later (the layers are inferred from them)."""
     assert round(tera(lengths("transprune@72", 576, layers=layers)), 2) == published
 
 

@@ -13,7 +13,7 @@ import torch
 from _families import batch_of, family
 from _tiny import prompts, tiny_llava
 from _views import TOWER
-from oracle import compare, relative_error, run_pruned
+from oracle import MaskedModel, compare, relative_error, run_pruned
 
 import tokenprune
 from tokenprune import decoder_signals
@@ -406,6 +406,33 @@ def test_crops_that_are_ranked_alone_keep_their_history():
     compare(run, batch, 1e-5)
     run = run_pruned(family("llava_next"), "transprune", 1, batch, tokens=4, scope="raster")
     assert run["report"].visual_by_layer[-1] == len(run["layout"].spans)
+
+
+@pytest.mark.parametrize(("alpha", "variant"), [(0.0, "official"), (1.0, "paper")])
+def test_a_picture_in_a_second_turn_is_ranked_as_in_one_prompt(alpha, variant):
+    """Before any cut, its tokens and the question behind it see the same keys in both; and cuts of both turns equal
+    masking, layer by layer."""
+    first, second = prompts([1]), prompts([1], seed=9)
+    both = {key: torch.cat([first[key], second[key]], 0 if key == "pixel_values" else 1) for key in first}
+    method = TransPrune(layers=(1, 2), schedule=(3, 1), alpha=alpha, variant=variant)
+    model = tiny_llava()
+    length, more = first["input_ids"].shape[1], second["input_ids"].shape[1]
+    given = {"attention_mask": both["attention_mask"], "position_ids": torch.arange(length, length + more)[None]}
+    with torch.no_grad():
+        cache = model(**first).past_key_values
+        with tokenprune.applied(model, method, keep=5) as handle:
+            model(**{**second, **given}, past_key_values=cache)
+            alone = handle._engine.last.cuts[0].tokens[0]
+            model(**both)
+            layout = handle._engine.last.layout
+            assert torch.equal(handle._engine.last.cuts[0].tokens[1], alone)
+            opening = model(**first)
+            turns = [handle._engine.last.cuts]
+            output = model(**{**second, **given}, past_key_values=opening.past_key_values)
+            turns.append(handle._engine.last.cuts)
+            cuts = [(a.site, [a.tokens[0], b.tokens[0]]) for a, b in zip(*turns)]
+            masked = MaskedModel(handle.adapter, both, layout, cuts, {"layer:1": "compact", "layer:2": "compact"})
+    assert relative_error(output.logits[:, -1], masked.logits()[-1:]) < 1e-5
 
 
 def test_nothing_is_read_while_tokens_are_generated(monkeypatch):
