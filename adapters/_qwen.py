@@ -16,7 +16,7 @@ from tokenprune.adapters._cost import text_sizes
 from tokenprune.cost import ModelShape, tower_flops
 from tokenprune.layout import Raster, Visual
 from tokenprune.recording import TowerWork
-from tokenprune.signals import MEAN_QUERY_ATTENTION, VALUE_NORM, Tower
+from tokenprune.signals import MEAN_QUERY_ATTENTION, MEAN_VALUE_SIMILARITY, VALUE_NORM, Tower
 
 
 class QwenTower(VisionTower):
@@ -28,7 +28,7 @@ class QwenTower(VisionTower):
         extra: blocks behind which further mergers run, for costs.
     """
 
-    signals = (MEAN_QUERY_ATTENTION, VALUE_NORM)
+    signals = (MEAN_QUERY_ATTENTION, MEAN_VALUE_SIMILARITY, VALUE_NORM)
     can_cut = True
     can_resize = True
 

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from tokenprune.adapters._base import VisionTower
 from tokenprune.cost import ModelShape
 from tokenprune.recording import TowerWork
-from tokenprune.signals import CLS_ATTENTION, CLS_VALUE_SIMILARITY, MEAN_QUERY_ATTENTION, VALUE_NORM, Tower
+from tokenprune.signals import (
+    CLS_ATTENTION,
+    CLS_PATCH_ATTENTION,
+    CLS_PATCH_SIMILARITY,
+    CLS_VALUE_SIMILARITY,
+    MEAN_QUERY_ATTENTION,
+    MEAN_VALUE_SIMILARITY,
+    VALUE_NORM,
+    Tower,
+)
 
 
 class Vit(VisionTower):
@@ -44,8 +53,8 @@ class Vit(VisionTower):
         self._cell_patches = cell_patches
         if cell_patches is not None:
             self.can_cut, self.patches_per_cell = False, cell_patches.shape[1]
-        summary = (CLS_ATTENTION, CLS_VALUE_SIMILARITY) if facts.has_cls else (MEAN_QUERY_ATTENTION,)
-        self.signals = (*summary, VALUE_NORM)
+        cls = (CLS_ATTENTION, CLS_VALUE_SIMILARITY, CLS_PATCH_ATTENTION, CLS_PATCH_SIMILARITY)
+        self.signals = (*(cls if facts.has_cls else (MEAN_QUERY_ATTENTION,)), MEAN_VALUE_SIMILARITY, VALUE_NORM)
         self._patch = patch
         self._before = int(facts.has_cls)
 

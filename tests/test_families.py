@@ -12,8 +12,7 @@ from oracle import compare, run_pruned
 
 import tokenprune
 from tokenprune.api import adapter_for
-from tokenprune.budget import Budget
-from tokenprune.choosing import split_budget
+from tokenprune.budget import Budget, split_budget
 from tokenprune.registry import METHODS, MODELS
 
 TOLERANCE = 1e-5  # relative, fp32

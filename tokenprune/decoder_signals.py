@@ -13,8 +13,11 @@ from tokenprune.kernels.attention_rows import attention_rows
 from tokenprune.prompt import Prompt
 from tokenprune.signals import (
     DECODER_SIGNALS,
+    DECODER_VALUE_NORM,
     INSTRUCTION_ATTENTION,
     LAST_ATTENTION,
+    LAST_VALUE_SIMILARITY,
+    LAST_VISUAL_ATTENTION,
     TEXT_TO_VISUAL,
     TRANSITION_SIGNALS,
     VISUAL_TO_TEXT,
@@ -75,6 +78,7 @@ class DecoderSignals:
 
     def __init__(self, adapter: Adapter, given: LayerInput, prompt: Prompt) -> None:
         self.flops = 0
+        self._scale = 1.0
         self._adapter, self._given, self._prompt = adapter, given, prompt
         self._cache: dict[str, Tensor] = {}
 
@@ -85,6 +89,8 @@ class DecoderSignals:
             return self._last()[sample, places]
         if name == INSTRUCTION_ATTENTION:
             return self._instruction()[sample, places]
+        if name in (LAST_VISUAL_ATTENTION, LAST_VALUE_SIMILARITY, DECODER_VALUE_NORM):
+            return self._within(name, sample, places)
         return self._shares(name)[sample]
 
     def _allowed(self, rows: Tensor) -> Tensor:
@@ -102,8 +108,8 @@ class DecoderSignals:
         past = past if given.keys_seen is None else given.keys_seen
         return torch.cat([past[:, None].expand(-1, rows.shape[1], -1), causal], dim=2)
 
-    def _attention(self, rows: Tensor) -> Tensor:
-        """`[B, R, P]` fp32: head-mean attention of the query rows `[B, R]` to the tokens of this call."""
+    def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Query `[B, H, R, d]` of the rows `[B, R]` and key `[B, Hk, P, d]` of this call, rotated, and their scale."""
         given = self._given
         hidden = given.hidden.detach()
         projected = rows.shape[1] if "key" in self._cache else hidden.shape[1]
@@ -118,14 +124,18 @@ class DecoderSignals:
         picked = rows[..., None].expand(-1, -1, cos.shape[-1])
         turned = tuple(part.expand(rows.shape[0], -1, -1).gather(1, picked) for part in (cos, sin))
         query = rotate(query, turned)  # type: ignore[arg-type]
-        if given.keys is not None:
-            key = torch.cat([given.keys.to(key.dtype), key], dim=2)
-        scale = float(getattr(given.module.self_attn, "scaling", key.shape[-1] ** -0.5))
-        found = attention_rows(query, key, scale, self._allowed(rows))
         asking, keeping = (part.shape[1] * part.shape[3] for part in (query, key))
-        per_row = (hidden.shape[-1] + key.shape[2]) * asking
-        self.flops += 2 * rows.shape[0] * (rows.shape[1] * per_row + projected * hidden.shape[-1] * keeping)
-        return found[..., -hidden.shape[1] :]
+        self.flops += 2 * rows.shape[0] * hidden.shape[-1] * (rows.shape[1] * asking + projected * keeping)
+        return query, key, float(getattr(given.module.self_attn, "scaling", key.shape[-1] ** -0.5))
+
+    def _attention(self, rows: Tensor) -> Tensor:
+        """`[B, R, P]` fp32: head-mean attention of the query rows `[B, R]` to the tokens of this call."""
+        query, key, scale = self._rows(rows)
+        length = key.shape[2]
+        if self._given.keys is not None:
+            key = torch.cat([self._given.keys.to(key.dtype), key], dim=2)
+        self.flops += 2 * query.numel() * key.shape[2]
+        return attention_rows(query, key, scale, self._allowed(rows))[..., -length:]
 
     def _ends(self) -> Tensor:
         """`[B, 1]` int64, the last token of each row that is no padding."""
@@ -156,6 +166,26 @@ class DecoderSignals:
             total += (mass * (back < own)[..., None]).sum(dim=1)
         self._cache["instruction"] = total / own
         return self._cache["instruction"]
+
+    @torch.no_grad()
+    def _within(self, name: str, sample: int, places: Tensor) -> Tensor:
+        """`[n]` fp32: how the tokens at `places` `[n]` of a row compare among each other, seen from its last token."""
+        ends = self._ends()
+        if name == LAST_VISUAL_ATTENTION:
+            if "row" not in self._cache:
+                self._cache["row"], _, self._scale = self._rows(ends)
+            query, key, scale = self._cache["row"][sample], self._cache["key"][sample], self._scale
+        else:
+            if "value" not in self._cache:
+                hidden = self._given.hidden.detach()
+                self._cache["value"] = self._adapter.values(self._given.module, hidden)
+                self.flops += 2 * self._cache["value"].numel() * hidden.shape[-1]
+            key = self._cache["value"][sample]
+            if name == DECODER_VALUE_NORM:
+                return key[:, places].float().mean(dim=0).abs().sum(dim=-1)
+            query, scale = key[:, ends[sample]], key.shape[-1] ** -0.5
+        self.flops += 2 * query.numel() * places.shape[0]
+        return attention_rows(query[None], key[None, :, places], scale)[0, 0]
 
     @torch.no_grad()
     def _shares(self, name: str) -> Tensor:

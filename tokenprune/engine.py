@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapters._base import Adapter
+from tokenprune.budget import split_budget
 from tokenprune.cache import mark_pruned, pruned_prompt
-from tokenprune.choosing import Answer, Asked, choose, joined_carry, split_budget
+from tokenprune.choosing import Answer, Asked, choose, joined_carry
 from tokenprune.compaction import Compaction
 from tokenprune.decoder_signals import DecoderSignals, LayerInput, check_decoder_signal
 from tokenprune.decoding import DecoderPass

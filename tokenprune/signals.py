@@ -23,7 +23,20 @@ heads, the [CLS] column dropped. `[M, N]`."""
 VALUE_NORM = "value_norm"
 """L1 norm of each patch's value vector, averaged over heads before the norm. `[M, N]`."""
 
-VISION_SIGNALS = (CLS_ATTENTION, MEAN_QUERY_ATTENTION, CLS_VALUE_SIMILARITY, VALUE_NORM)
+CLS_PATCH_ATTENTION = "cls_patch_attention"
+"""As `CLS_ATTENTION`, with the softmax over the patches alone: each head's row sums to 1 over them. `[M, N]`."""
+
+CLS_PATCH_SIMILARITY = "cls_patch_similarity"
+"""As `CLS_VALUE_SIMILARITY`, with the product over the square root of a head's width and the softmax over the patches
+alone. `[M, N]`."""
+
+MEAN_VALUE_SIMILARITY = "mean_value_similarity"
+"""The same with the mean value vector of all patches of an image in place of [CLS]'s, on any tower. `[M, N]`."""
+
+PATCH_SIGNALS = (CLS_PATCH_ATTENTION, CLS_PATCH_SIMILARITY, MEAN_VALUE_SIMILARITY)
+"""Those that read no [CLS] key."""
+
+VISION_SIGNALS = (CLS_ATTENTION, MEAN_QUERY_ATTENTION, CLS_VALUE_SIMILARITY, VALUE_NORM, *PATCH_SIGNALS)
 
 LAST_ATTENTION = "last_attention"
 """Attention of a prompt's last token to each visual token in one decoder layer: softmax over all tokens that it sees,
@@ -43,7 +56,27 @@ INSTRUCTION_ATTENTION = "instruction_attention"
 tokens that a row sees, in fp32, mean over heads and then over those rows. The prompt's last token stands in where no
 text follows. Layers as for `LAST_ATTENTION`. `[M, N]`."""
 
-DECODER_SIGNALS = (LAST_ATTENTION, TEXT_TO_VISUAL, VISUAL_TO_TEXT, INSTRUCTION_ATTENTION)
+LAST_VISUAL_ATTENTION = "last_visual_attention"
+"""Attention of a prompt's last token to the tokens of one visual in one decoder layer: softmax over those tokens alone,
+in fp32, mean over heads. Layers as for `LAST_ATTENTION`. `[M, N]`."""
+
+LAST_VALUE_SIMILARITY = "last_value_similarity"
+"""The same between value vectors: that of the last token with those of the visual's tokens, over the square root of a
+head's width. `[M, N]`."""
+
+DECODER_VALUE_NORM = "decoder_value_norm"
+"""L1 norm of each visual token's value vector in one decoder layer, averaged over heads before the norm. Layers as for
+`LAST_ATTENTION`. `[M, N]`."""
+
+DECODER_SIGNALS = (
+    LAST_ATTENTION,
+    TEXT_TO_VISUAL,
+    VISUAL_TO_TEXT,
+    INSTRUCTION_ATTENTION,
+    LAST_VISUAL_ATTENTION,
+    LAST_VALUE_SIMILARITY,
+    DECODER_VALUE_NORM,
+)
 
 ATTENTION_GAIN = "attention_gain"
 """Length of what the attention branch of one decoder layer makes of a token, over the length of what enters it behind

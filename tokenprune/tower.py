@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapters._base import Adapter
-from tokenprune.choosing import Asked, choose, split_budget
+from tokenprune.choosing import Asked, choose
 from tokenprune.kernels.attention_rows import attention_rows
 from tokenprune.layout import Raster, Visual
 from tokenprune.ledger import Ledger
@@ -24,8 +24,12 @@ from tokenprune.recording import Recording, Survivors, tag
 from tokenprune.selection import grid_places
 from tokenprune.signals import (
     CLS_ATTENTION,
+    CLS_PATCH_ATTENTION,
+    CLS_PATCH_SIMILARITY,
     CLS_VALUE_SIMILARITY,
     MEAN_QUERY_ATTENTION,
+    MEAN_VALUE_SIMILARITY,
+    PATCH_SIGNALS,
     VALUE_NORM,
     VISION_SIGNALS,
     Signal,
@@ -48,6 +52,14 @@ def vision_signal(name: str, query: Tensor, key: Tensor, value: Tensor, before: 
         return attention_rows(mean, key, query.shape[-1] ** -0.5)[:, 0, before:]
     if name == CLS_VALUE_SIMILARITY:
         return attention_rows(value[:, :, :1], value, 1.0)[:, 0, before:]
+    scale = value.shape[-1] ** -0.5
+    if name == CLS_PATCH_ATTENTION:
+        return attention_rows(query[:, :, :1], key[:, :, before:], scale)[:, 0]
+    if name == CLS_PATCH_SIMILARITY:
+        return attention_rows(value[:, :, :1], value[:, :, before:], scale)[:, 0]
+    if name == MEAN_VALUE_SIMILARITY:
+        patches = value[:, :, before:].float()
+        return attention_rows(patches.mean(dim=2, keepdim=True), patches, scale)[:, 0]
     return value.float().mean(dim=1).abs().sum(dim=-1)[:, before:]
 
 
@@ -89,7 +101,8 @@ class TowerRun:
             query, key, value = read(self.run, pictures, count)
             found = vision.by_cell(vision_signal(signal.name, query, key, value, before))
             if signal.name != VALUE_NORM:  # one row of every head against all keys
-                self.recording.selection_flops += 2 * key.shape[0] * query.shape[1] * key.shape[2] * key.shape[3]
+                held = key.shape[2] - (before if signal.name in PATCH_SIGNALS else 0)
+                self.recording.selection_flops += 2 * key.shape[0] * query.shape[1] * held * key.shape[3]
             for row, picture in enumerate(pictures):
                 values[picture] = found[row]
         self.latest[signal] = values
@@ -121,9 +134,8 @@ class TowerRun:
 
     def _ask(self, stage: Stage, args: Any, picture: int) -> Asked:
         visual, count = self.recording.visuals[self.visual_of[picture]], self.counts[picture]
-        crops = [rows * cols for rows, cols in visual.tower_grids]
         first = self.visual_of.index(self.visual_of[picture])
-        budget = split_budget(stage.budget.tokens(visual.num_tokens), crops)[picture - first]
+        budget = stage.budget.pictures(visual)[picture - first]
         rows, cols = self.grids[picture]
         vision = self._owner.adapter.vision
         place = self.visual_of[picture]
