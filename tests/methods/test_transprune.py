@@ -400,6 +400,43 @@ def test_it_composes_with_a_stage_at_the_input_and_others_between(name):
     assert run["report"].visual_by_layer == (24 * images, 12 * images, 7 * images, 3 * images)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_history_outlives_a_foreign_cut_and_moves_with_its_tokens(side):
+    """Cuts before layers 1 and 3, and a random one before layer 2: the sum at layer 3 is that of layers 0 to 2,
+    each over the tokens that the layer held."""
+    seen: list[torch.Tensor] = []
+
+    @dataclasses.dataclass
+    class Watched(TransPrune):
+        def select(self, view):
+            selection = super().select(view)
+            seen.append((selection.carry or {})["transprune"])
+            return selection
+
+    model, batch = tiny_llava(), prompts([1, 1, 1], side)
+    plan = [
+        {"prune": Watched(layers=(1, 3), schedule=(4, 1)), "keep": 4},
+        {"at": "layer:2", "prune": "random", "keep": 9},
+    ]
+    trace, positions = Trace(model), (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with tokenprune.applied(model, plan) as handle, torch.no_grad():
+        model(**batch, position_ids=positions)
+        prompt = handle._engine.last
+    trace.remove()
+    assert [tuple(values.shape) for values in seen] == [(3, 36), (3, 9)]
+    for index, span in enumerate(prompt.layout.spans):
+        length = prompt.lengths[span.sample]
+        first = int(span.places[0]) - (prompt.layout.length - length if side == "left" else 0)
+        total = dict.fromkeys(range(36), 0.0)
+        for layer, tokens in enumerate([range(36), *(cut.tokens[index].tolist() for cut in prompt.cuts[:2])]):
+            count = length - 36 + len(tokens)
+            shift = trace.seen["output", layer].shape[1] - count if side == "left" else 0
+            branches = transition_rows(trace, layer, span.sample, list(range(shift, shift + count)))
+            now = variation(branches, list(range(first, first + len(tokens))), "official")
+            total = {token: total[token] + value for token, value in zip(tokens, now)}
+        assert relative_error(seen[1][index], torch.tensor(list(total.values()))) < 1e-5
+
+
 def test_crops_that_are_ranked_alone_keep_their_history():
     batch = batch_of("llava_next", "ragged_left")
     run = run_pruned(family("llava_next"), "transprune", 6, batch, tokens=4, scope="raster")
