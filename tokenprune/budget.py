@@ -47,7 +47,10 @@ class Budget:
     def pictures(self, visual: Visual) -> list[int]:
         """What each picture that the vision tower gets of an image or a video (crops, frames) keeps inside the tower:
         its share of k, in proportion to its size."""
-        return split_budget(self.tokens(visual.num_tokens), [rows * cols for rows, cols in visual.tower_grids])
+        sizes = [rows * cols for rows, cols in visual.tower_grids]
+        kept = self.tokens(visual.num_tokens)
+        # crops may hold padding that makes no token: shares of all tokens would be less than all of each crop
+        return sizes if kept >= visual.num_tokens else split_budget(kept, sizes)
 
     def __repr__(self) -> str:
         return f"{self.keep}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from _families import batch_of, family
+from _families import _anyres_batch, batch_of, family
 from _tiny import prompts, tiny_llava
 from _views import TOWER
 from oracle import compare, relative_error, run_pruned
@@ -189,6 +189,9 @@ def test_models_of_many_tokens_keep_more_in_the_tower_and_t_behind_layer_1():
 def test_what_each_picture_keeps_in_the_tower(crops, kind, by_crop, expected):
     visual = Visual(tuple(Raster((6, 6), 36 * i) for i in range(crops)), kind)
     assert OverBudget(7, by_crop).pictures(visual) == expected
+    # 40 tokens in crops of 36 patches, the rest being padding
+    padded = Visual((Raster((5, 8)),), kind, crops=((6, 6),) * crops)
+    assert OverBudget(40, by_crop).pictures(padded) == Budget(1.0).pictures(padded) == [36] * crops
 
 
 @pytest.mark.parametrize("keep", [9, 1, 200])
@@ -218,6 +221,21 @@ def test_llava_next_keeps_half_the_target_of_each_crop_and_then_the_target(keep)
         assert len(kept) == min(keep, len(expected)) and set(kept.tolist()) <= set(expected.tolist())
     by_layer = run["report"].visual_by_layer
     assert by_layer[0] == by_layer[1] and by_layer[2] == by_layer[3] <= by_layer[1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_tokens_of_a_picture_with_much_padding_are_kept_by_a_budget_of_all(variant):
+    """Strips, half of whose mosaic is padding: shares of their tokens would be less than the crops' patches."""
+    model, batch = family("llava_next"), _anyres_batch("llava_next", [[(8, 60)], [(60, 8), (30, 60)]], "left", 1)
+    with torch.no_grad():
+        plain = model(**batch).logits
+        for plan in (FlowCut(variant=variant), FlowCut(text_stage=False)):
+            with tokenprune.applied(model, plan, keep=1.0) as handle:
+                assert torch.equal(model(**batch).logits, plain)
+                strip = handle._engine.last.layout.spans[0]
+        assert strip.num_tokens < 16 * len(strip.visual.tower_grids)
+        with tokenprune.applied(model, {"at": "vision:0", "prune": "random", "keep": 1.0}):
+            assert torch.equal(model(**batch).logits, plain)
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])

@@ -101,9 +101,9 @@ class OverBudget(Budget):
         return min(num_tokens, 2 * super().tokens(num_tokens))
 
     def pictures(self, visual: Visual) -> list[int]:
-        crops = len(visual.tower_grids)
-        if self._by_crop and visual.kind == "image" and crops > 1:
-            return [super().tokens(visual.num_tokens) // 2] * crops
+        crops, target = len(visual.tower_grids), super().tokens(visual.num_tokens)
+        if self._by_crop and visual.kind == "image" and crops > 1 and target < visual.num_tokens:
+            return [target // 2] * crops
         return super().pictures(visual)
 
 
