@@ -164,7 +164,10 @@ class Adapter:
     def depths(self) -> Depths:
         """What stages can be planned for."""
         feature = self.tower.feature_layer if self.vision.can_cut else None
-        return Depths(self.tower.num_layers, feature, len(self.layers), self.first_cut, self.vision.can_resize)
+        one_size = self.num_tokens is not None
+        return Depths(
+            self.tower.num_layers, feature, len(self.layers), self.first_cut, self.vision.can_resize, one_size
+        )
 
     @property
     def num_tokens(self) -> int | None:
@@ -193,6 +196,17 @@ class Adapter:
             if norm is not None:
                 query, key = (norm(query), key) if name == "q_norm" else (query, norm(key))
         return query.transpose(1, 2), key.transpose(1, 2)
+
+    def values(self, layer: Any, hidden: Tensor) -> Tensor:
+        """Value vectors `[B, Hk, S, d]` that a decoder layer would make of hidden states `[B, S, D]` that enter it."""
+        attention = layer.self_attn
+        projected = attention.v_proj(layer.input_layernorm(hidden))
+        return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    def branches(self, layer: Any) -> tuple[nn.Module, nn.Module]:
+        """Attention and MLP of a decoder layer: modules called with normalised states, whose output is added to the
+        residual as it is."""
+        return decoder_of(layer, "self_attn"), decoder_of(layer, "mlp")
 
     def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin `[B, S, d]` for position ids as the decoder layers get them."""

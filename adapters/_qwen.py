@@ -20,6 +20,7 @@ from tokenprune.recording import TowerWork
 from tokenprune.signals import (
     GREY_ENTROPY,
     MEAN_QUERY_ATTENTION,
+    MEAN_VALUE_SIMILARITY,
     SINK_ATTENTION,
     SINK_ATTENTION_SUM,
     VALUE_NORM,
@@ -37,7 +38,9 @@ class QwenTower(VisionTower):
         pixels: mean and standard deviation of the colours in the family's published processors.
     """
 
-    signals = (MEAN_QUERY_ATTENTION, VALUE_NORM, SINK_ATTENTION, SINK_ATTENTION_SUM, GREY_ENTROPY)
+    signals = (
+        MEAN_QUERY_ATTENTION, MEAN_VALUE_SIMILARITY, VALUE_NORM, SINK_ATTENTION, SINK_ATTENTION_SUM, GREY_ENTROPY,
+    )  # fmt: skip
     can_cut = True
     can_resize = True
 

@@ -13,9 +13,12 @@ from tokenprune.cost import ModelShape
 from tokenprune.recording import TowerWork
 from tokenprune.signals import (
     CLS_ATTENTION,
+    CLS_PATCH_ATTENTION,
+    CLS_PATCH_SIMILARITY,
     CLS_VALUE_SIMILARITY,
     GREY_ENTROPY,
     MEAN_QUERY_ATTENTION,
+    MEAN_VALUE_SIMILARITY,
     SINK_ATTENTION,
     SINK_ATTENTION_SUM,
     VALUE_NORM,
@@ -53,8 +56,10 @@ class Vit(VisionTower):
         self._cell_patches = cell_patches
         if cell_patches is not None:
             self.can_cut, self.patches_per_cell = False, cell_patches.shape[1]
-        summary = (CLS_ATTENTION, CLS_VALUE_SIMILARITY) if facts.has_cls else (MEAN_QUERY_ATTENTION,)
-        self.signals = (*summary, VALUE_NORM, SINK_ATTENTION, SINK_ATTENTION_SUM, GREY_ENTROPY)
+        cls = (CLS_ATTENTION, CLS_VALUE_SIMILARITY, CLS_PATCH_ATTENTION, CLS_PATCH_SIMILARITY)
+        summary = cls if facts.has_cls else (MEAN_QUERY_ATTENTION,)
+        patches = (MEAN_VALUE_SIMILARITY, VALUE_NORM, SINK_ATTENTION, SINK_ATTENTION_SUM)
+        self.signals = (*summary, *patches, GREY_ENTROPY)
         self._patch = patch
         self._before = int(facts.has_cls)
 

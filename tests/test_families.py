@@ -12,8 +12,7 @@ from oracle import compare, run_pruned
 
 import tokenprune
 from tokenprune.api import adapter_for
-from tokenprune.budget import Budget
-from tokenprune.choosing import split_budget
+from tokenprune.budget import Budget, split_budget
 from tokenprune.registry import METHODS, MODELS
 
 TOLERANCE = 1e-5  # relative, fp32
@@ -85,14 +84,14 @@ def test_keeping_everything_changes_no_bit(name):
     model, batch = family(name), batch_of(name, "ragged_left")
     with torch.no_grad():
         plain = model(**batch).logits
-        for method in ("random", "fastv", "pyramiddrop"):
+        for method in ("random", "fastv", "pyramiddrop", "transprune"):
             with tokenprune.applied(model, method, 1.0):
                 assert torch.equal(model(**batch).logits, plain)
         assert torch.equal(model(**batch).logits, plain)
 
 
 @pytest.mark.parametrize("name", list(BUILDERS))
-@pytest.mark.parametrize("method", ["vtc_cls", "fastv"])
+@pytest.mark.parametrize("method", ["vtc_cls", "fastv", "transprune"])
 def test_beams_and_several_answers(name, method):
     """Each beam keeps what its sample keeps, and the best beam is at least as good as greedy."""
     model, batch = family(name), batch_of(name, "one_left")
@@ -170,7 +169,7 @@ def test_any_method_can_cut_inside_the_tower_and_again_later(name, layout):
 
 
 @pytest.mark.parametrize("name", list(BUILDERS))
-@pytest.mark.parametrize("method", ["none", "divprune", "fastv", "flowcut", "downsample", "vflowopt"])
+@pytest.mark.parametrize("method", ["none", "divprune", "fastv", "transprune", "flowcut", "downsample", "vflowopt"])
 def test_analytic_flops_equal_measured_by_part_and_layer(name, method):
     from types import SimpleNamespace
 

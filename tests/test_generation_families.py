@@ -34,13 +34,13 @@ def test_assisted_decoding_with_an_unpruned_draft(name, plan):
     assert torch.equal(plain, assisted)
 
 
-@every_plan
+@pytest.mark.parametrize("plan", [*PLANS, "transprune@6"])
 @every_family
 def test_a_second_turn_of_text_on_the_returned_cache(name, plan):
     """The cache goes on as if the first turn's answer and the new words had been generated after the prompt."""
     model, batch = family(name), batch_of(name, "one_left")
     more = torch.randint(8, 64, (1, 5), generator=torch.Generator().manual_seed(4))
-    with tokenprune.applied(model, PLANS[plan]) as handle, torch.no_grad():
+    with tokenprune.applied(model, PLANS.get(plan, plan)) as handle, torch.no_grad():
         first = model.generate(**batch, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
         cache = first.past_key_values
         held = [layer.keys.shape[2] for layer in cache.layers]

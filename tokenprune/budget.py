@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenprune.layout import Visual
 
 
 class Budget:
@@ -40,8 +44,28 @@ class Budget:
             return min(self.keep, num_tokens)
         return min(num_tokens, max(1, math.floor(self.keep * num_tokens + 0.5)))
 
+    def pictures(self, visual: Visual) -> list[int]:
+        """What each picture that the vision tower gets of an image or a video (crops, frames) keeps inside the tower:
+        its share of k, in proportion to its size."""
+        sizes = [rows * cols for rows, cols in visual.tower_grids]
+        kept = self.tokens(visual.num_tokens)
+        # crops may hold padding that makes no token: shares of all tokens would be less than all of each crop
+        return sizes if kept >= visual.num_tokens else split_budget(kept, sizes)
+
     def __repr__(self) -> str:
         return f"{self.keep}"
+
+
+def split_budget(budget: int, sizes: Sequence[int]) -> list[int]:
+    """`budget` over grids of these sizes, in proportion; what rounding leaves goes to the largest remainders, the
+    first of equals. Sums to min(budget, sum(sizes))."""
+    total = sum(sizes)
+    budget = min(budget, total)
+    shares = [budget * size // total for size in sizes]
+    rest = sorted(range(len(sizes)), key=lambda i: (-(budget * sizes[i] % total), i))
+    for index in rest[: budget - sum(shares)]:
+        shares[index] += 1
+    return shares
 
 
 AVERAGE = "avg"

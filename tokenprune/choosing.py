@@ -126,13 +126,8 @@ def _answer(selection: Selection, row: int, num_tokens: int) -> Answer | None:
     return Answer(selection.indices[row, :count], features, carry)
 
 
-def split_budget(budget: int, sizes: Sequence[int]) -> list[int]:
-    """`budget` over grids of these sizes, in proportion; what rounding leaves goes to the largest remainders, the
-    first of equals. Sums to min(budget, sum(sizes))."""
-    total = sum(sizes)
-    budget = min(budget, total)
-    shares = [budget * size // total for size in sizes]
-    rest = sorted(range(len(sizes)), key=lambda i: (-(budget * sizes[i] % total), i))
-    for index in rest[: budget - sum(shares)]:
-        shares[index] += 1
-    return shares
+def joined_carry(before: Mapping[str, Tensor], answers: Sequence[Answer | None]) -> dict[str, Tensor]:
+    """What goes on with the tokens of one visual: what stood there before this stage, and what all its parts left."""
+    given = [{} if answer is None else answer.carry for answer in answers]
+    names = set(given[0]).intersection(*given)
+    return {**before, **{name: torch.cat([carry[name] for carry in given]) for name in names}}

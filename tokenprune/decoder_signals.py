@@ -11,7 +11,18 @@ from torch import Tensor
 from tokenprune.adapters._base import Adapter
 from tokenprune.kernels.attention_rows import attention_rows
 from tokenprune.prompt import Prompt
-from tokenprune.signals import DECODER_SIGNALS, LAST_ATTENTION, TEXT_TO_VISUAL, Signal
+from tokenprune.signals import (
+    DECODER_SIGNALS,
+    DECODER_VALUE_NORM,
+    INSTRUCTION_ATTENTION,
+    LAST_ATTENTION,
+    LAST_VALUE_SIMILARITY,
+    LAST_VISUAL_ATTENTION,
+    TEXT_TO_VISUAL,
+    TRANSITION_SIGNALS,
+    VISUAL_TO_TEXT,
+    Signal,
+)
 
 _CHUNK = 128  # query rows at a time: memory stays O(rows x keys)
 
@@ -51,12 +62,23 @@ def check_decoder_signal(signal: Signal, site: str, depth: int) -> None:
             f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage there reads layers "
             f"{depth - 1} and {depth}."
         )
+    if signal.name in TRANSITION_SIGNALS and not 0 <= signal.layer < depth:
+        raise ValueError(
+            f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage at 'layer:K' reads what "
+            "layers before K did to the tokens."
+        )
 
 
 class DecoderSignals:
-    """Computes signals of one layer for the prompts of a batch; what several signals share is computed once."""
+    """Computes signals of one layer for the prompts of a batch; what several signals share is computed once.
+
+    Attributes:
+        flops: matrix products so far, projections and attention rows.
+    """
 
     def __init__(self, adapter: Adapter, given: LayerInput, prompt: Prompt) -> None:
+        self.flops = 0
+        self._scale = 1.0
         self._adapter, self._given, self._prompt = adapter, given, prompt
         self._cache: dict[str, Tensor] = {}
 
@@ -65,6 +87,10 @@ class DecoderSignals:
         sample = self._prompt.layout.spans[span].sample
         if name == LAST_ATTENTION:
             return self._last()[sample, places]
+        if name == INSTRUCTION_ATTENTION:
+            return self._instruction()[sample, places]
+        if name in (LAST_VISUAL_ATTENTION, LAST_VALUE_SIMILARITY, DECODER_VALUE_NORM):
+            return self._within(name, sample, places)
         return self._shares(name)[sample]
 
     def _allowed(self, rows: Tensor) -> Tensor:
@@ -82,10 +108,11 @@ class DecoderSignals:
         past = past if given.keys_seen is None else given.keys_seen
         return torch.cat([past[:, None].expand(-1, rows.shape[1], -1), causal], dim=2)
 
-    def _attention(self, rows: Tensor) -> Tensor:
-        """`[B, R, P]` fp32: head-mean attention of the query rows `[B, R]` to the tokens of this call."""
+    def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Query `[B, H, R, d]` of the rows `[B, R]` and key `[B, Hk, P, d]` of this call, rotated, and their scale."""
         given = self._given
         hidden = given.hidden.detach()
+        projected = rows.shape[1] if "key" in self._cache else hidden.shape[1]
         if "key" not in self._cache:
             query, key = self._adapter.query_key(given.module, hidden, rows)
             self._cache["key"] = rotate(key, given.rotation)
@@ -97,24 +124,68 @@ class DecoderSignals:
         picked = rows[..., None].expand(-1, -1, cos.shape[-1])
         turned = tuple(part.expand(rows.shape[0], -1, -1).gather(1, picked) for part in (cos, sin))
         query = rotate(query, turned)  # type: ignore[arg-type]
-        if given.keys is not None:
-            key = torch.cat([given.keys.to(key.dtype), key], dim=2)
-        scale = float(getattr(given.module.self_attn, "scaling", key.shape[-1] ** -0.5))
-        found = attention_rows(query, key, scale, self._allowed(rows))
-        return found[..., -hidden.shape[1] :]
+        asking, keeping = (part.shape[1] * part.shape[3] for part in (query, key))
+        self.flops += 2 * rows.shape[0] * hidden.shape[-1] * (rows.shape[1] * asking + projected * keeping)
+        return query, key, float(getattr(given.module.self_attn, "scaling", key.shape[-1] ** -0.5))
+
+    def _attention(self, rows: Tensor) -> Tensor:
+        """`[B, R, P]` fp32: head-mean attention of the query rows `[B, R]` to the tokens of this call."""
+        query, key, scale = self._rows(rows)
+        length = key.shape[2]
+        if self._given.keys is not None:
+            key = torch.cat([self._given.keys.to(key.dtype), key], dim=2)
+        self.flops += 2 * query.numel() * key.shape[2]
+        return attention_rows(query, key, scale, self._allowed(rows))[..., -length:]
+
+    def _ends(self) -> Tensor:
+        """`[B, 1]` int64, the last token of each row that is no padding."""
+        batch_size, length = self._given.hidden.shape[:2]
+        device = self._given.hidden.device
+        if self._given.attended is None:
+            return torch.full((batch_size, 1), length - 1, device=device)
+        return (torch.arange(length, device=device) * self._given.attended).amax(dim=1, keepdim=True)
 
     @torch.no_grad()
     def _last(self) -> Tensor:
         if "last" not in self._cache:
-            batch_size, length = self._given.hidden.shape[:2]
-            device = self._given.hidden.device
-            if self._given.attended is None:
-                last = torch.full((batch_size, 1), length - 1, device=device)
-            else:
-                at = torch.arange(length, device=device)
-                last = (at * self._given.attended).amax(dim=1, keepdim=True)
-            self._cache["last"] = self._attention(last)[:, 0]
+            self._cache["last"] = self._attention(self._ends())[:, 0]
         return self._cache["last"]
+
+    @torch.no_grad()
+    def _instruction(self) -> Tensor:
+        if "instruction" in self._cache:
+            return self._cache["instruction"]
+        ends = self._ends()
+        counts = [max(count, 1) for count in self._prompt.text_after_visual()]
+        own = torch.tensor(counts, device=ends.device)[:, None]
+        total = torch.zeros(self._given.hidden.shape[:2], device=ends.device)
+        # text never leaves, so the rows are the last ones of each prompt; shorter prompts repeat their first, uncounted
+        for start in range(0, max(counts), _CHUNK):
+            back = torch.arange(start, min(start + _CHUNK, max(counts)), device=ends.device)[None]
+            mass = self._attention((ends - back.minimum(own - 1)).clamp(min=0))
+            total += (mass * (back < own)[..., None]).sum(dim=1)
+        self._cache["instruction"] = total / own
+        return self._cache["instruction"]
+
+    @torch.no_grad()
+    def _within(self, name: str, sample: int, places: Tensor) -> Tensor:
+        """`[n]` fp32: how the tokens at `places` `[n]` of a row compare among each other, seen from its last token."""
+        ends = self._ends()
+        if name == LAST_VISUAL_ATTENTION:
+            if "row" not in self._cache:
+                self._cache["row"], _, self._scale = self._rows(ends)
+            query, key, scale = self._cache["row"][sample], self._cache["key"][sample], self._scale
+        else:
+            if "value" not in self._cache:
+                hidden = self._given.hidden.detach()
+                self._cache["value"] = self._adapter.values(self._given.module, hidden)
+                self.flops += 2 * self._cache["value"].numel() * hidden.shape[-1]
+            key = self._cache["value"][sample]
+            if name == DECODER_VALUE_NORM:
+                return key[:, places].float().mean(dim=0).abs().sum(dim=-1)
+            query, scale = key[:, ends[sample]], key.shape[-1] ** -0.5
+        self.flops += 2 * query.numel() * places.shape[0]
+        return attention_rows(query[None], key[None, :, places], scale)[0, 0]
 
     @torch.no_grad()
     def _shares(self, name: str) -> Tensor:
@@ -142,20 +213,5 @@ class DecoderSignals:
             to_visual += (on_visual * text[:, rows]).sum(dim=1)
             to_text += (on_text * visual[:, rows]).sum(dim=1)
         self._cache[TEXT_TO_VISUAL] = to_visual / text.sum(dim=1).clamp(min=1)
-        self._cache["visual_to_text"] = to_text / visual.sum(dim=1).clamp(min=1)
+        self._cache[VISUAL_TO_TEXT] = to_text / visual.sum(dim=1).clamp(min=1)
         return self._cache[name]
-
-    def flops(self, names: set[str]) -> int:
-        """Matrix products of what was computed: projections and attention rows."""
-        batch_size, length, width = self._given.hidden.shape
-        attention = self._given.module.self_attn
-        heads = attention.q_proj.out_features
-        kv = attention.k_proj.out_features
-        held = length + (0 if self._given.keys is None else self._given.keys.shape[2])
-        total = 0
-        if LAST_ATTENTION in names:
-            total += 2 * batch_size * (length * width * kv + width * heads + held * heads)
-        if names - {LAST_ATTENTION}:
-            later = max(length - _CHUNK, 0)  # rows whose own keys are projected along with their queries
-            total += 2 * batch_size * ((length + later) * width * kv + length * width * heads + length * held * heads)
-        return total

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapters._base import Adapter
+from tokenprune.budget import split_budget
 from tokenprune.cache import mark_pruned, pruned_prompt
-from tokenprune.choosing import Answer, Asked, choose, split_budget
+from tokenprune.choosing import Answer, Asked, choose, joined_carry
 from tokenprune.compaction import Compaction
 from tokenprune.decoder_signals import DecoderSignals, LayerInput, check_decoder_signal
 from tokenprune.decoding import DecoderPass
@@ -26,10 +27,11 @@ from tokenprune.ledger import Ledger
 from tokenprune.opaque import opaque
 from tokenprune.prompt import Cutter, Prompt
 from tokenprune.recording import Recording, sources_of
-from tokenprune.signals import DECODER_SIGNALS, Signal
+from tokenprune.signals import DECODER_SIGNALS, TRANSITION_SIGNALS, Signal
 from tokenprune.stages import Stage
 from tokenprune.tower import TowerWatch
 from tokenprune.training import LossAfterPruning
+from tokenprune.transitions import Transitions
 
 
 class Engine:
@@ -55,6 +57,7 @@ class Engine:
                 check_decoder_signal(signal, stage.site, stage.depth if stage.place == "layer" else -2)
         self._tower = TowerWatch(adapter, stages, tuple(dict.fromkeys(signals)), self._hint)
         self._read_layers = {signal.layer for signal in signals if signal.name in DECODER_SIGNALS}
+        self._transitions = Transitions(adapter, signals, self._now)
         self._prompt: Prompt | None = None
         self._pass: DecoderPass | None = None
         self._entered: dict[int, LayerInput] = {}
@@ -75,6 +78,7 @@ class Engine:
                 ledger.hook(adapter.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
         LossAfterPruning(lambda: self._compaction).install(adapter.model, ledger)
         self._tower.install(ledger)
+        self._transitions.install(ledger)
 
     # --- the prompt -------------------------------------------------------------------------------------------------
 
@@ -150,6 +154,10 @@ class Engine:
             self._prompt.sources = []  # pixels and signals; what reports need was written down
         self._prompt, self._pass, self._entered = None, None, {}
         self._tower.forget()
+        self._transitions.forget()
+
+    def _now(self) -> tuple[Prompt, Tensor | None] | None:
+        return None if self._prompt is None or self._pass is None else (self._prompt, self._pass.attended)
 
     # --- the decoder ------------------------------------------------------------------------------------------------
 
@@ -263,7 +271,7 @@ class Engine:
         for index, parts in by_span.items():
             if all(answer is None for _, answer in parts):
                 continue
-            chosen, merged, carry, start = [], [], {}, 0
+            chosen, merged, start = [], [], 0
             merges = any(answer is not None and answer.features is not None for _, answer in parts)
             for item, answer in parts:
                 indices = torch.arange(item.count) if answer is None else answer.indices
@@ -271,9 +279,8 @@ class Engine:
                 if merges:
                     own = None if answer is None else answer.features
                     merged.append(item.features()[indices.to(hidden.device)] if own is None else own)
-                if answer is not None and len(parts) == 1:
-                    carry = answer.carry
                 start += item.count
+            carry = joined_carry(prompt.alive[index].carry, [answer for _, answer in parts])
             kept = torch.cat(chosen)
             if kept.shape[0] == start and not merged:
                 prompt.alive[index].carry = carry
@@ -304,6 +311,8 @@ class Engine:
                             f"{wanted.name} is there at 'layer:K' only, and this stage is at {stage.site!r}."
                         )
                     return signals[wanted.layer].value(wanted.name, index, places)
+                if wanted.name in TRANSITION_SIGNALS:
+                    return self._transitions.value(wanted, span.sample, places)
                 found = recording.signal(wanted, row)
                 return found[begin : begin + count] if alive.tokens is None else found[alive.tokens.to(found.device)]
 
@@ -317,7 +326,7 @@ class Engine:
                 signal=signal,
                 key=lambda: recording.pixel_key(row) + (span.image * 0x9E3779B1 + begin),
                 hint=lambda name: self._hint(name, row),
-                carry=alive.carry,
+                carry={name: values[begin : begin + count] for name, values in alive.carry.items()},
             )
 
         if whole or alive.tokens is not None:
@@ -383,11 +392,11 @@ class Engine:
         }
         cutter = Cutter(prompt, stage.site, hidden.shape[1])
         hidden = self._choose(stage, prompt, cutter, hidden, signals)
-        for layer, computed in signals.items():
-            prompt.flops += computed.flops({signal.name for signal in wanted if signal.layer == layer})
+        prompt.flops += sum(computed.flops for computed in signals.values())
         compaction = cutter.compact(current.attended, hidden.shape[0])
         if compaction is None:
             return hidden
         current.cut(stage.depth, compaction, self._policy(stage))
+        self._transitions.move(compaction)
         self._compaction = current.compaction
         return compaction.rows(hidden)

@@ -86,6 +86,14 @@ class Prompt:
         """Runs of the vision tower behind the prompt, each once."""
         return list({id(recording): recording for recording, _ in self.sources}.values())
 
+    def text_after_visual(self) -> list[int]:
+        """For each row, tokens after its last visual token, padding not counted; 0 for a row without visuals."""
+        counts = [0] * self.layout.batch_size
+        for span in self.layout.spans:  # row by row and left to right, so the last of a row counts
+            end = self.layout.length if self.pad_left else self.lengths[span.sample]
+            counts[span.sample] = end - 1 - int(span.places[-1])
+        return counts
+
     def place(self, device: torch.device) -> None:
         """Put every span where the processor laid it."""
         self.alive = [_whole(span, device) for span in self.layout.spans]

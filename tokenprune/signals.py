@@ -23,6 +23,19 @@ heads, the [CLS] column dropped. `[M, N]`."""
 VALUE_NORM = "value_norm"
 """L1 norm of each patch's value vector, averaged over heads before the norm. `[M, N]`."""
 
+CLS_PATCH_ATTENTION = "cls_patch_attention"
+"""As `CLS_ATTENTION`, with the softmax over the patches alone: each head's row sums to 1 over them. `[M, N]`."""
+
+CLS_PATCH_SIMILARITY = "cls_patch_similarity"
+"""As `CLS_VALUE_SIMILARITY`, with the product over the square root of a head's width and the softmax over the patches
+alone. `[M, N]`."""
+
+MEAN_VALUE_SIMILARITY = "mean_value_similarity"
+"""The same with the mean value vector of all patches of an image in place of [CLS]'s, on any tower. `[M, N]`."""
+
+PATCH_SIGNALS = (CLS_PATCH_ATTENTION, CLS_PATCH_SIMILARITY, MEAN_VALUE_SIMILARITY)
+"""Those that read no [CLS] key."""
+
 SINK_ATTENTION = "sink_attention"
 """Mean of the attention rows of the patches that receive much: those whose column mean is above t times the mean over
 all columns, or the one with the largest if there is none. Attention as above, rows and columns of patches only. The
@@ -43,6 +56,7 @@ VISION_SIGNALS = (
     MEAN_QUERY_ATTENTION,
     CLS_VALUE_SIMILARITY,
     VALUE_NORM,
+    *PATCH_SIGNALS,
     SINK_ATTENTION,
     SINK_ATTENTION_SUM,
     GREY_ENTROPY,
@@ -61,7 +75,54 @@ VISUAL_TO_TEXT = "visual_to_text"
 """Share of the attention of a prompt's visual tokens that goes to text between or after its visual tokens, in one
 decoder layer, mean over heads; zero where all that text follows the visual tokens. `[M]`."""
 
-DECODER_SIGNALS = (LAST_ATTENTION, TEXT_TO_VISUAL, VISUAL_TO_TEXT)
+INSTRUCTION_ATTENTION = "instruction_attention"
+"""Attention of the text behind a prompt's last visual token to each visual token in one decoder layer: softmax over all
+tokens that a row sees, in fp32, mean over heads and then over those rows. The prompt's last token stands in where no
+text follows. Layers as for `LAST_ATTENTION`. `[M, N]`."""
+
+LAST_VISUAL_ATTENTION = "last_visual_attention"
+"""Attention of a prompt's last token to the tokens of one visual in one decoder layer: softmax over those tokens alone,
+in fp32, mean over heads. Layers as for `LAST_ATTENTION`. `[M, N]`."""
+
+LAST_VALUE_SIMILARITY = "last_value_similarity"
+"""The same between value vectors: that of the last token with those of the visual's tokens, over the square root of a
+head's width. `[M, N]`."""
+
+DECODER_VALUE_NORM = "decoder_value_norm"
+"""L1 norm of each visual token's value vector in one decoder layer, averaged over heads before the norm. Layers as for
+`LAST_ATTENTION`. `[M, N]`."""
+
+DECODER_SIGNALS = (
+    LAST_ATTENTION,
+    TEXT_TO_VISUAL,
+    VISUAL_TO_TEXT,
+    INSTRUCTION_ATTENTION,
+    LAST_VISUAL_ATTENTION,
+    LAST_VALUE_SIMILARITY,
+    DECODER_VALUE_NORM,
+)
+
+ATTENTION_GAIN = "attention_gain"
+"""Length of what the attention branch of one decoder layer makes of a token, over the length of what enters it behind
+its norm; the residual counts in neither. At "layer:K" any layer before K. `[M, N]`."""
+
+ATTENTION_COSINE = "attention_cosine"
+"""Cosine between the same two vectors. `[M, N]`."""
+
+ATTENTION_TURN = "attention_turn"
+"""Softmax of 1 - `ATTENTION_COSINE` over all tokens of the prompt in this call, text included and padding not. They are
+the tokens that the layer held: cuts after it do not change the values. `[M, N]`."""
+
+MLP_GAIN = "mlp_gain"
+"""As `ATTENTION_GAIN`, of the MLP branch. `[M, N]`."""
+
+MLP_COSINE = "mlp_cosine"
+"""As `ATTENTION_COSINE`, of the MLP branch. `[M, N]`."""
+
+MLP_TURN = "mlp_turn"
+"""As `ATTENTION_TURN`, of the MLP branch. `[M, N]`."""
+
+TRANSITION_SIGNALS = (ATTENTION_GAIN, ATTENTION_COSINE, ATTENTION_TURN, MLP_GAIN, MLP_COSINE, MLP_TURN)
 
 
 @dataclass(frozen=True)

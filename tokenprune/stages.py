@@ -61,6 +61,7 @@ class Depths:
         decoder: decoder layers.
         first_cut: lowest K of "layer:K" (0 cuts at the input of the first layer).
         resizable: whether the vision tower takes pictures of other sizes.
+        one_size: whether all images have the same number of visual tokens, and few: no crops, no native sizes.
     """
 
     vision: int
@@ -68,6 +69,7 @@ class Depths:
     decoder: int
     first_cut: int = 1
     resizable: bool = False
+    one_size: bool = True
 
 
 def check_site(site: Any, numbered: bool = True) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapters._base import Adapter
-from tokenprune.choosing import Asked, choose, split_budget
+from tokenprune.choosing import Asked, choose
 from tokenprune.layout import Raster, Visual
 from tokenprune.ledger import Ledger
 from tokenprune.opaque import opaque
@@ -64,10 +64,10 @@ class TowerRun:
         values: list[Tensor] = [torch.empty(0)] * len(self.counts)
         for count, pictures in self.groups().items():
             query, key, value = read(self.run, pictures, count)
-            by_patch, rows = vision_signal(signal, query, key, value, before)
+            by_patch, multiplied = vision_signal(signal, query, key, value, before)
             found = vision.by_cell(by_patch)
-            # so many rows of every head against all keys
-            self.recording.selection_flops += 2 * rows * key.shape[0] * query.shape[1] * key.shape[2] * key.shape[3]
+            # rows of every head against keys
+            self.recording.selection_flops += 2 * multiplied * key.shape[0] * query.shape[1] * key.shape[3]
             for row, picture in enumerate(pictures):
                 values[picture] = found[row]
         self.latest[signal] = values
@@ -99,9 +99,8 @@ class TowerRun:
 
     def _ask(self, stage: Stage, args: Any, picture: int) -> Asked:
         visual, count = self.recording.visuals[self.visual_of[picture]], self.counts[picture]
-        crops = [rows * cols for rows, cols in visual.tower_grids]
         first = self.visual_of.index(self.visual_of[picture])
-        budget = split_budget(stage.budget.tokens(visual.num_tokens), crops)[picture - first]
+        budget = stage.budget.pictures(visual)[picture - first]
         rows, cols = self.grids[picture]
         vision = self._owner.adapter.vision
         place = self.visual_of[picture]

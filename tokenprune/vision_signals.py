@@ -11,8 +11,11 @@ from torch import Tensor
 from tokenprune.kernels.attention_rows import attention_rows
 from tokenprune.signals import (
     CLS_ATTENTION,
+    CLS_PATCH_ATTENTION,
+    CLS_PATCH_SIMILARITY,
     CLS_VALUE_SIMILARITY,
     MEAN_QUERY_ATTENTION,
+    MEAN_VALUE_SIMILARITY,
     SINK_ATTENTION,
     SINK_ATTENTION_SUM,
     Signal,
@@ -22,21 +25,30 @@ _CHUNK = 128  # query rows at a time: memory stays O(rows x keys)
 
 
 def vision_signal(signal: Signal, query: Tensor, key: Tensor, value: Tensor, before: int) -> tuple[Tensor, int]:
-    """One signal of m pictures, `[m, patches]` fp32, and how many rows of attention it took of each.
+    """One signal of m pictures, `[m, patches]` fp32, and how many products of a query with a key it took of each.
 
     Args:
         query, key, value: `[m, H, T, d]`, T = `before` [CLS] tokens and the patches.
     """
-    name = signal.name
+    name, whole, patches = signal.name, key.shape[2], key.shape[2] - before
+    scale = query.shape[-1] ** -0.5
     if name == CLS_ATTENTION:
-        return attention_rows(query[:, :, :1], key, query.shape[-1] ** -0.5)[:, 0, before:], 1
+        return attention_rows(query[:, :, :1], key, scale)[:, 0, before:], whole
     if name == MEAN_QUERY_ATTENTION:
         mean = query[:, :, before:].float().mean(dim=2, keepdim=True)
-        return attention_rows(mean, key, query.shape[-1] ** -0.5)[:, 0, before:], 1
+        return attention_rows(mean, key, scale)[:, 0, before:], whole
     if name == CLS_VALUE_SIMILARITY:
-        return attention_rows(value[:, :, :1], value, 1.0)[:, 0, before:], 1
+        return attention_rows(value[:, :, :1], value, 1.0)[:, 0, before:], whole
+    if name == CLS_PATCH_ATTENTION:
+        return attention_rows(query[:, :, :1], key[:, :, before:], scale)[:, 0], patches
+    if name == CLS_PATCH_SIMILARITY:
+        return attention_rows(value[:, :, :1], value[:, :, before:], scale)[:, 0], patches
+    if name == MEAN_VALUE_SIMILARITY:
+        own = value[:, :, before:].float()
+        return attention_rows(own.mean(dim=2, keepdim=True), own, scale)[:, 0], patches
     if name in (SINK_ATTENTION, SINK_ATTENTION_SUM):
-        return sink_attention(query, key, before, signal.settings[0], name == SINK_ATTENTION_SUM)
+        found, rows = sink_attention(query, key, before, signal.settings[0], name == SINK_ATTENTION_SUM)
+        return found, rows * whole
     return value.float().mean(dim=1).abs().sum(dim=-1)[:, before:], 0
 
 

@@ -45,13 +45,52 @@ def schedule(kept: dict[int, int | float]) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "published", "kept", "pruned"),
-    [(576, 3.82, (504, 360, 72), 1.56), (2880, 20.83, (2520, 1800, 360), 8.33)],
+    ("num_tokens", "published", "high", "low"), [(576, 3.82, 1.56, 1.19), (2880, 20.83, 8.33, 6.41)]
 )
-def test_transprune_high_and_the_vanilla_models(num_tokens, published, kept, pruned):
-    """arXiv 2507.20630: tokens leave after layers 7, 9 and 12, counted from 1."""
+def test_transprunes_schedules_and_the_vanilla_models(num_tokens, published, high, low):
+    """arXiv 2507.20630: tokens leave after layers 7, 9 and 12, counted from 1. High is the official code's; Low is our
+    reading of the two published figures."""
     assert round(tera([num_tokens] * 32), 2) == published
-    assert round(tera(lengths(schedule(dict(zip((7, 9, 12), kept))), num_tokens)), 2) == pruned
+    found = lengths("transprune@0.125", num_tokens)
+    assert found == [num_tokens] * 7 + [num_tokens * 7 // 8] * 2 + [num_tokens * 5 // 8] * 3 + [num_tokens // 8] * 20
+    assert round(tera(found), 2) == high
+    assert round(tera(lengths("transprune@0.05", num_tokens, schedule="low")), 2) == low
+
+
+@pytest.mark.parametrize(
+    ("layers", "published"),
+    [((5, 7, 10), 1.35), ((6, 8, 11), 1.45), ((7, 9, 12), 1.56), ((8, 10, 13), 1.66), ((9, 11, 14), 1.77)],
+)
+def test_transprunes_ablation_of_layers(layers, published):
+    """The five published figures, with cuts one or two layers earlier or later (the layers are inferred from them)."""
+    assert round(tera(lengths("transprune@72", 576, layers=layers)), 2) == published
+
+
+@pytest.mark.parametrize(("first", "last", "published"), [(288, 36, 0.66), (192, 24, 0.44)])
+def test_transprune_behind_a_method_at_the_input(first, last, published):
+    """The paper's combinations with VisionZip and CDPruner; any method at the input costs the same in the decoder."""
+    plan = [
+        {"at": "input", "prune": "vtc_cls", "keep": first},
+        {"prune": "transprune", "keep": last, "schedule": "combined"},
+    ]
+    found = lengths(plan, 576)
+    assert found == [first] * 7 + [first // 2] * 2 + [first // 4] * 3 + [last] * 20
+    assert round(tera(found), 2) == published
+
+
+def test_transprunes_share_on_qwen2_5_vl_is_that_of_layers_7_9_and_12_of_28():
+    """Published: 45.1 % of the FLOPs. Layers in proportion to the depth, 6, 8 and 11, would be 42 %."""
+    qwen = Depths(vision=32, feature=31, decoder=28)
+    share = cost.equivalent_tokens(lengths("transprune@0.125", 1000, qwen)) / 1000
+    assert round(100 * share, 1) == 45.1
+    other = cost.equivalent_tokens(lengths("transprune@0.125", 1000, qwen, layers=(6, 8, 11))) / 1000
+    assert round(100 * other, 1) == 42.0
+
+
+def test_transprune_cannot_hold_what_its_layers_do_not_allow():
+    assert abs(cost.equivalent_tokens(lengths("transprune@avg192", 576)) - 192) < 1
+    with pytest.raises(ValueError, match=r"transprune cannot hold an average of 64 .* goes from 127\.5"):
+        lengths("transprune@avg64", 576)
 
 
 def test_pyramiddrops_published_schedule_is_its_default_at_72_tokens():

@@ -20,6 +20,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "holov": [{"variant": "paper"}, {"variant": "paper", "crops": 7}, {"crops": 1}],
     "random": [{"seed": 5}],
     "todre": [{"objective": "k_center"}, {"pivot": "center"}, {"pivot": "random"}],
+    "transprune": [{"variant": "paper"}, {"alpha": 0.2}],
     "vflowopt": [{"alpha": -0.7, "cell": 2.5}, {"variant": "paper", "cell": 1.3}, {"recycle": False}],
     "vtc_cls": [{"start_layer": 0}],
 }

@@ -1,4 +1,4 @@
-"""Drops patches inside the vision tower, as information flows from them to [CLS] (FlowCut, vision stage).
+"""Drops patches inside the vision tower, as information flows from them to [CLS] (FlowCut).
 
 Paper: "FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language Models", Tong et al., NeurIPS
 2025, https://arxiv.org/abs/2505.19536.
@@ -12,20 +12,31 @@ blocks left before the one that must be short (R = F - 1 - block, F the feature 
 P = round((N - T) / sqrt(R) * (1 - r^2)) of them, r being the entropy of a over ln N; at R = 0 all but T (code). The
 block that follows runs on what is left, so the tower itself gets cheaper.
 
-Paper and code differ: the pseudocode scales the value product by sqrt(D) and leaves [CLS] out of both softmaxes; the
-code does neither and normalises afterwards. This is the code's form.
+Models of many visual tokens (LLaVA-NeXT, Qwen2-VL) get a second cut (code). The tower keeps more: T / 2 rounded down
+of each crop where an image comes in several, else 2 T. Decoder layers 0 and 1 see those that are left, and behind layer
+1 the T with the highest S stay, if there are more: a and m are the softmax, over the visual tokens alone, of the last
+prompt token's query with their keys and of its value with their values, both scaled, d as above, no running mean. What
+follows has closed positions. Models whose images all have the same few tokens (LLaVA-1.5) have no such cut, and with
+`text_stage=False` no model has: the tower then keeps T.
+
+Paper and code differ, `variant` chooses. "paper": the value product is divided by sqrt(D), D being a head's width (our
+reading), [CLS] is left out of both softmaxes, the tower keeps 2 T in all whatever the crops, and on towers without
+[CLS] the mean value vector stands in m. "official": the value product is not scaled, [CLS] is in both softmaxes and
+leaves before they are brought to sum 1, and towers without [CLS] have no m. The rest is the code's in both.
 
 Deviations:
 - P is computed for each image. The official code takes the maximum over the batch, so that an image's result depends on
   its batch mates.
 - The entropy is computed in fp32 with 0 ln 0 = 0; the official code gives NaN where fp16 underflows.
-- Several crops share the budget in proportion to their patches. The official LLaVA-NeXT code keeps T / 2 per crop and
-  cuts to T at decoder layer 1, with the text; that second cut is not here.
-- Towers without [CLS]: mean-query attention stands in for a, and there is no m, as in the official Qwen2-VL code. On
-  SigLIP towers this is an extension of ours.
+- Frames of a video share 2 T in proportion to their patches (our choice; no code was released).
+- Towers without [CLS]: mean-query attention stands in for a, as in the official Qwen2-VL code. On SigLIP towers this is
+  an extension of ours.
 - Qwen towers: the 2 x 2 patches of a visual token leave or stay together, by the mean of their scores; the official
   code drops single patches, so that the merger joins four survivors that need not be neighbours. The last cut is before
-  the last block; officially it is after it, to twice the target, with a second cut in the decoder.
+  the last block; officially it is after it. Survivors keep their own 3-D positions, where the official code gives the
+  decoder the first 2 T of the grid.
+- In the decoder each image or video keeps its own T; the official code takes all images of a prompt for one. Families
+  that add visual features inside the decoder are cut behind the last layer that does.
 - Ties go to the lower raster index.
 """
 
@@ -40,12 +51,29 @@ from torch import Tensor
 
 from tokenprune.base import Pruner, View
 from tokenprune.budget import Budget
+from tokenprune.layout import Visual
 from tokenprune.registry import register_method
 from tokenprune.selection import Selection, refuse_nan
-from tokenprune.signals import CLS_VALUE_SIMILARITY, VALUE_NORM, Signal, Tower, stand_in_note, summary_attention
+from tokenprune.signals import (
+    CLS_PATCH_ATTENTION,
+    CLS_PATCH_SIMILARITY,
+    CLS_VALUE_SIMILARITY,
+    DECODER_VALUE_NORM,
+    LAST_VALUE_SIMILARITY,
+    LAST_VISUAL_ATTENTION,
+    MEAN_VALUE_SIMILARITY,
+    VALUE_NORM,
+    Signal,
+    Tower,
+    stand_in_note,
+    summary_attention,
+)
 from tokenprune.stages import Depths, Stage
 
+VARIANTS = ("official", "paper")
+
 _HISTORY = "flowcut"
+_TEXT_CUT = 2  # behind decoder layer 1
 
 
 def entropy_ratio(attention: Tensor) -> Tensor:
@@ -62,6 +90,23 @@ def drop_count(num_tokens: int, target: int, left: int, ratio: float) -> int:
     return min(max(round(wanted), 0), num_tokens - target)
 
 
+class OverBudget(Budget):
+    """What the tower keeps where a second cut follows: T / 2 of each crop of an image, or twice T in all."""
+
+    def __init__(self, keep: int | float, by_crop: bool) -> None:
+        super().__init__(keep)
+        self._by_crop = by_crop
+
+    def tokens(self, num_tokens: int) -> int:
+        return min(num_tokens, 2 * super().tokens(num_tokens))
+
+    def pictures(self, visual: Visual) -> list[int]:
+        crops, target = len(visual.tower_grids), super().tokens(visual.num_tokens)
+        if self._by_crop and visual.kind == "image" and crops > 1 and target < visual.num_tokens:
+            return [target // 2] * crops
+        return super().pictures(visual)
+
+
 @register_method("flowcut")
 @dataclass
 class FlowCut(Pruner):
@@ -70,6 +115,8 @@ class FlowCut(Pruner):
     Attributes:
         history: weight of the running score against that of the present block, in [0, 1); 0.5 is the paper's.
         interval: blocks from one cut to the next; 2 is the paper's.
+        variant: "official" or "paper", see the module.
+        text_stage: whether models of many visual tokens get the second cut, by what the last prompt token attends to.
     """
 
     site: ClassVar[str] = "vision"
@@ -78,6 +125,8 @@ class FlowCut(Pruner):
 
     history: float = 0.5
     interval: int = 2
+    variant: str = "official"
+    text_stage: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,12 +134,20 @@ class FlowCut(Pruner):
             raise ValueError(f"history must be a weight from 0 to below 1, got {self.history!r}.")
         if isinstance(self.interval, bool) or self.interval < 1:
             raise ValueError(f"interval must be at least 1 block, got {self.interval!r}.")
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}.")
 
     def stages(self, budget: Budget, depths: Depths) -> tuple[Stage, ...]:
         last = -1 if depths.feature is None else depths.feature - 1
         blocks = [block for block in range(last + 1) if (last - block) % self.interval == 0]
+        layer = max(_TEXT_CUT, depths.first_cut)
+        second = self.text_stage and not depths.one_size and layer < depths.decoder
+        inside = OverBudget(budget.keep, self.variant == "official") if second else budget
         # where the tower cannot be cut, the plan's own check says so
-        return tuple(Stage(f"vision:{block}", self, budget) for block in blocks or [0])
+        stages = [Stage(f"vision:{block}", self, inside) for block in blocks or [0]]
+        if second:
+            stages.append(Stage(f"layer:{layer}", TextCut(positions=self.positions), budget))
+        return tuple(stages)
 
     def blocks(self, depth: int, tower: Tower) -> range:
         """Blocks that are scored at the cut after block `depth`: those since the cut before it."""
@@ -100,25 +157,32 @@ class FlowCut(Pruner):
     def signals_at(self, tower: Tower, place: str, depth: int) -> tuple[Signal, ...]:
         if place != "vision":
             raise ValueError(f"flowcut cuts inside the vision tower, at 'vision:L', not at {place!r}.")
-        names = (VALUE_NORM, CLS_VALUE_SIMILARITY) if tower.has_cls else (VALUE_NORM,)
-        found = [Signal(name, block) for block in self.blocks(depth, tower) for name in names]
-        return (*found, *(summary_attention(tower, block) for block in self.blocks(depth, tower)))
+        names = [name for name in (VALUE_NORM, self._attending(tower), self._similar(tower)) if name]
+        return tuple(Signal(name, block) for block in self.blocks(depth, tower) for name in names)
+
+    def _attending(self, tower: Tower) -> str:
+        """The signal behind a."""
+        cls = CLS_PATCH_ATTENTION if self.variant == "paper" and tower.has_cls else None
+        return cls or summary_attention(tower, 0).name
+
+    def _similar(self, tower: Tower) -> str | None:
+        """The signal behind m; None where there is no m."""
+        if self.variant == "official":
+            return CLS_VALUE_SIMILARITY if tower.has_cls else None
+        return CLS_PATCH_SIMILARITY if tower.has_cls else MEAN_VALUE_SIMILARITY
 
     def notes(self, tower: Tower) -> tuple[str, ...]:
         return stand_in_note(tower)
 
     def block_score(self, view: View, block: int) -> Tensor:
         """S after one block, `[M, N]` fp32."""
-        total = self._attention(view, block)
-        if view.tower.has_cls:
-            similar = view.signal(CLS_VALUE_SIMILARITY, block)
-            total = total + similar / similar.sum(dim=1, keepdim=True)
+        total, similar = self._attention(view, block), self._similar(view.tower)
+        if similar is not None:
+            total = total + _to_one(view.signal(similar, block))
         return total * view.signal(VALUE_NORM, block)
 
-    @staticmethod
-    def _attention(view: View, block: int) -> Tensor:
-        attention = view.signal(summary_attention(view.tower, block).name, block)
-        return attention / attention.sum(dim=1, keepdim=True)
+    def _attention(self, view: View, block: int) -> Tensor:
+        return _to_one(view.signal(self._attending(view.tower), block))
 
     def select(self, view: View) -> Selection:
         num_tokens, target = view.num_tokens, view.budget
@@ -141,3 +205,26 @@ class FlowCut(Pruner):
         stays = rank < torch.tensor(counts, device=order.device)[:, None]
         kept = torch.where(stays, everything, num_tokens).sort(dim=1).values[:, : max(counts)]
         return Selection(kept, counts=counts, carry={_HISTORY: score})
+
+
+@dataclass
+class TextCut(Pruner):
+    """The cut in the decoder: ranks the visual tokens `[M, N]` as the last prompt token sees them in one layer."""
+
+    name: ClassVar[str] = "flowcut_text"
+    site: ClassVar[str] = "layer"
+    default_scope: ClassVar[str] = "visual"
+    text_aware: ClassVar[bool] = True
+
+    def signals_at(self, tower: Tower, place: str, depth: int) -> tuple[Signal, ...]:
+        names = (LAST_VISUAL_ATTENTION, LAST_VALUE_SIMILARITY, DECODER_VALUE_NORM)
+        return tuple(Signal(name, depth - 1) for name in names)
+
+    def score(self, view: View) -> Tensor:
+        layer = int(view.site.partition(":")[2]) - 1
+        seen = _to_one(view.signal(LAST_VISUAL_ATTENTION, layer)) + _to_one(view.signal(LAST_VALUE_SIMILARITY, layer))
+        return seen * view.signal(DECODER_VALUE_NORM, layer)
+
+
+def _to_one(values: Tensor) -> Tensor:
+    return values / values.sum(dim=1, keepdim=True)
