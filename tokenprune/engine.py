@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapters._base import Adapter
+from tokenprune.attending import Attending
 from tokenprune.cache import mark_pruned, pruned_prompt
 from tokenprune.choosing import Answer, Asked, choose, split_budget
 from tokenprune.compaction import Compaction
 from tokenprune.decoder_signals import DecoderSignals, LayerInput, check_decoder_signal
 from tokenprune.decoding import DecoderPass
+from tokenprune.intervention import Intervention
 from tokenprune.layout import Layout, Raster, build_layout
 from tokenprune.ledger import Ledger
 from tokenprune.opaque import opaque
@@ -38,13 +40,17 @@ class Engine:
     Args:
         adapter: the model's family.
         stages: in the order in which they run, see `check_plan`.
+        interventions: what changes attention in the decoder.
     """
 
-    def __init__(self, adapter: Adapter, stages: Sequence[Stage]) -> None:
+    def __init__(
+        self, adapter: Adapter, stages: Sequence[Stage], interventions: Sequence[Intervention] = ()
+    ) -> None:
         self.adapter = adapter
         self.stages = tuple(stages)
         self.hints: dict[str, list[Any]] = {}
         self.last: Prompt | None = None
+        self.attending = Attending(adapter, interventions)
         self._input = next((stage for stage in stages if stage.place == "input"), None)
         # tokens that left before the projector leave the rows here too, under their own method's policy
         self._first_cut = self._input or next((stage for stage in stages if stage.place != "layer"), None)
@@ -69,6 +75,7 @@ class Engine:
         decoder = adapter.language_model
         ledger.hook(decoder.register_forward_pre_hook(opaque(self._before_decoder), with_kwargs=True))
         ledger.hook(decoder.register_forward_hook(opaque(self._after_decoder)))
+        self.attending.install(ledger)
         if self._layers:
             for layer in range(min({*self._layers, *self._read_layers}), len(adapter.layers)):
                 hook = opaque(functools.partial(self._enter_layer, layer))
@@ -92,7 +99,8 @@ class Engine:
             return
         if getattr(call.get("past_key_values"), "is_compileable", False):
             raise ValueError(
-                "A static cache has one fixed length for all layers and rows, so it cannot hold a pruned prompt. "
+                "A static cache has one fixed length for all layers and rows, so it cannot hold a pruned prompt, and "
+                "its keys cannot be kept track of. "
                 "Use the default dynamic cache (leave cache_implementation and past_key_values alone)."
             )
         sources: dict[str, list[tuple[Recording, int]]] = {}
@@ -112,6 +120,7 @@ class Engine:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             own = mask[:, -layout.length :].cpu()
             prompt.lengths = own.sum(1).tolist()
+            prompt.attended = own.to(torch.bool)
             # padding on the right shows as a last column that is not all ones
             prompt.pad_left = bool(own[:, -1].bool().all())
         self._prompt = prompt
@@ -150,6 +159,7 @@ class Engine:
             self._prompt.sources = []  # pixels and signals; what reports need was written down
         self._prompt, self._pass, self._entered = None, None, {}
         self._tower.forget()
+        self.attending.forget()
 
     # --- the decoder ------------------------------------------------------------------------------------------------
 
@@ -163,14 +173,18 @@ class Engine:
         past = cache.get_seq_length() if cache is not None else 0
         if prompt is None and past == 0:
             self.last = Prompt(Layout((), embeds.shape[0], embeds.shape[1]))
+        mask = kwargs.get("attention_mask")
+        if self.attending:
+            self._begin_attending(cache, past, prompt, embeds, mask)
         if prompt is None and before is None:
             return None
-        mask = kwargs.get("attention_mask")
         self._check_mask(mask, past + embeds.shape[1])
         compaction = None
         if prompt is not None:
             embeds, compaction = self._cut_input(prompt, embeds, mask)
             self.last = prompt
+            if compaction is not None:
+                self.attending.cut(compaction)
         if compaction is None and before is None and not self._layers:
             return None
         current = DecoderPass(self.adapter, before, past, embeds.shape[0], embeds.shape[1], embeds.device)
@@ -179,6 +193,14 @@ class Engine:
         self._compaction, self._pass = compaction, current
         changed |= self._beside(kwargs, compaction)
         return args, {**kwargs, **changed}
+
+    def _begin_attending(
+        self, cache: Any, past: int, prompt: Prompt | None, embeds: Tensor, mask: Tensor | None
+    ) -> None:
+        attended = None
+        if isinstance(mask, Tensor) and mask.dim() == 2 and embeds.shape[1] > 1:
+            attended = mask[:, -embeds.shape[1] :].to(device=embeds.device, dtype=torch.bool)
+        self.attending.begin(cache, past, prompt, embeds.shape[0], attended)
 
     @staticmethod
     def _policy(stage: Stage | None) -> str:
@@ -208,10 +230,11 @@ class Engine:
 
     def _after_decoder(self, module: Any, args: Any, output: Any) -> None:
         current, self._pass = self._pass, None
+        cache = getattr(output, "past_key_values", None)
+        self.attending.finish(cache)
         if current is None:
             return
         after = current.result()
-        cache = getattr(output, "past_key_values", None)
         if after is not None and cache is not None:
             mark_pruned(cache, after)
 
@@ -252,6 +275,9 @@ class Engine:
     ) -> Tensor:
         """Let a stage choose in every visual; note what leaves in `cutter`, and return hidden states with what a
         method merged."""
+        kept_out = self.attending.kept_out(stage.depth) if stage.place == "layer" else None
+        if kept_out is not None:
+            return self._choose_beside(stage, prompt, cutter, hidden, signals, *kept_out)
         asked: list[Asked] = []
         for index in range(len(prompt.layout.spans)):
             asked += self._ask(stage, prompt, index, hidden, signals)
@@ -282,9 +308,49 @@ class Engine:
                 hidden = hidden.index_put((row, places), torch.cat(merged).to(hidden.dtype))
         return hidden
 
+    def _choose_beside(
+        self,
+        stage: Stage,
+        prompt: Prompt,
+        cutter: Cutter,
+        hidden: Tensor,
+        signals: dict[int, DecoderSignals] | None,
+        out: Tensor,
+        stay: bool,
+    ) -> Tensor:
+        """`_choose` where tokens at `out` `[B, S]` bool are not ranked: they stay beside the budget, or leave."""
+        if stage.pruner.merges:
+            raise ValueError(f"{stage.pruner.name} merges tokens, so an intervention cannot keep any out of its ranking.")
+        asked, ranked = [], []
+        for index, span in enumerate(prompt.layout.spans):
+            alive = prompt.alive[index]
+            open_to = (~out[span.sample, alive.places]).nonzero()[:, 0]
+            (whole,) = self._ask(stage, prompt, index, hidden, signals, together=True)
+            asked.append(whole.only(open_to, stage.budget.tokens(span.num_tokens)))
+            ranked.append(open_to)
+        answers, flops = choose(stage, self.adapter.tower, asked)
+        prompt.flops += flops
+        for index, (answer, open_to) in enumerate(zip(answers, ranked)):
+            alive = prompt.alive[index]
+            left = torch.zeros(alive.count, dtype=torch.bool, device=open_to.device)
+            if stay:
+                left = ~left.index_fill(0, open_to, True)
+            chosen = open_to if answer is None else open_to[answer.indices.to(open_to.device)]
+            kept = left.index_fill(0, chosen, True).nonzero()[:, 0]
+            if kept.shape[0] < alive.count:
+                cutter.keep(index, kept, {})
+        return hidden
+
     def _ask(
-        self, stage: Stage, prompt: Prompt, index: int, hidden: Tensor, signals: dict[int, DecoderSignals] | None
+        self,
+        stage: Stage,
+        prompt: Prompt,
+        index: int,
+        hidden: Tensor,
+        signals: dict[int, DecoderSignals] | None,
+        together: bool = False,
     ) -> list[Asked]:
+        """What is asked about one visual; with `together` all of its rasters at once, whatever the scope."""
         span, alive = prompt.layout.spans[index], prompt.alive[index]
         recording, row = prompt.sources[index]
         rasters = span.visual.rasters
@@ -318,7 +384,7 @@ class Engine:
                 carry=alive.carry,
             )
 
-        if whole or alive.tokens is not None:
+        if whole or together or alive.tokens is not None:
             return [one(rasters, 0, alive.count, budget)]
         budgets = split_budget(budget, [raster.num_tokens for raster in rasters])
         return [
@@ -387,5 +453,6 @@ class Engine:
         if compaction is None:
             return hidden
         current.cut(stage.depth, compaction, self._policy(stage))
+        self.attending.cut(compaction, stage.depth)
         self._compaction = current.compaction
         return compaction.rows(hidden)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tokenprune import cost
 from tokenprune.adapters._base import Adapter
+from tokenprune.attending import Attending
 from tokenprune.prompt import Cut, Prompt
 from tokenprune.recording import TowerWork
 from tokenprune.stages import Stage
@@ -19,7 +20,8 @@ class Report:
 
     Attributes:
         method: the method with its budget.
-        positions: "compact" or "keep", of each stage that differs.
+        positions: "compact" or "keep", of each stage that differs; "as laid out" where nothing prunes.
+        interventions: one line each on what changes attention, in which layers, and what it found.
         notes: what a reader must know of the method on this model, for example a stand-in for a signal.
         samples: rows of the batch.
         images: images in all.
@@ -56,6 +58,7 @@ class Report:
     flops_by_layer: tuple[int, ...]
     kv_bytes: int
     kv_bytes_unpruned: int
+    interventions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         ratio = self.flops.total / self.flops_unpruned.total if self.flops_unpruned.total else 1.0
@@ -73,6 +76,7 @@ class Report:
             ),
             f"KV cache  {_si(self.kv_bytes_unpruned)}B -> {_si(self.kv_bytes)}B ({memory:.1%})",
             f"selection  {self.selection_seconds * 1000:.2f} ms",
+            *self.interventions,
             *(f"note  {note}" for note in self.notes),
         ]
         return "\n".join(lines)
@@ -92,7 +96,9 @@ def _si(value: float) -> str:
     return f"{value:.4g}"
 
 
-def make_report(prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Adapter) -> Report:
+def make_report(
+    prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Adapter, attending: Attending
+) -> Report:
     """Count one prompt batch. See `Report`."""
     shape = adapter.cost_shape()
     layout = prompt.layout
@@ -104,7 +110,7 @@ def make_report(prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Ad
     kept = by_layer[-1][0]
     return Report(
         method=label,
-        positions=", ".join(dict.fromkeys(str(stage.pruner.positions) for stage in stages)),
+        positions=", ".join(dict.fromkeys(str(stage.pruner.positions) for stage in stages)) or "as laid out",
         notes=tuple(dict.fromkeys(note for stage in stages for note in stage.pruner.notes(adapter.tower))),
         samples=layout.batch_size,
         images=len(layout.spans),
@@ -121,6 +127,7 @@ def make_report(prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Ad
         flops_by_layer=tuple(map(sum, zip(*(cost.layer_flops(shape, row) for row in _by_row(by_layer))))),
         kv_bytes=_kv_bytes(shape, [rows for _, rows in by_layer], itemsize),
         kv_bytes_unpruned=_kv_bytes(shape, [lengths] * shape.layers, itemsize),
+        interventions=attending.summaries(prompt),
     )
 
 
