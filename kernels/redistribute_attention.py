@@ -27,6 +27,7 @@ def redistribute_attention(
     value: Tensor,
     groups: Tensor,
     allowed: Tensor | None,
+    gate: Tensor | None = None,
     *,
     share: float,
     least_mass: float,
@@ -36,7 +37,7 @@ def redistribute_attention(
 ) -> Tensor:
     """Output of the redistributed attention.
 
-    A pair of head and row is changed if m_S + m_N >= `least_mass`, m_N > 0 and
+    A pair of head and row is changed if the row's gate is open, m_S + m_N >= `least_mass`, m_N > 0 and
     m_S <= `most_sink` * (m_S + m_N + `slack` * |N and S|).
 
     Args:
@@ -45,6 +46,7 @@ def redistribute_attention(
         value: `[B, Hk, K, d]`.
         groups: `[B, P]` int8 with P <= K, the group of each of the first P keys; later keys are `OTHER`.
         allowed: `[B or 1, R, K]` bool, True where a row sees a key, one key at least; None: every row sees all keys.
+        gate: `[B, R]` bool, rows that may be changed; None: all.
         share: part of the sinks' attention that moves, in [0, 1].
         least_mass: attention that the picture must get in all.
         most_sink: part of the picture's attention that its sinks may have at most.
@@ -60,6 +62,7 @@ def redistribute_attention(
             redistribute_attention(
                 query[:, :, at : at + _BLOCK], key, value, groups,
                 None if allowed is None else allowed[:, at : at + _BLOCK],
+                None if gate is None else gate[:, at : at + _BLOCK],
                 share=share, least_mass=least_mass, most_sink=most_sink, slack=slack, scale=scale,
             )
             for at in range(0, rows, _BLOCK)
@@ -80,6 +83,8 @@ def redistribute_attention(
     visual = normal + visual_sink
     most = visual if not slack else visual + slack * members[..., :2].sum((1, 2, 3))[:, None, None]
     active = (visual >= least_mass) & (visual_sink <= most_sink * most) & (normal > 0)
+    if gate is not None:
+        active = (active.view(batch, heads, rows) & gate[:, None]).view_as(active)
     loss = active * -share
     gain = loss * (visual_sink + text_sink) / normal.clamp(min=torch.finfo(normal.dtype).tiny)
     change = torch.matmul(torch.stack([-gain, loss, loss], dim=-1), members.transpose(2, 3))

@@ -62,7 +62,7 @@ class VAR(Intervention):
             takes them from the table, and discovers them where it has no row for the model.
         calibrate: prompts with pictures that discovery looks at.
         variant: "paper" or "official", see the module.
-        require_visual_sink: leave a layer alone in which no visual token of the sample is a sink.
+        require_visual_sink: in a layer, leave rows alone that see no visual sink.
         visual_sinks: what a stage at "layer:K" does with visual sinks: "rank" them like any other token, "keep" them
             outside its budget, or "drop" them.
     """
@@ -200,6 +200,11 @@ class VAR(Intervention):
             if self._search is not None and given.prompt:
                 self._search.listen(given.layer, self._received(given)[:, : groups.shape[1]], groups == VISUAL)
             return None
+        gate = None
+        if self.require_visual_sink and given.prompt and given.allowed is not None:
+            # a row before the first sink is as if there were none
+            sinks = torch.nn.functional.pad(groups == VISUAL_SINK, (0, given.key.shape[2] - groups.shape[1]))
+            gate = (given.allowed & sinks[:, None]).any(-1)
         paper = self.variant == "paper"
         return redistribute_attention(
             given.query,
@@ -207,6 +212,7 @@ class VAR(Intervention):
             given.value,
             groups,
             given.allowed,
+            gate,
             share=self._share,
             least_mass=self.s_min,
             most_sink=1 - self._rho if paper else self._rho,
