@@ -7,6 +7,7 @@ name on its command line has been checked.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from typing import Any
 
@@ -33,8 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tokenprune {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    ls = commands.add_parser("ls", help="list methods, models, tasks or sweeps")
-    ls.add_argument("what", choices=("methods", "models", "tasks", "sweeps"))
+    ls = commands.add_parser("ls", help="list methods, interventions, models, tasks or sweeps")
+    ls.add_argument("what", choices=("methods", "interventions", "models", "tasks", "sweeps"))
 
     run = commands.add_parser(
         "run",
@@ -42,8 +43,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Without --image and --question a picture of the pocket suite is asked about.",
     )
     _model_arguments(run)
-    run.add_argument("--method", required=True, help="name of a method, see `tokenprune ls methods`")
-    run.add_argument("--keep", required=True, type=_budget, help="tokens per image (64) or kept fraction (0.25)")
+    run.add_argument("--method", required=True, help="as for eval: holov, var, \"vtc_cls+var(p=0.4)\"")
+    run.add_argument("--keep", type=_budget, help="tokens per image (64) or kept fraction (0.25)")
     run.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the method")
     run.add_argument("--image", help="path of a picture")
     run.add_argument("--question", help="what to ask about it")
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _model_arguments(evaluate)
     evaluate.add_argument("--tasks", default="pocket", help="task names or YAML files, comma separated (%(default)s)")
-    evaluate.add_argument("--method", required=True, help="name of a method, or none for the unpruned model")
+    evaluate.add_argument("--method", required=True, help="a method or intervention, several joined by plus signs, or none")
     evaluate.add_argument("--keep", type=_budget, help="tokens per image (64) or kept fraction (0.25)")
     evaluate.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the method")
     evaluate.add_argument("--limit", type=int, help="samples per task; all by default")
@@ -121,11 +122,12 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
 
 
 def _ls(what: str) -> None:
-    from tokenprune.registry import METHODS, MODELS
+    from tokenprune.registry import INTERVENTIONS, METHODS, MODELS
 
-    if what == "methods":
-        for name in METHODS.names():
-            print(f"{name:<17} {METHODS.describe(name)}")
+    if what in ("methods", "interventions"):
+        registry = METHODS if what == "methods" else INTERVENTIONS
+        for name in registry.names():
+            print(f"{name:<17} {registry.describe(name)}")
     elif what == "models":
         from tokenprune.evals.models import pocket_names
 
@@ -157,17 +159,18 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _eval_config(args: argparse.Namespace) -> Any:
-    from tokenprune.evals.config import NONE, Measure, RunConfig
+    from tokenprune.evals.config import NONE, Measure, RunConfig, check_method_name
 
     tasks = [task for task in args.tasks.split(",") if task]
     options = parse_options(args.set)
     if args.method == NONE and args.keep is not None:
         raise ValueError("The unpruned model keeps every token; leave --keep out with --method none.")
-    if args.method != NONE and args.keep is None and "@" not in args.method:
-        raise ValueError(f"Say how many visual tokens {args.method} keeps: --keep 64 or --keep 0.25.")
+    check_method_name(args.method)
+    _check_keep(args)
     entry: Any = {"method": args.method, **options} if options else args.method
     stem = args.model.rstrip("/").rpartition("/")[2]
-    name = f"{stem}-{args.method}" + (f"-{args.keep}" if args.keep is not None else "")
+    name = f"{stem}-{re.sub('[^A-Za-z0-9_.@-]+', '-', args.method).strip('-')}"
+    name += f"-{args.keep}" if args.keep is not None else ""
     return RunConfig(
         name=name,
         model=args.model,
@@ -184,6 +187,16 @@ def _eval_config(args: argparse.Namespace) -> Any:
         output=args.output,
         measure=Measure(times=not args.no_timing),
     )
+
+
+def _check_keep(args: argparse.Namespace) -> None:
+    from tokenprune.evals.config import NONE, needs_budget
+    from tokenprune.notation import pruner_parts
+
+    if needs_budget(args.method) and args.keep is None:
+        raise ValueError(f"Say how many visual tokens {args.method} keeps: --keep 64 or --keep 0.25.")
+    if args.keep is not None and args.method != NONE and not pruner_parts(args.method):
+        raise ValueError(f"{args.method} changes attention and keeps every token; leave --keep out.")
 
 
 def _sweep(args: argparse.Namespace) -> int:
@@ -222,14 +235,17 @@ def _execute(config: Any) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from tokenprune.evals.config import RunConfig, refusing
+    from tokenprune.evals.config import RunConfig, check_method_name, refusing
 
     with refusing():
         if (args.image is None) != (args.question is None):
             raise ValueError("Give both --image and --question, or neither to ask about a picture of the pocket suite.")
         options = parse_options(args.set)
+        check_method_name(args.method)
+        _check_keep(args)
         entry: Any = {"method": args.method, **options}
-        RunConfig("run", args.model, ["pocket"], [entry], [args.keep], dtype=args.dtype, references=False).check()
+        budgets = [] if args.keep is None else [args.keep]
+        RunConfig("run", args.model, ["pocket"], [entry], budgets, dtype=args.dtype, references=False).check()
     from tokenprune.evals.single import run_single
 
     return run_single(

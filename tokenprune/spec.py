@@ -13,6 +13,7 @@ from typing import Any
 from tokenprune.base import Pruner
 from tokenprune.budget import Budget, average_of, read_budget
 from tokenprune.intervention import Intervention
+from tokenprune.notation import split_name, split_outside
 from tokenprune.registry import INTERVENTIONS, METHODS, near
 from tokenprune.stages import Depths, Stage, check_plan, check_site, solve_average, visual_lengths, with_positions
 
@@ -150,7 +151,7 @@ def parse_method(method: Any, keep: Any = None, average: Any = None, **options: 
             "fastv@avg128", "var(p=0.4)"), several of these joined by plus signs ("vtc_cls@64+var"), a mapping with the
             key `method` (or `prune`, or `name`), optionally `keep`, `at` and the method's options, a list of all of
             those (stages of one method, and interventions), the path of a YAML file that holds such a mapping or list,
-            or a `Pruner` or `Intervention` object (it is copied).
+            a `Pruner` or `Intervention` object (it is copied), or what this function returned.
         keep: the budget; a text like "avg64" is an average. Beside a list it is that of the one stage.
         average: in place of a budget, visual tokens averaged over all decoder layers (int) or their fraction.
         options: options of the method.
@@ -158,6 +159,10 @@ def parse_method(method: Any, keep: Any = None, average: Any = None, **options: 
     Raises:
         ValueError: no budget, or two budgets that differ, or options beside a method object or a list.
     """
+    if isinstance(method, Spec):
+        if keep is not None or average is not None or options:
+            raise ValueError("A method that was read already takes no keep, average or options beside it.")
+        return dataclasses.replace(method, interventions=tuple(map(copy.copy, method.interventions)))
     if isinstance(method, (str, Path)) and str(method).endswith((".yaml", ".yml")):
         method = _read_yaml(Path(method))
     if isinstance(method, Mapping):
@@ -197,39 +202,6 @@ def parse_method(method: Any, keep: Any = None, average: Any = None, **options: 
                 "have none."
             )
     return Spec(entries, average, interventions)
-
-
-def split_outside(text: str, mark: str) -> list[str]:
-    """`text` split at `mark`, but not inside brackets; parts are stripped."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == mark and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts]
-
-
-def split_name(text: str) -> tuple[str, dict[str, Any], str | None]:
-    """`holov(variant=official)@64` to its name, options (values read as YAML) and the text of its budget.
-
-    Raises:
-        ValueError: brackets that do not close, or an option without "=".
-    """
-    head, at, budget = text.rpartition("@") if "@" in text else (text, "", "")
-    name, bracket, inner = head.partition("(")
-    if bracket and not inner.endswith(")"):
-        raise ValueError(f"The brackets of {text!r} do not close; write it like holov(variant=official)@64.")
-    options: dict[str, Any] = {}
-    for part in split_outside(inner[:-1], ",") if inner[:-1].strip() else ():
-        import yaml
-
-        option, equals, value = part.partition("=")
-        if not equals:
-            raise ValueError(f"An option of {name!r} is written name=value, got {part!r}.")
-        options[option.strip()] = yaml.safe_load(value)
-    return name.strip(), options, budget if at else None
 
 
 def _one(what: str, first: Any, second: Any) -> Any:
