@@ -17,6 +17,7 @@ _MOST_CHANNELS = 4
 _TOP = 8  # largest channels of an image token that are remembered
 _SHARE = (0.001, 0.05)  # of image tokens that may be sinks
 _RATIO = 3.0  # attention that sinks must get, over that of the mean image token
+_LIKE_TEXT = 0.5  # phi of sinks that only a lowered threshold marks, over that of text sinks
 _OVERLAP = 0.5  # of the sinks of one picture under two questions, intersection over union
 
 
@@ -166,9 +167,14 @@ class SinkSearch:
         share = float(torch.cat(flagged).float().mean())
         ratio = _ratio(records, flagged)
         overlap = self._overlap(tau, dict(zip(self._records, flagged)))
-        return Discovery(
-            channels, tau, _complaint(channels, tau, share, ratio, overlap), self.prompts, share, ratio, overlap
-        )
+        reason = _complaint(channels, tau, share, ratio, overlap)
+        marked, peak = torch.cat(scores)[torch.cat(flagged)], max(record.peak[0] for record in records)
+        if not reason and tau < TAU and float(marked.mean()) < _LIKE_TEXT * peak:
+            reason = (
+                f"channels {', '.join(map(str, channels))} stand out in text tokens with phi {peak:.1f}, but the image "
+                f"tokens above the largest gap have {float(marked.mean()):.1f} only"
+            )
+        return Discovery(channels, tau, reason, self.prompts, share, ratio, overlap)
 
     @staticmethod
     def _channels(records: list[_Record]) -> tuple[int, ...]:
