@@ -12,6 +12,8 @@ rows x keys and never keys x keys.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -70,34 +72,57 @@ def redistribute_attention(
         return torch.cat(parts, dim=2)
     kv, count = key.shape[1], key.shape[2]
     # the query heads of one key head become more rows of it, so no key is copied
-    grouped = (query * scale).reshape(batch, kv, heads // kv * rows, width)
-    scores = torch.matmul(grouped, key.transpose(2, 3)).float()
+    grouped = query.reshape(batch * kv, -1, width)
+    keys = key.reshape(batch * kv, count, width).transpose(1, 2)
+    scores = torch.baddbmm(query.new_empty(1, 1, 1), grouped, keys, beta=0, alpha=scale).float()
     if allowed is not None:
-        seen = allowed[:, None, None].expand(-1, kv, heads // kv, -1, -1)
-        scores = scores.view(batch, kv, -1, rows, count).masked_fill(~seen, torch.finfo(scores.dtype).min)
-        scores = scores.view(batch, kv, -1, count)
-    weights = scores.softmax(dim=-1)
-    members = _members(groups)  # [B, 1, P, 3]
+        scores = scores.view(batch, heads, rows, count)
+        scores = scores.masked_fill(~allowed[:, None], torch.finfo(scores.dtype).min)
+    weights = scores.view(batch, heads * rows, count).softmax(dim=-1)
+    plan = _plan(groups, share, least_mass, most_sink, slack)
     known = weights[..., : groups.shape[1]]
-    normal, visual_sink, text_sink = torch.matmul(known, members).unbind(-1)
-    visual = normal + visual_sink
-    most = visual if not slack else visual + slack * members[..., :2].sum((1, 2, 3))[:, None, None]
-    active = (visual >= least_mass) & (visual_sink <= most_sink * most) & (normal > 0)
+    sums = torch.bmm(known, plan.columns)  # [B, H R, 4]
+    active = (sums[..., :3] >= plan.least).all(dim=-1, keepdim=True)
     if gate is not None:
-        active = (active.view(batch, heads, rows) & gate[:, None]).view_as(active)
-    loss = active * -share
-    gain = loss * (visual_sink + text_sink) / normal.clamp(min=torch.finfo(normal.dtype).tiny)
-    change = torch.matmul(torch.stack([-gain, loss, loss], dim=-1), members.transpose(2, 3))
-    weights = torch.cat([known + known * change, weights[..., groups.shape[1] :]], dim=-1)
-    return torch.matmul(weights.to(value.dtype), value).view(batch, heads, rows, width)
+        active = active & gate.repeat(1, heads)[..., None]
+    normal, freed = sums[..., 2:3], sums[..., 3:]
+    gain = freed / normal.clamp(min=torch.finfo(normal.dtype).tiny)
+    changed = torch.addcmul(known, known, torch.addcmul(plan.loss, gain, plan.gain))
+    weights = torch.cat([torch.where(active, changed, known), weights[..., groups.shape[1] :]], dim=-1)
+    values = value.reshape(batch * kv, count, -1)
+    return torch.bmm(weights.view(batch * kv, -1, count).to(value.dtype), values).view(batch, heads, rows, -1)
 
 
-def _members(groups: Tensor) -> Tensor:
-    """`[B, 1, P, 3]` fp32, 1 where a key is a visual non-sink, a visual sink, a text sink; kept with the groups, which
-    stay the same from one decoded token to the next."""
-    found = getattr(groups, "_members", None)
-    if found is None:
-        codes = torch.tensor([VISUAL, VISUAL_SINK, TEXT_SINK], dtype=groups.dtype, device=groups.device)
-        found = (groups[:, :, None] == codes).float()[:, None]
-        groups._members = found  # type: ignore[attr-defined]
+@dataclass(frozen=True)
+class _Plan:
+    """What follows from groups and settings alone, all fp32.
+
+    Attributes:
+        settings: that it was made for.
+        columns: `[B, P, 4]`, weights of the keys in m_N + m_S, in most_sink (m_N + m_S) - m_S, in m_N and in m_S + m_T.
+        least: `[B, 1, 3]`, what the first three must reach in a pair that is changed.
+        gain, loss: `[B, 1, P]`, `share` at visual non-sinks, and -`share` at sinks.
+    """
+
+    settings: tuple[float, ...]
+    columns: Tensor
+    least: Tensor
+    gain: Tensor
+    loss: Tensor
+
+
+def _plan(groups: Tensor, share: float, least_mass: float, most_sink: float, slack: float) -> _Plan:
+    """Kept with the groups, which stay the same from one decoded token to the next."""
+    settings = (share, least_mass, most_sink, slack)
+    found: _Plan | None = getattr(groups, "_plan", None)
+    if found is None or found.settings != settings:
+        normal, sink, text = ((groups == kind).float() for kind in (VISUAL, VISUAL_SINK, TEXT_SINK))
+        visual = normal + sink
+        columns = torch.stack([visual, most_sink * visual - sink, normal, sink + text], dim=-1)
+        count = visual.sum(1, keepdim=True)
+        # tiny: where no visual non-sink is seen, none can receive
+        tiny = torch.full_like(count, torch.finfo(torch.float32).tiny)
+        least = torch.stack([torch.full_like(count, least_mass), -most_sink * slack * count, tiny], dim=-1)
+        found = _Plan(settings, columns, least, share * normal[:, None], -share * (sink + text)[:, None])
+        groups._plan = found  # type: ignore[attr-defined]
     return found

@@ -289,7 +289,7 @@ class Attending:
         if changed is None:
             return stock()
         if call.prompt is not None:
-            call.prompt.flops += one.flops(given)
+            call.prompt.attention_flops[layer] = one.flops(given)
         changed = changed.transpose(1, 2)
         if rows is None and facts.every:
             return changed, None

@@ -67,6 +67,7 @@ class Prompt:
         flops: matrix products of methods and signals, all sites together.
         tower: what the vision tower was given, for each of its runs.
         noted: for each intervention, what it noted on keys, by layer.
+        attention_flops: by decoder layer, matrix products of interventions beside the layer's own attention.
     """
 
     layout: Layout
@@ -80,6 +81,7 @@ class Prompt:
     flops: int = 0
     tower: list[TowerWork] = field(default_factory=list)
     noted: list[dict[int, Facts]] = field(default_factory=list)
+    attention_flops: dict[int, int] = field(default_factory=dict)
 
     @property
     def lengths_now(self) -> list[int]:

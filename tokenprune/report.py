@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ class Report:
         tokens_by_layer: text and visual tokens in each decoder layer.
         equivalent_tokens: kept visual tokens averaged over the decoder's layers, over the whole batch.
         selection_seconds: time for signals and selection.
-        flops: by part, analytic (2 per multiply-add, matrix products only, see `tokenprune.cost`), padding not counted.
+        flops: by part, analytic (2 per multiply-add, matrix products only, see `tokenprune.cost`), padding not counted;
+            what interventions compute anew is part of the prefill.
         flops_unpruned: the same without pruning.
         flops_by_layer: of the prefill, in each decoder layer.
         kv_bytes: bytes of the prompt's KV cache after pruning, padding not counted.
@@ -108,6 +110,9 @@ def make_report(
     plain = [TowerWork(work.plain or work.grids, left=_cells(work.plain or work.grids)) for work in prompt.tower]
     itemsize = adapter.model.dtype.itemsize
     kept = by_layer[-1][0]
+    flops = _flops(adapter, shape, prompt.tower, [rows for _, rows in by_layer], prompt.flops)
+    by_depth = map(sum, zip(*(cost.layer_flops(shape, row) for row in _by_row(by_layer))))
+    beside = prompt.attention_flops
     return Report(
         method=label,
         positions=", ".join(dict.fromkeys(str(stage.pruner.positions) for stage in stages)) or "as laid out",
@@ -122,9 +127,9 @@ def make_report(
         tokens_by_layer=tuple(sum(rows) for _, rows in by_layer),
         equivalent_tokens=cost.equivalent_tokens([visual for visual, _ in by_layer]),
         selection_seconds=prompt.watch.seconds,
-        flops=_flops(adapter, shape, prompt.tower, [rows for _, rows in by_layer], prompt.flops),
+        flops=dataclasses.replace(flops, prefill=flops.prefill + sum(beside.values())),
         flops_unpruned=_flops(adapter, shape, plain, [lengths] * shape.layers, 0),
-        flops_by_layer=tuple(map(sum, zip(*(cost.layer_flops(shape, row) for row in _by_row(by_layer))))),
+        flops_by_layer=tuple(own + beside.get(layer, 0) for layer, own in enumerate(by_depth)),
         kv_bytes=_kv_bytes(shape, [rows for _, rows in by_layer], itemsize),
         kv_bytes_unpruned=_kv_bytes(shape, [lengths] * shape.layers, itemsize),
         interventions=attending.summaries(prompt),

@@ -238,8 +238,8 @@ class VAR(Intervention):
 
     def flops(self, given: Attended) -> int:
         batch, heads, rows, _ = given.query.shape
-        # masses of three groups, and three factors spread over their keys
-        return super().flops(given) + 12 * batch * heads * rows * given.facts["groups"].shape[1]
+        # four sums over the keys whose groups are known
+        return super().flops(given) + 8 * batch * heads * rows * given.facts["groups"].shape[1]
 
     def summary(self, noted: Mapping[int, Facts]) -> str:
         if self.discovery is not None and self.discovery.reason:
