@@ -131,9 +131,7 @@ class SharedTower:
         self._model = loaded.model
         self._adapter = adapter_for(loaded.model)
         self._stages = {
-            point.key: plan_for(self._adapter, method_of(point, seed))
-            for point in points
-            if point.method != NONE
+            point.key: plan_for(self._adapter, method_of(point, seed)) for point in points if point.method != NONE
         }
         self.possible = "mm_encoder_outputs" in inspect.signature(loaded.model.forward).parameters
         signals = [

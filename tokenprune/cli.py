@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Without --image and --question a picture of the pocket suite is asked about.",
     )
     _model_arguments(run)
-    run.add_argument("--method", required=True, help="as for eval: holov, var, \"vtc_cls+var(p=0.4)\"")
+    run.add_argument("--method", required=True, help='as for eval: holov, var, "vtc_cls+var(p=0.4)"')
     run.add_argument("--keep", type=_budget, help="tokens per image (64) or kept fraction (0.25)")
     run.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the method")
     run.add_argument("--image", help="path of a picture")
@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _model_arguments(evaluate)
     evaluate.add_argument("--tasks", default="pocket", help="task names or YAML files, comma separated (%(default)s)")
-    evaluate.add_argument("--method", required=True, help="a method or intervention, several joined by plus signs, or none")
+    evaluate.add_argument(
+        "--method", required=True, help="a method or intervention, several joined by plus signs, or none"
+    )
     evaluate.add_argument("--keep", type=_budget, help="tokens per image (64) or kept fraction (0.25)")
     evaluate.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the method")
     evaluate.add_argument("--limit", type=int, help="samples per task; all by default")

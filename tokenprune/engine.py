@@ -43,9 +43,7 @@ class Engine:
         interventions: what changes attention in the decoder.
     """
 
-    def __init__(
-        self, adapter: Adapter, stages: Sequence[Stage], interventions: Sequence[Intervention] = ()
-    ) -> None:
+    def __init__(self, adapter: Adapter, stages: Sequence[Stage], interventions: Sequence[Intervention] = ()) -> None:
         self.adapter = adapter
         self.stages = tuple(stages)
         self.hints: dict[str, list[Any]] = {}
@@ -320,7 +318,9 @@ class Engine:
     ) -> Tensor:
         """`_choose` where tokens at `out` `[B, S]` bool are not ranked: they stay beside the budget, or leave."""
         if stage.pruner.merges:
-            raise ValueError(f"{stage.pruner.name} merges tokens, so an intervention cannot keep any out of its ranking.")
+            raise ValueError(
+                f"{stage.pruner.name} merges tokens, so an intervention cannot keep any out of its ranking."
+            )
         asked, ranked = [], []
         for index, span in enumerate(prompt.layout.spans):
             alive = prompt.alive[index]

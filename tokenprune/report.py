@@ -98,9 +98,7 @@ def _si(value: float) -> str:
     return f"{value:.4g}"
 
 
-def make_report(
-    prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Adapter, attending: Attending
-) -> Report:
+def make_report(prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Adapter, attending: Attending) -> Report:
     """Count one prompt batch. See `Report`."""
     shape = adapter.cost_shape()
     layout = prompt.layout

@@ -122,9 +122,7 @@ def explicit_var(adapter: Any, batch: dict[str, Tensor], rule: Explicit, detect:
             for name in "qkv":
                 own = getattr(attn, f"{name}_norm", None) or getattr(attn, f"{name}_proj")
                 handles.append(own.register_forward_hook(lambda m, a, out, name=name: taken.__setitem__(name, out)))
-            handles.append(
-                attn.o_proj.register_forward_pre_hook(lambda m, a, attn=attn: (output(attn, a[0]), *a[1:]))
-            )
+            handles.append(attn.o_proj.register_forward_pre_hook(lambda m, a, attn=attn: (output(attn, a[0]), *a[1:])))
         yield rule
     finally:
         for handle in handles:

@@ -20,7 +20,9 @@ SINKS = [3, 21]  # places in the 6 x 6 picture; 2 of 36 are 5.6 percent, so pict
 BOS = 2
 
 
-def planted(width: int = 48, size: float = 30000.0, where: tuple[int, ...] = (50,), loud: bool = True, bos: bool = True):
+def planted(
+    width: int = 48, size: float = 30000.0, where: tuple[int, ...] = (50,), loud: bool = True, bos: bool = True
+):
     """A model whose first token, and whose picture at `where`, have one huge channel, and whose keys there are loud."""
     model = tiny_llava(layers=5, hidden_size=width, intermediate_size=64)
     with torch.no_grad():

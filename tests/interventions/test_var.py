@@ -84,8 +84,8 @@ def generated(found, batch):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(
     "off",
-    ["var(p=0, channels=[3])", "var(layers=[], channels=[3])", "var(channels=[3], tau=7)", "var(channels=[3], rho=1.01)",
-     "var(channels=[3], s_min=1.01)", "var(channels=[3], tau=7, variant=official)"],
+    ["var(p=0, channels=[3])", "var(layers=[], channels=[3])", "var(channels=[3], tau=7)",
+     "var(channels=[3], rho=1.01)", "var(channels=[3], s_min=1.01)", "var(channels=[3], tau=7, variant=official)"],
 )  # fmt: skip
 def test_off_switches_are_stock_bit_for_bit(off, attention):
     found, batch = model(attention), prompts([1, 3, 0, 2])

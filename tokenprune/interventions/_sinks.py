@@ -159,9 +159,7 @@ class SinkSearch:
                 self.prompts,
             )  # fmt: skip
         wanted = torch.tensor(channels)
-        scores = [
-            record.values.masked_fill(~torch.isin(record.indices, wanted), 0.0).amax(-1) for record in records
-        ]
+        scores = [record.values.masked_fill(~torch.isin(record.indices, wanted), 0.0).amax(-1) for record in records]
         tau = _threshold(torch.cat(scores))
         flagged = [score >= tau for score in scores]
         share = float(torch.cat(flagged).float().mean())

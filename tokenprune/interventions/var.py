@@ -53,7 +53,8 @@ class VAR(Intervention):
     """Attention redistribution in decoder layers 2 to L - 2 (0-based, of L).
 
     Attributes:
-        p: share of the sinks' attention that moves, in [0, 1]; 0 switches it off. None: 0.6 ("paper"), 0.4 ("official").
+        p: share of the sinks' attention that moves, in [0, 1]; 0 switches it off. None: 0.6 ("paper"), 0.4
+            ("official").
         rho: "paper": least share of non-sinks in a pair's attention to the picture; "official": largest share of sinks
             in it. None: 0.8 and 0.5.
         tau: threshold of phi; at most sqrt(D) of it can be reached. None: 20, or what discovery finds.
@@ -245,7 +246,9 @@ class VAR(Intervention):
         if self.discovery is not None and self.discovery.reason:
             return f"off: {self.discovery.reason}"
         if self._search is not None:
-            return f"not acting yet: {self.wants_prompts} more prompts with pictures are needed to discover sink channels"
+            return (
+                f"not acting yet: {self.wants_prompts} more prompts with pictures are needed to discover sink channels"
+            )
         tau = f"tau {self._tau:.3g}, p {self._share:g}, rho {self._rho:g} ({self.variant})"
         about = str(self.discovery) if self.discovery else f"channels {_list(self._channels)} ({self._source})"
         return f"{about}; {tau}; {_found(noted)}"
