@@ -120,24 +120,29 @@ class Attending:
 
     # --- a call of the decoder --------------------------------------------------------------------------------------
 
-    def begin(self, cache: Any, past: int, prompt: Prompt | None, batch_size: int, attended: Tensor | None) -> None:
+    def begin(self, cache: Any, past: int, prompt: Prompt | None, embeds: Tensor, mask: Any) -> None:
         """A call begins.
 
         Args:
             cache: the KV cache, or None.
             past: logical tokens that it holds.
             prompt: of this call, laid out; None without pictures.
-            batch_size: B.
-            attended: `[B, S]` bool of the tokens of this call, before any cut; None without padding.
+            embeds: `[B, S, D]`, before any cut.
+            mask: the call's attention mask, `[B, past + S]` or another form.
         """
+        if not self:
+            return
+        batch_size, length, _ = embeds.shape
+        attended = None
+        if isinstance(mask, Tensor) and mask.dim() == 2 and length > 1:
+            attended = mask[:, -length:].to(device=embeds.device, dtype=torch.bool)
         before, device = key_facts(cache), self.adapter.language_model.device
         seen = torch.zeros(batch_size, dtype=torch.bool, device=device) if before is None else before.visual
         noting = prompt is not None or (past == 0 and not getattr(cache, "is_compileable", False))
         call = self._call = _Call(before, prompt, noting, past == 0, seen, attended)
         if prompt is None:
             return
-        length = prompt.layout.length
-        visual = torch.zeros(batch_size, length, dtype=torch.bool)
+        visual = torch.zeros(batch_size, prompt.layout.length, dtype=torch.bool)
         for span in prompt.layout.spans:
             visual[span.sample, span.places] = True
         real = torch.ones_like(visual) if prompt.attended is None else prompt.attended

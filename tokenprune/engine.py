@@ -172,8 +172,7 @@ class Engine:
         if prompt is None and past == 0:
             self.last = Prompt(Layout((), embeds.shape[0], embeds.shape[1]))
         mask = kwargs.get("attention_mask")
-        if self.attending:
-            self._begin_attending(cache, past, prompt, embeds, mask)
+        self.attending.begin(cache, past, prompt, embeds, mask)
         if prompt is None and before is None:
             return None
         self._check_mask(mask, past + embeds.shape[1])
@@ -191,14 +190,6 @@ class Engine:
         self._compaction, self._pass = compaction, current
         changed |= self._beside(kwargs, compaction)
         return args, {**kwargs, **changed}
-
-    def _begin_attending(
-        self, cache: Any, past: int, prompt: Prompt | None, embeds: Tensor, mask: Tensor | None
-    ) -> None:
-        attended = None
-        if isinstance(mask, Tensor) and mask.dim() == 2 and embeds.shape[1] > 1:
-            attended = mask[:, -embeds.shape[1] :].to(device=embeds.device, dtype=torch.bool)
-        self.attending.begin(cache, past, prompt, embeds.shape[0], attended)
 
     @staticmethod
     def _policy(stage: Stage | None) -> str:
