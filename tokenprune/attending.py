@@ -300,7 +300,7 @@ class Attending:
             return changed, None
         output, _ = stock()
         applies = facts.applies[:, None]
-        if rows is None:
+        if rows is None or real is None:
             return torch.where(applies[..., None, None], changed, output), None
         # places that stand for no row hold what was there
         kept = _take(output, rows, 1)
