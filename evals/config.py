@@ -14,7 +14,8 @@ from typing import Any
 from tokenprune.budget import read_budget
 from tokenprune.evals.models import check_dtype, model_source
 from tokenprune.evals.tasks import check_task
-from tokenprune.registry import METHODS, UnknownName, near
+from tokenprune.notation import pruner_parts, split_name, split_outside
+from tokenprune.registry import INTERVENTIONS, METHODS, UnknownName, near
 
 NONE = "none"
 """The method name of the unpruned model."""
@@ -38,8 +39,9 @@ class Point:
     """One model x task x method x budget.
 
     Attributes:
+        method: a name, or several parts as written on one line ("vtc_cls+var"), the budget taken out.
         keep: visual tokens kept of each image (int), or the kept fraction (float), or their mean over the decoder's
-            layers ("avg64"); None for the unpruned model.
+            layers ("avg64"); None for the unpruned model, and where nothing prunes or all parts have their own budget.
         options: the method's options that were set, as a sorted tuple of pairs.
         reference: run only so that others can be compared with it.
     """
@@ -110,8 +112,8 @@ class RunConfig:
         name: of the run; its folder is `runs/NAME` unless `output` says otherwise.
         model: pocket name, folder or hub id, or a list of them.
         tasks: task names or task files.
-        methods: names, or mappings with `method`, optionally `keep` (its own budgets) and the method's options, or the
-            paths of YAML files with such a mapping.
+        methods: names, several joined by plus signs ("vtc_cls+var"), or mappings with `method`, optionally `keep`
+            (its own budgets) and the method's options, or the paths of YAML files with such a mapping.
         keep: budgets: ints are tokens per image, floats are kept fractions.
         limit: samples per task, None for all.
         seed: of methods that draw, and of the bootstrap.
@@ -226,10 +228,20 @@ class RunConfig:
 
 
 def check_method_name(method: str) -> None:
-    """Raise UnknownName if `method` is neither registered nor `none`; imports nothing heavy."""
-    known = [NONE, *METHODS.names()]
-    if method not in known:
-        raise UnknownName(f"There is no method called {method!r}.{near(method, known)} Known: {', '.join(known)}.")
+    """Raise UnknownName if a part of `method` is neither registered nor `none`; imports nothing heavy."""
+    parts = split_outside(method, "+")
+    known = [*METHODS.names(), *INTERVENTIONS.names()] + [NONE] * (len(parts) == 1)
+    for part in parts:
+        name = split_name(part)[0]
+        if name not in known:
+            raise UnknownName(
+                f"There is no method called {name!r}.{near(name, known)} Known: {', '.join(sorted(known))}."
+            )
+
+
+def needs_budget(method: str) -> bool:
+    """Whether `method`, as written, prunes and does not say itself how many tokens it keeps."""
+    return method != NONE and any(split_name(part)[2] is None for part in pruner_parts(method))
 
 
 def _positive(name: str, value: Any, least: int = 1) -> None:
@@ -255,18 +267,35 @@ def method_of_file(path: str) -> Mapping[str, Any]:
 
 
 def _read_method(entry: Any, budgets: list[Any]) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]]:
+    """Name, options and budgets of an entry; the budgets are [None] where nothing is left to be said."""
     if isinstance(entry, str) and entry.endswith((".yaml", ".yml")):
         entry = method_of_file(entry)
     if isinstance(entry, str):
-        name, at, keep = entry.partition("@")
-        if not at:
-            return name, (), budgets
-        return name, (), [read_budget(keep)]
+        entry = {"method": entry}
     if not isinstance(entry, Mapping) or "method" not in entry:
         raise ValueError(f"An entry of methods is a name or a mapping with the key 'method', got {entry!r}.")
     rest = dict(entry)
-    name, own = str(rest.pop("method")), rest.pop("keep", budgets)
+    name, own = str(rest.pop("method")), rest.pop("keep", None)
+    pruners = pruner_parts(name)
+    if len(pruners) == 1 and pruners[0] == name:
+        name, written, budget = split_name(name)
+        rest = {**written, **rest}
+        own = _one_budget(name, own, budget)
+    elif len(pruners) == 1:  # the one budget beside interventions is the point's
+        head, at, budget = pruners[0].rpartition("@")
+        if at:
+            own = _one_budget(head, own, budget)
+            name = "+".join(head if part == pruners[0] else part for part in split_outside(name, "+"))
+    elif own is None:
+        own = [None]
+    own = budgets if own is None else own
     return name, tuple(sorted(rest.items())), own if isinstance(own, list) else [own]
+
+
+def _one_budget(name: str, own: Any, written: str | None) -> Any:
+    if own is not None and written is not None:
+        raise ValueError(f"Two budgets were given for {name!r}, @{written} and keep: {own}; give one.")
+    return own if written is None else read_budget(written)
 
 
 def _build(cls: Any, data: Any, where: str) -> Any:

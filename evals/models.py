@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +26,17 @@ class LoadedModel:
         model: the transformers model, in eval mode.
         processor: its processor, left padding.
         fingerprint: changes when the weights do; finished samples of other weights are not reused.
+        settled: by point, its method after interventions have seen the prompts that they learn from.
     """
 
     name: str
     model: Any
     processor: Any
     fingerprint: str
+    settled: dict[str, Any] = field(default_factory=dict)
 
     def prompt(self, question: str, kind: str = "image") -> str:
-        """The text of one turn with one image (or, `kind` "video", one video): the processor's chat template, or the LLaVA-1.5 form without one."""
+        """The text of one turn with one image, or one video: the processor's chat template, or LLaVA-1.5's form."""
         if getattr(self.processor, "chat_template", None):
             content = [{"type": kind}, {"type": "text", "text": question}]
             text = self.processor.apply_chat_template(

@@ -111,11 +111,13 @@ def draw_kept(views: Sequence[View], point: Point, images: list[list[int]]) -> I
 def _draw_view(picture: Image.Image, raster: Raster, point: Point, images: list[list[int]]) -> Image.Image:
     if point.method == NONE or not images:
         return picture
+    from tokenprune.notation import pruner_parts, split_name
     from tokenprune.registry import METHODS
 
     start, count = raster.start, raster.num_tokens
     kept = [index - start for index in images[0] if start <= index < start + count]
-    if METHODS.get(point.method).site == "pixels" and 0 < len(kept) < count:
+    pruners = [METHODS.get(split_name(part)[0]) for part in pruner_parts(point.method)]
+    if any(pruner.site == "pixels" for pruner in pruners) and 0 < len(kept) < count:
         # nothing is dropped: the whole picture is there, with fewer pixels
         small = square_grid(len(kept), picture.size) if _has_raster(len(kept), picture.size) else raster.grid
         return shrunk(picture, small, picture.size[0] // raster.grid[1])

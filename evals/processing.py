@@ -1,7 +1,7 @@
-"""Processors: the stock one where it loads, and where torchvision is missing the stock one but for its video processor.
+"""Processors: the stock one where it loads; where torchvision is missing, the stock one but for its video processor.
 
-transformers prepares images with PIL where there is no torchvision, but has no such way for videos, and a processor that
-brings a video processor then does not load at all, not even for images.
+transformers prepares images with PIL where there is no torchvision, but has no such way for videos, and a processor
+that brings a video processor then does not load at all, not even for images.
 """
 
 from __future__ import annotations

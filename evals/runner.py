@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from tokenprune.evals.store import RowStore
 from tokenprune.evals.tasks import Sample, Task, drawn_samples
 from tokenprune.handle import Handle
 from tokenprune.signals import VISION_SIGNALS, Signal, Tower
-from tokenprune.spec import make_method, parse_method
+from tokenprune.spec import Spec, parse_method
 
 SAMPLE_KEY = ("settings", "point", "sample_id")
+FINGERPRINTED = ("methods", "interventions", "adapters", "kernels", ".")
+"""Folders whose files decide an answer."""
 
 
 def code_fingerprint() -> str:
@@ -31,8 +33,8 @@ def code_fingerprint() -> str:
     import tokenprune
 
     hasher = hashlib.sha256()
-    roots = [Path(folder) / name for folder in tokenprune.__path__ for name in ("methods", "adapters", "kernels", ".")]
-    files = {file.resolve() for root in roots for file in root.glob("*.py")}
+    roots = [Path(folder) / name for folder in tokenprune.__path__ for name in FINGERPRINTED]
+    files = {file.resolve() for root in roots for kind in ("*.py", "*.yaml") for file in root.glob(kind)}
     files |= {Path(__file__).resolve(), Path(__file__).with_name("tasks.py").resolve()}
     for file in sorted(files):
         if file.name not in ("cli.py", "cost.py", "report.py"):
@@ -46,13 +48,31 @@ def settings_digest(config: RunConfig, loaded: LoadedModel) -> str:
     return digest(parts)
 
 
-def method_of(point: Point, seed: int) -> Pruner:
-    """The method object of a point; a method that draws gets the run's seed unless the point sets one."""
+def method_of(point: Point, seed: int) -> Spec:
+    """The method of a point; what draws gets the run's seed unless the point sets one."""
     options = dict(point.options)
-    method = make_method(point.method, **options)
-    if seed and "seed" not in options and hasattr(method, "seed"):
-        method = make_method(point.method, **options, seed=seed)
-    return method
+    spec = parse_method(point.method, point.keep, **options)
+    if not seed or "seed" in options:
+        return spec
+    entries = tuple(
+        replace(entry, pruner=replace(entry.pruner, seed=seed)) if getattr(entry.pruner, "seed", seed) == 0 else entry
+        for entry in spec.entries
+    )
+    return replace(spec, entries=entries)
+
+
+def settle(loaded: LoadedModel, task: Task, point: Point, handle: Handle, seed: int) -> None:
+    """Let interventions see the prompts that they have to see before they act, the first ones of the task; every later
+    use of the point starts with what they learned."""
+    seen, batch = 0, 8
+    while any(one.wants_prompts for one in handle.interventions) and seen < task.size:
+        samples = list(task.load(seen, min(seen + batch, task.size)))
+        seen += len(samples)
+        with torch.inference_mode():
+            loaded.model(**loaded.inputs([s.question for s in samples], [s.image for s in samples]))
+    if seen:
+        interventions = tuple(one.settled() for one in handle.interventions)
+        loaded.settled[point.key] = replace(method_of(point, seed), interventions=interventions)
 
 
 @contextlib.contextmanager
@@ -61,7 +81,7 @@ def pruned(loaded: LoadedModel, point: Point, seed: int, samples: list[Sample]) 
     if point.method == NONE:
         yield None
         return
-    with applied(loaded.model, method_of(point, seed), point.keep) as handle:
+    with applied(loaded.model, loaded.settled.get(point.key) or method_of(point, seed)) as handle:
         if _wants_boxes(handle):
             missing = [sample.sample_id for sample in samples if sample.boxes is None]
             if missing:
@@ -78,14 +98,16 @@ def _wants_boxes(handle: Handle) -> bool:
 
 
 def check_points(loaded: LoadedModel, task: Task, points: list[Point], seed: int) -> None:
-    """Apply and remove every method once, so that one that cannot work on this model or task fails before the work."""
+    """Apply and remove every method once, so that one that cannot work on this model or task fails before the work; and
+    let what learns from prompts do so."""
     adapter_for(loaded.model)
     for point in points:
         if point.method == NONE:
             continue
-        with applied(loaded.model, method_of(point, seed), point.keep) as handle:
+        with applied(loaded.model, method_of(point, seed)) as handle:
             if _wants_boxes(handle) and not task.has_boxes:
                 raise ValueError(f"{point.method} needs the boxes that suffice for an answer; {task.name} has none.")
+            settle(loaded, task, point, handle, seed)
 
 
 @dataclass
@@ -109,9 +131,7 @@ class SharedTower:
         self._model = loaded.model
         self._adapter = adapter_for(loaded.model)
         self._stages = {
-            point.key: plan_for(self._adapter, parse_method(method_of(point, seed), point.keep))
-            for point in points
-            if point.method != NONE
+            point.key: plan_for(self._adapter, method_of(point, seed)) for point in points if point.method != NONE
         }
         self.possible = "mm_encoder_outputs" in inspect.signature(loaded.model.forward).parameters
         signals = [

@@ -13,13 +13,14 @@ from tokenprune.evals.models import load_model
 from tokenprune.evals.overlay import draw_kept, seen_views
 from tokenprune.evals.runner import answer_batch, method_of, visual_tokens
 from tokenprune.evals.tasks import Sample, load_task
+from tokenprune.notation import pruner_parts, split_name
 from tokenprune.registry import METHODS
 
 
 def run_single(
     model: str,
     method: str,
-    keep: int | float | str,
+    keep: int | float | str | None,
     options: dict[str, Any],
     image: str | None,
     question: str | None,
@@ -44,7 +45,8 @@ def run_single(
     with refusing():
         if image is not None and not Path(image).is_file():
             raise FileNotFoundError(f"There is no picture {image}.")
-        if image is not None and "boxes" in METHODS.get(method).hints:
+        pruners = [METHODS.get(split_name(part)[0]) for part in pruner_parts(method)]
+        if image is not None and any("boxes" in pruner.hints for pruner in pruners):
             raise ValueError(f"{method} needs boxes that suffice for the answer; leave --image out.")
         if image is not None:
             asked = Sample("picture", "all", str(question), None, Image.open(image))
@@ -70,7 +72,7 @@ def run_single(
     for head in ("", "visual tokens", "answer"):
         table.add_column(head, justify="right" if head == "visual tokens" else "left")
     table.add_row("unpruned", str(before), plain[0])
-    table.add_row(f"{method_of(point, 0).name}@{keep}", str(counts[0]), pruned[0])
+    table.add_row(method_of(point, 0).label, str(counts[0]), pruned[0])
     console.print(table)
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)

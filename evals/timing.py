@@ -32,7 +32,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
+def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds until the device is done, and what `work` returned."""
     _wait(device)
     begin = time.perf_counter()
@@ -163,16 +163,16 @@ def _round(
     found: dict[str, float] = {}
 
     def unpruned_turn() -> None:
-        found["unpruned_prefill"] = _timed(device, lambda: prefill(loaded, inputs))[0]
+        found["unpruned_prefill"] = timed(device, lambda: prefill(loaded, inputs))[0]
 
     def pruned_turn() -> None:
         with pruned(loaded, point, seed, [sample]) as handle:
-            found["prefill"] = _timed(device, lambda: prefill(loaded, inputs))[0]
+            found["prefill"] = timed(device, lambda: prefill(loaded, inputs))[0]
             found["selection"] = handle.report().selection_seconds
 
     def ideal_turn() -> None:
         if ideal is not None:
-            found["ideal_prefill"] = _timed(device, ideal)[0]
+            found["ideal_prefill"] = timed(device, ideal)[0]
 
     if ideal is None:
         unpruned_turn()

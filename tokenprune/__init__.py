@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from tokenprune.api import applied, apply
     from tokenprune.base import Pruner
     from tokenprune.handle import Handle
-    from tokenprune.registry import list_methods, list_models, register_method
+    from tokenprune.intervention import Intervention
+    from tokenprune.registry import (
+        list_interventions,
+        list_methods,
+        list_models,
+        register_intervention,
+        register_method,
+    )
 
 # Public names load on first use, so that `tokenprune --help` and `tokenprune ls` never import torch.
 _public = {
@@ -28,11 +35,17 @@ _public = {
     "applied": "tokenprune.api",
     "Handle": "tokenprune.handle",
     "Pruner": "tokenprune.base",
+    "Intervention": "tokenprune.intervention",
+    "register_intervention": "tokenprune.registry",
     "register_method": "tokenprune.registry",
+    "list_interventions": "tokenprune.registry",
     "list_methods": "tokenprune.registry",
     "list_models": "tokenprune.registry",
 }
-__all__ = ["Handle", "Pruner", "__version__", "applied", "apply", "list_methods", "list_models", "register_method"]
+__all__ = [
+    "Handle", "Intervention", "Pruner", "__version__", "applied", "apply", "list_interventions", "list_methods",
+    "list_models", "register_intervention", "register_method",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

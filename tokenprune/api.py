@@ -48,13 +48,14 @@ def plan_for(adapter: Adapter, spec: Spec) -> tuple[Stage, ...]:
 def apply(
     model: Any, method: Any, keep: int | float | str | None = None, average: int | float | None = None, **options: Any
 ) -> Handle:
-    """Prune the visual tokens of every prompt that `model` gets from now on.
+    """Prune the visual tokens of every prompt that `model` gets from now on, or change how they are attended to.
 
     Args:
         model: a supported Hugging Face vision-language model (see `list_models()`), used as before: `generate()`,
             `forward()`, training.
-        method: a name ("holov"), a name with its budget ("holov@64"), a mapping, a list of stages, a YAML path or a
-            `Pruner` object.
+        method: a name ("holov", "var"), a name with its options and budget ("holov@64", "var(p=0.4)"), a mapping, a
+            list of stages and interventions (["vtc_cls@128", "var"]), a YAML path, or a `Pruner` or `Intervention`
+            object.
         keep: visual tokens kept of each image or video after the method's last cut: an int counts tokens, a float in
             (0, 1] is the kept fraction of those it had, a text like "avg64" the same as `average=64`.
         average: in place of `keep`, visual tokens of an image averaged over all decoder layers (int), or their
@@ -67,7 +68,8 @@ def apply(
     Raises:
         TypeError: an unsupported model class, an unknown option, or a keep that is no number.
         UnknownName: an unknown method (a KeyError).
-        ValueError: a bad budget, a tower that lacks what the method needs, or a method is applied already.
+        ValueError: a bad budget, a tower that lacks what the method needs, a layer that the decoder does not have, or a
+            method is applied already.
     """
     present = _applied.get(model)
     if present is not None:
@@ -81,7 +83,7 @@ def apply(
             "which gaps are no counts of tokens. Leave positions alone, or pass positions='keep'."
         )
     ledger = Ledger()
-    engine = Engine(adapter, stages)
+    engine = Engine(adapter, stages, spec.interventions)
     try:
         engine.install(ledger)
     except BaseException:

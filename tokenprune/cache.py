@@ -1,13 +1,14 @@
-"""Bookkeeping that travels with the KV cache of a pruned prompt.
+"""Bookkeeping that travels with the KV cache: the map of a pruned prompt, and what is known of its keys.
 
 A pruned cache holds fewer keys than its prompt had tokens. `generate` counts prompt tokens (logical length),
 attention counts keys (physical length). The cache object that generation made becomes a subclass of its own class that
 answers each question with the right one of the two, and carries the map between them through beam reordering,
-cropping, batch repetition and `copy.deepcopy`.
+cropping, batch repetition and `copy.deepcopy`. What an intervention noted on keys goes the same way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,15 +87,64 @@ class PrunedPrompt:
         return replace(self, segments=tuple(segment.rows(index) for segment in self.segments))
 
 
-class PrunedCacheMixin:
-    """Overrides of a transformers `Cache` whose prompt was pruned."""
+@dataclass(frozen=True)
+class LayerFacts:
+    """What an intervention noted on the keys of one layer.
 
-    tokenprune: PrunedPrompt
+    Attributes:
+        values: by name, `[B, P]`, of the first P physical keys; later keys are later tokens.
+        applies: `[B]` bool, samples whose attention is changed in this layer.
+        some, every: whether it is changed in any and in every sample, known on the host; `some` may be too cautious.
+    """
+
+    values: Mapping[str, Tensor]
+    applies: Tensor
+    some: bool = True
+    every: bool = False
+
+    def rows(self, index: Tensor) -> LayerFacts:
+        """The same for the rows in `index`, in that order."""
+        index = index.to(self.applies.device)
+        return replace(self, values={name: v[index] for name, v in self.values.items()}, applies=self.applies[index])
+
+
+@dataclass(frozen=True)
+class KeyFacts:
+    """What interventions noted on the keys of a cache.
+
+    Attributes:
+        layers: by decoder layer, those in which interventions act.
+        visual: `[B]` bool, whether a row has had a visual token.
+    """
+
+    layers: Mapping[int, LayerFacts]
+    visual: Tensor
+
+    def rows(self, index: Tensor) -> KeyFacts:
+        """The same for the rows in `index`, in that order."""
+        layers = {layer: facts.rows(index) for layer, facts in self.layers.items()}
+        return KeyFacts(layers, self.visual[index.to(self.visual.device)])
+
+    def cropped(self, lengths: Mapping[int, int]) -> KeyFacts:
+        """The same where layers hold so many keys only."""
+        layers = {
+            layer: replace(facts, values={name: values[:, : lengths[layer]] for name, values in facts.values.items()})
+            for layer, facts in self.layers.items()
+        }
+        return replace(self, layers=layers)
+
+
+class PrunedCacheMixin:
+    """Overrides of a transformers `Cache` whose prompt was pruned, or on whose keys facts were noted."""
+
+    tokenprune: PrunedPrompt | None = None
+    tokenprune_facts: KeyFacts | None = None
     layers: list[Any]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: tokens that the model was given, pruned ones included."""
-        return self.get_query_offset(layer_idx) + self.tokenprune.hidden(layer_idx)
+        hidden = 0 if self.tokenprune is None else self.tokenprune.hidden(layer_idx)
+        return self.get_query_offset(layer_idx) + hidden
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Physical length: keys that a layer holds, which is what its mask is made for."""
@@ -102,16 +152,22 @@ class PrunedCacheMixin:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self.tokenprune = self.tokenprune.rows(beam_idx)
+        self._take(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
-        self.tokenprune = self.tokenprune.rows(indices)
+        self._take(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = torch.arange(self.layers[0].keys.shape[0])
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        rows = torch.arange(self.tokenprune.segments[0].slots.shape[0])
-        self.tokenprune = self.tokenprune.rows(rows.repeat_interleave(repeats))
+        self._take(rows.repeat_interleave(repeats))
+
+    def _take(self, index: Tensor) -> None:
+        if self.tokenprune is not None:
+            self.tokenprune = self.tokenprune.rows(index)
+        if self.tokenprune_facts is not None:
+            self.tokenprune_facts = self.tokenprune_facts.rows(index)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens (negative: that many; positive: down to that logical length).
@@ -122,8 +178,8 @@ class PrunedCacheMixin:
         """
         prompt, logical = self.tokenprune, self.get_seq_length()
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(logical - tokens_to_remove, 0)
-        inside = removed - (logical - prompt.length)
-        if inside > 0:
+        inside = 0 if prompt is None else removed - (logical - prompt.length)
+        if prompt is not None and inside > 0:
             # assisted decoding runs prompt and first candidates in one call, and crops the rejected ones
             tail = torch.arange(prompt.length - inside, prompt.length)
             for segment in prompt.segments:
@@ -136,12 +192,16 @@ class PrunedCacheMixin:
             shorter = tuple(replace(segment, slots=segment.slots[:, :-inside]) for segment in prompt.segments)
             self.tokenprune = PrunedPrompt(shorter, prompt.length - inside)
         super().crop(-removed)  # type: ignore[misc]
+        if self.tokenprune_facts is not None:
+            lengths = {layer: self.get_query_offset(layer) for layer in self.tokenprune_facts.layers}
+            self.tokenprune_facts = self.tokenprune_facts.cropped(lengths)
 
     def reset(self) -> None:
         """Empty the cache; it is an ordinary one again."""
         super().reset()  # type: ignore[misc]
         self.__class__ = type(self).__mro__[2]
-        del self.tokenprune
+        for name in ("tokenprune", "tokenprune_facts"):
+            vars(self).pop(name, None)
 
 
 def pruned_prompt(cache: Any) -> PrunedPrompt | None:
@@ -149,14 +209,29 @@ def pruned_prompt(cache: Any) -> PrunedPrompt | None:
     return getattr(cache, "tokenprune", None)
 
 
+def key_facts(cache: Any) -> KeyFacts | None:
+    """What interventions noted on the keys of `cache`, or None."""
+    return getattr(cache, "tokenprune_facts", None)
+
+
 _subclasses: dict[type, type] = {}
 
 
 def mark_pruned(cache: Any, prompt: PrunedPrompt) -> None:
     """Make `cache` carry `prompt`. The object stays the same; its class becomes a subclass of what it was."""
+    _subclass(cache)
+    cache.tokenprune = prompt
+
+
+def mark_facts(cache: Any, facts: KeyFacts) -> None:
+    """Make `cache` carry `facts`, in the same way."""
+    _subclass(cache)
+    cache.tokenprune_facts = facts
+
+
+def _subclass(cache: Any) -> None:
     cls = type(cache)
     if not issubclass(cls, PrunedCacheMixin):
         if cls not in _subclasses:
             _subclasses[cls] = type(f"Pruned{cls.__name__}", (PrunedCacheMixin, cls), {})
         cache.__class__ = _subclasses[cls]
-    cache.tokenprune = prompt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,24 @@ class Asked:
     key: Callable[[], Tensor]
     hint: Callable[[str], object]
     carry: Mapping[str, Tensor]
+
+    def only(self, places: Tensor, budget: int) -> Asked:
+        """The same about some of its tokens, `places` `[n]` int64 among those that are there."""
+        count = places.shape[0]
+
+        def signal(wanted: Signal) -> Tensor:
+            found = self.signal(wanted)
+            return found if found.dim() == 0 else found[places.to(found.device)]
+
+        return replace(
+            self,
+            count=count,
+            budget=min(budget, count),
+            tokens=places if self.tokens is None else self.tokens[places.to(self.tokens.device)],
+            features=lambda: self.features()[places],
+            signal=signal,
+            carry={name: values[places.to(values.device)] for name, values in self.carry.items()},
+        )
 
 
 @dataclass

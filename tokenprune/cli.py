@@ -7,6 +7,7 @@ name on its command line has been checked.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tokenprune {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    ls = commands.add_parser("ls", help="list methods, models, tasks or sweeps")
-    ls.add_argument("what", choices=("methods", "models", "tasks", "sweeps"))
+    ls = commands.add_parser("ls", help="list methods, interventions, models, tasks or sweeps")
+    ls.add_argument("what", choices=("methods", "interventions", "models", "tasks", "sweeps"))
 
     run = commands.add_parser(
         "run",
@@ -44,8 +45,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Without --image and --question a picture of the pocket suite is asked about.",
     )
     _model_arguments(run)
-    run.add_argument("--method", required=True, help="name of a method, see `tokenprune ls methods`")
-    run.add_argument("--keep", required=True, type=_budget, help="tokens per image (64) or kept fraction (0.25)")
+    run.add_argument("--method", required=True, help='as for eval: holov, var, "vtc_cls+var(p=0.4)"')
+    run.add_argument("--keep", type=_budget, help="tokens per image (64) or kept fraction (0.25)")
     run.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the method")
     run.add_argument("--image", help="path of a picture")
     run.add_argument("--question", help="what to ask about it")
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _model_arguments(evaluate)
     evaluate.add_argument("--tasks", default="pocket", help="task names or YAML files, comma separated (%(default)s)")
     evaluate.add_argument(
-        "--method", required=True, help="name of a method, a YAML file with one, or none for the unpruned model"
+        "--method", required=True, help="a method or intervention, several joined by plus signs, a YAML file, or none"
     )
     evaluate.add_argument("--keep", type=_budget, help="tokens per image (64) or kept fraction (0.25)")
     evaluate.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the method")
@@ -145,11 +146,12 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
 
 
 def _ls(what: str) -> None:
-    from tokenprune.registry import METHODS, MODELS
+    from tokenprune.registry import INTERVENTIONS, METHODS, MODELS
 
-    if what == "methods":
-        for name in METHODS.names():
-            print(f"{name:<17} {METHODS.describe(name)}")
+    if what in ("methods", "interventions"):
+        registry = METHODS if what == "methods" else INTERVENTIONS
+        for name in registry.names():
+            print(f"{name:<17} {registry.describe(name)}")
     elif what == "models":
         from tokenprune.evals.models import pocket_names
 
@@ -181,25 +183,27 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _eval_config(args: argparse.Namespace) -> Any:
-    from tokenprune.evals.config import NONE, Measure, RunConfig, method_of_file
+    from tokenprune.evals.config import NONE, Measure, RunConfig, check_method_name, method_of_file
 
     tasks = [task for task in args.tasks.split(",") if task]
     options = parse_options(args.set)
     if args.method == NONE and args.keep is not None:
         raise ValueError("The unpruned model keeps every token; leave --keep out with --method none.")
-    method, entry = args.method, args.method
-    if method.endswith((".yaml", ".yml")):
-        entry = {**method_of_file(method), **options}
+    entry: Any = args.method
+    if entry.endswith((".yaml", ".yml")):
+        entry = {**method_of_file(entry), **options}
         if args.keep is not None:
             entry["keep"] = args.keep
-        method = Path(method).stem
-    elif options:
-        entry = {"method": method, **options}
-    has_keep = "keep" in entry if isinstance(entry, dict) else "@" in entry
-    if method != NONE and args.keep is None and not has_keep:
-        raise ValueError(f"Say how many visual tokens {method} keeps: --keep 64 or --keep 0.25.")
+        method, wanted = Path(args.method).stem, str(entry["method"])
+    else:
+        check_method_name(entry)
+        method = wanted = entry
+        entry = {"method": entry, **options} if options else entry
+    if not (isinstance(entry, dict) and "keep" in entry):
+        _check_keep(wanted, args.keep)
     stem = args.model.rstrip("/").rpartition("/")[2]
-    name = f"{stem}-{method}" + (f"-{args.keep}" if args.keep is not None else "")
+    name = f"{stem}-{re.sub('[^A-Za-z0-9_.@-]+', '-', method).strip('-')}"
+    name += f"-{args.keep}" if args.keep is not None else ""
     return RunConfig(
         name=name,
         model=args.model,
@@ -241,6 +245,16 @@ def _tune(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_keep(method: str, keep: Any) -> None:
+    from tokenprune.evals.config import NONE, needs_budget
+    from tokenprune.notation import pruner_parts
+
+    if needs_budget(method) and keep is None:
+        raise ValueError(f"Say how many visual tokens {method} keeps: --keep 64 or --keep 0.25.")
+    if keep is not None and method != NONE and not pruner_parts(method):
+        raise ValueError(f"{method} changes attention and keeps every token; leave --keep out.")
+
+
 def _sweep(args: argparse.Namespace) -> int:
     from tokenprune.evals.config import read_config, refusing
 
@@ -277,14 +291,17 @@ def _execute(config: Any) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from tokenprune.evals.config import RunConfig, refusing
+    from tokenprune.evals.config import RunConfig, check_method_name, refusing
 
     with refusing():
         if (args.image is None) != (args.question is None):
             raise ValueError("Give both --image and --question, or neither to ask about a picture of the pocket suite.")
         options = parse_options(args.set)
+        check_method_name(args.method)
+        _check_keep(args)
         entry: Any = {"method": args.method, **options}
-        RunConfig("run", args.model, ["pocket"], [entry], [args.keep], dtype=args.dtype, references=False).check()
+        budgets = [] if args.keep is None else [args.keep]
+        RunConfig("run", args.model, ["pocket"], [entry], budgets, dtype=args.dtype, references=False).check()
     from tokenprune.evals.single import run_single
 
     return run_single(

@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapters._base import Adapter
-from tokenprune.budget import split_budget
+from tokenprune.asking import RowChooser
+from tokenprune.attending import Attending
 from tokenprune.cache import mark_pruned, pruned_prompt
-from tokenprune.choosing import Answer, Asked, choose, joined_carry
 from tokenprune.compaction import Compaction
 from tokenprune.decoder_signals import DecoderSignals, LayerInput, check_decoder_signal
 from tokenprune.decoding import DecoderPass
-from tokenprune.layout import Layout, Raster, build_layout
+from tokenprune.intervention import Intervention
+from tokenprune.layout import Layout, build_layout
 from tokenprune.ledger import Ledger
 from tokenprune.opaque import opaque
 from tokenprune.prompt import Cutter, Prompt
 from tokenprune.recording import Recording, sources_of
-from tokenprune.signals import DECODER_SIGNALS, TRANSITION_SIGNALS, Signal
+from tokenprune.signals import DECODER_SIGNALS
 from tokenprune.stages import Stage
 from tokenprune.tower import TowerWatch
 from tokenprune.training import LossAfterPruning
@@ -40,13 +41,15 @@ class Engine:
     Args:
         adapter: the model's family.
         stages: in the order in which they run, see `check_plan`.
+        interventions: what changes attention in the decoder.
     """
 
-    def __init__(self, adapter: Adapter, stages: Sequence[Stage]) -> None:
+    def __init__(self, adapter: Adapter, stages: Sequence[Stage], interventions: Sequence[Intervention] = ()) -> None:
         self.adapter = adapter
         self.stages = tuple(stages)
         self.hints: dict[str, list[Any]] = {}
         self.last: Prompt | None = None
+        self.attending = Attending(adapter, interventions)
         self._input = next((stage for stage in stages if stage.place == "input"), None)
         # tokens that left before the projector leave the rows here too, under their own method's policy
         self._first_cut = self._input or next((stage for stage in stages if stage.place != "layer"), None)
@@ -58,6 +61,7 @@ class Engine:
         self._tower = TowerWatch(adapter, stages, tuple(dict.fromkeys(signals)), self._hint)
         self._read_layers = {signal.layer for signal in signals if signal.name in DECODER_SIGNALS}
         self._transitions = Transitions(adapter, signals, self._now)
+        self._rows = RowChooser(adapter.tower, self._transitions, self.attending, self._hint)
         self._prompt: Prompt | None = None
         self._pass: DecoderPass | None = None
         self._entered: dict[int, LayerInput] = {}
@@ -72,6 +76,7 @@ class Engine:
         decoder = adapter.language_model
         ledger.hook(decoder.register_forward_pre_hook(opaque(self._before_decoder), with_kwargs=True))
         ledger.hook(decoder.register_forward_hook(opaque(self._after_decoder)))
+        self.attending.install(ledger)
         if self._layers:
             for layer in range(min({*self._layers, *self._read_layers}), len(adapter.layers)):
                 hook = opaque(functools.partial(self._enter_layer, layer))
@@ -96,7 +101,8 @@ class Engine:
             return
         if getattr(call.get("past_key_values"), "is_compileable", False):
             raise ValueError(
-                "A static cache has one fixed length for all layers and rows, so it cannot hold a pruned prompt. "
+                "A static cache has one fixed length for all layers and rows, so it cannot hold a pruned prompt, and "
+                "its keys cannot be kept track of. "
                 "Use the default dynamic cache (leave cache_implementation and past_key_values alone)."
             )
         sources: dict[str, list[tuple[Recording, int]]] = {}
@@ -116,6 +122,7 @@ class Engine:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             own = mask[:, -layout.length :].cpu()
             prompt.lengths = own.sum(1).tolist()
+            prompt.attended = own.to(torch.bool)
             # padding on the right shows as a last column that is not all ones
             prompt.pad_left = bool(own[:, -1].bool().all())
         self._prompt = prompt
@@ -155,6 +162,7 @@ class Engine:
         self._prompt, self._pass, self._entered = None, None, {}
         self._tower.forget()
         self._transitions.forget()
+        self.attending.forget()
 
     def _now(self) -> tuple[Prompt, Tensor | None] | None:
         return None if self._prompt is None or self._pass is None else (self._prompt, self._pass.attended)
@@ -171,14 +179,17 @@ class Engine:
         past = cache.get_seq_length() if cache is not None else 0
         if prompt is None and past == 0:
             self.last = Prompt(Layout((), embeds.shape[0], embeds.shape[1]))
+        mask = kwargs.get("attention_mask")
+        self.attending.begin(cache, past, prompt, embeds, mask)
         if prompt is None and before is None:
             return None
-        mask = kwargs.get("attention_mask")
         self._check_mask(mask, past + embeds.shape[1])
         compaction = None
         if prompt is not None:
             embeds, compaction = self._cut_input(prompt, embeds, mask)
             self.last = prompt
+            if compaction is not None:
+                self.attending.cut(compaction)
         if compaction is None and before is None and not self._layers:
             return None
         current = DecoderPass(self.adapter, before, past, embeds.shape[0], embeds.shape[1], embeds.device)
@@ -216,10 +227,11 @@ class Engine:
 
     def _after_decoder(self, module: Any, args: Any, output: Any) -> None:
         current, self._pass = self._pass, None
+        cache = getattr(output, "past_key_values", None)
+        self.attending.finish(cache)
         if current is None:
             return
         after = current.result()
-        cache = getattr(output, "past_key_values", None)
         if after is not None and cache is not None:
             mark_pruned(cache, after)
 
@@ -243,7 +255,7 @@ class Engine:
                 prompt.alive[index].carry = {name: values.to(embeds.device) for name, values in carry.items()}
         if self._input is not None:
             with prompt.watch.running(embeds.device):
-                embeds = self._choose(self._input, prompt, cutter, embeds, None)
+                embeds = self._rows.choose(self._input, prompt, cutter, embeds, None)
         attended = None if mask is None else mask[:, -embeds.shape[1] :].to(device=embeds.device, dtype=torch.bool)
         return embeds, cutter.compact(attended, embeds.shape[0])
 
@@ -254,88 +266,6 @@ class Engine:
             for kind, recordings in self._tower.recordings.items()
         }
         return [by_kind[span.visual.kind][order] for span, order in zip(layout.spans, layout.order)]
-
-    def _choose(
-        self, stage: Stage, prompt: Prompt, cutter: Cutter, hidden: Tensor, signals: dict[int, DecoderSignals] | None
-    ) -> Tensor:
-        """Let a stage choose in every visual; note what leaves in `cutter`, and return hidden states with what a
-        method merged."""
-        asked: list[Asked] = []
-        for index in range(len(prompt.layout.spans)):
-            asked += self._ask(stage, prompt, index, hidden, signals)
-        answers, flops = choose(stage, self.adapter.tower, asked)
-        prompt.flops += flops
-        by_span: dict[int, list[tuple[Asked, Answer | None]]] = {}
-        for item, answer in zip(asked, answers):
-            by_span.setdefault(item.owner, []).append((item, answer))
-        for index, parts in by_span.items():
-            if all(answer is None for _, answer in parts):
-                continue
-            chosen, merged, start = [], [], 0
-            merges = any(answer is not None and answer.features is not None for _, answer in parts)
-            for item, answer in parts:
-                indices = torch.arange(item.count) if answer is None else answer.indices
-                chosen.append(start + indices.to(hidden.device))
-                if merges:
-                    own = None if answer is None else answer.features
-                    merged.append(item.features()[indices.to(hidden.device)] if own is None else own)
-                start += item.count
-            carry = joined_carry(prompt.alive[index].carry, [answer for _, answer in parts])
-            kept = torch.cat(chosen)
-            if kept.shape[0] == start and not merged:
-                prompt.alive[index].carry = carry
-                continue
-            places = cutter.keep(index, kept, carry)
-            if merged:
-                row = torch.full_like(places, prompt.layout.spans[index].sample)
-                hidden = hidden.index_put((row, places), torch.cat(merged).to(hidden.dtype))
-        return hidden
-
-    def _ask(
-        self, stage: Stage, prompt: Prompt, index: int, hidden: Tensor, signals: dict[int, DecoderSignals] | None
-    ) -> list[Asked]:
-        span, alive = prompt.layout.spans[index], prompt.alive[index]
-        recording, row = prompt.sources[index]
-        rasters = span.visual.rasters
-        budget = stage.budget.tokens(span.num_tokens)
-        scope = stage.pruner.scope or stage.pruner.default_scope
-        whole = alive.tokens is None and (scope == "visual" or len(rasters) == 1)
-
-        def one(rasters: tuple[Raster, ...], begin: int, count: int, budget: int) -> Asked:
-            places = alive.places[begin : begin + count]
-
-            def signal(wanted: Signal) -> Tensor:
-                if wanted.name in DECODER_SIGNALS:
-                    if signals is None:
-                        raise ValueError(
-                            f"{wanted.name} is there at 'layer:K' only, and this stage is at {stage.site!r}."
-                        )
-                    return signals[wanted.layer].value(wanted.name, index, places)
-                if wanted.name in TRANSITION_SIGNALS:
-                    return self._transitions.value(wanted, span.sample, places)
-                found = recording.signal(wanted, row)
-                return found[begin : begin + count] if alive.tokens is None else found[alive.tokens.to(found.device)]
-
-            return Asked(
-                owner=index,
-                rasters=rasters,
-                count=count,
-                budget=min(budget, count),
-                tokens=alive.tokens,
-                features=lambda: hidden[span.sample, places],
-                signal=signal,
-                key=lambda: recording.pixel_key(row) + (span.image * 0x9E3779B1 + begin),
-                hint=lambda name: self._hint(name, row),
-                carry={name: values[begin : begin + count] for name, values in alive.carry.items()},
-            )
-
-        if whole or alive.tokens is not None:
-            return [one(rasters, 0, alive.count, budget)]
-        budgets = split_budget(budget, [raster.num_tokens for raster in rasters])
-        return [
-            one((Raster(raster.grid, 0, raster.kind),), raster.start, raster.num_tokens, share)
-            for raster, share in zip(rasters, budgets)
-        ]
 
     def _hint(self, name: str, row: int) -> object:
         if name not in self.hints:
@@ -391,12 +321,13 @@ class Engine:
             if signal.name in DECODER_SIGNALS
         }
         cutter = Cutter(prompt, stage.site, hidden.shape[1])
-        hidden = self._choose(stage, prompt, cutter, hidden, signals)
+        hidden = self._rows.choose(stage, prompt, cutter, hidden, signals)
         prompt.flops += sum(computed.flops for computed in signals.values())
         compaction = cutter.compact(current.attended, hidden.shape[0])
         if compaction is None:
             return hidden
         current.cut(stage.depth, compaction, self._policy(stage))
         self._transitions.move(compaction)
+        self.attending.cut(compaction, stage.depth)
         self._compaction = current.compaction
         return compaction.rows(hidden)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenprune.base import Pruner
 from tokenprune.engine import Engine
+from tokenprune.intervention import Intervention
 from tokenprune.ledger import Ledger
 from tokenprune.prompt import Prompt
 from tokenprune.report import Report, make_report, visual_by_layer
@@ -19,7 +20,8 @@ class Handle:
 
     Attributes:
         model: the wrapped model, the very object that was passed in.
-        stages: the cuts, in the order in which they run.
+        stages: the cuts, in the order in which they run; none where attention is changed only.
+        interventions: what changes attention, as it stands on this model.
         adapter: the description of the model's family.
         label: the method with its budget, for tables.
     """
@@ -27,15 +29,16 @@ class Handle:
     def __init__(self, model: Any, engine: Engine, ledger: Ledger, label: str) -> None:
         self.model = model
         self.stages = engine.stages
+        self.interventions = engine.attending.interventions
         self.adapter = engine.adapter
         self.label = label
         self._engine = engine
         self._ledger = ledger
 
     @property
-    def method(self) -> Pruner:
-        """The method object of the first stage."""
-        return self.stages[0].pruner
+    def method(self) -> Pruner | Intervention:
+        """The method object of the first stage; the first intervention where nothing prunes."""
+        return self.stages[0].pruner if self.stages else self.interventions[0]
 
     def __repr__(self) -> str:
         state = "applied" if len(self._ledger) else "removed"
@@ -130,4 +133,4 @@ class Handle:
         Raises:
             RuntimeError: no prompt has run yet.
         """
-        return make_report(self._last(), self.label, self.stages, self.adapter)
+        return make_report(self._last(), self.label, self.stages, self.adapter, self._engine.attending)

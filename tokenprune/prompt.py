@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.compaction import Compaction, plan_compaction
+from tokenprune.intervention import Facts
 from tokenprune.layout import Layout, Span
 from tokenprune.recording import Recording, TowerWork
 from tokenprune.stopwatch import Stopwatch
@@ -59,22 +60,28 @@ class Prompt:
         sources: recording and row of each span.
         lengths: attended tokens of each row before pruning.
         pad_left: whether padding stands on the left.
+        attended: `[B, S]` bool on the CPU, False at padding, before pruning; None where no mask was given.
         alive: for each span, what is still there.
         cuts: what each site left, in the order in which they ran; empty where nothing left.
         watch: time of signals and selection.
         flops: matrix products of methods and signals, all sites together.
         tower: what the vision tower was given, for each of its runs.
+        noted: for each intervention, what it noted on keys, by layer.
+        attention_flops: by decoder layer, matrix products of interventions beside the layer's own attention.
     """
 
     layout: Layout
     sources: list[tuple[Recording, int]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     pad_left: bool = True
+    attended: Tensor | None = None
     alive: list[Alive] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
     watch: Stopwatch = field(default_factory=Stopwatch)
     flops: int = 0
     tower: list[TowerWork] = field(default_factory=list)
+    noted: list[dict[int, Facts]] = field(default_factory=list)
+    attention_flops: dict[int, int] = field(default_factory=dict)
 
     @property
     def lengths_now(self) -> list[int]:

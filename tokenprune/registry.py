@@ -1,7 +1,8 @@
-"""Names to classes: one registry for methods and one for model families.
+"""Names to classes: one registry each for methods, interventions and model families.
 
 A built-in is a file: `methods/NAME.py` is the method NAME, and it is imported the first time it is asked for, so that
-listing names costs no import of torch. A user's own class joins with the decorator `register_method("name")`.
+listing names costs no import of torch. A user's own class joins with the decorator `register_method("name")`, or
+`register_intervention("name")`.
 """
 
 from __future__ import annotations
@@ -111,14 +112,21 @@ class UnknownName(KeyError):
 
 
 METHODS = Registry("method", "tokenprune.methods")
+INTERVENTIONS = Registry("intervention", "tokenprune.interventions")
 MODELS = Registry("model family", "tokenprune.adapters")
 
 register_method = METHODS.register
+register_intervention = INTERVENTIONS.register
 
 
 def list_methods() -> list[str]:
     """Names that `apply(model, name)` takes."""
     return METHODS.names()
+
+
+def list_interventions() -> list[str]:
+    """Names of changes of attention that `apply(model, name)` takes, alone or beside a method."""
+    return INTERVENTIONS.names()
 
 
 def list_models() -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokenprune import cost
 from tokenprune.adapters._base import Adapter
+from tokenprune.attending import Attending
 from tokenprune.prompt import Cut, Prompt
 from tokenprune.recording import TowerWork
 from tokenprune.stages import Stage
@@ -19,7 +21,8 @@ class Report:
 
     Attributes:
         method: the method with its budget.
-        positions: "compact" or "keep", of each stage that differs.
+        positions: "compact" or "keep", of each stage that differs; "as laid out" where nothing prunes.
+        interventions: one line each on what changes attention, in which layers, and what it found.
         notes: what a reader must know of the method on this model, for example a stand-in for a signal.
         samples: rows of the batch.
         images: images in all.
@@ -31,7 +34,8 @@ class Report:
         tokens_by_layer: text and visual tokens in each decoder layer.
         equivalent_tokens: kept visual tokens averaged over the decoder's layers, over the whole batch.
         selection_seconds: time for signals and selection.
-        flops: by part, analytic (2 per multiply-add, matrix products only, see `tokenprune.cost`), padding not counted.
+        flops: by part, analytic (2 per multiply-add, matrix products only, see `tokenprune.cost`), padding not counted;
+            what interventions compute anew is part of the prefill.
         flops_unpruned: the same without pruning.
         flops_by_layer: of the prefill, in each decoder layer.
         kv_bytes: bytes of the prompt's KV cache after pruning, padding not counted.
@@ -56,6 +60,7 @@ class Report:
     flops_by_layer: tuple[int, ...]
     kv_bytes: int
     kv_bytes_unpruned: int
+    interventions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         ratio = self.flops.total / self.flops_unpruned.total if self.flops_unpruned.total else 1.0
@@ -73,6 +78,7 @@ class Report:
             ),
             f"KV cache  {_si(self.kv_bytes_unpruned)}B -> {_si(self.kv_bytes)}B ({memory:.1%})",
             f"selection  {self.selection_seconds * 1000:.2f} ms",
+            *self.interventions,
             *(f"note  {note}" for note in self.notes),
         ]
         return "\n".join(lines)
@@ -92,7 +98,7 @@ def _si(value: float) -> str:
     return f"{value:.4g}"
 
 
-def make_report(prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Adapter) -> Report:
+def make_report(prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Adapter, attending: Attending) -> Report:
     """Count one prompt batch. See `Report`."""
     shape = adapter.cost_shape()
     layout = prompt.layout
@@ -102,9 +108,12 @@ def make_report(prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Ad
     plain = [TowerWork(work.plain or work.grids, left=_cells(work.plain or work.grids)) for work in prompt.tower]
     itemsize = adapter.model.dtype.itemsize
     kept = by_layer[-1][0]
+    flops = _flops(adapter, shape, prompt.tower, [rows for _, rows in by_layer], prompt.flops)
+    by_depth = map(sum, zip(*(cost.layer_flops(shape, row) for row in _by_row(by_layer))))
+    beside = prompt.attention_flops
     return Report(
         method=label,
-        positions=", ".join(dict.fromkeys(str(stage.pruner.positions) for stage in stages)),
+        positions=", ".join(dict.fromkeys(str(stage.pruner.positions) for stage in stages)) or "as laid out",
         notes=tuple(dict.fromkeys(note for stage in stages for note in stage.pruner.notes(adapter.tower))),
         samples=layout.batch_size,
         images=len(layout.spans),
@@ -116,11 +125,12 @@ def make_report(prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Ad
         tokens_by_layer=tuple(sum(rows) for _, rows in by_layer),
         equivalent_tokens=cost.equivalent_tokens([visual for visual, _ in by_layer]),
         selection_seconds=prompt.watch.seconds,
-        flops=_flops(adapter, shape, prompt.tower, [rows for _, rows in by_layer], prompt.flops),
+        flops=dataclasses.replace(flops, prefill=flops.prefill + sum(beside.values())),
         flops_unpruned=_flops(adapter, shape, plain, [lengths] * shape.layers, 0),
-        flops_by_layer=tuple(map(sum, zip(*(cost.layer_flops(shape, row) for row in _by_row(by_layer))))),
+        flops_by_layer=tuple(own + beside.get(layer, 0) for layer, own in enumerate(by_depth)),
         kv_bytes=_kv_bytes(shape, [rows for _, rows in by_layer], itemsize),
         kv_bytes_unpruned=_kv_bytes(shape, [lengths] * shape.layers, itemsize),
+        interventions=attending.summaries(prompt),
     )
 
 

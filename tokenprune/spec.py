@@ -1,4 +1,5 @@
-"""From what a user writes ("holov@64", a mapping, a list of stages, a YAML file, an object) to stages."""
+"""From what a user writes ("holov@64", a mapping, a list of stages, a YAML file, an object) to stages and
+interventions."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from typing import Any
 
 from tokenprune.base import Pruner
 from tokenprune.budget import Budget, average_of, read_budget
-from tokenprune.registry import METHODS, near
+from tokenprune.intervention import Intervention
+from tokenprune.notation import split_name, split_outside
+from tokenprune.registry import INTERVENTIONS, METHODS, near
 from tokenprune.stages import Depths, Stage, check_plan, check_site, solve_average, visual_lengths, with_positions
 
 
@@ -22,12 +25,20 @@ def make_method(name: str, **options: Any) -> Pruner:
         UnknownName: no such method.
         TypeError: an option that the method does not have; the message lists near matches and all of its options.
     """
-    cls = METHODS.get(name)
+    return _make("Method", METHODS.get(name), name, options)
+
+
+def make_intervention(name: str, **options: Any) -> Intervention:
+    """A new intervention by registered name; raises as `make_method` does."""
+    return _make("Intervention", INTERVENTIONS.get(name), name, options)
+
+
+def _make(kind: str, cls: Any, name: str, options: Mapping[str, Any]) -> Any:
     known = [field.name for field in dataclasses.fields(cls)]
     for option in options:
         if option not in known:
             raise TypeError(
-                f"Method {name!r} has no option {option!r}.{near(option, known)} Its options: {', '.join(known)}."
+                f"{kind} {name!r} has no option {option!r}.{near(option, known)} Its options: {', '.join(known)}."
             )
     return cls(**options)
 
@@ -52,22 +63,24 @@ class Spec:
     """A method in any of the forms that `apply` takes, read and checked, before a model is known.
 
     Attributes:
-        entries: one or more.
+        entries: what prunes; none where there are interventions only.
         average: visual tokens per image averaged over all decoder layers (int), or their fraction (float); the one
             entry without `keep` is solved for it. None: every entry has its own budget.
+        interventions: what changes attention; copies of their own.
     """
 
     entries: tuple[Entry, ...]
     average: int | float | None = None
+    interventions: tuple[Intervention, ...] = ()
 
     @property
     def label(self) -> str:
-        """`vtc_cls@64`, `todre@288 + random@64 at layer:9`."""
+        """`vtc_cls@64`, `todre@288 + random@64 at layer:9`, `vtc_cls@64 + var(p=0.4)`."""
         parts = []
         for entry in self.entries:
             keep = f"avg{self.average}" if entry.keep is None else f"{entry.keep}"
             parts.append(f"{entry.pruner.name}@{keep}" + (f" at {entry.site}" if entry.site else ""))
-        return " + ".join(parts)
+        return " + ".join([*parts, *map(_intervention_label, self.interventions)])
 
     def plan(self, depths: Depths, num_tokens: int | None, positions: str | None = None) -> tuple[Stage, ...]:
         """Stages for a model.
@@ -80,6 +93,8 @@ class Spec:
         Raises:
             ValueError: sites that the model does not have, or an average that cannot be held.
         """
+        if not self.entries:
+            return ()
         stages: list[Stage] = []
         for entry in self.entries:
             pruner = entry.pruner
@@ -122,21 +137,32 @@ class Spec:
         return keep if isinstance(average, int) else keep / nominal
 
 
+def _intervention_label(one: Intervention) -> str:
+    fields = [field for field in dataclasses.fields(one) if getattr(one, field.name) != field.default]
+    options = ",".join(f"{field.name}={getattr(one, field.name)}" for field in fields)
+    return f"{one.name}({options})" if options else one.name
+
+
 def parse_method(method: Any, keep: Any = None, average: Any = None, **options: Any) -> Spec:
     """Read a method in any of the forms that `apply` takes.
 
     Args:
-        method: a name ("holov"), a name with its budget ("holov@64", "holov@0.222", "fastv@avg128"), a mapping with the
-            key `method` (or `prune`, or `name`), optionally `keep`, `at` and the method's options, a list of those
-            (stages of one method), the path of a YAML file that holds such a mapping or list, or a `Pruner` object (it
-            is copied).
-        keep: the budget; a text like "avg64" is an average.
+        method: a name ("holov", "var"), a name with options and budget ("holov@64", "holov(variant=official)@0.222",
+            "fastv@avg128", "var(p=0.4)"), several of these joined by plus signs ("vtc_cls@64+var"), a mapping with the
+            key `method` (or `prune`, or `name`), optionally `keep`, `at` and the method's options, a list of all of
+            those (stages of one method, and interventions), the path of a YAML file that holds such a mapping or list,
+            a `Pruner` or `Intervention` object (it is copied), or what this function returned.
+        keep: the budget; a text like "avg64" is an average. Beside a list it is that of the one stage.
         average: in place of a budget, visual tokens averaged over all decoder layers (int) or their fraction.
         options: options of the method.
 
     Raises:
         ValueError: no budget, or two budgets that differ, or options beside a method object or a list.
     """
+    if isinstance(method, Spec):
+        if keep is not None or average is not None or options:
+            raise ValueError("A method that was read already takes no keep, average or options beside it.")
+        return dataclasses.replace(method, interventions=tuple(map(copy.copy, method.interventions)))
     if isinstance(method, (str, Path)) and str(method).endswith((".yaml", ".yml")):
         method = _read_yaml(Path(method))
     if isinstance(method, Mapping):
@@ -147,20 +173,26 @@ def parse_method(method: Any, keep: Any = None, average: Any = None, **options: 
             if rest:
                 raise ValueError(f"Beside a list of stages a method has no other keys, got {rest}.")
             method = method["method"]
+    if isinstance(method, str) and len(split_outside(method, "+")) > 1:
+        method = split_outside(method, "+")
     if isinstance(method, Sequence) and not isinstance(method, str):
-        if keep is not None or options:
+        found = [_read_entry(item, None, {}) for item in method]
+        stages = [number for number, (item, _) in enumerate(found) if isinstance(item, Entry)]
+        if options or (keep is not None and (len(stages) != 1 or len(found) == 1)):
             raise ValueError("A list of stages has keep and options in its entries, not beside it.")
-        entries, averages = zip(*(_read_entry(item, None, {}) for item in method)) if method else ((), ())
-        for found in averages:
-            average = _one("averages", found, average)
+        if keep is not None:
+            found[stages[0]] = _read_entry(method[stages[0]], keep, {})
     else:
-        entry, found = _read_entry(method, keep, options)
-        entries, average = (entry,), _one("averages", found, average)
-    open_entries = [entry for entry in entries if entry.keep is None]
-    name = entries[0].pruner.name or "name" if entries else "name"
-    if not entries:
+        found = [_read_entry(method, keep, options)]
+    for _, own in found:
+        average = _one("averages", own, average)
+    entries = tuple(item for item, _ in found if isinstance(item, Entry))
+    interventions = tuple(item for item, _ in found if isinstance(item, Intervention))
+    if not found:
         raise ValueError("A list of stages needs at least one.")
+    open_entries = [entry for entry in entries if entry.keep is None]
     if average is None and open_entries:
+        name = open_entries[0].pruner.name or "name"
         raise ValueError(f"Say how many visual tokens to keep: keep=128, keep=0.25 or {name}@128.")
     if average is not None:
         Budget(average)
@@ -169,7 +201,7 @@ def parse_method(method: Any, keep: Any = None, average: Any = None, **options: 
                 f"An average over all layers is solved for the one stage that has no keep, and {len(open_entries)} "
                 "have none."
             )
-    return Spec(tuple(entries), average)
+    return Spec(entries, average, interventions)
 
 
 def _one(what: str, first: Any, second: Any) -> Any:
@@ -178,7 +210,7 @@ def _one(what: str, first: Any, second: Any) -> Any:
     return second if first is None else first
 
 
-def _read_entry(method: Any, keep: Any, options: Mapping[str, Any]) -> tuple[Entry, Any]:
+def _read_entry(method: Any, keep: Any, options: Mapping[str, Any]) -> tuple[Entry | Intervention, Any]:
     """One entry and the average that it names (or None)."""
     site, budget = None, None
     if isinstance(method, Mapping):
@@ -190,15 +222,22 @@ def _read_entry(method: Any, keep: Any, options: Mapping[str, Any]) -> tuple[Ent
             )
         method, budget, site = entry.pop(key), entry.pop("keep", None), entry.pop("at", None)
         options = {**entry, **options}
-    if isinstance(method, str) and "@" in method:
-        method, _, text = method.partition("@")
-        if budget is not None and str(budget) != text:
-            raise ValueError(f"Two budgets were given, @{text} and keep={budget}; give one.")
-        budget = read_budget(text)
+    if isinstance(method, str):
+        method, written, text = split_name(method)
+        for option in written:
+            if option in options:
+                raise ValueError(f"Option {option!r} of {method!r} was given twice.")
+        options = {**written, **options}
+        if text is not None:
+            if budget is not None and str(budget) != text:
+                raise ValueError(f"Two budgets were given, @{text} and keep={budget}; give one.")
+            budget = read_budget(text)
     if keep is not None:
         if budget is not None and budget != keep:
             raise ValueError(f"Two budgets were given, {budget} and keep={keep}; give one.")
         budget = keep
+    if isinstance(method, Intervention) or (isinstance(method, str) and method in INTERVENTIONS.names()):
+        return _read_intervention(method, budget, site, options), None
     average = average_of(budget)
     if average is not None:
         budget = None
@@ -210,13 +249,26 @@ def _read_entry(method: Any, keep: Any, options: Mapping[str, Any]) -> tuple[Ent
         pruner = make_method(method, **options)
     else:
         raise TypeError(
-            f"method must be a name, a mapping, a list of them, a YAML path or a Pruner object, got "
+            f"method must be a name, a mapping, a list of them, a YAML path, a Pruner or an Intervention object, got "
             f"{type(method).__name__}."
         )
     if budget is not None:
         budget = Budget(budget).keep
     check_site(pruner.site if site is None else site, numbered=site is not None)
     return Entry(pruner, budget, site), average
+
+
+def _read_intervention(method: Any, budget: Any, site: Any, options: Mapping[str, Any]) -> Intervention:
+    name = method if isinstance(method, str) else method.name
+    if budget is not None:
+        raise ValueError(f"{name} changes attention and keeps every token, so it takes no budget, got {budget}.")
+    if site is not None:
+        raise ValueError(f"{name} acts in decoder layers; say which with layers=[...], not with at={site!r}.")
+    if isinstance(method, str):
+        return make_intervention(method, **options)
+    if options:
+        raise ValueError(f"Options {sorted(options)} were given beside an intervention object; set them on the object.")
+    return copy.copy(method)
 
 
 def _near_any(entry: Mapping[Any, Any], wanted: str) -> str:

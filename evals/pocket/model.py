@@ -85,7 +85,8 @@ def build_tokenizer(more_words: tuple[str, ...] = (), markers: tuple[str, ...] =
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left",
-        extra_special_tokens={"image_token": markers[-2] if markers else "<image>"}, clean_up_tokenization_spaces=False, model_max_length=2048,
+        extra_special_tokens={"image_token": markers[-2] if markers else "<image>"}, model_max_length=2048,
+        clean_up_tokenization_spaces=False,
     )  # fmt: skip
 
 

@@ -19,12 +19,12 @@ from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditional
 
 from tokenprune.evals.pocket.easy import easy_split
 from tokenprune.evals.pocket.packing import kept_patches
+from tokenprune.evals.pocket.questions import FAMILIES, Question, ask
 from tokenprune.evals.pocket.qwen.clips import Clip, ask_clip, make_clip, still
 from tokenprune.evals.pocket.qwen.model import END, START, build_tokenizer
 from tokenprune.evals.pocket.qwen.see import positions
 from tokenprune.evals.pocket.qwen.tower import run_tower
 from tokenprune.evals.pocket.qwen.transfer import FIRST, teacher_tokens, token_map
-from tokenprune.evals.pocket.questions import FAMILIES, Question, ask
 from tokenprune.evals.pocket.scenes import PATCH, SPLIT_SEED, Scene, Thing, make_scene
 from tokenprune.evals.pocket.vision import to_pixels
 
@@ -41,8 +41,8 @@ def _ids(text: str) -> tuple[int, ...]:
 class Batch:
     """Packed turns about pictures, or clips, of one size.
 
-    ``frames`` [B * grids, 2, 3, H, W]; ``kept`` [B, K] visual tokens that reach the decoder, or None; ``ids`` [B, T] of the
-    turns; ``labels``, ``family`` [B, T], -100 or -1 where nothing is asked; ``mask`` [B, 1, P + T, P + T] and
+    ``frames`` [B * grids, 2, 3, H, W]; ``kept`` [B, K] visual tokens that reach the decoder, or None; ``ids`` [B, T]
+    of the turns; ``labels``, ``family`` [B, T], -100 or -1 where nothing is asked; ``mask`` [B, 1, P + T, P + T] and
     ``positions`` [3, B, P + T] of the P tokens before the turns and of the turns.
     """
 
@@ -115,7 +115,7 @@ class Batch:
 
 
 def _questions(clip: Clip, mix: dict[str, int], rng: random.Random) -> list[Question]:
-    """Different questions, up to ``mix[family]`` of each family; on clips those whose answer does not change in time."""
+    """Different questions, up to ``mix[family]`` of each family; on clips those whose answers stay the same."""
     if clip.ways:
         mix = {k: v for k, v in mix.items() if k in ("exist", "attribute", "count", "global")} | {"video": 6}
     asked = {}

@@ -82,7 +82,7 @@ def build_qwen() -> Qwen2_5_VLForConditionalGeneration:
 
 def _start_tower(tower: nn.Module) -> None:
     """Scaled weights, and in the first two blocks a query and key bias that peak at one offset of patches a head."""
-    width, heads, depth = tower.config.hidden_size, tower.config.num_heads, tower.config.depth
+    width, heads = tower.config.hidden_size, tower.config.num_heads
     head, pairs = width // heads, width // heads // 4
     turns = 10000.0 ** (-torch.arange(pairs) / pairs)  # radians a patch, for rows and for columns alike
     offsets = [[(-1, 0), (1, 0), (0, -1), (0, 1)], [(-2, 0), (2, 0), (0, -2), (0, 2)]]

@@ -56,7 +56,7 @@ class Readers(nn.Module):
 
 
 class Batch:
-    """Pictures of one size: ``frames`` [B, 2, 3, H, W] normalised, ``teacher`` [B, N, width], ``target`` as in Readers."""
+    """Pictures of one size: ``frames`` [B, 2, 3, H, W] normalised, ``teacher`` [B, N, width], ``target`` of `Readers`."""
 
     def __init__(self, stage, step: int, teacher: LlavaForConditionalGeneration, split: str = "train") -> None:
         rng = random.Random(1_000_003 * step + stage.seed)

@@ -22,7 +22,7 @@ _HALF = 14 // SCALE  # pixels of the drawn scene that a patch covers
 
 
 def run_tower(tower: nn.Module, frames: Tensor) -> Tensor:
-    """Normalised ``frames`` [B, 2, 3, H, W] at drawing size (a still picture twice) -> tokens [B, rows * cols, width]."""
+    """Normalised ``frames`` [B, 2, 3, H, W] at drawing size (a still one twice) -> tokens [B, rows * cols, width]."""
     rows, cols = frames.shape[-2] // (2 * _HALF), frames.shape[-1] // (2 * _HALF)
     x = _embed(tower, frames, rows, cols)
     cos, sin = _rotary(tower, rows, cols)

@@ -1,7 +1,7 @@
 """The recipe: ``python -m tokenprune.evals.pocket.qwen.train --out DIR [--resume]``, about two hours on two CPU cores.
 
-pocket-llava is the teacher and lends its decoder. ``DIR/stage_NAME.pt`` is written every few minutes and ``--resume`` goes
-on from it; ``DIR/log.csv`` grows by a line every few steps.
+pocket-llava is the teacher and lends its decoder. ``DIR/stage_NAME.pt`` is written every few minutes and ``--resume``
+goes on from it; ``DIR/log.csv`` grows by a line every few steps.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Stage:
     easy-VQA pictures a batch in stage V, their share in the others; ``objects``: things a scene, from - to; ``sizes``,
     ``clip_sizes``: columns and rows of tokens; ``grids``: pairs of frames a clip; ``tokens``: visual tokens a batch;
     ``drop``, ``drop_end``: share of batches in which background tokens are dropped before the decoder, at the first and
-    the last step; ``mix``: questions a picture; ``fit``: weight of the teacher's hidden states; ``tower_lr``: rate of the
-    tower as a part of ``lr``; ``every``: steps from one line of the log to the next; ``after``: the stage whose weights
-    it starts from.
+    the last step; ``mix``: questions a picture; ``fit``: weight of the teacher's hidden states; ``tower_lr``: rate of
+    the tower as a part of ``lr``; ``every``: steps from one line of the log to the next; ``after``: the stage whose
+    weights it starts from.
     """
 
     name: str

@@ -1,0 +1,59 @@
+"""Time of a decode step with an intervention, against the stock model: `python -m tokenprune.evals.bench.decode`.
+
+The two take turns step by step, each on its own cache of the same prompt, so that what else the machine does hits both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from typing import Any
+
+
+def measure(model: str, method: str, steps: int, samples: int) -> dict[str, float]:
+    """Median seconds of a decode step, stock and with `method`, and the median of their ratio step by step."""
+    import torch
+
+    from tokenprune.api import apply
+    from tokenprune.evals.models import load_model
+    from tokenprune.evals.tasks import load_task
+    from tokenprune.evals.timing import timed
+
+    plain, changed = load_model(model), load_model(model)
+    device = plain.model.device
+    handle = apply(changed.model, method)
+    times: dict[str, list[float]] = {"stock": [], "changed": []}
+    with torch.inference_mode():
+        for sample in load_task("pocket").load(0, samples):
+            caches: dict[str, Any] = {}
+            for name, loaded in (("stock", plain), ("changed", changed)):
+                inputs = loaded.inputs([sample.question], [sample.image])
+                caches[name] = loaded.model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+            token = torch.tensor([[7]], device=device)
+            for step in range(steps + 3):
+                order = [("stock", plain), ("changed", changed)]
+                for name, loaded in order if step % 2 else reversed(order):
+                    given = {"input_ids": token, "past_key_values": caches[name], "use_cache": True}
+                    seconds, _ = timed(device, lambda run=loaded.model, given=given: run(**given, logits_to_keep=1))
+                    if step >= 3:
+                        times[name].append(seconds)
+    print(handle.report())
+    ratios = [own / stock for own, stock in zip(times["changed"], times["stock"])]
+    found = {name: statistics.median(values) for name, values in times.items()}
+    return {**found, "ratio": statistics.median(ratios)}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="pocket-llava", help="pocket name, folder or hub id (%(default)s)")
+    parser.add_argument("--method", default="var(channels=[47, 75, 250], tau=4.8)", help="what to apply (%(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="decode steps per prompt (%(default)s)")
+    parser.add_argument("--samples", type=int, default=3, help="prompts (%(default)s)")
+    options = parser.parse_args()
+    found = measure(options.model, options.method, options.steps, options.samples)
+    print(f"stock {found['stock'] * 1e3:.2f} ms, changed {found['changed'] * 1e3:.2f} ms, ratio {found['ratio']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""One stage at `input` or `layer:K`: what is asked about each visual, and what the answers do to the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tokenprune.attending import Attending
+from tokenprune.budget import split_budget
+from tokenprune.choosing import Answer, Asked, choose, joined_carry
+from tokenprune.decoder_signals import DecoderSignals
+from tokenprune.layout import Raster
+from tokenprune.prompt import Cutter, Prompt
+from tokenprune.signals import DECODER_SIGNALS, TRANSITION_SIGNALS, Signal, Tower
+from tokenprune.stages import Stage
+from tokenprune.transitions import Transitions
+
+
+class RowChooser:
+    """Lets stages choose among the visual tokens that stand in the decoder's rows.
+
+    Args:
+        tower: facts on the vision tower.
+        transitions: signals of decoder layers that were read on the way.
+        attending: interventions at work, which may keep tokens out of a ranking.
+        hint: a hint by name and picture, see `Handle.set_hints`.
+    """
+
+    def __init__(
+        self, tower: Tower, transitions: Transitions, attending: Attending, hint: Callable[[str, int], object]
+    ) -> None:
+        self._tower, self._transitions, self._attending, self._hint = tower, transitions, attending, hint
+
+    def choose(
+        self, stage: Stage, prompt: Prompt, cutter: Cutter, hidden: Tensor, signals: dict[int, DecoderSignals] | None
+    ) -> Tensor:
+        """Let a stage choose in every visual; note what leaves in `cutter`, and return hidden states with what a
+        method merged."""
+        kept_out = self._attending.kept_out(stage.depth) if stage.place == "layer" else None
+        if kept_out is not None:
+            return self._choose_beside(stage, prompt, cutter, hidden, signals, *kept_out)
+        asked: list[Asked] = []
+        for index in range(len(prompt.layout.spans)):
+            asked += self._ask(stage, prompt, index, hidden, signals)
+        answers, flops = choose(stage, self._tower, asked)
+        prompt.flops += flops
+        by_span: dict[int, list[tuple[Asked, Answer | None]]] = {}
+        for item, answer in zip(asked, answers):
+            by_span.setdefault(item.owner, []).append((item, answer))
+        for index, parts in by_span.items():
+            if all(answer is None for _, answer in parts):
+                continue
+            chosen, merged, start = [], [], 0
+            merges = any(answer is not None and answer.features is not None for _, answer in parts)
+            for item, answer in parts:
+                indices = torch.arange(item.count) if answer is None else answer.indices
+                chosen.append(start + indices.to(hidden.device))
+                if merges:
+                    own = None if answer is None else answer.features
+                    merged.append(item.features()[indices.to(hidden.device)] if own is None else own)
+                start += item.count
+            carry = joined_carry(prompt.alive[index].carry, [answer for _, answer in parts])
+            kept = torch.cat(chosen)
+            if kept.shape[0] == start and not merged:
+                prompt.alive[index].carry = carry
+                continue
+            places = cutter.keep(index, kept, carry)
+            if merged:
+                row = torch.full_like(places, prompt.layout.spans[index].sample)
+                hidden = hidden.index_put((row, places), torch.cat(merged).to(hidden.dtype))
+        return hidden
+
+    def _choose_beside(
+        self,
+        stage: Stage,
+        prompt: Prompt,
+        cutter: Cutter,
+        hidden: Tensor,
+        signals: dict[int, DecoderSignals] | None,
+        out: Tensor,
+        stay: bool,
+    ) -> Tensor:
+        """`_choose` where tokens at `out` `[B, S]` bool are not ranked: they stay beside the budget, or leave."""
+        if stage.pruner.merges:
+            raise ValueError(
+                f"{stage.pruner.name} merges tokens, so an intervention cannot keep any out of its ranking."
+            )
+        asked, ranked = [], []
+        for index, span in enumerate(prompt.layout.spans):
+            alive = prompt.alive[index]
+            open_to = (~out[span.sample, alive.places]).nonzero()[:, 0]
+            (whole,) = self._ask(stage, prompt, index, hidden, signals, together=True)
+            asked.append(whole.only(open_to, stage.budget.tokens(span.num_tokens)))
+            ranked.append(open_to)
+        answers, flops = choose(stage, self._tower, asked)
+        prompt.flops += flops
+        for index, (answer, open_to) in enumerate(zip(answers, ranked)):
+            alive = prompt.alive[index]
+            left = torch.zeros(alive.count, dtype=torch.bool, device=open_to.device)
+            if stay:
+                left = ~left.index_fill(0, open_to, True)
+            chosen = open_to if answer is None else open_to[answer.indices.to(open_to.device)]
+            kept = left.index_fill(0, chosen, True).nonzero()[:, 0]
+            if kept.shape[0] < alive.count:
+                cutter.keep(index, kept, {})
+        return hidden
+
+    def _ask(
+        self,
+        stage: Stage,
+        prompt: Prompt,
+        index: int,
+        hidden: Tensor,
+        signals: dict[int, DecoderSignals] | None,
+        together: bool = False,
+    ) -> list[Asked]:
+        """What is asked about one visual; with `together` all of its rasters at once, whatever the scope."""
+        span, alive = prompt.layout.spans[index], prompt.alive[index]
+        recording, row = prompt.sources[index]
+        rasters = span.visual.rasters
+        budget = stage.budget.tokens(span.num_tokens)
+        scope = stage.pruner.scope or stage.pruner.default_scope
+        whole = alive.tokens is None and (scope == "visual" or len(rasters) == 1)
+
+        def one(rasters: tuple[Raster, ...], begin: int, count: int, budget: int) -> Asked:
+            places = alive.places[begin : begin + count]
+
+            def signal(wanted: Signal) -> Tensor:
+                if wanted.name in DECODER_SIGNALS:
+                    if signals is None:
+                        raise ValueError(
+                            f"{wanted.name} is there at 'layer:K' only, and this stage is at {stage.site!r}."
+                        )
+                    return signals[wanted.layer].value(wanted.name, index, places)
+                if wanted.name in TRANSITION_SIGNALS:
+                    return self._transitions.value(wanted, span.sample, places)
+                found = recording.signal(wanted, row)
+                return found[begin : begin + count] if alive.tokens is None else found[alive.tokens.to(found.device)]
+
+            return Asked(
+                owner=index,
+                rasters=rasters,
+                count=count,
+                budget=min(budget, count),
+                tokens=alive.tokens,
+                features=lambda: hidden[span.sample, places],
+                signal=signal,
+                key=lambda: recording.pixel_key(row) + (span.image * 0x9E3779B1 + begin),
+                hint=lambda name: self._hint(name, row),
+                carry={name: values[begin : begin + count] for name, values in alive.carry.items()},
+            )
+
+        if whole or together or alive.tokens is not None:
+            return [one(rasters, 0, alive.count, budget)]
+        budgets = split_budget(budget, [raster.num_tokens for raster in rasters])
+        return [
+            one((Raster(raster.grid, 0, raster.kind),), raster.start, raster.num_tokens, share)
+            for raster, share in zip(rasters, budgets)
+        ]

@@ -1,0 +1,1 @@
+"""Built-in interventions, one a file; see `tokenprune.registry.INTERVENTIONS`."""
