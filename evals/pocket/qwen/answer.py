@@ -22,7 +22,7 @@ from tokenprune.evals.pocket.packing import kept_patches
 from tokenprune.evals.pocket.questions import FAMILIES, Question, ask
 from tokenprune.evals.pocket.qwen.clips import Clip, ask_clip, make_clip, still
 from tokenprune.evals.pocket.qwen.model import END, START, build_tokenizer
-from tokenprune.evals.pocket.qwen.see import positions
+from tokenprune.evals.pocket.qwen.see import Readers, positions, targets
 from tokenprune.evals.pocket.qwen.tower import run_tower
 from tokenprune.evals.pocket.qwen.transfer import FIRST, teacher_tokens, token_map
 from tokenprune.evals.pocket.scenes import PATCH, SPLIT_SEED, Scene, Thing, make_scene
@@ -71,6 +71,10 @@ class Batch:
             images.append(np.stack([picture, picture]))
             turns.append(extra.ask(i, 8, 1, rng) if cols == rows else [])
             shown.append(None)
+        self.target: dict[str, Tensor] = {}
+        if stage.see:
+            pairs = [(clip.frames[2 * g], clip.ways) for clip in clipped for g in range(self.grids)]
+            self.target = targets([scene for scene, _ in pairs], [ways for _, ways in pairs])
         self.images = np.stack(images)
         flat = to_pixels(self.images.reshape(-1, *self.images.shape[2:]))
         self.frames = flat.unflatten(0, (-1, 2))
@@ -137,14 +141,16 @@ def _paths(clip: Clip) -> Scene:
     return replace(first, things=things)
 
 
-def forward(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, teacher=None) -> dict[str, Tensor | float]:
+def forward(
+    model: Qwen2_5_VLForConditionalGeneration, batch: Batch, teacher=None, readers: Readers | None = None
+) -> dict[str, Tensor | float]:
     """Losses and per-family accuracy of a batch; an answer counts as right if all its tokens and the end are."""
     core = model.model.language_model
     tokens = run_tower(model.model.visual, batch.frames).unflatten(0, (-1, batch.grids)).flatten(1, 2)
     inputs = _sequence(core.embed_tokens, tokens, batch, build_tokenizer().convert_tokens_to_ids, None)
     out = core(
         inputs_embeds=inputs, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False,
-        output_hidden_states=teacher is not None,
+        output_hidden_states=teacher is not None or readers is not None,
     )  # fmt: skip
     head = inputs.shape[1] - batch.ids.shape[1]
     asked = batch.labels >= 0
@@ -155,6 +161,10 @@ def forward(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, teacher=Non
     result |= _accuracy(logits.detach().argmax(-1) == labels, batch, asked)
     if teacher is not None and not batch.moving:
         result["fit"] = _fit(out.hidden_states, batch, teacher, head)
+    if readers is not None and batch.target and batch.kept is None:
+        placed = out.hidden_states[1][:, FIRST : head - 1].unflatten(1, (batch.grids, -1)).flatten(0, 1)
+        result["see"], seen = readers.losses(placed[: len(batch.target["way"])], batch.target)
+        result |= seen
     return result
 
 
@@ -221,19 +231,22 @@ def validate(model: Qwen2_5_VLForConditionalGeneration, stage, batches: int, dro
 def train(stage, out: Path, resume: bool, tools, model: Qwen2_5_VLForConditionalGeneration, teacher) -> None:
     """Run a stage; ``tools`` has `make_optimizer`, `learning_rate`, `save` and the log."""
     path, at, state = out / f"stage_{stage.name}.pt", 0, tools.load(out, stage, resume)
+    readers = Readers(model.config.text_config.hidden_size)
+    modules: dict[str, nn.Module] = {"model": model, "readers": readers}
     model.load_state_dict(state["model"])
-    optimizer = tools.make_optimizer({model.model.visual: stage.tower_lr, model: 1.0})
+    if state["stage"] == stage.name:
+        readers.load_state_dict(state["readers"])
+    optimizer = tools.make_optimizer({model.model.visual: stage.tower_lr, readers: 2.0, model: 1.0})
     if state["stage"] == stage.name:
         at = state["step"]
         optimizer.load_state_dict(state["optimizer"])
     log, began, sums, counts = tools.Log(out / "log.csv"), time.time(), {}, {}
-    modules: dict[str, nn.Module] = {"model": model}
     for step in range(at, stage.steps):
         for group in optimizer.param_groups:
             group["lr"] = tools.learning_rate(step, stage.steps, stage.lr, warmup=30) * group["scale"]
-        result = forward(model, Batch(stage, step), teacher if stage.fit else None)
+        result = forward(model, Batch(stage, step), teacher if stage.fit else None, readers if stage.see else None)
         optimizer.zero_grad()
-        (result["loss"] + stage.fit * result.get("fit", 0.0)).backward()
+        (result["loss"] + stage.fit * result.get("fit", 0.0) + stage.see * result.get("see", 0.0)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         for key, value in result.items():

@@ -20,16 +20,26 @@ from tokenprune.evals.pocket.qwen.clips import WAYS, make_clip, still
 from tokenprune.evals.pocket.qwen.model import START, build_tokenizer
 from tokenprune.evals.pocket.qwen.tower import run_tower
 from tokenprune.evals.pocket.qwen.transfer import FIRST, rows_and_columns, teacher_tokens
-from tokenprune.evals.pocket.scenes import COLOURS, PATCH, SHAPES, SIGN_LENGTH, SPLIT_SEED, SYMBOLS, make_scene
+from tokenprune.evals.pocket.scenes import (
+    COLOURS,
+    PATCH,
+    PATTERNS,
+    SHAPES,
+    SIGN_LENGTH,
+    SPLIT_SEED,
+    SYMBOLS,
+    Scene,
+    make_scene,
+)
 from tokenprune.evals.pocket.vision import _balanced, patch_targets, to_pixels
 
 _SIZES = ((12, 12), (12, 12), (12, 12), (10, 14), (14, 10), (16, 12), (12, 16), (9, 11))  # tokens, columns x rows
 _TOKENS = 2304  # a step
-_SPLIT = (len(SHAPES) + 1, len(COLOURS) + 1, SIGN_LENGTH * (len(SYMBOLS) + 1), len(WAYS) + 1, 1)
+_SPLIT = (len(SHAPES) + 1, len(COLOURS) + 1, SIGN_LENGTH * (len(SYMBOLS) + 1), len(WAYS) + 1, 1, len(PATTERNS))
 
 
 class Readers(nn.Module):
-    """Throw-away heads on a token: shape, colour, symbols, way of moving, whether a centre is in it."""
+    """Throw-away heads on a token: shape, colour, symbols, way of moving, centres, the background's pattern."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -37,18 +47,21 @@ class Readers(nn.Module):
 
     def losses(self, tokens: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         """``tokens`` [B, N, width] -> loss, and the accuracy of each head on what is not background."""
-        shape, colour, sign, way, centre = self.out(self.norm(tokens)).split(_SPLIT, -1)
+        shape, colour, sign, way, centre, pattern = self.out(self.norm(tokens)).split(_SPLIT, -1)
         sign = sign.unflatten(-1, (SIGN_LENGTH, -1))
         loss = F.binary_cross_entropy_with_logits(
             centre.squeeze(-1), target["centre"], pos_weight=torch.tensor(5.0)
         )  # fmt: skip
-        seen = {}
+        wide = target["pattern"][:, None].expand(-1, tokens.shape[1])
+        loss = loss + F.cross_entropy(pattern.flatten(0, 1), wide.flatten())
+        seen = {"pattern": (pattern.argmax(-1) == wide).float().mean().item()}
         asked = (
             ("shape", shape, len(SHAPES)), ("colour", colour, len(COLOURS)), ("sign", sign, len(SYMBOLS)),
             ("way", way, len(WAYS)),
         )  # fmt: skip
         for name, logits, none in asked:
-            loss = loss + _balanced(logits, target[name], none)
+            # most batches show nothing that moves
+            loss = loss + (3.0 if name == "way" else 1.0) * _balanced(logits, target[name], none)
             fore = target[name] != none
             if fore.any():
                 seen[name] = (logits.argmax(-1)[fore] == target[name][fore]).float().mean().item()
@@ -56,7 +69,7 @@ class Readers(nn.Module):
 
 
 class Batch:
-    """Pictures of one size: ``frames`` [B, 2, 3, H, W] normalised, ``teacher`` [B, N, width], ``target`` of `Readers`."""
+    """Pictures of one size: ``frames`` [B, 2, 3, H, W], ``teacher`` [B, N, width], ``target`` of `Readers`."""
 
     def __init__(self, stage, step: int, teacher: LlavaForConditionalGeneration, split: str = "train") -> None:
         rng = random.Random(1_000_003 * step + stage.seed)
@@ -75,9 +88,7 @@ class Batch:
                 clip = still(make_scene(start + i, pixels, stage.objects, 0.9))
                 pairs.append(clip.frames)
             ways.append(clip.ways)
-        targets = [patch_targets(pair[0]) for pair in pairs]
-        self.target = {k: torch.from_numpy(np.stack([t[k] for t in targets])) for k in targets[0]}
-        self.target["way"] = torch.stack([_ways(pair[0], way) for pair, way in zip(pairs, ways, strict=True)])
+        self.target = targets([pair[0] for pair in pairs], ways)
         images = np.stack([[scene.image for scene in pair] for pair in pairs])
         extra = easy_split("train")
         side = max(pixels)
@@ -92,7 +103,14 @@ class Batch:
             self.teacher = teacher_tokens(teacher, images[:, 0])
 
 
-def _ways(scene, ways: dict[int, str]) -> Tensor:
+def targets(scenes: list[Scene], ways: list[dict[int, str]]) -> dict[str, Tensor]:
+    """What `Readers` shall say of each token of scenes of one size, whose things move in ``ways``."""
+    found = [patch_targets(scene) for scene in scenes]
+    stacked = {key: torch.from_numpy(np.stack([one[key] for one in found])) for key in found[0]}
+    return stacked | {"way": torch.stack([_ways(scene, way) for scene, way in zip(scenes, ways, strict=True)])}
+
+
+def _ways(scene: Scene, ways: dict[int, str]) -> Tensor:
     """[N]: how what a token shows moves, an index into `WAYS`, or their number."""
     rows, cols = scene.height // PATCH, scene.width // PATCH
     cells = scene.owner.reshape(rows, PATCH, cols, PATCH).transpose(0, 2, 1, 3).reshape(rows * cols, -1)

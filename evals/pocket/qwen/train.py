@@ -22,6 +22,7 @@ from tokenprune.evals.pocket.train import learning_rate, make_optimizer, save  #
 
 _MIX = {"relation": 5, "exist": 4, "count": 6, "attribute": 3, "read": 1, "global": 1}
 _SMALL = ((12, 12), (12, 12), (12, 12), (10, 14), (14, 10), (16, 10), (9, 12))
+_MORE = (*_SMALL, (14, 14), (16, 12), (12, 16), (16, 16), (20, 14), (14, 20))
 _ALL = ((12, 12), (14, 14), (10, 14), (14, 10), (18, 12), (12, 18), (16, 16), (20, 14), (14, 20), (20, 20), (24, 16))
 
 
@@ -33,9 +34,9 @@ class Stage:
     easy-VQA pictures a batch in stage V, their share in the others; ``objects``: things a scene, from - to; ``sizes``,
     ``clip_sizes``: columns and rows of tokens; ``grids``: pairs of frames a clip; ``tokens``: visual tokens a batch;
     ``drop``, ``drop_end``: share of batches in which background tokens are dropped before the decoder, at the first and
-    the last step; ``mix``: questions a picture; ``fit``: weight of the teacher's hidden states; ``tower_lr``: rate of
-    the tower as a part of ``lr``; ``every``: steps from one line of the log to the next; ``after``: the stage whose
-    weights it starts from.
+    the last step; ``mix``: questions a picture; ``fit``: weight of the teacher's hidden states; ``see``: weight of the
+    heads of stage V; ``tower_lr``: rate of the tower as a part of ``lr``; ``every``: steps from one line of the log to
+    the next; ``after``: the stage whose weights it starts from.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Stage:
     drop_end: float = 0.0
     mix: dict[str, int] = field(default_factory=lambda: dict(_MIX))
     fit: float = 0.0
+    see: float = 0.0
     tower_lr: float = 0.5
     every: int = 25
     after: str = ""
@@ -61,30 +63,20 @@ class Stage:
 STAGES = {
     "V": Stage("V", steps=800, lr=2e-3, seed=300_000_000, objects=(6, 11)),
     "J": Stage(
-        "J", steps=500, lr=5e-4, seed=320_000_000, objects=(3, 8), easy=0.1, drop=0.5, drop_end=0.4, fit=0.5, after="V"
+        "J", steps=500, lr=5e-4, seed=320_000_000, objects=(3, 8), easy=0.1, drop=0.5, drop_end=0.4, fit=0.5, after="V",
     ),
     "J2": Stage(
-        "J2",
-        steps=500,
-        lr=5e-4,
-        seed=340_000_000,
-        easy=0.1,
-        sizes=_ALL,
-        clip_sizes=((8, 8), (10, 8), (10, 10)),
-        grids=(2, 4),
-        tokens=1600,
-        drop=0.5,
-        drop_end=0.4,
-        after="J",
+        "J2", steps=450, lr=6e-4, seed=340_000_000, easy=0.1, sizes=_MORE, clip_sizes=((8, 8), (10, 8), (10, 10)),
+        grids=(2, 2, 4), clips=0.25, drop=0.4, drop_end=0.4, see=0.15, tower_lr=0.8, after="J",
     ),
-}
+}  # fmt: skip
 
 
 class Log(llava.Log):
     """The columns of this recipe."""
 
     columns = (
-        "stage", "step", "images", "seconds", "loss", "fit", "shape", "colour", "sign", "way",
+        "stage", "step", "images", "seconds", "loss", "fit", "shape", "colour", "sign", "way", "pattern", "see",
         "exist", "attribute", "count", "relation", "read", "global", "easy_vqa", "video",
     )  # fmt: skip
 
