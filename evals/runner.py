@@ -150,13 +150,16 @@ class SharedTower:
 
     def encode(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The same inputs with features in place of pixels."""
+        encoded: dict[str, Any] = {}
+        pixels = {kind: name for kind, name in self._adapter.pixels.items() if inputs.get(name) is not None}
         with applied(self._model, self._recorder, 1.0):
-            encode: Callable[..., Any] = getattr(self._adapter.entry, self._adapter.features["image"])
-            names = inspect.signature(encode).parameters
-            features = encode(**{name: inputs[name] for name in names if name in inputs}, return_dict=True)
-        pixels = self._adapter.pixels["image"]
-        rest = {name: value for name, value in inputs.items() if name != pixels}
-        return {**rest, "mm_encoder_outputs": {"image": features}}
+            for kind in pixels:
+                encode: Callable[..., Any] = getattr(self._adapter.entry, self._adapter.features[kind])
+                names = inspect.signature(encode).parameters
+                given = {name: inputs[name] for name in names if name in inputs}
+                encoded[kind] = encode(**given, return_dict=True)
+        rest = {name: value for name, value in inputs.items() if name not in pixels.values()}
+        return {**rest, "mm_encoder_outputs": encoded}
 
 
 def answer_batch(

@@ -12,7 +12,7 @@ from tokenprune.evals.config import NONE, Point, refusing
 from tokenprune.evals.models import load_model
 from tokenprune.evals.overlay import draw_kept, seen_views
 from tokenprune.evals.runner import answer_batch, method_of, visual_tokens
-from tokenprune.evals.tasks import Sample, load_task
+from tokenprune.evals.tasks import Sample, default_task, load_task
 from tokenprune.notation import pruner_parts, split_name
 from tokenprune.registry import METHODS
 
@@ -33,7 +33,7 @@ def run_single(
     """Answer, print both answers and the cost, write the overlay PNG. Names were checked by the caller.
 
     Args:
-        image: path of a picture; None takes sample number `sample` of the pocket suite, with its question.
+        image: path of a picture; None takes sample number `sample` of the model's pocket suite, with its question.
 
     Raises:
         FileNotFoundError: no such picture.
@@ -51,7 +51,7 @@ def run_single(
         if image is not None:
             asked = Sample("picture", "all", str(question), None, Image.open(image))
         else:
-            task = load_task("pocket")
+            task = load_task(default_task(model))
             if not 0 <= sample < task.size:
                 raise ValueError(f"--sample must be in 0 to {task.size - 1}, got {sample}.")
             asked = next(task.load(sample, sample + 1))

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "--no-references leaves them out. A killed run goes on where it was.",
     )
     _model_arguments(evaluate)
-    evaluate.add_argument("--tasks", default="pocket", help="task names or YAML files, comma separated (%(default)s)")
+    evaluate.add_argument("--tasks", help="task names or YAML files, comma separated (the model's pocket suite)")
     evaluate.add_argument(
         "--method", required=True, help="a method or intervention, several joined by plus signs, a YAML file, or none"
     )
@@ -184,8 +184,9 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _eval_config(args: argparse.Namespace) -> Any:
     from tokenprune.evals.config import NONE, Measure, RunConfig, check_method_name, method_of_file
+    from tokenprune.evals.tasks import default_task
 
-    tasks = [task for task in args.tasks.split(",") if task]
+    tasks = [task for task in (args.tasks or default_task(args.model)).split(",") if task]
     options = parse_options(args.set)
     if args.method == NONE and args.keep is not None:
         raise ValueError("The unpruned model keeps every token; leave --keep out with --method none.")
@@ -298,7 +299,7 @@ def _run(args: argparse.Namespace) -> int:
             raise ValueError("Give both --image and --question, or neither to ask about a picture of the pocket suite.")
         options = parse_options(args.set)
         check_method_name(args.method)
-        _check_keep(args)
+        _check_keep(args.method, args.keep)
         entry: Any = {"method": args.method, **options}
         budgets = [] if args.keep is None else [args.keep]
         RunConfig("run", args.model, ["pocket"], [entry], budgets, dtype=args.dtype, references=False).check()

@@ -66,8 +66,9 @@ STAGES = {
         "J", steps=500, lr=5e-4, seed=320_000_000, objects=(3, 8), easy=0.1, drop=0.5, drop_end=0.4, fit=0.5, after="V",
     ),
     "J2": Stage(
-        "J2", steps=450, lr=6e-4, seed=340_000_000, easy=0.1, sizes=_MORE, clip_sizes=((8, 8), (10, 8), (10, 10)),
-        grids=(2, 2, 4), clips=0.25, drop=0.4, drop_end=0.4, see=0.15, tower_lr=0.8, after="J",
+        "J2", steps=480, lr=6e-4, seed=340_000_000, easy=0.1, sizes=_MORE, clip_sizes=((8, 8), (10, 8), (10, 10)),
+        grids=(2, 2, 4), clips=0.25, drop=0.4, drop_end=0.4, fit=0.25, see=0.15, tower_lr=0.8,
+        after="J",
     ),
 }  # fmt: skip
 
