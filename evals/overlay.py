@@ -68,14 +68,18 @@ _SCALE = 14  # pixels a token where the picture is drawn anew
 _MOST = 12  # crops of a picture that are drawn
 
 
-def seen_views(loaded: LoadedModel, inputs: Mapping[str, Any], image: Image.Image) -> list[View]:
+def seen_views(loaded: LoadedModel, inputs: Mapping[str, Any], image: Image.Image | list[Image.Image]) -> list[View]:
     """The first picture of a prompt as its visual tokens lie over it: once for a plain image, once for the thumbnail
-    and once for the mosaic of a picture in crops, once a tile where the model gets tiles.
+    and once for the mosaic of a picture in crops, once a tile where the model gets tiles, once a raster of a video.
 
     Args:
         inputs: of one prompt, as the processor made them.
-        image: the picture as it was handed to the processor.
+        image: the picture, or the frames of the video, as it was handed to the processor.
     """
+    if isinstance(image, list):
+        rasters = adapter_for(loaded.model).visuals("video", inputs)[0].rasters[:_MOST]
+        step = max(1, len(image) // len(rasters))  # several frames may share a raster: the first is shown
+        return [(_drawn(image[number * step], raster), raster) for number, raster in enumerate(rasters)]
     visual = adapter_for(loaded.model).visuals("image", inputs)[0]
     pixels = inputs["pixel_values"]
     views: list[View] = []
@@ -84,9 +88,13 @@ def seen_views(loaded: LoadedModel, inputs: Mapping[str, Any], image: Image.Imag
         if tile is not None and raster.kind in ("image", "crop"):
             views.append((seen_picture(tile, loaded.processor), raster))
         else:
-            size = (raster.grid[1] * _SCALE, raster.grid[0] * _SCALE)
-            views.append((image.convert("RGB").resize(size, Image.Resampling.BICUBIC), raster))
+            views.append((_drawn(image, raster), raster))
     return views
+
+
+def _drawn(picture: Image.Image, raster: Raster) -> Image.Image:
+    size = (raster.grid[1] * _SCALE, raster.grid[0] * _SCALE)
+    return picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
 
 
 def draw_kept(views: Sequence[View], point: Point, images: list[list[int]]) -> Image.Image:

@@ -47,15 +47,16 @@ def prefill(loaded: LoadedModel, inputs: dict[str, Any]) -> Any:
 
 
 def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], stays: torch.Tensor) -> Callable[[], Any]:
-    """The work of an ideal pruned prefill, ready to be timed. One prompt, images only.
+    """The work of an ideal pruned prefill, ready to be timed. One prompt, images only or videos only.
 
     Args:
         stays: `[1, S]` bool, places of the prompt that stay (see `Handle.stays`).
     """
     model, adapter = loaded.model, adapter_for(loaded.model)
     ids = inputs["input_ids"]
-    placeholder = adapter.placeholder_ids["image"]
-    encode: Callable[..., Any] = getattr(adapter.entry, adapter.features["image"])
+    kind = next(kind for kind, name in adapter.pixels.items() if inputs.get(name) is not None)
+    placeholder = adapter.placeholder_ids[kind]
+    encode: Callable[..., Any] = getattr(adapter.entry, adapter.features[kind])
     names = inspect.signature(encode).parameters
     vision = {name: value for name, value in inputs.items() if name in names}
     keep = stays[0].to(ids.device)

@@ -22,11 +22,10 @@ from tokenprune.evals.pocket.packing import kept_patches
 from tokenprune.evals.pocket.questions import FAMILIES, Question, ask
 from tokenprune.evals.pocket.qwen.clips import Clip, ask_clip, make_clip, still
 from tokenprune.evals.pocket.qwen.model import END, START, build_tokenizer
-from tokenprune.evals.pocket.qwen.see import Readers, positions, targets
+from tokenprune.evals.pocket.qwen.see import Readers, positions, targets, to_frames
 from tokenprune.evals.pocket.qwen.tower import run_tower
 from tokenprune.evals.pocket.qwen.transfer import FIRST, teacher_tokens, token_map
 from tokenprune.evals.pocket.scenes import PATCH, SPLIT_SEED, Scene, Thing, make_scene
-from tokenprune.evals.pocket.vision import to_pixels
 
 ALL_FAMILIES = (*FAMILIES, "easy_vqa", "video")
 INTERVAL = 2  # M-RoPE steps from one pair of frames to the next: the processor's default of one second, times two
@@ -76,8 +75,8 @@ class Batch:
             pairs = [(clip.frames[2 * g], clip.ways) for clip in clipped for g in range(self.grids)]
             self.target = targets([scene for scene, _ in pairs], [ways for _, ways in pairs])
         self.images = np.stack(images)
-        flat = to_pixels(self.images.reshape(-1, *self.images.shape[2:]))
-        self.frames = flat.unflatten(0, (-1, 2))
+        part = min(1.0, (step + 1) / stage.anneal) if stage.anneal and split == "train" else 1.0
+        self.frames = to_frames(self.images, part)
         where = positions(rows, cols, self.grids, INTERVAL).expand(-1, number, -1)
         self.kept = None
         if dropped:

@@ -1,4 +1,4 @@
-"""From a checkpoint to the folder that ships: ``python -m tokenprune.evals.pocket.qwen.export --run DIR --stage J2``."""
+"""From a checkpoint to the folder that ships: ``python -m tokenprune.evals.pocket.qwen.export --run DIR``."""
 
 from __future__ import annotations
 

@@ -20,12 +20,15 @@ from transformers import (
 )
 
 from tokenprune.evals.pocket import model as llava
-from tokenprune.evals.pocket.vision import IMAGE_MEAN, IMAGE_STD
+from tokenprune.evals.pocket.vision import IMAGE_STD
 
 MODEL_DIR = Path(__file__).parents[1] / "models" / "pocket-qwen"
 TEACHER_DIR = llava.MODEL_DIR
 SCALE = 2  # a scene is drawn at twice the size that pocket-llava sees, so a merged token shows what a patch shows there
 TOKEN = 28  # pixels a side of a merged token: patch 14, merged 2 x 2
+# The patch embedding has no bias and RMSNorm forgets lengths: with one mean for all colours a flat patch would look the
+# same at any brightness. With three means its direction tells.
+MEANS = (0.4, 0.5, 0.6)
 MROPE = [2, 4, 26]  # rotary pairs of time, height and width; see `transfer.place_layer`
 START, END, IMAGE, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
 NEW_WORDS = ("way", "that", "move", "moves", "up", "down")
@@ -122,7 +125,7 @@ def export(model: Qwen2_5_VLForConditionalGeneration, folder: Path, dtype: torch
     tokenizer.save_pretrained(folder)
     size = {"shortest_edge": 56 * 56, "longest_edge": 1024 * TOKEN * TOKEN}
     shared = {
-        "image_mean": [IMAGE_MEAN] * 3, "image_std": [IMAGE_STD] * 3, "patch_size": 14, "temporal_patch_size": 2,
+        "image_mean": list(MEANS), "image_std": [IMAGE_STD] * 3, "patch_size": 14, "temporal_patch_size": 2,
         "merge_size": 2, "size": size, "processor_class": "Qwen2_5_VLProcessor",
     }  # fmt: skip
     # written by hand: the classes that would write the video processor's file need torchvision

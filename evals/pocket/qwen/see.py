@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditional
 
 from tokenprune.evals.pocket.easy import easy_split
 from tokenprune.evals.pocket.qwen.clips import WAYS, make_clip, still
-from tokenprune.evals.pocket.qwen.model import START, build_tokenizer
+from tokenprune.evals.pocket.qwen.model import MEANS, START, build_tokenizer
 from tokenprune.evals.pocket.qwen.tower import run_tower
 from tokenprune.evals.pocket.qwen.transfer import FIRST, rows_and_columns, teacher_tokens
 from tokenprune.evals.pocket.scenes import (
@@ -31,7 +31,7 @@ from tokenprune.evals.pocket.scenes import (
     Scene,
     make_scene,
 )
-from tokenprune.evals.pocket.vision import _balanced, patch_targets, to_pixels
+from tokenprune.evals.pocket.vision import IMAGE_MEAN, IMAGE_STD, _balanced, patch_targets
 
 _SIZES = ((12, 12), (12, 12), (12, 12), (10, 14), (14, 10), (16, 12), (12, 16), (9, 11))  # tokens, columns x rows
 _TOKENS = 2304  # a step
@@ -98,7 +98,7 @@ class Batch:
         ]
         if more:
             images = np.concatenate([images, np.stack([[image, image] for image in more])])
-        self.frames = to_pixels(images.reshape(-1, *images.shape[2:])).unflatten(0, images.shape[:2])
+        self.frames = to_frames(images)
         with torch.no_grad():
             self.teacher = teacher_tokens(teacher, images[:, 0])
 
@@ -118,6 +118,16 @@ def _ways(scene: Scene, ways: dict[int, str]) -> Tensor:
     for index, way in ways.items():
         out[torch.from_numpy((cells == index + 1).sum(1) >= 10)] = list(WAYS).index(way)
     return out
+
+
+def to_frames(images: np.ndarray, part: float = 1.0) -> Tensor:
+    """[B, F, H, W, 3] uint8 -> normalised pairs of frames [B * F / 2, 2, 3, H, W].
+
+    ``part``: how far the means of the colours are from pocket-llava's one mean (0) to this model's own (1).
+    """
+    means = torch.tensor([IMAGE_MEAN + part * (mean - IMAGE_MEAN) for mean in MEANS])[:, None, None]
+    pixels = torch.from_numpy(images.reshape(-1, *images.shape[2:])).permute(0, 3, 1, 2).float()
+    return ((pixels / 255 - means) / IMAGE_STD).unflatten(0, (-1, 2))
 
 
 def positions(rows: int, cols: int, grids: int = 1, interval: int = 0) -> Tensor:

@@ -59,8 +59,10 @@ def token_map() -> Tensor:
     return table
 
 
-def transfer(model: Qwen2_5_VLForConditionalGeneration, teacher: LlavaForConditionalGeneration) -> None:
-    """Copy the decoder and the words; set up the new first layer."""
+def transfer(
+    model: Qwen2_5_VLForConditionalGeneration, teacher: LlavaForConditionalGeneration, scenes: int = 48
+) -> None:
+    """Copy the decoder and the words; set up the new first layer, from so many validation scenes."""
     core, old = model.model.language_model, teacher.model.language_model
     table = token_map()
     known = table >= 0
@@ -77,19 +79,19 @@ def transfer(model: Qwen2_5_VLForConditionalGeneration, teacher: LlavaForConditi
             for name in missing:  # the biases of queries, keys and values
                 layer.get_parameter(name).zero_()
         core.norm.load_state_dict(old.norm.state_dict())
-    place_layer(model, teacher)
+    place_layer(model, teacher, scenes)
 
 
 @torch.no_grad()
-def place_layer(model: Qwen2_5_VLForConditionalGeneration, teacher: LlavaForConditionalGeneration) -> None:
+def place_layer(model: Qwen2_5_VLForConditionalGeneration, teacher: LlavaForConditionalGeneration, scenes: int) -> None:
     """Start the first layer as the module's docstring says; to words it adds next to nothing."""
     core = model.model.language_model
     layer, config = core.layers[0], core.config
     attn, head = layer.self_attn, config.hidden_size // config.num_attention_heads
     half, group = head // 2, config.num_attention_heads // config.num_key_value_heads
-    scenes = [make_scene(SPLIT_SEED["val"] + 900_000 + i, GRID * PATCH, (5, 9)) for i in range(48)]
-    tokens = torch.cat([teacher_tokens(teacher, s.image[None]) for s in scenes])
-    empty = torch.stack([torch.from_numpy(s.owner).unfold(0, PATCH, PATCH).unfold(1, PATCH, PATCH) for s in scenes])
+    drawn = [make_scene(SPLIT_SEED["val"] + 900_000 + i, GRID * PATCH, (5, 9)) for i in range(scenes)]
+    tokens = torch.cat([teacher_tokens(teacher, s.image[None]) for s in drawn])
+    empty = torch.stack([torch.from_numpy(s.owner).unfold(0, PATCH, PATCH).unfold(1, PATCH, PATCH) for s in drawn])
     empty = (empty.flatten(3) == 0).all(-1).flatten(1)[..., None]
     code = (tokens * empty).sum(0) / empty.sum(0).clamp(min=1)  # [576, width]: what pocket-llava says of an empty place
 
