@@ -26,10 +26,10 @@ def anyres_visual(pack: Pack, crops: int, side: int) -> Visual:
     offsets = (packed >= 0).nonzero()[:, 0]
     found = packed[offsets]
     count = offsets.shape[0]
-    if crops == 1:
+    rows = packed.shape[0] - count
+    if crops == 1 or rows == 0:  # of an extreme strip all rows of the mosaic are padding
         rasters = (Raster((side, side)),)
     else:
-        rows = packed.shape[0] - count
         mosaic = (rows, (count - side * side) // rows)
         rasters = (Raster((side, side), 0, "thumbnail"), Raster(mosaic, side * side, "mosaic"))
 

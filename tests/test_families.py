@@ -196,3 +196,19 @@ def test_analytic_flops_equal_measured_by_part_and_layer(name, method):
 def test_the_adapter_of_each_family_is_found_by_class():
     for name in BUILDERS:
         assert adapter_for(family(name)).name == name
+
+
+@pytest.mark.parametrize("size", [(4, 60), (60, 4)])
+def test_a_strip_whose_mosaic_is_all_padding_is_pruned(size):
+    model, batch = family("llava_next"), dict(batch_of("llava_next", "one_left"))
+    batch["image_sizes"] = torch.tensor([size])
+    with torch.no_grad():
+        features = model.model.get_image_features(batch["pixel_values"], batch["image_sizes"], return_dict=True)
+    token, ids = model.config.image_token_id, batch["input_ids"][0]
+    begin, text = int((ids == token).nonzero()[0]), ids[ids != token]
+    image = torch.full((features.pooler_output[0].shape[0],), token)
+    batch["input_ids"] = torch.cat([text[:begin], image, text[begin:]])[None]
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    with tokenprune.applied(model, "random", keep=5) as handle, torch.no_grad():
+        logits = model(**batch).logits
+    assert logits.shape[1] == len(text) + 5 and len(handle.kept[0][0]) == 5
