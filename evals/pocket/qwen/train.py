@@ -72,6 +72,7 @@ STAGES = {
         grids=(2, 2, 4), clips=0.25, drop=0.4, drop_end=0.4, fit=0.25, see=0.25, anneal=60, tower_lr=1.0,
         after="J",
     ),
+    "V2": Stage("V2", steps=400, lr=1.5e-3, seed=360_000_000, objects=(5, 10), clips=0.4, after="J2"),
 }  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def main() -> None:
     teacher, model = load_teacher(), build_qwen()
     transfer(model, teacher)
     for name in args.stages.split(","):
-        stage, module = STAGES[name], see if name == "V" else answer
+        stage, module = STAGES[name], see if name.startswith("V") else answer
         module.train(stage, args.out, args.resume, sys.modules[__name__], model, teacher)
 
 
