@@ -331,17 +331,20 @@ def join_kernel(
     z_t = tl.sum(b_scale * tl.load(p_part + 3, mask=m_s, other=0.0), axis=0)
     z_o = tl.sum(b_scale * tl.load(p_part + 4, mask=m_s, other=0.0), axis=0)
     total = z_s + z_n + z_t + z_o
+    total = tl.where(total == 0.0, 1.0, total)
     in_picture = z_s + z_n
     # m_N > 0 as the reference tests it: at least the smallest normal number
     active = (in_picture >= least_mass * total) & (z_n >= 1.1754943508222875e-38 * total)  # type: ignore[operator]
     batch, row = line // (heads * rows), line % rows
-    visual = 0.0
+    slacked = in_picture
     if SLACKED:
+        visual = tl.zeros([1024], tl.float32)
         for first in range(0, known, 1024):
             o_n = first + tl.arange(0, 1024)
             kind = tl.load(p_groups + batch * g_b + o_n * g_n, mask=o_n < known, other=0)
-            visual += tl.sum(((kind == 1) | (kind == 2)).to(tl.float32), axis=0)
-    active = active & (z_s <= most_sink * (in_picture + slack * visual * total)) & (total > 0.0)
+            visual += ((kind == 1) | (kind == 2)).to(tl.float32)
+        slacked = in_picture + slack * tl.sum(visual, axis=0) * total
+    active = active & (z_s <= most_sink * slacked)
     if GATED:
         active = active & tl.load(p_gate + batch * open_b + row * open_r).to(tl.int1)
     shrunk = tl.where(active, 1.0 - share, 1.0)
@@ -354,8 +357,7 @@ def join_kernel(
         u_n = tl.load(p_u + out_width, mask=o_v < out_width, other=0.0)
         u_o = tl.load(p_u + 2 * out_width, mask=o_v < out_width, other=0.0)
         b_out += part * (shrunk * u_sinks + grown * u_n + u_o)
-    b_out = b_out / tl.where(total > 0.0, total, 1.0)
-    tl.store(p_out + line * out_width + o_v, b_out.to(p_out.dtype.element_ty), mask=o_v < out_width)
+    tl.store(p_out + line * out_width + o_v, (b_out / total).to(p_out.dtype.element_ty), mask=o_v < out_width)
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
