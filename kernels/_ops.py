@@ -28,6 +28,8 @@ class Op:
         launch: the same with Triton kernels.
         fake: the same on tensors without values.
         flops: floating-point operations of its matrix products, from the same arguments; None where it has none.
+        direct: what runs in place of the reference where no op is called, if there it may keep something between
+            calls that a graph should not see.
     """
 
     def __init__(
@@ -37,9 +39,10 @@ class Op:
         launch: Callable[..., Any],
         fake: Callable[..., Any],
         flops: Callable[..., int] | None = None,
+        direct: Callable[..., Any] | None = None,
     ) -> None:
         self.name = schema.partition("(")[0]
-        self.reference, self.launch = reference, launch
+        self.direct = direct or reference
         _LIBRARY.define(schema)
 
         def run(first: Tensor, *args: Any) -> Any:
@@ -64,7 +67,7 @@ class Op:
         if torch.compiler.is_compiling():
             return self._op(first, *args)
         if not runs_triton(first) or _wants_gradient(first, *args):
-            return self.reference(first, *args)
+            return self.direct(first, *args)
         return self._op(first, *args)
 
 

@@ -1,6 +1,7 @@
 """Compiles every Triton kernel for GPUs that are not there, and writes what each takes of one.
 
     python -m tokenprune.kernels.aot --out docs/bench/kernels-aot-DATE.csv
+    python -m tokenprune.kernels.aot --out docs/bench/kernels-aot-DATE.csv --op merge
 
 The launches are those that the ops themselves make, noted on tensors without storage; so block sizes, constants and
 warps are the ones that run.
@@ -14,7 +15,7 @@ import inspect
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,9 +114,10 @@ def _transition(dtype: torch.dtype) -> object:
 def _redistribute(heads: int, key_heads: int, rows: int, count: int, width: int) -> Callable[..., object]:
     def make(dtype: torch.dtype) -> object:
         query, key, value = _heads(heads, key_heads, rows, count, width, dtype)
-        flags = _new(1, count, dtype=torch.bool)
-        mask = _new(1, rows, count, dtype=torch.bool) if rows > 1 else None
-        return redistribute_attention.launch(query, key, value, 0.1, flags, flags, 0.6, 0.2, 0.5, mask, None)
+        groups = _new(1, 650, dtype=torch.int8)
+        allowed = _new(1, rows, count, dtype=torch.bool) if rows > 1 else None
+        gate = _new(1, rows, dtype=torch.bool) if rows > 1 else None
+        return redistribute_attention.launch(query, key, value, groups, allowed, gate, 0.6, 0.2, 0.2, 1e-6, 0.1)
 
     return make
 
@@ -211,9 +213,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def compile_all() -> Iterator[dict[str, Any]]:
+def compile_all(ops: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One row for each kernel of each case, dtype and architecture."""
-    for case in CASES:
+    for case in (case for case in CASES if case.op in ops):
         for dtype in case.dtypes:
             for launch in launches(case, dtype):
                 for arch in ARCHITECTURES:
@@ -225,20 +227,28 @@ def main() -> None:
     """Compile and write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/kernels-aot.csv"), help="%(default)s")
+    names = list(dict.fromkeys(case.op for case in CASES))
+    parser.add_argument("--op", choices=names, help="compile this one only, and keep the other rows of the file")
     options = parser.parse_args()
     if not HAS_TRITON:
         raise SystemExit("Triton is not installed; on Linux: pip install triton.")
+    rows = []
+    for row in compile_all([options.op] if options.op else names):
+        rows.append(row)
+        print(
+            f"{row['kernel']:>20} {row['dtype']:>9} {row['arch']}  {row['registers']:>3} registers, "
+            f"{row['spill_bytes']} bytes spilled, {row['shared_bytes']} bytes shared  ({row['case']})",
+            flush=True,
+        )
+    if options.op and options.out.exists():
+        with options.out.open(newline="", encoding="utf-8") as stream:
+            rows += [row for row in csv.DictReader(stream) if row["op"] != options.op]
+    rows.sort(key=lambda row: names.index(row["op"]))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", newline="", encoding="utf-8") as stream:
         writer: csv.DictWriter[str] = csv.DictWriter(stream, COLUMNS, extrasaction="ignore")
         writer.writeheader()
-        for row in compile_all():
-            writer.writerow(row)
-            print(
-                f"{row['kernel']:>20} {row['dtype']:>9} {row['arch']}  {row['registers']:>3} registers, "
-                f"{row['spill_bytes']} bytes spilled, {row['shared_bytes']} bytes shared  ({row['case']})",
-                flush=True,
-            )
+        writer.writerows(rows)
     print(f"written: {options.out}")
 
 

@@ -38,7 +38,9 @@ def token_transition(
     """
     given = (attention_in, attention_out, mlp_in, mlp_out)
     if attention_in.dim() != 3 or any(tensor.shape != attention_in.shape for tensor in given):
-        raise ValueError(f"token_transition needs four tensors [B, N, D], got {[tuple(t.shape) for t in given]}.")
+        raise ValueError(
+            f"token_transition needs four tensors of one shape [B, N, D], got {[tuple(t.shape) for t in given]}."
+        )
     return _OP(*given)
 
 

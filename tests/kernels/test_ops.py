@@ -33,6 +33,7 @@ def examples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     torch.manual_seed(0)
     x, half = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
     flags, wide = torch.rand(2, 9) < 0.5, torch.randn(2, 9, 6)
+    groups, seen = torch.randint(4, (2, 7), dtype=torch.int8), flags[:1, None] | (torch.arange(9) < 3)
     index = torch.tensor([[0, 2, 8], [1, 3, -1]])
     quotas = torch.tensor([[1, 2], [3, 0]])
     return {
@@ -45,7 +46,7 @@ def examples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "token_transition": (token_transition, (wide, wide + 1, wide - 1, wide * 2)),
         "redistribute_attention": (
             redistribute_attention,
-            (x[:, :, :2], half, half, 0.3, flags, flags | True, 0.6, 0.1, 0.1, None, None),
+            (x[:, :, :2], half, half, groups, seen.expand(1, 2, 9), flags[:, :2], 0.6, 0.1, 0.9, 1e-3, 0.3),
         ),
     }
 
@@ -85,7 +86,7 @@ def leaves(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
 
-@pytest.mark.parametrize("name", ["attention_rows", "attention_received", "greedy_diversity"])
+@pytest.mark.parametrize("name", ["attention_rows", "attention_received", "greedy_diversity", "redistribute_attention"])
 def test_the_formula_counts_what_the_reference_multiplies(name: str) -> None:
     module, args = examples()[name]
     counts = []

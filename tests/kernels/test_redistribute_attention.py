@@ -4,7 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tokenprune.kernels import aot
+from tokenprune.kernels import redistribute_attention as module
 from tokenprune.kernels.redistribute_attention import redistribute_attention
 
 SIZES = {"share": 0.6, "least_mass": 0.4, "most_sink": 0.3, "slack": 0.0}
@@ -105,3 +108,63 @@ def test_half_precision(dtype):
     )
     assert half.dtype == dtype
     assert float((half.float() - wide).norm() / wide.norm()) < (0.03 if dtype == torch.bfloat16 else 0.01)
+
+
+def test_a_plan_that_is_kept_belongs_to_its_settings():
+    inputs = case(5, 2, 2, 2, 3, 20, 3)
+    groups = inputs[3]
+    first = redistribute_attention(*inputs, **SIZES, scale=0.5)
+    kept = groups._plan
+    assert torch.equal(redistribute_attention(*inputs, **SIZES, scale=0.5), first) and groups._plan is kept
+    other = {**SIZES, "share": 0.2}
+    again = case(5, 2, 2, 2, 3, 20, 3)
+    expected = redistribute_attention(*again, **other, scale=0.5)
+    assert torch.equal(redistribute_attention(*inputs, **other, scale=0.5), expected)
+    assert groups._plan is not kept
+
+
+def test_no_plan_is_kept_by_the_op_nor_of_fake_tensors():
+    inputs = case(6, 2, 2, 2, 3, 20, 3)
+    rule = {**SIZES, "scale": 0.5}
+    found = module._OP._op(*inputs, *rule.values())
+    assert not hasattr(inputs[3], "_plan")
+    assert torch.equal(found, redistribute_attention(*inputs, **rule)) and hasattr(inputs[3], "_plan")
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(tensor) for tensor in inputs]
+        made = redistribute_attention(*fake, **rule)
+    assert (made.shape, made.dtype, made.stride()) == (found.shape, found.dtype, found.stride())
+    assert not hasattr(fake[3], "_plan")
+
+
+def test_compiled_code_holds_the_op():
+    graphs = []
+
+    def keep(graph, given):
+        graphs.append(graph)
+        return graph.forward
+
+    inputs = case(7, 2, 2, 2, 3, 20, 3)
+    compiled = torch.compile(lambda *args: redistribute_attention(*args, **SIZES, scale=0.5), backend=keep)
+    found = compiled(*inputs)
+    assert torch.equal(found, redistribute_attention(*inputs, **SIZES, scale=0.5))
+    called = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert called == [torch.ops.tokenprune.redistribute_attention.default]
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "said"),
+    [
+        (0, lambda query: query[:, :3], "must be a multiple"),
+        (2, lambda value: value[:, :, 1:], "value must be"),
+        (3, lambda groups: groups[:1], "groups must be"),
+        (3, lambda groups: groups.repeat(1, 2), "P at most 23"),
+        (4, lambda allowed: allowed[..., 1:], "allowed must be"),
+        (5, lambda gate: gate[:, 1:], "gate must be"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named_before_a_launch(place, change, said):
+    inputs = [*case(8, 2, 2, 2, 3, 20, 3)]
+    inputs[place] = change(inputs[place])
+    with aot.noting() as noted, pytest.raises(ValueError, match=said):
+        module.launch(*inputs, *SIZES.values(), 0.5)
+    assert not noted
