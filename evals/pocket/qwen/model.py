@@ -84,15 +84,11 @@ def build_qwen() -> Qwen2_5_VLForConditionalGeneration:
 
 
 def _start_tower(tower: nn.Module) -> None:
-    """Scaled weights, and in the first two blocks a query and key bias that peak at one offset of patches a head."""
-    width, heads = tower.config.hidden_size, tower.config.num_heads
-    head, pairs = width // heads, width // heads // 4
-    turns = 10000.0 ** (-torch.arange(pairs) / pairs)  # radians a patch, for rows and for columns alike
-    offsets = [[(-1, 0), (1, 0), (0, -1), (0, 1)], [(-2, 0), (2, 0), (0, -2), (0, 2)]]
-    weight = torch.tensor([1.0, 0.7, 0.4] + [0.0] * (pairs - 3))  # the pairs that tell near patches apart
+    """Scaled weights, heads that look at one neighbouring patch each, and kernels that see change."""
+    width = tower.config.hidden_size
     with torch.no_grad():
         tower.patch_embed.proj.weight.normal_(std=0.03)
-        for depth_at, block in enumerate(tower.blocks):
+        for block in tower.blocks:
             block.attn.qkv.weight.normal_(std=0.7 * width**-0.5)
             block.attn.qkv.weight[2 * width :].normal_(std=width**-0.5)
             block.attn.qkv.bias.zero_()
@@ -100,18 +96,41 @@ def _start_tower(tower: nn.Module) -> None:
             for name in ("gate_proj", "up_proj"):
                 getattr(block.mlp, name).weight.normal_(std=width**-0.5)
             block.mlp.down_proj.weight.normal_(std=tower.config.intermediate_size**-0.5)
-            if depth_at >= len(offsets):
-                continue
-            query, key = block.attn.qkv.bias[: 2 * width].view(2, heads, head)
-            for h, (dy, dx) in enumerate(offsets[depth_at]):
-                block.attn.qkv.weight[h * head : (h + 1) * head] *= 0.2
-                block.attn.qkv.weight[width + h * head : width + (h + 1) * head] *= 0.2
-                key[h, : 2 * pairs] = 4.5 * torch.cat([weight, weight])
-                query[h, : 2 * pairs] = 4.5 * torch.cat([(dy * turns).cos(), (dx * turns).cos()])
-                query[h, 2 * pairs :] = 4.5 * torch.cat([(dy * turns).sin(), (dx * turns).sin()])
         first, _, last = tower.merger.mlp
         first.weight.normal_(std=first.in_features**-0.5)
         last.weight.normal_(std=0.5 * last.in_features**-0.5)
+    look_at(tower, _OFFSETS | FAR)
+    see_change(tower)
+
+
+_OFFSETS = {0: 1, 1: 2}  # by block: how many patches up, down, left and right its four heads look
+FAR = {3: 5}  # a block with full attention: half a period of the background's bands
+
+
+@torch.no_grad()
+def look_at(tower: nn.Module, distances: dict[int, int]) -> None:
+    """Let the four heads of some blocks start with biases whose products peak so many patches away."""
+    width, heads = tower.config.hidden_size, tower.config.num_heads
+    head, pairs = width // heads, width // heads // 4
+    turns = 10000.0 ** (-torch.arange(pairs) / pairs)  # radians a patch, for rows and for columns alike
+    weight = torch.tensor([1.0, 0.7, 0.4] + [0.0] * (pairs - 3))  # the pairs that tell near patches apart
+    for depth, far in distances.items():
+        qkv = tower.blocks[depth].attn.qkv
+        query, key = qkv.bias[: 2 * width].view(2, heads, head)
+        qkv.weight[: 2 * width] *= 0.2
+        for h, (dy, dx) in enumerate([(-far, 0), (far, 0), (0, -far), (0, far)]):
+            key[h, : 2 * pairs], key[h, 2 * pairs :] = 4.5 * torch.cat([weight, weight]), 0.0
+            query[h, : 2 * pairs] = 4.5 * torch.cat([(dy * turns).cos(), (dx * turns).cos()])
+            query[h, 2 * pairs :] = 4.5 * torch.cat([(dy * turns).sin(), (dx * turns).sin()])
+
+
+@torch.no_grad()
+def see_change(tower: nn.Module) -> None:
+    """Add what differs between two frames to a quarter of the patch embedding; still pictures stay as they are."""
+    kernel = tower.patch_embed.proj.weight  # [width, 3, 2, 14, 14]
+    change = 0.03 * torch.randn_like(kernel[: len(kernel) // 4, :, 0])
+    kernel[: len(kernel) // 4, :, 0] += change
+    kernel[: len(kernel) // 4, :, 1] -= change
 
 
 def export(model: Qwen2_5_VLForConditionalGeneration, folder: Path, dtype: torch.dtype = torch.float16) -> None:

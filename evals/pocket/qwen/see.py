@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditional
 
 from tokenprune.evals.pocket.easy import easy_split
 from tokenprune.evals.pocket.qwen.clips import WAYS, make_clip, still
-from tokenprune.evals.pocket.qwen.model import MEANS, START, build_tokenizer
+from tokenprune.evals.pocket.qwen.model import FAR, MEANS, START, build_tokenizer, look_at, see_change
 from tokenprune.evals.pocket.qwen.tower import run_tower
 from tokenprune.evals.pocket.qwen.transfer import FIRST, rows_and_columns, teacher_tokens
 from tokenprune.evals.pocket.scenes import (
@@ -165,6 +165,9 @@ def train(stage, out: Path, resume: bool, tools, model: Qwen2_5_VLForConditional
     for name, module in modules.items():
         if state and name in state:
             module.load_state_dict(state[name])
+    if stage.reopen and state and state["stage"] != stage.name:
+        look_at(tower, FAR)
+        see_change(tower)
     optimizer = tools.make_optimizer({tower: 1.0, first: 0.5, readers: 1.0})
     if state and state["stage"] == stage.name:
         at = state["step"]
