@@ -138,12 +138,13 @@ class DecoderSignals:
         return attention_rows(query, key, scale, self._allowed(rows))[..., -length:]
 
     def _ends(self) -> Tensor:
-        """`[B, 1]` int64, the last token of each row that is no padding."""
+        """`[B, 1]` int64, the last token of each prompt."""
         batch_size, length = self._given.hidden.shape[:2]
         device = self._given.hidden.device
         if self._given.attended is None:
-            return torch.full((batch_size, 1), length - 1, device=device)
-        return (torch.arange(length, device=device) * self._given.attended).amax(dim=1, keepdim=True)
+            return torch.full((batch_size, 1), length - 1 - self._prompt.drafted, device=device)
+        ends = (torch.arange(length, device=device) * self._given.attended).amax(dim=1, keepdim=True)
+        return ends - self._prompt.drafted
 
     @torch.no_grad()
     def _last(self) -> Tensor:
@@ -200,7 +201,7 @@ class DecoderSignals:
             visual[span.sample, standing] = True
         at = torch.arange(length, device=device)
         first = torch.where(visual, at, length).amin(dim=1, keepdim=True)
-        text = ~visual & (at > first)
+        text = ~visual & (at > first) & (at < length - self._prompt.drafted)
         if self._given.attended is not None:
             text &= self._given.attended
         to_visual = torch.zeros(batch_size, device=device)

@@ -22,6 +22,7 @@ from tokenprune.cache import mark_pruned, pruned_prompt
 from tokenprune.compaction import Compaction
 from tokenprune.decoder_signals import DecoderSignals, LayerInput, check_decoder_signal
 from tokenprune.decoding import DecoderPass
+from tokenprune.drafts import Drafts
 from tokenprune.intervention import Intervention
 from tokenprune.layout import Layout, build_layout
 from tokenprune.ledger import Ledger
@@ -61,6 +62,7 @@ class Engine:
         self._tower = TowerWatch(adapter, stages, tuple(dict.fromkeys(signals)), self._hint)
         self._read_layers = {signal.layer for signal in signals if signal.name in DECODER_SIGNALS}
         self._transitions = Transitions(adapter, signals, self._now)
+        self._drafts = Drafts()
         self._rows = RowChooser(adapter.tower, self._transitions, self.attending, self._hint)
         self._prompt: Prompt | None = None
         self._pass: DecoderPass | None = None
@@ -83,6 +85,7 @@ class Engine:
                 ledger.hook(adapter.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
         LossAfterPruning(lambda: self._compaction).install(adapter.model, ledger)
         self._tower.install(ledger)
+        self._drafts.install(adapter.model, ledger)
         self._transitions.install(ledger)
 
     # --- the prompt -------------------------------------------------------------------------------------------------
@@ -186,6 +189,7 @@ class Engine:
         self._check_mask(mask, past + embeds.shape[1])
         compaction = None
         if prompt is not None:
+            prompt.drafted = self._drafts.proposed(past + embeds.shape[1])
             embeds, compaction = self._cut_input(prompt, embeds, mask)
             self.last = prompt
             if compaction is not None:

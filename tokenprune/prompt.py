@@ -68,6 +68,7 @@ class Prompt:
         tower: what the vision tower was given, for each of its runs.
         noted: for each intervention, what it noted on keys, by layer.
         attention_flops: by decoder layer, matrix products of interventions beside the layer's own attention.
+        drafted: tokens at the end of each row that a draft proposed.
     """
 
     layout: Layout
@@ -82,6 +83,7 @@ class Prompt:
     tower: list[TowerWork] = field(default_factory=list)
     noted: list[dict[int, Facts]] = field(default_factory=list)
     attention_flops: dict[int, int] = field(default_factory=dict)
+    drafted: int = 0
 
     @property
     def lengths_now(self) -> list[int]:
@@ -98,7 +100,7 @@ class Prompt:
         counts = [0] * self.layout.batch_size
         for span in self.layout.spans:  # row by row and left to right, so the last of a row counts
             end = self.layout.length if self.pad_left else self.lengths[span.sample]
-            counts[span.sample] = end - 1 - int(span.places[-1])
+            counts[span.sample] = end - 1 - int(span.places[-1]) - self.drafted
         return counts
 
     def place(self, device: torch.device) -> None:

@@ -83,11 +83,11 @@ class Transitions:
         with prompt.watch.running(output.device):
             gains, cosines = token_transition(*entered, _first(args, kwargs), output)
             for names, gain, cosine in zip(_NAMES, gains, cosines):
-                turn = (
-                    1 - cosine
-                    if attended is None
-                    else (1 - cosine).masked_fill(~attended.to(output.device), -torch.inf)
-                )
+                turn = 1 - cosine
+                if attended is not None:
+                    turn = turn.masked_fill(~attended.to(output.device), -torch.inf)
+                if prompt.drafted:
+                    turn[:, -prompt.drafted :] = -torch.inf
                 for name, values in zip(names, (gain, cosine, turn.softmax(dim=1))):
                     if name in self._wanted[layer]:
                         self._values[Signal(name, layer)] = values
