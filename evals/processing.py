@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from transformers import AutoProcessor, BatchFeature
-from transformers.utils import PushToHubMixin, cached_file
+from transformers.utils.hub import PushToHubMixin, cached_file
 
 from tokenprune.ledger import Ledger
 

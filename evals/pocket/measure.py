@@ -120,7 +120,7 @@ def conditions(table: Table, samples: list[Sample], tight: Any, loose: Any) -> d
     }  # fmt: skip
     third["met"] = gain.low > 0
     # halves by picture, so that no picture is in both
-    half = np.array([int(re.search(r"\d+", sample.sample_id)[0]) % 2 for sample in samples])
+    half = np.array([int(re.findall(r"\d+", sample.sample_id)[0]) % 2 for sample in samples])
     scores = [[table[f"{method}@{tight}"][half == part].mean() for method in METHODS] for part in (0, 1)]
     fourth: dict[str, Any] = {
         "spearman": round(spearman(scores[0], scores[1]), 3),
