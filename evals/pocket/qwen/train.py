@@ -64,7 +64,7 @@ class Stage:
 
 
 STAGES = {
-    "V": Stage("V", steps=800, lr=2e-3, seed=300_000_000, objects=(6, 11)),
+    "V": Stage("V", steps=1200, lr=2e-3, seed=300_000_000, objects=(6, 11), clips=0.35),
     "J": Stage(
         "J", steps=500, lr=5e-4, seed=320_000_000, objects=(3, 8), easy=0.1, drop=0.5, drop_end=0.4, fit=0.5, after="V",
     ),
