@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -169,3 +170,29 @@ def test_loading_a_processor_leaves_transformers_as_it_was(folder):
     load_processor(str(folder))
     assert dict(vars(loader)) == before[0]
     assert processing_utils.ProcessorMixin.check_argument_for_proper_class is before[1]
+
+
+def test_the_command_line_evaluates_pictures_of_several_sizes_and_a_clip(folder, tmp_path):
+    """A Qwen2.5-VL with its processor, with random weights: what it answers is not looked at."""
+    from tokenprune.cli import main
+
+    command = ["eval", "--model", str(folder), "--tasks", "pocket-mixed", "--method", "oracle", "--keep", "0.111"]
+    assert main([*command, "--limit", "8", "--no-timing", "--output", str(tmp_path)]) in (0, None)
+    rows = pq.read_table(tmp_path / "samples.parquet").to_pylist()
+    counts = {row["family"]: (row["visual_tokens"], row["kept_tokens"]) for row in rows if row["method"] == "oracle"}
+    # 12 x 12 tokens, and two pairs of frames of 8 x 8
+    assert counts["count"] == (144, 16) and counts["video"] == (128, 14)
+
+
+def test_the_overlay_of_a_clip_shows_a_frame_for_each_raster(folder):
+    from tokenprune.evals.config import Point
+    from tokenprune.evals.models import load_model
+    from tokenprune.evals.overlay import draw_kept, seen_views
+
+    loaded = load_model(str(folder), device="cpu")
+    sample = next(load_task("pocket-mixed:video").load(0, 1))
+    inputs = dict(loaded.inputs([sample.question], [sample.image]))
+    views = seen_views(loaded, inputs, sample.image)
+    assert [raster.grid for _, raster in views] == [(8, 8)] * 2
+    sheet = draw_kept(views, Point("m", "t", "uniform", 4), [[0, 1, 64, 127]])
+    assert sheet.width > 2 * 8 * 14 and sheet.height == 8 * 14
