@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 POCKET = Path(__file__).parent / "pocket" / "models"
 PLAIN_PROMPT = "USER: <image>\n{question} ASSISTANT:"
+FPS = 2.0  # frames a second of videos, which tasks give as frames
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -51,19 +52,20 @@ class LoadedModel:
         return PLAIN_PROMPT.format(question=question)
 
     def inputs(self, questions: list[str], images: list[Image | list[Image]]) -> Any:
-        """Processor output for a batch with one image, or one video (its frames), each.
+        """Processor output for a batch with one image, or one video (its frames, `FPS` a second), each.
 
         Left padded, on the model's device and in its dtype.
         """
         kinds = ["video" if isinstance(image, list) else "image" for image in images]
         pictures = [image.convert("RGB") for image in images if not isinstance(image, list)]
         videos = [[frame.convert("RGB") for frame in image] for image in images if isinstance(image, list)]
+        metadata = [{"fps": FPS, "total_num_frames": len(video)} for video in videos]
         batch = self.processor(
             text=[self.prompt(question, kind) for question, kind in zip(questions, kinds)],
             padding=True,
             return_tensors="pt",
             **({"images": pictures} if pictures else {}),
-            **({"videos": videos} if videos else {}),
+            **({"videos": videos, "video_metadata": metadata, "do_sample_frames": False} if videos else {}),
         )
         return batch.to(self.model.device, dtype=self.model.dtype)
 

@@ -16,6 +16,7 @@ from transformers.utils.hub import PushToHubMixin, cached_file
 
 from tokenprune.ledger import Ledger
 
+_FPS = 24.0
 _FILES = ("video_preprocessor_config.json", "preprocessor_config.json")
 
 
@@ -68,8 +69,12 @@ class FrameProcessor(PushToHubMixin):
         self.merge_size = self.settings.get("merge_size", 2)
         self.temporal_patch_size = self.settings.get("temporal_patch_size", 2)
 
-    def __call__(self, videos: Any, fps: float = 2.0, return_tensors: Any = None, **_: Any) -> BatchFeature:
+    def __call__(self, videos: Any, video_metadata: Any = None, return_tensors: Any = None, **_: Any) -> BatchFeature:
         """Pack videos: one `[T, H, W, 3]` array or list of PIL frames, or a list of those.
+
+        Args:
+            video_metadata: of each video a mapping with `fps`; 24 frames a second where nothing is said, as in
+                transformers.
 
         Raises:
             ImportError: the family packs videos in another way than Qwen-VL does.
@@ -85,7 +90,8 @@ class FrameProcessor(PushToHubMixin):
             "video_grid_thw": np.array([grid for _, grid in packed]),
         }
         feature = BatchFeature(data, tensor_type=return_tensors)
-        feature["video_metadata"] = [_Metadata(fps)] * len(clips)
+        given = video_metadata or [{}] * len(clips)
+        feature["video_metadata"] = [_Metadata(float(one.get("fps") or _FPS)) for one in given]
         return feature
 
     def to_dict(self) -> dict[str, Any]:

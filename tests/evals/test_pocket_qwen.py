@@ -151,6 +151,9 @@ def test_a_processor_loads_without_torchvision_and_packs_frames_as_the_tower_wan
     found = processor(text=[ask], videos=[frames], return_tensors="pt")
     assert found["video_grid_thw"].tolist() == [[3, 4, 6]]  # five frames are three pairs
     assert int((found["input_ids"] == processor.video_token_id).sum()) == 3 * 2 * 3
+    assert found["second_per_grid_ts"].item() == pytest.approx(2 / 24)  # what the stock class says without metadata
+    told = processor(text=[ask], videos=[frames], video_metadata=[{"fps": 2.0, "total_num_frames": 5}])
+    assert told["second_per_grid_ts"] == [1.0]
     if not isinstance(processor.video_processor, FrameProcessor):
         return  # torchvision is there, and the stock class did it
     mean, std = (torch.tensor(getattr(processor.image_processor, f"image_{name}")) for name in ("mean", "std"))
