@@ -87,7 +87,10 @@ def _start_tower(tower: nn.Module) -> None:
     """Scaled weights, heads that look at one neighbouring patch each, and kernels that see change."""
     width = tower.config.hidden_size
     with torch.no_grad():
-        tower.patch_embed.proj.weight.normal_(std=0.03)
+        kernel = tower.patch_embed.proj.weight.normal_(std=0.03)
+        # most kernels do not answer to flat patches: RMSNorm would let those drown edges, and what moves with them
+        kernel[width // 4 :] -= kernel[width // 4 :].mean((2, 3, 4), keepdim=True)
+        kernel[width // 4 :] *= 2
         for block in tower.blocks:
             block.attn.qkv.weight.normal_(std=0.7 * width**-0.5)
             block.attn.qkv.weight[2 * width :].normal_(std=width**-0.5)
