@@ -23,6 +23,7 @@ from tokenprune.evals.pocket.packing import (
     NO_PLACE,
     Packed,
     Turn,
+    answer_accuracy,
     easy_turns,
     kept_patches,
     pack,
@@ -149,7 +150,8 @@ def forward(
     losses = F.cross_entropy(logits, labels, reduction="none")
     result: dict[str, Tensor | float] = {"answer_loss": (losses * weight).sum() / weight.sum()}
     with torch.no_grad():
-        result |= _accuracy(logits.argmax(-1) == labels, packed, asked)
+        right, eos = logits.argmax(-1) == labels, tokenizer().eos_token_id
+        result |= answer_accuracy(right, labels, packed.family[asked], ALL_FAMILIES, eos)
     if ground is not None and len(packed.places):
         b, t, col, row = packed.places.unbind(1)
         hidden = out.hidden_states[GROUND_LAYER][b, head + t]
@@ -166,20 +168,6 @@ def forward(
         result["vision_loss"] = loss
         result |= {k: seen[k] for k in ("shape", "colour", "sign", "penultimate_f1")}
     return result
-
-
-def _accuracy(right: Tensor, packed: Packed, asked: Tensor) -> dict[str, float]:
-    """Share of wholly right answers by family; labelled tokens up to and with an end token are one answer."""
-    eos = tokenizer().eos_token_id
-    labels, family = packed.labels[asked].tolist(), packed.family[asked].tolist()
-    hits: dict[str, list[bool]] = {}
-    whole = True
-    for ok, label, index in zip(right.tolist(), labels, family, strict=True):
-        whole = whole and ok
-        if label == eos:
-            hits.setdefault(ALL_FAMILIES[index], []).append(whole)
-            whole = True
-    return {name: sum(found) / len(found) for name, found in hits.items()}
 
 
 def start_model(tower_state: dict[str, Tensor]) -> LlavaForConditionalGeneration:

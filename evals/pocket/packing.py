@@ -196,3 +196,22 @@ def pack(turns: list[list[Turn]], image_positions: Tensor, image_end: int, famil
     return Packed(
         ids, mask, positions, labels, torch.tensor(places).reshape(-1, 4), torch.tensor(pairs).reshape(-1, 6), family
     )
+
+
+def answer_accuracy(
+    right: Tensor, labels: Tensor, family: Tensor, families: tuple[str, ...], eos: int | None
+) -> dict[str, float]:
+    """Share of wholly right answers by family; labelled tokens up to and with an end token are one answer.
+
+    Args:
+        right: `[L]` bool, whether each labelled token is predicted.
+        labels, family: `[L]` int64, the tokens and indices into `families`.
+    """
+    hits: dict[str, list[bool]] = {}
+    whole = True
+    for ok, label, index in zip(right.tolist(), labels.tolist(), family.tolist(), strict=True):
+        whole = whole and ok
+        if label == eos:
+            hits.setdefault(families[index], []).append(whole)
+            whole = True
+    return {name: sum(found) / len(found) for name, found in hits.items()}

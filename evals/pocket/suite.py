@@ -10,8 +10,6 @@ import argparse
 import io
 import random
 import re
-from collections import Counter
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -57,20 +55,6 @@ def load(split: str = "test", scenes: int = 100) -> Dataset:
 def answer_matches(prediction: str, answer: str) -> bool:
     """Whether they are equal but for case, surrounding space and final punctuation."""
     return _normalised(prediction) == _normalised(answer)
-
-
-@cache
-def priors() -> dict[str, tuple[str, float]]:
-    """Per family of the test split: its commonest answer, and the percentage of questions that it answers."""
-    table = pq.read_table(TEST_FILE, columns=["family", "answer"])
-    by_family: dict[str, Counter] = {}
-    for family, answer in zip(table.column("family").to_pylist(), table.column("answer").to_pylist(), strict=True):
-        by_family.setdefault(family, Counter())[answer] += 1
-    found = {}
-    for family, counter in by_family.items():
-        answer, number = counter.most_common(1)[0]
-        found[family] = (answer, 100 * number / counter.total())
-    return found
 
 
 def build(path: Path = TEST_FILE) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
 
 from tokenprune.evals.pocket.easy import easy_split
-from tokenprune.evals.pocket.packing import kept_patches
+from tokenprune.evals.pocket.packing import answer_accuracy, kept_patches
 from tokenprune.evals.pocket.questions import FAMILIES, Question, ask
 from tokenprune.evals.pocket.qwen.clips import Clip, ask_clip, make_clip, still
 from tokenprune.evals.pocket.qwen.model import END, START, build_tokenizer
@@ -157,7 +157,8 @@ def forward(
     weight = torch.tensor([_WEIGHT.get(name, 1.0) for name in ALL_FAMILIES])[batch.family[asked]]
     losses = F.cross_entropy(logits, labels, reduction="none")
     result: dict[str, Tensor | float] = {"loss": (losses * weight).sum() / weight.sum()}
-    result |= _accuracy(logits.detach().argmax(-1) == labels, batch, asked)
+    right, eos = logits.detach().argmax(-1) == labels, build_tokenizer().eos_token_id
+    result |= answer_accuracy(right, labels, batch.family[asked], ALL_FAMILIES, eos)
     if teacher is not None and not batch.moving:
         result["fit"] = _fit(out.hidden_states, batch, teacher, head)
     if readers is not None and batch.target and batch.kept is None:
@@ -202,18 +203,6 @@ def _fit(states, batch: Batch, teacher: LlavaForConditionalGeneration, head: int
         goal = goal[:, head:][where]
         off.append((mine[:, head:][where] - goal).square().mean() / goal.var())
     return torch.stack(off).mean()
-
-
-def _accuracy(right: Tensor, batch: Batch, asked: Tensor) -> dict[str, float]:
-    """Share of wholly right answers by family; labelled tokens up to and with an end token are one answer."""
-    eos, whole = build_tokenizer().eos_token_id, True
-    hits: dict[str, list[bool]] = {}
-    for ok, label, index in zip(right.tolist(), batch.labels[asked].tolist(), batch.family[asked].tolist()):
-        whole = whole and ok
-        if label == eos:
-            hits.setdefault(ALL_FAMILIES[index], []).append(whole)
-            whole = True
-    return {name: sum(found) / len(found) for name, found in hits.items()}
 
 
 @torch.no_grad()

@@ -24,7 +24,6 @@ from tokenprune.evals.pocket.vision import IMAGE_STD
 
 MODEL_DIR = Path(__file__).parents[1] / "models" / "pocket-qwen"
 TEACHER_DIR = llava.MODEL_DIR
-SCALE = 2  # a scene is drawn at twice the size that pocket-llava sees, so a merged token shows what a patch shows there
 TOKEN = 28  # pixels a side of a merged token: patch 14, merged 2 x 2
 # The patch embedding has no bias and RMSNorm forgets lengths: with one mean for all colours a flat patch would look the
 # same at any brightness. With three means its direction tells.

@@ -17,7 +17,7 @@ from PIL import Image, ImageSequence
 
 from tokenprune.evals.pocket.easy import easy_split
 from tokenprune.evals.pocket.questions import FAMILIES, Question, ask
-from tokenprune.evals.pocket.qwen.clips import ask_clip, make_clip
+from tokenprune.evals.pocket.qwen.clips import SCALE, ask_clip, make_clip
 from tokenprune.evals.pocket.scenes import PATCH, SPLIT_SEED, make_scene
 from tokenprune.evals.pocket.suite import png
 
@@ -29,7 +29,6 @@ CLIP_FRAMES = (4, 8)
 TEST_SCENES, TEST_CLIPS, TEST_EASY = 200, 200, 100
 COLUMNS = ("sample_id", "scene_id", "family", "image", "question", "answer", "boxes")
 _SEED = 500_000_000  # within the split's range: scenes that no other suite and no training draws
-_SCALE = 2
 
 
 def decode(image: bytes) -> Image.Image | list[Image.Image]:
@@ -103,7 +102,7 @@ def animation(frames: list[np.ndarray]) -> bytes:
 
 
 def _grown(image: np.ndarray) -> np.ndarray:
-    return image.repeat(_SCALE, 0).repeat(_SCALE, 1)
+    return image.repeat(SCALE, 0).repeat(SCALE, 1)
 
 
 def main() -> None:

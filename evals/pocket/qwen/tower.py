@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenprune.evals.pocket.qwen.model import SCALE
+from tokenprune.evals.pocket.qwen.clips import SCALE
 
 _HALF = 14 // SCALE  # pixels of the drawn scene that a patch covers
 

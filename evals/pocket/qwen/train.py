@@ -23,7 +23,6 @@ from tokenprune.evals.pocket.train import learning_rate, make_optimizer, save  #
 _MIX = {"relation": 5, "exist": 4, "count": 6, "attribute": 3, "read": 1, "global": 1}
 _SMALL = ((12, 12), (12, 12), (12, 12), (10, 14), (14, 10), (16, 10), (9, 12))
 _MORE = (*_SMALL, (14, 14), (16, 12), (12, 16), (16, 16), (20, 14), (14, 20))
-_ALL = ((12, 12), (14, 14), (10, 14), (14, 10), (18, 12), (12, 18), (16, 16), (20, 14), (14, 20), (20, 20), (24, 16))
 
 
 @dataclass(frozen=True)
