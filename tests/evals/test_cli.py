@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tokenprune.cli import main, parse_options
+from tokenprune.cli import main
+from tokenprune.commands._shared import parse_options
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = """

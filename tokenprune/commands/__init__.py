@@ -1,0 +1,8 @@
+"""One subcommand of `tokenprune` a file: `add(commands)` declares its arguments, its handler does the work.
+
+Only argparse is imported at the top of these files: `--help` answers at once, and nothing imports torch before every
+name on the command line has been checked.
+"""
+
+NAMES = ("demo", "ls", "run", "eval", "sweep", "tune")
+"""The files, in the order in which `tokenprune --help` shows them."""

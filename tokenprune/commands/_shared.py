@@ -1,0 +1,82 @@
+"""What several subcommands take and do."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from tokenprune.budget import read_budget
+
+
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model, --dtype, --device."""
+    parser.add_argument("--model", default="pocket-llava", help="pocket name, local folder or hub id (%(default)s)")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (%(default)s)")
+    parser.add_argument("--device", help="torch device; a GPU where there is one by default")
+
+
+def budget_argument(text: str) -> int | float | str:
+    """Type of --keep."""
+    try:
+        return read_budget(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """`["variant=official", "layers=[1, 2]"]` to a mapping; values are read as YAML.
+
+    Raises:
+        ValueError: an entry without `=`, or an option given twice.
+    """
+    import yaml
+
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--set takes OPTION=VALUE, got {pair!r}.")
+        if name in options:
+            raise ValueError(f"--set {name} was given twice.")
+        options[name] = yaml.safe_load(value)
+    return options
+
+
+def check_keep(method: str, keep: Any) -> None:
+    """Raise ValueError if the method needs a budget and has none, or the other way round."""
+    from tokenprune.evals.config import NONE, needs_budget
+    from tokenprune.notation import pruner_parts
+
+    if needs_budget(method) and keep is None:
+        raise ValueError(f"Say how many visual tokens {method} keeps: --keep 64 or --keep 0.25.")
+    if keep is not None and method != NONE and not pruner_parts(method):
+        raise ValueError(f"{method} changes attention and keeps every token; leave --keep out.")
+
+
+def execute(config: Any) -> int:
+    """Run a grid and print its tables; the exit status."""
+    from tokenprune.evals.config import refusing
+
+    with refusing():
+        config.check()
+    from rich.console import Console
+
+    from tokenprune.evals.sweep import run
+    from tokenprune.evals.tables import result_tables
+    from tokenprune.evals.tasks import cut_short
+
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    done = run(config, console)
+    for table in result_tables(done.records, console.width):
+        console.print()
+        console.print(table)
+    console.print()
+    if cut_short(config.tasks, config.limit):
+        console.print(f"A limit of {config.limit} samples was set: these are not the numbers of the whole task.")
+    for note in done.warnings:
+        console.print(f"[yellow]{note}[/yellow]")
+    console.print(f"{done.seconds:.0f} s. Written:")
+    for file in done.files:
+        console.print(f"  {file}", soft_wrap=True, highlight=False)
+    return 0

@@ -1,0 +1,84 @@
+"""`tokenprune eval`: one model x method x budget."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from tokenprune.commands._shared import budget_argument, check_keep, execute, model_arguments, parse_options
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Declare the subcommand."""
+    evaluate = commands.add_parser(
+        "eval",
+        help="accuracy and cost of one model x method x budget on tasks",
+        description="Also runs what the result is compared with, the unpruned model and random at the same budget; "
+        "--no-references leaves them out. A killed run goes on where it was.",
+    )
+    model_arguments(evaluate)
+    evaluate.add_argument("--tasks", help="task names or YAML files, comma separated (the model's pocket suite)")
+    evaluate.add_argument(
+        "--method", required=True, help="a method or intervention, several joined by plus signs, a YAML file, or none"
+    )
+    evaluate.add_argument("--keep", type=budget_argument, help="tokens per image (64) or kept fraction (0.25)")
+    evaluate.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the method")
+    evaluate.add_argument("--limit", type=int, help="samples per task; all by default")
+    evaluate.add_argument("--seed", type=int, default=0, help="of methods that draw, and of intervals (%(default)s)")
+    evaluate.add_argument("--batch-size", type=int, default=8, help="prompts generated together (%(default)s)")
+    evaluate.add_argument("--max-new-tokens", type=int, help="length of an answer; the task's own by default")
+    evaluate.add_argument("--no-references", action="store_true", help="run nothing but what was asked for")
+    evaluate.add_argument("--no-timing", action="store_true", help="measure no times")
+    evaluate.add_argument("--output", help="folder of the results; runs/NAME by default")
+    evaluate.set_defaults(handler=_eval)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from tokenprune.evals.config import refusing
+
+    with refusing():
+        config = _eval_config(args)
+    return execute(config)
+
+
+def _eval_config(args: argparse.Namespace) -> Any:
+    from tokenprune.evals.config import NONE, Measure, RunConfig, check_method_name, method_of_file
+    from tokenprune.evals.tasks import default_task
+
+    tasks = [task for task in (args.tasks or default_task(args.model)).split(",") if task]
+    options = parse_options(args.set)
+    if args.method == NONE and args.keep is not None:
+        raise ValueError("The unpruned model keeps every token; leave --keep out with --method none.")
+    entry: Any = args.method
+    if entry.endswith((".yaml", ".yml")):
+        entry = {**method_of_file(entry), **options}
+        if args.keep is not None:
+            entry["keep"] = args.keep
+        method, wanted = Path(args.method).stem, str(entry["method"])
+    else:
+        check_method_name(entry)
+        method = wanted = entry
+        entry = {"method": entry, **options} if options else entry
+    if not (isinstance(entry, dict) and "keep" in entry):
+        check_keep(wanted, args.keep)
+    stem = args.model.rstrip("/").rpartition("/")[2]
+    name = f"{stem}-{re.sub('[^A-Za-z0-9_.@-]+', '-', method).strip('-')}"
+    name += f"-{args.keep}" if args.keep is not None else ""
+    return RunConfig(
+        name=name,
+        model=args.model,
+        tasks=tasks,
+        methods=[entry],
+        keep=[] if args.keep is None else [args.keep],
+        limit=args.limit,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        device=args.device,
+        max_new_tokens=args.max_new_tokens,
+        references=not args.no_references,
+        output=args.output,
+        measure=Measure(times=not args.no_timing),
+    )

@@ -1,0 +1,56 @@
+"""`tokenprune run`: one picture, one question."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tokenprune.commands._shared import budget_argument, check_keep, model_arguments, parse_options
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Declare the subcommand."""
+    run = commands.add_parser(
+        "run",
+        help="one picture, one question: the answer with and without pruning, and a picture of what was kept",
+        description="Without --image and --question a picture of the pocket suite is asked about.",
+    )
+    model_arguments(run)
+    run.add_argument("--method", required=True, help='as for eval: holov, var, "vtc_cls+var(p=0.4)"')
+    run.add_argument("--keep", type=budget_argument, help="tokens per image (64) or kept fraction (0.25)")
+    run.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the method")
+    run.add_argument("--image", help="path of a picture")
+    run.add_argument("--question", help="what to ask about it")
+    run.add_argument("--sample", type=int, default=0, help="without --image: number of a suite sample (%(default)s)")
+    run.add_argument("--max-new-tokens", type=int, default=32, help="length of the answer (%(default)s)")
+    run.add_argument("--output", default="runs/overlay.png", help="where the overlay goes (%(default)s)")
+    run.set_defaults(handler=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from tokenprune.evals.config import RunConfig, check_method_name, refusing
+
+    with refusing():
+        if (args.image is None) != (args.question is None):
+            raise ValueError("Give both --image and --question, or neither to ask about a picture of the pocket suite.")
+        options = parse_options(args.set)
+        check_method_name(args.method)
+        check_keep(args.method, args.keep)
+        entry: Any = {"method": args.method, **options}
+        budgets = [] if args.keep is None else [args.keep]
+        RunConfig("run", args.model, ["pocket"], [entry], budgets, dtype=args.dtype, references=False).check()
+    from tokenprune.evals.single import run_single
+
+    return run_single(
+        model=args.model,
+        method=args.method,
+        keep=args.keep,
+        options=options,
+        image=args.image,
+        question=args.question,
+        sample=args.sample,
+        output=args.output,
+        dtype=args.dtype,
+        device=args.device,
+        max_new_tokens=args.max_new_tokens,
+    )

@@ -1,0 +1,30 @@
+"""`tokenprune sweep`: the grid of a YAML file."""
+
+from __future__ import annotations
+
+import argparse
+
+from tokenprune.commands._shared import execute
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Declare the subcommand."""
+    sweep = commands.add_parser("sweep", help="run the grid of a YAML file", description="Command line wins over file.")
+    sweep.add_argument("config", help="a YAML file, or the name of a packaged one, see `tokenprune ls sweeps`")
+    sweep_arguments(sweep)
+
+
+def sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a file can be overruled with."""
+    parser.add_argument("--limit", type=int, help="samples per task")
+    parser.add_argument("--output", help="folder of the results")
+    parser.add_argument("--device", help="torch device")
+    parser.set_defaults(handler=_sweep)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from tokenprune.evals.config import read_config, refusing
+
+    with refusing():
+        config = read_config(args.config, limit=args.limit, output=args.output, device=args.device)
+    return execute(config)
