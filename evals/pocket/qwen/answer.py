@@ -75,8 +75,7 @@ class Batch:
             pairs = [(clip.frames[2 * g], clip.ways) for clip in clipped for g in range(self.grids)]
             self.target = targets([scene for scene, _ in pairs], [ways for _, ways in pairs])
         self.images = np.stack(images)
-        part = min(1.0, (step + 1) / stage.anneal) if stage.anneal and split == "train" else 1.0
-        self.frames = to_frames(self.images, part)
+        self.frames = to_frames(self.images)
         where = positions(rows, cols, self.grids, INTERVAL).expand(-1, number, -1)
         self.kept = None
         if dropped:
@@ -222,7 +221,7 @@ def train(stage, out: Path, resume: bool, tools, model: Qwen2_5_VLForConditional
     readers = Readers(model.config.text_config.hidden_size)
     modules: dict[str, nn.Module] = {"model": model, "readers": readers}
     model.load_state_dict(state["model"])
-    if state["stage"] == stage.name:
+    if "readers" in state:
         readers.load_state_dict(state["readers"])
     optimizer = tools.make_optimizer({model.model.visual: stage.tower_lr, readers: 2.0, model: 1.0})
     if state["stage"] == stage.name:

@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditional
 
 from tokenprune.evals.pocket.easy import easy_split
 from tokenprune.evals.pocket.qwen.clips import WAYS, make_clip, still
-from tokenprune.evals.pocket.qwen.model import FAR, MEANS, START, build_tokenizer, look_at, see_change
+from tokenprune.evals.pocket.qwen.model import MEANS, START, build_tokenizer
 from tokenprune.evals.pocket.qwen.tower import run_tower
 from tokenprune.evals.pocket.qwen.transfer import FIRST, rows_and_columns, teacher_tokens
 from tokenprune.evals.pocket.scenes import (
@@ -31,7 +31,7 @@ from tokenprune.evals.pocket.scenes import (
     Scene,
     make_scene,
 )
-from tokenprune.evals.pocket.vision import IMAGE_MEAN, IMAGE_STD, _balanced, patch_targets
+from tokenprune.evals.pocket.vision import IMAGE_STD, _balanced, patch_targets
 
 _SIZES = ((12, 12), (12, 12), (12, 12), (10, 14), (14, 10), (16, 12), (12, 16), (9, 11))  # tokens, columns x rows
 _TOKENS = 2304  # a step
@@ -54,6 +54,7 @@ class Readers(nn.Module):
         )  # fmt: skip
         wide = target["pattern"][:, None].expand(-1, tokens.shape[1])
         loss = loss + F.cross_entropy(pattern.flatten(0, 1), wide.flatten())
+        loss = loss + F.cross_entropy(pattern.mean(1), target["pattern"])
         seen = {"pattern": (pattern.argmax(-1) == wide).float().mean().item()}
         asked = (
             ("shape", shape, len(SHAPES)), ("colour", colour, len(COLOURS)), ("sign", sign, len(SYMBOLS)),
@@ -120,12 +121,9 @@ def _ways(scene: Scene, ways: dict[int, str]) -> Tensor:
     return out
 
 
-def to_frames(images: np.ndarray, part: float = 1.0) -> Tensor:
-    """[B, F, H, W, 3] uint8 -> normalised pairs of frames [B * F / 2, 2, 3, H, W].
-
-    ``part``: how far the means of the colours are from pocket-llava's one mean (0) to this model's own (1).
-    """
-    means = torch.tensor([IMAGE_MEAN + part * (mean - IMAGE_MEAN) for mean in MEANS])[:, None, None]
+def to_frames(images: np.ndarray) -> Tensor:
+    """[B, F, H, W, 3] uint8 -> normalised pairs of frames [B * F / 2, 2, 3, H, W]."""
+    means = torch.tensor(MEANS)[:, None, None]
     pixels = torch.from_numpy(images.reshape(-1, *images.shape[2:])).permute(0, 3, 1, 2).float()
     return ((pixels / 255 - means) / IMAGE_STD).unflatten(0, (-1, 2))
 
@@ -165,9 +163,6 @@ def train(stage, out: Path, resume: bool, tools, model: Qwen2_5_VLForConditional
     for name, module in modules.items():
         if state and name in state:
             module.load_state_dict(state[name])
-    if stage.reopen and state and state["stage"] != stage.name:
-        look_at(tower, FAR)
-        see_change(tower)
     optimizer = tools.make_optimizer({tower: 1.0, first: 0.5, readers: 1.0})
     if state and state["stage"] == stage.name:
         at = state["step"]

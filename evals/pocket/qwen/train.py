@@ -34,9 +34,8 @@ class Stage:
     ``clip_sizes``: columns and rows of tokens; ``grids``: pairs of frames a clip; ``tokens``: visual tokens a batch;
     ``drop``, ``drop_end``: share of batches in which background tokens are dropped before the decoder, at the first and
     the last step; ``mix``: questions a picture; ``fit``: weight of the teacher's hidden states; ``see``: weight of the
-    heads of stage V; ``anneal``: steps over which the means of the colours come; ``reopen``: the tower's far heads and
-    kernels of change start anew; ``tower_lr``: rate of the tower as a part of ``lr``; ``every``: steps from one line of
-    the log to the next; ``after``: the stage whose weights it starts from.
+    heads of stage V; ``tower_lr``: rate of the tower as a part of ``lr``; ``every``: steps from one line of the log to
+    the next; ``after``: the stage whose weights it starts from.
     """
 
     name: str
@@ -55,24 +54,21 @@ class Stage:
     mix: dict[str, int] = field(default_factory=lambda: dict(_MIX))
     fit: float = 0.0
     see: float = 0.0
-    anneal: int = 0
-    reopen: bool = False
     tower_lr: float = 0.5
     every: int = 25
     after: str = ""
 
 
 STAGES = {
-    "V": Stage("V", steps=1200, lr=2e-3, seed=300_000_000, objects=(6, 11), clips=0.35),
+    "V": Stage("V", steps=800, lr=2e-3, seed=300_000_000, objects=(6, 11), clips=0.35),
     "J": Stage(
-        "J", steps=500, lr=5e-4, seed=320_000_000, objects=(3, 8), easy=0.1, drop=0.5, drop_end=0.4, fit=0.5, after="V",
+        "J", steps=500, lr=5e-4, seed=320_000_000, objects=(3, 8), easy=0.1, drop=0.5, drop_end=0.4, fit=0.5, see=0.1,
+        clips=0.25, after="V",
     ),
     "J2": Stage(
         "J2", steps=540, lr=5e-4, seed=340_000_000, easy=0.1, sizes=_MORE, clip_sizes=((8, 8), (10, 8), (10, 10)),
-        grids=(2, 2, 4), clips=0.25, drop=0.4, drop_end=0.4, fit=0.25, see=0.25, anneal=60, tower_lr=1.0,
-        after="J",
+        grids=(2, 2, 4), clips=0.25, drop=0.4, drop_end=0.4, fit=0.25, tower_lr=1.0, after="J",
     ),
-    "V2": Stage("V2", steps=400, lr=1.5e-3, seed=360_000_000, objects=(5, 10), clips=0.4, reopen=True, after="J2"),
 }  # fmt: skip
 
 
