@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,6 +189,20 @@ class DecoderSignals:
         self.flops += 2 * query.numel() * places.shape[0]
         return attention_rows(query[None], key[None, :, places], scale)[0, 0]
 
+    def _share_rows(self) -> Iterator[Tensor]:
+        """Query rows `[B, R]` that `_shares` needs, -1 where a prompt has fewer: text that follows all visual tokens
+        leaves nothing for visual rows to see, so that only its own rows count."""
+        batch_size, length = self._given.hidden.shape[:2]
+        device = self._given.hidden.device
+        counts = self._prompt.text_after_visual()
+        whole = self._prompt.text_before_visual()
+        for start in range(0, length if whole else max(counts), _CHUNK):
+            if whole:
+                yield torch.arange(start, min(start + _CHUNK, length), device=device).expand(batch_size, -1)
+                continue
+            back = torch.arange(start, min(start + _CHUNK, max(counts)), device=device)[None]
+            yield (self._ends() - back).where(back < torch.tensor(counts, device=device)[:, None], -1)
+
     @torch.no_grad()
     def _shares(self, name: str) -> Tensor:
         if name in self._cache:
@@ -206,13 +221,13 @@ class DecoderSignals:
             text &= self._given.attended
         to_visual = torch.zeros(batch_size, device=device)
         to_text = torch.zeros(batch_size, device=device)
-        for start in range(0, length, _CHUNK):
-            rows = at[start : start + _CHUNK]
-            mass = self._attention(rows.expand(batch_size, -1))
+        for rows in self._share_rows():
+            mass = self._attention(rows.clamp(min=0))
+            counted = rows >= 0
             on_visual = (mass * visual[:, None]).sum(dim=2)
             on_text = (mass * text[:, None]).sum(dim=2)
-            to_visual += (on_visual * text[:, rows]).sum(dim=1)
-            to_text += (on_text * visual[:, rows]).sum(dim=1)
+            to_visual += (on_visual * (text.gather(1, rows.clamp(min=0)) & counted)).sum(dim=1)
+            to_text += (on_text * (visual.gather(1, rows.clamp(min=0)) & counted)).sum(dim=1)
         self._cache[TEXT_TO_VISUAL] = to_visual / text.sum(dim=1).clamp(min=1)
         self._cache[VISUAL_TO_TEXT] = to_text / visual.sum(dim=1).clamp(min=1)
         return self._cache[name]

@@ -103,6 +103,16 @@ class Prompt:
             counts[span.sample] = end - 1 - int(span.places[-1]) - self.drafted
         return counts
 
+    def text_before_visual(self) -> bool:
+        """Whether some visual token of a row comes after text that follows another one."""
+        reach: dict[int, tuple[int, int]] = {}  # by row: where its first visual starts, and visual tokens from there
+        for span in self.layout.spans:
+            first, count = reach.get(span.sample, (int(span.places[0]), 0))
+            reach[span.sample] = first, count + len(span.places)
+            if int(span.places[-1]) - first + 1 > count + len(span.places):
+                return True
+        return False
+
     def place(self, device: torch.device) -> None:
         """Put every span where the processor laid it."""
         self.alive = [_whole(span, device) for span in self.layout.spans]
