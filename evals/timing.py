@@ -47,10 +47,13 @@ def prefill(loaded: LoadedModel, inputs: dict[str, Any]) -> Any:
 
 
 def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], stays: torch.Tensor) -> Callable[[], Any]:
-    """The work of an ideal pruned prefill, ready to be timed. One prompt, images only or videos only.
+    """The work of an ideal pruned prefill, ready to be timed. Images only or videos only.
 
     Args:
-        stays: `[1, S]` bool, places of the prompt that stay (see `Handle.stays`).
+        stays: `[B, S]` bool, places of the prompts that stay (see `Handle.stays`), equally many in each.
+
+    Raises:
+        ValueError: the prompts keep different numbers of places.
     """
     model, adapter = loaded.model, adapter_for(loaded.model)
     ids = inputs["input_ids"]
@@ -59,14 +62,19 @@ def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], stays: torch.Tens
     encode: Callable[..., Any] = getattr(adapter.entry, adapter.features[kind])
     names = inspect.signature(encode).parameters
     vision = {name: value for name, value in inputs.items() if name in names}
-    keep = stays[0].to(ids.device)
-    short_ids = ids[:, keep]
+    keep = stays.to(ids.device)
+    counts = keep.sum(1).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(f"The ideal is timed for prompts that keep equally many tokens, got {counts}.")
+    short_ids = ids[keep].view(len(ids), -1)
     places = short_ids == placeholder
-    rows = keep[ids[0] == placeholder]
+    rows = keep[ids == placeholder]
     mask = torch.ones_like(short_ids)
 
     def run() -> Any:
         features = torch.cat(list(encode(**vision, return_dict=True).pooler_output))
+        # LLaVA-1.5 stacks equal pictures, the others list them
+        features = features.flatten(0, -2)
         embeds = model.get_input_embeddings()(short_ids)
         embeds = embeds.masked_scatter(places[..., None], features[rows].to(embeds.dtype))
         return model(inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1)

@@ -90,7 +90,9 @@ def _start_tower(tower: nn.Module) -> None:
         # most kernels do not answer to flat patches: RMSNorm would let those drown edges, and what moves with them
         kernel[width // 4 :] -= kernel[width // 4 :].mean((2, 3, 4), keepdim=True)
         kernel[width // 4 :] *= 2
-        kernel[-width // 4 :] = kernel[-width // 4 :].std() * _waves(width // 4)
+        size = kernel[width // 4 :].std()
+        kernel[width // 4 : width // 2] = size * _moving_waves(width // 4)
+        kernel[-width // 4 :] = size * _waves(width // 4)
         for block in tower.blocks:
             block.attn.qkv.weight.normal_(std=0.7 * width**-0.5)
             block.attn.qkv.weight[2 * width :].normal_(std=width**-0.5)
@@ -106,19 +108,32 @@ def _start_tower(tower: nn.Module) -> None:
     _see_change(tower)
 
 
+def _wave(angle: float, phase: float, cycles: float, shift: float = 0.0) -> Tensor:
+    """[14, 14] of mean 0 and variance 1: a wave with so many ``cycles`` a patch, moved on by ``shift`` pixels."""
+    y, x = torch.meshgrid(torch.arange(14) - 6.5, torch.arange(14) - 6.5, indexing="ij")
+    along = x * math.cos(angle) + y * math.sin(angle) - shift
+    wave = torch.sin(2 * math.pi * cycles / 14 * along + phase)
+    return (wave - wave.mean()) / wave.std()
+
+
 def _waves(number: int) -> Tensor:
-    """[number, 3, 2, 14, 14]: waves in eight directions, two phases and two lengths, of mean 0 and variance 1.
+    """[number, 3, 2, 14, 14]: waves in eight directions, two phases and two lengths.
 
     With random kernels the background's pattern, whose bands differ by a tenth of the grey scale, was not found within
     500 steps of training; with these in 60.
     """
-    y, x = torch.meshgrid(torch.arange(14) - 6.5, torch.arange(14) - 6.5, indexing="ij")
-    waves = []
+    made = [_wave(math.pi * (j % 8) / 8, math.pi / 2 * (j // 8 % 2), (0.5, 1.0)[j // 16 % 2]) for j in range(number)]
+    return torch.stack(made)[:, None, None].expand(-1, 3, 2, -1, -1)
+
+
+def _moving_waves(number: int) -> Tensor:
+    """[number, 3, 2, 14, 14]: waves that go left, right, up or down from the first frame to the second, by what things
+    that move do; four phases, two lengths."""
+    made = []
     for j in range(number):
-        angle, phase, cycles = math.pi * (j % 8) / 8, math.pi / 2 * (j // 8 % 2), (0.5, 1.0)[j // 16 % 2]
-        wave = torch.sin(2 * math.pi * cycles / 14 * (x * math.cos(angle) + y * math.sin(angle)) + phase)
-        waves.append((wave - wave.mean()) / wave.std())
-    return torch.stack(waves)[:, None, None].expand(-1, 3, 2, -1, -1)
+        angle, phase, cycles = math.pi / 2 * (j % 4), math.pi / 2 * (j // 4 % 4), (0.5, 0.75)[j // 16 % 2]
+        made.append(torch.stack([_wave(angle, phase, cycles), _wave(angle, phase, cycles, shift=7.0)]))
+    return torch.stack(made)[:, None].expand(-1, 3, -1, -1, -1)
 
 
 @torch.no_grad()

@@ -33,7 +33,6 @@ from tokenprune.evals.pocket.scenes import (
 )
 from tokenprune.evals.pocket.vision import IMAGE_STD, _balanced, patch_targets
 
-_SIZES = ((12, 12), (12, 12), (12, 12), (10, 14), (14, 10), (16, 12), (12, 16), (9, 11))  # tokens, columns x rows
 _TOKENS = 2304  # a step
 _SPLIT = (len(SHAPES) + 1, len(COLOURS) + 1, SIGN_LENGTH * (len(SYMBOLS) + 1), len(WAYS) + 1, 1, len(PATTERNS))
 
@@ -61,9 +60,9 @@ class Readers(nn.Module):
             ("way", way, len(WAYS)),
         )  # fmt: skip
         for name, logits, none in asked:
-            # most batches show nothing that moves
-            loss = loss + (3.0 if name == "way" else 1.0) * _balanced(logits, target[name], none)
             fore = target[name] != none
+            # most batches show nothing that moves
+            loss = loss + (3.0 if name == "way" and fore.any() else 1.0) * _balanced(logits, target[name], none)
             if fore.any():
                 seen[name] = (logits.argmax(-1)[fore] == target[name][fore]).float().mean().item()
         return loss, seen
@@ -74,7 +73,7 @@ class Batch:
 
     def __init__(self, stage, step: int, teacher: LlavaForConditionalGeneration, split: str = "train") -> None:
         rng = random.Random(1_000_003 * step + stage.seed)
-        self.size = rng.choice(_SIZES)
+        self.size = rng.choice(stage.sizes)
         pixels = (self.size[0] * PATCH, self.size[1] * PATCH)
         number = _TOKENS // (self.size[0] * self.size[1])
         start = SPLIT_SEED[split] + stage.seed + step * 32
@@ -184,7 +183,7 @@ def train(stage, out: Path, resume: bool, tools, model: Qwen2_5_VLForConditional
         fit = (off * fore).sum() / fore.sum()
         loss, seen = readers.losses(tokens[:n], batch.target)
         optimizer.zero_grad()
-        (5 * fit + loss).backward()
+        (stage.fit * fit + loss).backward()
         nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 2.0)
         optimizer.step()
         for key, value in {"loss": loss.item(), "fit": fit.item(), **seen}.items():

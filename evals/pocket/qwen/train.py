@@ -33,9 +33,9 @@ class Stage:
     easy-VQA pictures a batch in stage V, their share in the others; ``objects``: things a scene, from - to; ``sizes``,
     ``clip_sizes``: columns and rows of tokens; ``grids``: pairs of frames a clip; ``tokens``: visual tokens a batch;
     ``drop``, ``drop_end``: share of batches in which background tokens are dropped before the decoder, at the first and
-    the last step; ``mix``: questions a picture; ``fit``: weight of the teacher's hidden states; ``see``: weight of the
-    heads of stage V; ``tower_lr``: rate of the tower as a part of ``lr``; ``every``: steps from one line of the log to
-    the next; ``after``: the stage whose weights it starts from.
+    the last step; ``mix``: questions a picture; ``fit``: weight of the teacher's tokens, in stages J of its hidden
+    states; ``see``: weight of the heads of stage V; ``tower_lr``: rate of the tower as a part of ``lr``; ``every``:
+    steps from one line of the log to the next; ``after``: the stage whose weights it starts from.
     """
 
     name: str
@@ -60,13 +60,17 @@ class Stage:
 
 
 STAGES = {
-    "V": Stage("V", steps=800, lr=2e-3, seed=300_000_000, objects=(6, 11), clips=0.35),
+    "V": Stage("V", steps=600, lr=2e-3, seed=300_000_000, objects=(6, 11), clips=0.4, fit=5.0),
+    "VM": Stage(
+        "VM", steps=140, lr=1.5e-3, seed=310_000_000, objects=(4, 9), clips=0.7, fit=1.0,
+        sizes=((8, 8), (10, 8), (8, 10), (12, 12)), after="V",
+    ),
     "J": Stage(
-        "J", steps=500, lr=5e-4, seed=320_000_000, objects=(3, 8), easy=0.1, drop=0.5, drop_end=0.4, fit=0.5, see=0.1,
-        clips=0.25, after="V",
+        "J", steps=450, lr=5e-4, seed=320_000_000, objects=(3, 8), easy=0.1, drop=0.5, drop_end=0.4, fit=0.5, see=0.1,
+        clips=0.25, after="VM",
     ),
     "J2": Stage(
-        "J2", steps=540, lr=5e-4, seed=340_000_000, easy=0.1, sizes=_MORE, clip_sizes=((8, 8), (10, 8), (10, 10)),
+        "J2", steps=450, lr=5e-4, seed=340_000_000, easy=0.1, sizes=_MORE, clip_sizes=((8, 8), (10, 8), (10, 10)),
         grids=(2, 2, 4), clips=0.25, drop=0.4, drop_end=0.4, fit=0.25, tower_lr=1.0, after="J",
     ),
 }  # fmt: skip

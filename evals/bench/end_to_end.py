@@ -1,0 +1,197 @@
+"""Prefill, decode and memory at the sizes of the published checkpoints, weights random:
+
+    python -m tokenprune.evals.bench.end_to_end --out docs/bench/end-to-end-GPU-DATE.csv
+
+Unpruned, pruned and ideal prefill take turns within a round, and ratios are taken within a round. The ideal is the same
+model on a prompt that holds just the kept tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenprune.api import adapter_for
+from tokenprune.evals.bench.sizes import SIZES, SizedModel, build, find_size
+from tokenprune.evals.bench.table import Table
+from tokenprune.evals.config import NONE, Point, check_method_name
+from tokenprune.evals.flops import cache_bytes
+from tokenprune.evals.runner import pruned, visual_tokens
+from tokenprune.evals.stats import median_iqr
+from tokenprune.evals.timing import decode_seconds, ideal_prefill, prefill, timed
+from tokenprune.registry import METHODS
+
+COLUMNS = (
+    "model", "method", "keep", "batch", "visual_tokens", "kept_tokens", "tower_ms", "selection_ms", "unpruned_ms",
+    "pruned_ms", "ideal_ms", "speedup", "to_ideal", "to_ideal_q25", "to_ideal_q75", "selection_share", "decode_ms",
+    "unpruned_decode_ms", "peak_mib", "unpruned_peak_mib", "ideal_peak_mib", "kv_mib", "unpruned_kv_mib", "rounds",
+    "dtype", "error",
+)  # fmt: skip
+LEFT_OUT = ("oracle",)  # needs boxes, which random pixels have none of
+
+
+def peak_mib(device: torch.device, work: Callable[[], Any]) -> float | None:
+    """Most memory allocated while `work` runs, MiB, weights included; None on a CPU, where nobody counts."""
+    if device.type != "cuda":
+        work()
+        return None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / 2**20
+
+
+def tower_seconds(sized: SizedModel, inputs: dict[str, Any], rounds: int) -> float:
+    """Median seconds of the vision tower and the projector."""
+    import inspect
+
+    adapter = adapter_for(sized.model)
+    kind = next(kind for kind, name in adapter.pixels.items() if inputs.get(name) is not None)
+    encode = getattr(adapter.entry, adapter.features[kind])
+    given = {name: value for name, value in inputs.items() if name in inspect.signature(encode).parameters}
+    times = [timed(sized.model.device, lambda: encode(**given, return_dict=True))[0] for _ in range(rounds + 1)]
+    return median_iqr(times[1:])["median"]
+
+
+def kv_mib(cache: Any) -> float:
+    """MiB that the layers of a cache really hold."""
+    return sum(cache_bytes(cache)) / 2**20
+
+
+@torch.inference_mode()
+def unpruned_row(sized: SizedModel, rounds: int, decode: int) -> dict[str, Any]:
+    """What every method is compared with."""
+    device, inputs = sized.model.device, sized.inputs()
+    held = kv_mib(prefill(sized, inputs).past_key_values)  # type: ignore[arg-type]
+    times = [timed(device, lambda: prefill(sized, inputs))[0] for _ in range(rounds + 1)][1:]  # type: ignore[arg-type]
+    return {
+        "visual_tokens": visual_tokens(sized, inputs)[0],  # type: ignore[arg-type]
+        "unpruned_ms": 1e3 * median_iqr(times)["median"],
+        "tower_ms": 1e3 * tower_seconds(sized, inputs, rounds),
+        "unpruned_decode_ms": _decode_ms(sized, inputs, decode),
+        "unpruned_peak_mib": peak_mib(device, lambda: prefill(sized, inputs)),  # type: ignore[arg-type]
+        "unpruned_kv_mib": held,
+    }
+
+
+def _decode_ms(sized: SizedModel, inputs: dict[str, Any], tokens: int) -> float:
+    return 1e3 * median_iqr(decode_seconds(sized, inputs, tokens)[1:])["median"]  # type: ignore[arg-type]
+
+
+@torch.inference_mode()
+def method_row(sized: SizedModel, method: str, keep: int | float, rounds: int, decode: int) -> dict[str, Any]:
+    """Times and memory of one method at one budget."""
+    loaded: Any = sized
+    device, inputs = sized.model.device, sized.inputs()
+    point = Point(sized.name, "random pixels", method, keep)
+    with pruned(loaded, point, 0, []) as handle:
+        held = kv_mib(prefill(loaded, inputs).past_key_values)
+        stays, kept = handle.stays, handle.visual_by_layer[0]
+    ideal = ideal_prefill(loaded, inputs, stays)
+    logs: dict[str, list[float]] = {name: [] for name in ("unpruned", "pruned", "ideal", "selection")}
+
+    def pruned_turn() -> None:
+        with pruned(loaded, point, 0, []) as handle:
+            logs["pruned"].append(timed(device, lambda: prefill(loaded, inputs))[0])
+            logs["selection"].append(handle.report().selection_seconds)
+
+    turns = [
+        lambda: logs["unpruned"].append(timed(device, lambda: prefill(loaded, inputs))[0]),
+        pruned_turn,
+        lambda: logs["ideal"].append(timed(device, ideal)[0]),
+    ]
+    for number in range(rounds + 1):
+        for i in range(3):
+            turns[(i + number) % 3]()
+    logs = {name: values[1:] for name, values in logs.items()}
+    ratios = {
+        "speedup": [a / b for a, b in zip(logs["unpruned"], logs["pruned"])],
+        "to_ideal": [a / b for a, b in zip(logs["pruned"], logs["ideal"])],
+        "selection_share": [a / b for a, b in zip(logs["selection"], logs["unpruned"])],
+    }
+    middle = {name: median_iqr(values) for name, values in ratios.items()}
+    with pruned(loaded, point, 0, []):
+        peak = peak_mib(device, lambda: prefill(loaded, inputs))
+        decode_ms = _decode_ms(sized, inputs, decode)
+    return {
+        "kept_tokens": sum(kept) / len(kept),
+        **{f"{name}_ms": 1e3 * median_iqr(values)["median"] for name, values in logs.items()},
+        **{name: value["median"] for name, value in middle.items()},
+        "to_ideal_q25": middle["to_ideal"]["q25"],
+        "to_ideal_q75": middle["to_ideal"]["q75"],
+        "decode_ms": decode_ms,
+        "peak_mib": peak,
+        "ideal_peak_mib": peak_mib(device, ideal),
+        "kv_mib": held,
+        "rounds": rounds,
+    }
+
+
+def parser(description: str | None, out: str) -> argparse.ArgumentParser:
+    """The arguments that the benches at true size share."""
+    on_gpu = torch.cuda.is_available()
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--dtype", default="bfloat16" if on_gpu else "float32", help="%(default)s")
+    made.add_argument("--device", default="cuda" if on_gpu else "cpu", help="%(default)s")
+    made.add_argument("--rounds", type=int, default=7, help="timed rounds (%(default)s)")
+    made.add_argument("--decode", type=int, default=16, help="decode steps (%(default)s)")
+    made.add_argument("--out", type=Path, default=Path(out), help="%(default)s")
+    return made
+
+
+def default_sizes() -> list[str]:
+    """The true sizes on a GPU, their small copies on a CPU."""
+    return [name for name in SIZES if name.startswith("tiny") != torch.cuda.is_available()]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and write the CSV."""
+    asked = parser(__doc__, "runs/bench/end_to_end.csv")
+    asked.add_argument("--sizes", nargs="*", default=default_sizes(), help="model sizes (%(default)s)")
+    asked.add_argument("--methods", nargs="*", default=[name for name in METHODS.names() if name not in LEFT_OUT])
+    asked.add_argument("--batch", nargs="*", type=int, default=[1, 8], help="%(default)s")
+    asked.add_argument("--budgets", nargs="*", type=float, help="in place of the size's own; from 1 on they are tokens")
+    options = asked.parse_args(argv)
+    for name in options.sizes:
+        find_size(name)
+    for name in options.methods:
+        check_method_name(name)
+    table = Table(options.out, COLUMNS)
+    for name in options.sizes:
+        model = build(name, options.dtype, options.device)
+        budgets = options.budgets or find_size(name).budgets
+        for batch in options.batch:
+            sized = SizedModel(name, model, batch=batch)
+            shared = {"model": name, "batch": batch, "dtype": options.dtype}
+            plain = unpruned_row(sized, options.rounds, options.decode)
+            table.add({**shared, "method": NONE, **plain})
+            for keep in (int(keep) if keep >= 1 else keep for keep in budgets):
+                for method in options.methods:
+                    row = {**shared, **plain, "method": method, "keep": keep}
+                    try:
+                        row |= method_row(sized, method, keep, options.rounds, options.decode)
+                    except (ValueError, torch.OutOfMemoryError) as error:  # a row that says why, and on with the rest
+                        row["error"] = str(error).partition("\n")[0]
+                    table.add(row)
+                    print(_line(row), flush=True)
+        del model
+    print(f"written: {options.out}")
+
+
+def _line(row: dict[str, Any]) -> str:
+    head = f"{row['model']} x {row['batch']}  {row['method']:>12} @ {row['keep']:<6}"
+    if row.get("error"):
+        return f"{head} {row['error']}"
+    return (
+        f"{head} {row['speedup']:.2f} times as fast, {row['to_ideal']:.3f} of ideal, selection "
+        f"{row['selection_share']:.1%} of the unpruned prefill"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The benches at true size: the sizes are the published checkpoints', and each command works on small copies."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+
+from tokenprune.evals.bench import end_to_end, growth
+from tokenprune.evals.bench.sizes import SizedModel, build, find_size
+from tokenprune.evals.timing import ideal_prefill
+from tokenprune.registry import UnknownName
+
+
+# billions of parameters of the checkpoints, as their safetensors indices and cards give them
+@pytest.mark.parametrize(
+    ("name", "billions"), [("llava-1.5-7b", 7.063), ("llava-next-7b", 7.063), ("qwen2.5-vl-7b", 8.292)]
+)
+def test_sizes_are_those_of_the_checkpoints(name, billions):
+    model = build(name, "bfloat16", "meta")
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 3) == billions
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "visual"),
+    [
+        ("tiny-llava-1.5", {"batch": 2}, 16),
+        ("tiny-llava-next", {}, 16 + 8 * 9),
+        ("tiny-qwen2.5-vl", {"batch": 2, "images": 2}, 2 * 36),
+        ("tiny-qwen2.5-vl", {"images": 0, "frames": 8}, 4 * 36),
+    ],
+)
+def test_prompts_have_the_places_that_the_model_fills(name, more, visual):
+    """The stock forward refuses a prompt whose placeholders and features differ in number."""
+    sized = SizedModel(name, build(name, "float32", "cpu"), **more)
+    inputs = sized.inputs()
+    config = sized.model.config
+    ids = (config.image_token_id, getattr(config, "video_token_id", -1))
+    assert sum(int((inputs["input_ids"][0] == token).sum()) for token in ids) == visual
+    with torch.no_grad():
+        assert sized.model(**inputs, logits_to_keep=1).logits.isfinite().all()
+
+
+def test_an_unknown_size_is_named_before_anything_is_built():
+    with pytest.raises(UnknownName, match="Did you mean 'llava-1.5-7b'"):
+        find_size("llava-1.5-7")
+
+
+def test_videos_are_for_sizes_that_take_them():
+    with pytest.raises(ValueError, match="Qwen sizes only"):
+        SizedModel("tiny-llava-1.5", build("tiny-llava-1.5", "float32", "cpu"), frames=4).inputs()
+
+
+def test_the_ideal_of_a_batch_is_that_of_its_prompts():
+    sized = SizedModel("tiny-llava-1.5", build("tiny-llava-1.5", "float32", "cpu"), batch=2)
+    inputs = sized.inputs()
+    stays = torch.rand(inputs["input_ids"].shape, generator=torch.Generator().manual_seed(0)).argsort(1) < 40
+    with torch.inference_mode():
+        whole = ideal_prefill(sized, inputs, stays)().logits
+        for row in range(2):
+            one = {name: value[row : row + 1] for name, value in inputs.items()}
+            alone = ideal_prefill(sized, one, stays[row : row + 1])().logits
+            assert (whole[row] - alone[0]).norm() / alone.norm() < 1e-5
+    with pytest.raises(ValueError, match=r"equally many tokens, got \[40, 41\]"):
+        more = stays.clone()
+        more[1, (~stays[1]).nonzero()[0]] = True
+        ideal_prefill(sized, inputs, more)
+
+
+def _rows(path):
+    with path.open(encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_end_to_end_writes_a_row_a_method_and_budget(tmp_path):
+    out = tmp_path / "e2e.csv"
+    end_to_end.main(
+        ["--sizes", "tiny-llava-1.5", "--methods", "random", "oracle", "--batch", "2", "--rounds", "1", "--decode", "3",
+         "--out", str(out)]
+    )  # fmt: skip
+    rows = _rows(out)
+    assert [(row["method"], row["keep"]) for row in rows] == [
+        ("none", ""), ("random", "8"), ("oracle", "8"), ("random", "4"), ("oracle", "4"),
+    ]  # fmt: skip
+    assert "boxes" in rows[2]["error"] and not rows[2]["pruned_ms"], "one that cannot run does not stop the others"
+    assert float(rows[1]["kept_tokens"]) == 8 and float(rows[1]["visual_tokens"]) == 16
+    # 62 words and markers, 16 or 8 or 4 visual tokens; keys and values of 16 layers of 2 heads of 16 in fp32, batch 2
+    for row, tokens in ((rows[0], 78), (rows[1], 70), (rows[3], 66)):
+        held = float(row["kv_mib"] or row["unpruned_kv_mib"])
+        assert held == pytest.approx(2 * 2 * 16 * 2 * 16 * 4 * tokens / 2**20, rel=1e-4)
+    assert all(float(rows[1][name]) > 0 for name in ("pruned_ms", "ideal_ms", "unpruned_ms", "decode_ms", "tower_ms"))
+
+
+def test_growth_goes_over_pictures_and_frames(tmp_path):
+    out = tmp_path / "growth.csv"
+    growth.main(
+        ["--sizes", "tiny-llava-1.5", "tiny-qwen2.5-vl", "--methods", "uniform", "--images", "1", "2", "--frames", "2",
+         "8", "--rounds", "1", "--decode", "2", "--keep", "0.25", "--out", str(out)]
+    )  # fmt: skip
+    found = [
+        (row["images"], row["frames"], row["method"], row["visual_tokens"], row["kept_tokens"]) for row in _rows(out)
+    ]
+    assert found == [
+        ("1", "0", "none", "16", ""), ("1", "0", "uniform", "16", "4"),
+        ("2", "0", "none", "32", ""), ("2", "0", "uniform", "32", "8"),
+        ("0", "2", "none", "16", ""), ("0", "2", "uniform", "16", "4"),
+        ("0", "8", "none", "64", ""), ("0", "8", "uniform", "64", "16"),
+    ]  # fmt: skip
