@@ -72,4 +72,5 @@ class Op:
 
 
 def _wants_gradient(*args: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+    flat = (part for arg in args for part in (arg if isinstance(arg, list) else [arg]))
+    return torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.requires_grad for part in flat)

@@ -166,7 +166,8 @@ class Attending:
         call.attended = compaction.real if compaction.padded else None
         call.visual = None
         if layer in call.noted:
-            moved = {name: compaction.rows(values) for name, values in call.noted[layer].items()}
+            noted = call.noted[layer]
+            moved = dict(zip(noted, compaction.move(list(noted.values()))))
             call.noted[layer] = {
                 name: values.masked_fill(~compaction.real.to(values.device), 0) for name, values in moved.items()
             }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from tokenprune.kernels.compact_rows import compact_rows
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,11 @@ class Compaction:
 
     def rows(self, values: Tensor) -> Tensor:
         """Move `[B, S, ...]` to `[B, P, ...]`."""
-        index = self.index.to(values.device)
-        return values[torch.arange(index.shape[0], device=values.device)[:, None], index]
+        return self.move([values])[0]
+
+    def move(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Move several `[B, S, ...]` on one device to `[B, P, ...]`, on a GPU in one launch."""
+        return compact_rows(self.index.to(values[0].device), values) if values else []
 
     def after(self, earlier: Compaction | None) -> Compaction:
         """This move and the one before it as one."""

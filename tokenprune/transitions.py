@@ -64,7 +64,7 @@ class Transitions:
 
     def move(self, compaction: Compaction) -> None:
         """Tokens left the rows."""
-        self._values = {signal: compaction.rows(values) for signal, values in self._values.items()}
+        self._values = dict(zip(self._values, compaction.move(list(self._values.values()))))
 
     def value(self, signal: Signal, sample: int, places: Tensor) -> Tensor:
         """A signal of the tokens that stand at `places` `[n]` of a row now, `[n]` fp32."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tokenprune.kernels.attention_received import attention_received
 from tokenprune.kernels.attention_rows import attention_rows
 from tokenprune.signals import (
     CLS_ATTENTION,
@@ -68,15 +69,13 @@ def sink_attention(query: Tensor, key: Tensor, before: int, threshold: float, to
         `[m, N]` fp32, and how many rows of every head were formed, of each picture.
     """
     patches = query[:, :, before:]
-    pictures, _, count, width = patches.shape
+    _, _, count, width = patches.shape
     scale = width**-0.5
 
     def rows(chosen: Tensor) -> Tensor:
         return attention_rows(chosen, key, scale)[..., before:]
 
-    received = torch.zeros(pictures, count, device=query.device)
-    for start in range(0, count, _CHUNK):
-        received += rows(patches[:, :, start : start + _CHUNK]).sum(dim=1)
+    received = attention_received(patches, key, scale)[:, before:]
     sinks = received > threshold * received.mean(dim=1, keepdim=True)
     strongest = torch.zeros_like(sinks).scatter(1, received.argmax(dim=1, keepdim=True), True)
     sinks = torch.where(sinks.any(dim=1, keepdim=True), sinks, strongest)

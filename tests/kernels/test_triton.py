@@ -373,6 +373,7 @@ def test_redistribute_attention_of_a_row_that_sees_nothing_is_finite() -> None:
         lambda x: attention_rows.attention_rows(x[:, :, :1], x, 1.0),
         lambda x: attention_received.attention_received(x, x, 1.0),
         lambda x: merge.merge(x[0], torch.zeros(2, 5, dtype=torch.int64, device=x.device), 1),
+        lambda x: compact_rows.compact_rows(torch.tensor([[0, 3], [1, 2]], device=x.device), [x[0] * 1, x[0]])[1],
         lambda x: token_transition.token_transition(x[0], x[0] + 1, x[0], x[0] - 1)[0],
         lambda x: redistribute_attention.redistribute_attention(
             x,
