@@ -32,7 +32,7 @@ def adapter_for(model: Any) -> Adapter:
     supported = sorted(name for family in families.values() for name in family.classes)
     raise TypeError(
         f"No adapter covers a {names[0]}.{near(names[0], supported)} Supported classes: {', '.join(supported)}. "
-        "To add a family, write one file in adapters/ (see CONTRIBUTING.md)."
+        "To add a family, write one file in adapters/ (see docs/guides/adding_a_family.md)."
     )
 
 

@@ -2,7 +2,8 @@
 
 A built-in is a file: `methods/NAME.py` is the method NAME, and it is imported the first time it is asked for, so that
 listing names costs no import of torch. A user's own class joins with the decorator `register_method("name")`, or
-`register_intervention("name")`.
+`register_intervention("name")`; that of an installed package with an entry point `name = "module"` in the group
+`tokenprune.methods`, `tokenprune.interventions` or `tokenprune.adapters`, and is then known to the command line too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import ast
 import re
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +25,11 @@ def near(name: str, known: list[str]) -> str:
     """A ` Did you mean ...?` clause with the near matches of `name` in `known`, or an empty string."""
     matches = get_close_matches(str(name), known, n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+
+
+@cache
+def _installed(group: str) -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=group))
 
 
 class Registry:
@@ -45,9 +53,13 @@ class Registry:
                     files.setdefault(file.stem, file)
         return files
 
+    def _plugins(self) -> dict[str, EntryPoint]:
+        """What installed packages offer; a built-in of the same name wins."""
+        return {entry.name: entry for entry in _installed(self.package) if entry.name not in self._files()}
+
     def names(self) -> list[str]:
         """Every known name, sorted; imports nothing."""
-        return sorted({*self._files(), *self._classes})
+        return sorted({*self._files(), *self._plugins(), *self._classes})
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator: make the class known as `name` (lower snake case).
@@ -85,20 +97,24 @@ class Registry:
             KeyError: no such name; the message lists the near matches and all known names.
         """
         if name not in self._classes:
-            if name not in self._files():
+            if name not in self.names():
                 raise UnknownName(
                     f"There is no {self.kind} called {name!r}.{near(name, self.names())} "
                     f"Known: {', '.join(self.names())}."
                 )
-            import_module(f"{self.package}.{name}")
+            plugin = self._plugins().get(name)
+            module = f"{self.package}.{name}" if plugin is None else plugin.module
+            import_module(module)
             if name not in self._classes:
-                raise ValueError(f"{self.package}.{name} registers no {self.kind} called {name!r}.")
+                raise ValueError(f"{module} registers no {self.kind} called {name!r}.")
         return self._classes[name]
 
     def describe(self, name: str) -> str:
         """The first line of the docstring, read from the source: nothing is imported."""
         if name in self._classes and name not in self._files():
             doc = self._classes[name].__doc__
+        elif name in self._plugins():
+            doc = f"from the installed module {self._plugins()[name].module}"
         else:
             doc = ast.get_docstring(ast.parse(self._files()[name].read_text(encoding="utf-8")))
         return (doc or "").strip().split("\n")[0]
