@@ -29,7 +29,6 @@ from tokenprune.evals.pocket.scenes import PATCH, SPLIT_SEED, Scene, Thing, make
 
 ALL_FAMILIES = (*FAMILIES, "easy_vqa", "video")
 INTERVAL = 2  # M-RoPE steps from one pair of frames to the next: the processor's default of one second, times two
-_WEIGHT = {"read": 3.0, "global": 3.0, "video": 2.0}  # only one or a few such questions a picture
 
 
 @lru_cache(maxsize=50_000)
@@ -42,7 +41,7 @@ class Batch:
 
     ``frames`` [B * grids, 2, 3, H, W]; ``kept`` [B, K] visual tokens that reach the decoder, or None; ``ids`` [B, T]
     of the turns; ``labels``, ``family`` [B, T], -100 or -1 where nothing is asked; ``mask`` [B, 1, P + T, P + T] and
-    ``positions`` [3, B, P + T] of the P tokens before the turns and of the turns.
+    ``positions`` [3, B, P + T] of the P tokens before the turns and of the turns; ``weight`` of an answer by family.
     """
 
     def __init__(self, stage, step: int, split: str = "train", drop: bool | None = None, clips: bool | None = None):
@@ -70,6 +69,7 @@ class Batch:
             images.append(np.stack([picture, picture]))
             turns.append(extra.ask(i, 8, 1, rng) if cols == rows else [])
             shown.append(None)
+        self.weight: dict[str, float] = stage.weight
         self.target: dict[str, Tensor] = {}
         if stage.see:
             pairs = [(clip.frames[2 * g], clip.ways) for clip in clipped for g in range(self.grids)]
@@ -153,7 +153,7 @@ def forward(
     head = inputs.shape[1] - batch.ids.shape[1]
     asked = batch.labels >= 0
     logits, labels = model.lm_head(out.last_hidden_state[:, head:][asked]), batch.labels[asked]
-    weight = torch.tensor([_WEIGHT.get(name, 1.0) for name in ALL_FAMILIES])[batch.family[asked]]
+    weight = torch.tensor([batch.weight.get(name, 1.0) for name in ALL_FAMILIES])[batch.family[asked]]
     losses = F.cross_entropy(logits, labels, reduction="none")
     result: dict[str, Tensor | float] = {"loss": (losses * weight).sum() / weight.sum()}
     right, eos = logits.detach().argmax(-1) == labels, build_tokenizer().eos_token_id

@@ -33,9 +33,10 @@ class Stage:
     easy-VQA pictures a batch in stage V, their share in the others; ``objects``: things a scene, from - to; ``sizes``,
     ``clip_sizes``: columns and rows of tokens; ``grids``: pairs of frames a clip; ``tokens``: visual tokens a batch;
     ``drop``, ``drop_end``: share of batches in which background tokens are dropped before the decoder, at the first and
-    the last step; ``mix``: questions a picture; ``fit``: weight of the teacher's tokens, in stages J of its hidden
-    states; ``see``: weight of the heads of stage V; ``tower_lr``: rate of the tower as a part of ``lr``; ``every``:
-    steps from one line of the log to the next; ``after``: the stage whose weights it starts from.
+    the last step; ``mix``: questions a picture; ``weight``: of an answer, where few of its family are asked; ``fit``:
+    weight of the teacher's tokens, in stages J of its hidden states; ``see``: weight of the heads of stage V;
+    ``tower_lr``: rate of the tower as a part of ``lr``; ``every``: steps from one line of the log to the next;
+    ``after``: the stage whose weights it starts from.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Stage:
     drop: float = 0.0
     drop_end: float = 0.0
     mix: dict[str, int] = field(default_factory=lambda: dict(_MIX))
+    weight: dict[str, float] = field(default_factory=lambda: {"read": 3.0, "global": 3.0, "video": 2.0})
     fit: float = 0.0
     see: float = 0.0
     tower_lr: float = 0.5
@@ -71,7 +73,8 @@ STAGES = {
     ),
     "J2": Stage(
         "J2", steps=450, lr=5e-4, seed=340_000_000, easy=0.1, sizes=_MORE, clip_sizes=((8, 8), (10, 8), (10, 10)),
-        grids=(2, 2, 4), clips=0.25, drop=0.4, drop_end=0.4, fit=0.25, tower_lr=1.0, after="J",
+        grids=(2, 2, 4), clips=0.2, drop=0.4, drop_end=0.4, fit=0.25, see=0.25, tower_lr=1.0, after="J",
+        weight={"read": 6.0, "global": 2.0, "video": 2.0},
     ),
 }  # fmt: skip
 
