@@ -1,24 +1,19 @@
-"""What to run: a grid of models, tasks, methods and budgets, from YAML or the CLI, checked before anything runs."""
+"""The settings of a run, checked before anything runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenprune.budget import read_budget
 from tokenprune.evals.models import check_dtype, model_source
+from tokenprune.evals.points import NONE, Point, check_method_name, read_entry
 from tokenprune.evals.tasks import check_task
-from tokenprune.notation import pruner_parts, split_name, split_outside
-from tokenprune.registry import INTERVENTIONS, METHODS, UnknownName, near
-
-NONE = "none"
-"""The method name of the unpruned model."""
 
 
 class Refused(Exception):
@@ -32,42 +27,6 @@ def refusing() -> Iterator[None]:
         yield
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise Refused(str(error)) from error
-
-
-@dataclass(frozen=True)
-class Point:
-    """One model x task x method x budget.
-
-    Attributes:
-        method: a name, or several parts as written on one line ("vtc_cls+var"), the budget taken out.
-        keep: visual tokens kept of each image (int), or the kept fraction (float), or their mean over the decoder's
-            layers ("avg64"); None for the unpruned model, and where nothing prunes or all parts have their own budget.
-        options: the method's options that were set, as a sorted tuple of pairs.
-        reference: run only so that others can be compared with it.
-    """
-
-    model: str
-    task: str
-    method: str
-    keep: int | float | str | None
-    options: tuple[tuple[str, Any], ...] = ()
-    reference: bool = False
-
-    @property
-    def label(self) -> str:
-        """`holov@64`, `holov(variant=official)@64`, `none`."""
-        return self.series if self.keep is None else f"{self.series}@{self.keep}"
-
-    @property
-    def series(self) -> str:
-        """The label without its budget: what a line in a plot is called."""
-        options = ",".join(f"{key}={value}" for key, value in self.options)
-        return f"{self.method}({options})" if options else self.method
-
-    @property
-    def key(self) -> str:
-        """Unique within a run folder."""
-        return f"{self.model}|{self.task}|{self.label}"
 
 
 @dataclass
@@ -167,7 +126,7 @@ class RunConfig:
     def _points(self, model: str, task: str) -> list[Point]:
         asked: list[Point] = []
         for entry in self.methods:
-            method, options, budgets = _read_method(entry, self.keep)
+            method, options, budgets = read_entry(entry, self.keep)
             if method == NONE:
                 asked.append(Point(model, task, NONE, None))
             else:
@@ -209,7 +168,7 @@ class RunConfig:
         for task in self.tasks:
             check_task(task)
         # names and budgets first: they need no import of torch, so a typo is answered at once
-        entries = [_read_method(entry, self.keep) for entry in self.methods]
+        entries = [read_entry(entry, self.keep) for entry in self.methods]
         for method, options, budgets in entries:
             check_method_name(method)
             if method == NONE and options:
@@ -227,145 +186,9 @@ class RunConfig:
         return dataclasses.asdict(self)
 
 
-def check_method_name(method: str) -> None:
-    """Raise UnknownName if a part of `method` is neither registered nor `none`; imports nothing heavy."""
-    parts = split_outside(method, "+")
-    known = [*METHODS.names(), *INTERVENTIONS.names()] + [NONE] * (len(parts) == 1)
-    for part in parts:
-        name = split_name(part)[0]
-        if name not in known:
-            raise UnknownName(
-                f"There is no method called {name!r}.{near(name, known)} Known: {', '.join(sorted(known))}."
-            )
-
-
-def needs_budget(method: str) -> bool:
-    """Whether `method`, as written, prunes and does not say itself how many tokens it keeps."""
-    return method != NONE and any(split_name(part)[2] is None for part in pruner_parts(method))
-
-
 def _positive(name: str, value: Any, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
-
-
-def method_of_file(path: str) -> Mapping[str, Any]:
-    """The mapping with the key 'method' in a YAML file, as `tokenprune tune` writes it.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or it holds none.
-    """
-    import yaml
-
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"There is no method file {path}.")
-    loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(loaded, Mapping) or not isinstance(loaded.get("method"), str):
-        raise ValueError(f"{path} must hold a mapping whose key 'method' names one method.")
-    return loaded
-
-
-def _read_method(entry: Any, budgets: list[Any]) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]]:
-    """Name, options and budgets of an entry; the budgets are [None] where nothing is left to be said."""
-    if isinstance(entry, str) and entry.endswith((".yaml", ".yml")):
-        entry = method_of_file(entry)
-    if isinstance(entry, str):
-        entry = {"method": entry}
-    if not isinstance(entry, Mapping) or "method" not in entry:
-        raise ValueError(f"An entry of methods is a name or a mapping with the key 'method', got {entry!r}.")
-    rest = dict(entry)
-    name, own = str(rest.pop("method")), rest.pop("keep", None)
-    pruners = pruner_parts(name)
-    if len(pruners) == 1 and pruners[0] == name:
-        name, written, budget = split_name(name)
-        rest = {**written, **rest}
-        own = _one_budget(name, own, budget)
-    elif len(pruners) == 1:  # the one budget beside interventions is the point's
-        head, at, budget = pruners[0].rpartition("@")
-        if at:
-            own = _one_budget(head, own, budget)
-            name = "+".join(head if part == pruners[0] else part for part in split_outside(name, "+"))
-    elif own is None:
-        own = [None]
-    own = budgets if own is None else own
-    return name, tuple(sorted(rest.items())), own if isinstance(own, list) else [own]
-
-
-def _one_budget(name: str, own: Any, written: str | None) -> Any:
-    if own is not None and written is not None:
-        raise ValueError(f"Two budgets were given for {name!r}, @{written} and keep: {own}; give one.")
-    return own if written is None else read_budget(written)
-
-
-def _build(cls: Any, data: Any, where: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{where} must be a mapping, got {data!r}.")
-    known = [item.name for item in dataclasses.fields(cls)]
-    for key in data:
-        if key not in known:
-            raise ValueError(f"{where} has an unknown key {key!r}.{near(str(key), known)} Known: {', '.join(known)}.")
-    missing = [
-        item.name
-        for item in dataclasses.fields(cls)
-        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING and item.name not in data
-    ]
-    if missing:
-        raise ValueError(f"{where} lacks the key {missing[0]!r}.")
-    return cls(**data)
-
-
-def read_config(path: str | Path, **overrides: Any) -> RunConfig:
-    """Read and check a sweep file.
-
-    Args:
-        path: a YAML file, or the name of a packaged one (`demo`, `configs/demo.yaml`).
-        overrides: win over the file; None means "not given".
-
-    Raises:
-        ValueError: an unknown key (with near matches), a missing one, or a value that cannot work.
-    """
-    import yaml
-
-    file = find_config(path)
-    data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{file} must hold a mapping of settings, got {type(data).__name__}.")
-    data = {"name": file.stem, **data, **{key: value for key, value in overrides.items() if value is not None}}
-    for key, cls in (("measure", Measure), ("overlays", Overlays)):
-        if key in data and not isinstance(data[key], cls):
-            data[key] = _build(cls, data[key], f"{key} in {file.name}")
-    for key in ("tasks", "methods", "keep"):
-        if key in data and not isinstance(data[key], list):
-            data[key] = [data[key]]
-    config = _build(RunConfig, data, file.name)
-    config.check()
-    return config
-
-
-def packaged_configs() -> dict[str, Path]:
-    """Sweep files that ship with the package, by name."""
-    import tokenprune
-
-    folders = [Path(folder) / "configs" for folder in tokenprune.__path__]
-    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
-
-
-def find_config(path: str | Path) -> Path:
-    """The sweep file at `path`, or the packaged one of that name.
-
-    Raises:
-        FileNotFoundError: neither is there; near matches are named.
-    """
-    if Path(path).is_file():
-        return Path(path)
-    packaged = packaged_configs()
-    stem = Path(path).stem
-    if str(path) in (stem, f"configs/{stem}.yaml") and stem in packaged:
-        return packaged[stem]
-    raise FileNotFoundError(
-        f"There is no sweep file {path}.{near(stem, list(packaged))} Packaged: {', '.join(packaged)}."
-    )
 
 
 def digest(data: Any) -> str:

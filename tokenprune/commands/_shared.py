@@ -45,7 +45,7 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
 
 def check_keep(method: str, keep: Any) -> None:
     """Raise ValueError if the method needs a budget and has none, or the other way round."""
-    from tokenprune.evals.config import NONE, needs_budget
+    from tokenprune.evals.points import NONE, needs_budget
     from tokenprune.notation import pruner_parts
 
     if needs_budget(method) and keep is None:

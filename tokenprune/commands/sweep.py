@@ -23,7 +23,8 @@ def sweep_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from tokenprune.evals.config import read_config, refusing
+    from tokenprune.evals.config import refusing
+    from tokenprune.evals.configfile import read_config
 
     with refusing():
         config = read_config(args.config, limit=args.limit, output=args.output, device=args.device)
