@@ -11,9 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokenprune.evals.grid import Listed, expand, read_point
 from tokenprune.evals.models import check_dtype, model_source
-from tokenprune.evals.points import NONE, Point, check_method_name, read_entry
+from tokenprune.evals.points import NONE, MethodEntry, Point, check_method_name, read_entry
 from tokenprune.evals.tasks import check_task
+
+ALIASES = {"listed": "points"}
+"""Keys of a sweep file that are named otherwise in `RunConfig`."""
 
 
 class Refused(Exception):
@@ -72,7 +76,8 @@ class RunConfig:
         model: pocket name, folder or hub id, or a list of them.
         tasks: task names or task files.
         methods: names, several joined by plus signs ("vtc_cls+var"), or mappings with `method`, optionally `keep`
-            (its own budgets) and the method's options, or the paths of YAML files with such a mapping.
+            (its own budgets), `grid` (lists of values by option) and the method's options, or the paths of YAML files
+            with such a mapping.
         keep: budgets: ints are tokens per image, floats are kept fractions.
         limit: samples per task, None for all.
         seed: of methods that draw, and of the bootstrap.
@@ -86,6 +91,8 @@ class RunConfig:
         output: folder to write to.
         measure: see `Measure`.
         overlays: see `Overlays`.
+        seeds: each method that draws is run once with each of these, in place of `seed`.
+        listed: points beside the grid, or in its place, see `grid.read_point`. In a sweep file the key is `points`.
     """
 
     name: str
@@ -104,6 +111,8 @@ class RunConfig:
     output: str | None = None
     measure: Measure = field(default_factory=Measure)
     overlays: Overlays = field(default_factory=Overlays)
+    seeds: list[int] = field(default_factory=list)
+    listed: list[Any] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -112,34 +121,27 @@ class RunConfig:
 
     @property
     def models(self) -> list[str]:
-        """`model` as a list."""
+        """Every model of the run, each once."""
+        return list(dict.fromkeys([*self._own_models, *(model for one in self._listed() for model in one.models)]))
+
+    @property
+    def all_tasks(self) -> list[str]:
+        """Every task of the run, each once: `tasks`, and those that only `listed` names."""
+        return list(dict.fromkeys([*self.tasks, *(task for one in self._listed() for task in one.tasks)]))
+
+    @property
+    def _own_models(self) -> list[str]:
         return [self.model] if isinstance(self.model, str) else list(self.model)
 
-    def points(self) -> list[Point]:
-        """The grid, unpruned first, then random, then the methods as they are listed; no point twice."""
-        grid: list[Point] = []
-        for model in self.models:
-            for task in self.tasks:
-                grid += self._points(model, task)
-        return grid
+    def _listed(self) -> list[Listed]:
+        return [read_point(number, one, self._own_models, self.tasks) for number, one in enumerate(self.listed)]
 
-    def _points(self, model: str, task: str) -> list[Point]:
-        asked: list[Point] = []
-        for entry in self.methods:
-            method, options, budgets = read_entry(entry, self.keep)
-            if method == NONE:
-                asked.append(Point(model, task, NONE, None))
-            else:
-                asked += [Point(model, task, method, keep, options) for keep in budgets]
-        points: dict[str, Point] = {}
-        if self.references and any(point.method != NONE for point in asked):
-            budgets = dict.fromkeys(point.keep for point in asked if point.keep is not None)
-            references = [Point(model, task, NONE, None, reference=True)]
-            references += [Point(model, task, "random", keep, reference=True) for keep in budgets]
-            points = {point.key: point for point in references}
-        # an asked point takes the place of its reference, so the order stays: what is compared with comes first
-        points.update({point.key: point for point in asked})
-        return list(points.values())
+    def _entries(self) -> list[MethodEntry]:
+        return [one for entry in self.methods for one in read_entry(entry, self.keep)]
+
+    def points(self) -> list[Point]:
+        """The grid and the list, see `grid.expand`."""
+        return expand(self._own_models, self.tasks, self._entries(), self._listed(), self.seeds, self.references)
 
     def check(self) -> None:
         """Refuse every name, option and number that would fail later. Imports the methods, loads no model or data.
@@ -147,11 +149,12 @@ class RunConfig:
         Raises:
             UnknownName, TypeError, ValueError, FileNotFoundError: with a sentence on what to write instead.
         """
+        if not isinstance(self.listed, list):
+            raise ValueError(f"points must be a list of mappings, got {self.listed!r}.")
         for name in ("model", "tasks", "methods"):
-            if not getattr(self, name):
+            if not getattr(self, name) and (self.methods or not self.listed):
                 raise ValueError(f"{name} must name at least one entry, got {getattr(self, name)!r}.")
-        for name in ("batch_size",):
-            _positive(name, getattr(self, name))
+        _positive("batch_size", self.batch_size)
         for name in ("limit", "max_new_tokens"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
@@ -162,33 +165,43 @@ class RunConfig:
         _positive("overlays.samples", self.overlays.samples, least=0)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be an integer, got {self.seed!r}.")
+        _check_seeds(self.seeds)
         check_dtype(self.dtype)
         for model in self.models:
             model_source(model)
-        for task in self.tasks:
+        for task in self.all_tasks:
             check_task(task)
         # names and budgets first: they need no import of torch, so a typo is answered at once
-        entries = [read_entry(entry, self.keep) for entry in self.methods]
-        for method, options, budgets in entries:
-            check_method_name(method)
-            if method == NONE and options:
-                raise ValueError(f"The unpruned model has no options, got {dict(options)}.")
-            if method != NONE and not budgets:
-                raise ValueError(f"Say how many visual tokens {method!r} keeps: keep: [192, 128, 64].")
+        entries = [*self._entries(), *(one.entry for one in self._listed())]
+        for one in entries:
+            check_method_name(one.method)
+            if one.method == NONE and one.options:
+                raise ValueError(f"The unpruned model has no options, got {dict(one.options)}.")
+            if one.method != NONE and not one.keeps:
+                raise ValueError(f"Say how many visual tokens {one.method!r} keeps: keep: [192, 128, 64].")
         from tokenprune.spec import parse_method
 
-        for method, options, budgets in entries:
-            for keep in budgets if method != NONE else ():
-                parse_method(method, keep, **dict(options))
+        for one in entries:
+            one.check_keys()
+            for keep in one.keeps if one.method != NONE else ():
+                parse_method(one.method, keep, **dict(one.options))
+        self.points()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for result files."""
-        return dataclasses.asdict(self)
+        """Plain data, for result files; a sweep file of the same run may hold it."""
+        data = dataclasses.asdict(self)
+        return {ALIASES.get(key, key): value for key, value in data.items()}
 
 
 def _positive(name: str, value: Any, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
+def _check_seeds(seeds: Any) -> None:
+    whole = isinstance(seeds, list) and all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds)
+    if not whole or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be a list of integers, each once, got {seeds!r}.")
 
 
 def digest(data: Any) -> str:

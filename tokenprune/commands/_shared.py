@@ -62,17 +62,18 @@ def execute(config: Any) -> int:
         config.check()
     from rich.console import Console
 
+    from tokenprune.evals.seeds import seed_tables
     from tokenprune.evals.sweep import run
     from tokenprune.evals.tables import result_tables
     from tokenprune.evals.tasks import cut_short
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
     done = run(config, console)
-    for table in result_tables(done.records, console.width):
+    for table in [*result_tables(done.records, console.width), *seed_tables(done.records)]:
         console.print()
         console.print(table)
     console.print()
-    if cut_short(config.tasks, config.limit):
+    if cut_short(config.all_tasks, config.limit):
         console.print(f"A limit of {config.limit} samples was set: these are not the numbers of the whole task.")
     for note in done.warnings:
         console.print(f"[yellow]{note}[/yellow]")
