@@ -14,6 +14,7 @@ from typing import Any
 from tokenprune.evals.grid import Listed, expand, read_point
 from tokenprune.evals.models import check_dtype, model_source
 from tokenprune.evals.points import NONE, MethodEntry, Point, check_method_name, read_entry
+from tokenprune.evals.targets import Target
 from tokenprune.evals.tasks import check_task
 
 ALIASES = {"listed": "points"}
@@ -93,6 +94,7 @@ class RunConfig:
         overlays: see `Overlays`.
         seeds: each method that draws is run once with each of these, in place of `seed`.
         listed: points beside the grid, or in its place, see `grid.read_point`. In a sweep file the key is `points`.
+        targets: published numbers to compare with, see `parity`.
     """
 
     name: str
@@ -113,6 +115,7 @@ class RunConfig:
     overlays: Overlays = field(default_factory=Overlays)
     seeds: list[int] = field(default_factory=list)
     listed: list[Any] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -186,6 +189,9 @@ class RunConfig:
             for keep in one.keeps if one.method != NONE else ():
                 parse_method(one.method, keep, **dict(one.options))
         self.points()
+        for target in self.targets:
+            if target.task not in self.all_tasks:
+                check_task(target.task)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for result files; a sweep file of the same run may hold it."""

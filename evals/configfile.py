@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.evals.config import ALIASES, Measure, Overlays, RunConfig
+from tokenprune.evals.targets import read_target
 from tokenprune.registry import near
 
 INCLUDE = "include"
@@ -42,6 +43,10 @@ def read_config(path: str | Path, **overrides: Any) -> RunConfig:
     for key in _LISTS:
         if key in data and not isinstance(data[key], list):
             data[key] = [data[key]]
+    if "targets" in data:
+        if not isinstance(data["targets"], list):
+            raise ValueError(f"targets in {file.name} must be a list of mappings, got {data['targets']!r}.")
+        data["targets"] = [read_target(number, entry) for number, entry in enumerate(data["targets"])]
     if data.get("points"):
         data = {"model": [], "tasks": [], "methods": [], **data}
     for key, cls in _SECTIONS.items():
@@ -123,7 +128,8 @@ def packaged_configs() -> dict[str, Path]:
 
     folders = [Path(folder) / "configs" for folder in tokenprune.__path__]
     found = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
-    papers = {f"papers/{file.stem}": file for folder in folders for file in sorted(folder.glob("papers/*.yaml"))}
+    # files with an underscore are parts that others include
+    papers = {f"papers/{file.stem}": file for folder in folders for file in sorted(folder.glob("papers/[!_]*.yaml"))}
     return {**found, **papers}
 
 

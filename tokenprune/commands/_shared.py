@@ -72,6 +72,12 @@ def execute(config: Any) -> int:
     for table in [*result_tables(done.records, console.width), *seed_tables(done.records)]:
         console.print()
         console.print(table)
+    if config.targets:
+        from tokenprune.commands.parity import show_parity
+        from tokenprune.evals.parity import compare
+
+        console.print()
+        show_parity(compare(done.records, config.targets), config.folder)
     console.print()
     if cut_short(config.all_tasks, config.limit):
         console.print(f"A limit of {config.limit} samples was set: these are not the numbers of the whole task.")

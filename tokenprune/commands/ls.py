@@ -39,5 +39,5 @@ def _ls(args: argparse.Namespace) -> int:
 
         for name, file in packaged_configs().items():
             first = file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-            print(f"{name:<17} {first}")
+            print(f"{name:<21} {first}")
     return 0
