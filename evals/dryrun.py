@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokenprune.evals.config import RunConfig
-from tokenprune.evals.models import model_source
+from tokenprune.evals.models import LoadedModel, model_source
 from tokenprune.evals.points import NONE, Point
 from tokenprune.evals.tasks import count_samples, task_needs
 
@@ -95,19 +95,20 @@ def make_plan(config: RunConfig) -> Plan:
         if found is None:
             notes.append(f"The FLOPs of {name} could not be estimated: {problem}.")
         else:
-            settings[name] = settings_digest(config, _Fingerprint(found.fingerprint))  # type: ignore[arg-type]
+            settings[name] = settings_digest(config, LoadedModel(name, None, None, found.fingerprint))
     sizes = {task: count_samples(task) for task in config.all_tasks}
-    planned = []
+    planned, counted = [], 0
     for point in config.points():
         own, size = models[point.model], sizes[point.task]
         limit = size if config.limit is None or size is None else min(size, config.limit)
         cost, refused = _estimate(own, point, config.seed)
         ids = rows.get((settings.get(point.model, ""), point.key), set())
-        planned.append(Planned(point, limit, len(ids), cost, refused, _needs(point, cost)))
+        counted += len(ids)
+        done = len(ids) if limit is None else min(len(ids), limit)  # of an earlier run with a higher limit
+        planned.append(Planned(point, limit, done, cost, refused, _needs(point, cost)))
     unread = [task for task, size in sizes.items() if size is None]
     if unread:
         notes.append(f"How many samples they have is known once their data is read: {', '.join(unread)}.")
-    counted = sum(one.done for one in planned)
     others = sum(map(len, rows.values())) - counted
     if others:
         notes.append(
@@ -116,13 +117,6 @@ def make_plan(config: RunConfig) -> Plan:
     if broken:
         notes.append(f"{broken} lines of the run folder's samples.jsonl are torn and would be written anew.")
     return Plan(config, planned, notes)
-
-
-@dataclass
-class _Fingerprint:
-    """As much of a loaded model as a settings digest reads."""
-
-    fingerprint: str
 
 
 def _outline(name: str) -> tuple[Outline | None, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tokenprune import cost
@@ -87,9 +88,8 @@ def outline(name: str) -> Outline:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(source))
     adapter = adapter_for(model)
-    stand_in: Any = torch.nn.Linear(1, 1)  # has the device and the dtype that inputs are moved to
-    stand_in.device, stand_in.dtype = torch.device("cpu"), torch.float32
-    asked = LoadedModel(name, stand_in, ready_processor(source), made_of)
+    real = SimpleNamespace(device="cpu", dtype=torch.float32)  # where the prompt goes: the model is on no device
+    asked = LoadedModel(name, real, ready_processor(source), made_of)
     return of_prompt(adapter, dict(asked.inputs([QUESTION], [Image.new("RGB", PICTURE)])), made_of)
 
 

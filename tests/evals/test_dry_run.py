@@ -170,6 +170,9 @@ def test_a_started_run_shows_how_much_is_done(tmp_path, tiny_folder, tiny_task):
     assert {one.samples for one in plan.points} == {8}
     assert "1 lines of the run folder's samples.jsonl are torn" in "\n".join(plan_lines(plan))
     assert file.read_bytes() == before
+    # an earlier run may have gone further than this one is to go
+    lower = make_plan(config(tmp_path, tiny_folder, limit=2, **settings))
+    assert {(one.samples, one.done) for one in lower.points} == {(2, 2)} and not lower.notes[1:]
     # rows of another seed answer for nothing
     other = make_plan(config(tmp_path, tiny_folder, limit=8, seed=3, **settings))
     assert {one.done for one in other.points} == {0}

@@ -146,10 +146,10 @@ def test_a_real_run_with_made_up_targets(tmp_path):
     """pocket-llava on 14 samples: the comparison says of its numbers what a hand count of the answers says."""
     entry = {"method": "uniform", "keep": 64, "task": "pocket", "source": MADE_UP, "value": 0.0}
     targets = [read_target(i, {**entry, "value": value}) for i, value in enumerate((0.0, 100.0))]
+    quick = Measure(samples=1, times=False, flops=False, decode_tokens=0)
     config = RunConfig(
         "made-up", "pocket-llava", ["pocket"], ["uniform"], [64], limit=14, batch_size=14, references=False,
-        output=str(tmp_path),        measure=Measure(samples=1, times=False, flops=False, decode_tokens=0), overlays=Overlays(samples=0),
-        targets=targets,
+        output=str(tmp_path), measure=quick, overlays=Overlays(samples=0), targets=targets,
     )  # fmt: skip
     run(config, Console(quiet=True))
     records, named = read_run(tmp_path)
