@@ -84,8 +84,9 @@ def _value(record: Record, target: Target) -> tuple[float | None, float | None, 
     accuracy; of others only the value is known."""
     overall, own = record["overall"], record.get("metrics") or {}
     scale = 100.0 if target.unit == "percent" else 1.0
-    values = [overall["accuracy"] if name == ACCURACY else own.get(name) for name in target.metrics]
-    if any(value is None for value in values):
+    known = {**own, ACCURACY: overall["accuracy"]}
+    values: list[float] = [known[name] for name in target.metrics if name in known]
+    if len(values) < len(target.metrics):
         return None, None, None
     value = sum(values)
     if len(values) == 1 and abs(value - overall["accuracy"]) < 1e-9:
@@ -210,5 +211,7 @@ def parity_lines(found: Sequence[Parity]) -> list[str]:
         lines.append(f"{len(found) - len(there)} of {len(found)} targets have no number in this run.")
     unsure = sum(bool(one.target.evidence) for one in there)
     if unsure:
-        lines.append(f"{unsure} of those compared are not sure in their source, see 'evidence' in parity.csv.")
+        lines.append(
+            f"Numbers compared of which something is unsure in the source: {unsure}; see 'evidence' in parity.csv."
+        )
     return lines
