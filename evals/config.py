@@ -1,24 +1,24 @@
-"""What to run: a grid of models, tasks, methods and budgets, from YAML or the CLI, checked before anything runs."""
+"""The settings of a run, checked before anything runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenprune.budget import read_budget
+from tokenprune.evals.grid import Listed, expand, read_point
 from tokenprune.evals.models import check_dtype, model_source
+from tokenprune.evals.points import NONE, MethodEntry, Point, check_method_name, read_entry
+from tokenprune.evals.targets import Target
 from tokenprune.evals.tasks import check_task
-from tokenprune.notation import pruner_parts, split_name, split_outside
-from tokenprune.registry import INTERVENTIONS, METHODS, UnknownName, near
 
-NONE = "none"
-"""The method name of the unpruned model."""
+ALIASES = {"listed": "points"}
+"""Keys of a sweep file that are named otherwise in `RunConfig`."""
 
 
 class Refused(Exception):
@@ -32,42 +32,6 @@ def refusing() -> Iterator[None]:
         yield
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise Refused(str(error)) from error
-
-
-@dataclass(frozen=True)
-class Point:
-    """One model x task x method x budget.
-
-    Attributes:
-        method: a name, or several parts as written on one line ("vtc_cls+var"), the budget taken out.
-        keep: visual tokens kept of each image (int), or the kept fraction (float), or their mean over the decoder's
-            layers ("avg64"); None for the unpruned model, and where nothing prunes or all parts have their own budget.
-        options: the method's options that were set, as a sorted tuple of pairs.
-        reference: run only so that others can be compared with it.
-    """
-
-    model: str
-    task: str
-    method: str
-    keep: int | float | str | None
-    options: tuple[tuple[str, Any], ...] = ()
-    reference: bool = False
-
-    @property
-    def label(self) -> str:
-        """`holov@64`, `holov(variant=official)@64`, `none`."""
-        return self.series if self.keep is None else f"{self.series}@{self.keep}"
-
-    @property
-    def series(self) -> str:
-        """The label without its budget: what a line in a plot is called."""
-        options = ",".join(f"{key}={value}" for key, value in self.options)
-        return f"{self.method}({options})" if options else self.method
-
-    @property
-    def key(self) -> str:
-        """Unique within a run folder."""
-        return f"{self.model}|{self.task}|{self.label}"
 
 
 @dataclass
@@ -113,7 +77,8 @@ class RunConfig:
         model: pocket name, folder or hub id, or a list of them.
         tasks: task names or task files.
         methods: names, several joined by plus signs ("vtc_cls+var"), or mappings with `method`, optionally `keep`
-            (its own budgets) and the method's options, or the paths of YAML files with such a mapping.
+            (its own budgets), `grid` (lists of values by option) and the method's options, or the paths of YAML files
+            with such a mapping.
         keep: budgets: ints are tokens per image, floats are kept fractions.
         limit: samples per task, None for all.
         seed: of methods that draw, and of the bootstrap.
@@ -127,6 +92,9 @@ class RunConfig:
         output: folder to write to.
         measure: see `Measure`.
         overlays: see `Overlays`.
+        seeds: each method that draws is run once with each of these, in place of `seed`.
+        listed: points beside the grid, or in its place, see `grid.read_point`. In a sweep file the key is `points`.
+        targets: published numbers to compare with, see `parity`.
     """
 
     name: str
@@ -145,6 +113,9 @@ class RunConfig:
     output: str | None = None
     measure: Measure = field(default_factory=Measure)
     overlays: Overlays = field(default_factory=Overlays)
+    seeds: list[int] = field(default_factory=list)
+    listed: list[Any] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -153,34 +124,27 @@ class RunConfig:
 
     @property
     def models(self) -> list[str]:
-        """`model` as a list."""
+        """Every model of the run, each once."""
+        return list(dict.fromkeys([*self._own_models, *(model for one in self._listed() for model in one.models)]))
+
+    @property
+    def all_tasks(self) -> list[str]:
+        """Every task of the run, each once: `tasks`, and those that only `listed` names."""
+        return list(dict.fromkeys([*self.tasks, *(task for one in self._listed() for task in one.tasks)]))
+
+    @property
+    def _own_models(self) -> list[str]:
         return [self.model] if isinstance(self.model, str) else list(self.model)
 
-    def points(self) -> list[Point]:
-        """The grid, unpruned first, then random, then the methods as they are listed; no point twice."""
-        grid: list[Point] = []
-        for model in self.models:
-            for task in self.tasks:
-                grid += self._points(model, task)
-        return grid
+    def _listed(self) -> list[Listed]:
+        return [read_point(number, one, self._own_models, self.tasks) for number, one in enumerate(self.listed)]
 
-    def _points(self, model: str, task: str) -> list[Point]:
-        asked: list[Point] = []
-        for entry in self.methods:
-            method, options, budgets = _read_method(entry, self.keep)
-            if method == NONE:
-                asked.append(Point(model, task, NONE, None))
-            else:
-                asked += [Point(model, task, method, keep, options) for keep in budgets]
-        points: dict[str, Point] = {}
-        if self.references and any(point.method != NONE for point in asked):
-            budgets = dict.fromkeys(point.keep for point in asked if point.keep is not None)
-            references = [Point(model, task, NONE, None, reference=True)]
-            references += [Point(model, task, "random", keep, reference=True) for keep in budgets]
-            points = {point.key: point for point in references}
-        # an asked point takes the place of its reference, so the order stays: what is compared with comes first
-        points.update({point.key: point for point in asked})
-        return list(points.values())
+    def _entries(self) -> list[MethodEntry]:
+        return [one for entry in self.methods for one in read_entry(entry, self.keep)]
+
+    def points(self) -> list[Point]:
+        """The grid and the list, see `grid.expand`."""
+        return expand(self._own_models, self.tasks, self._entries(), self._listed(), self.seeds, self.references)
 
     def check(self) -> None:
         """Refuse every name, option and number that would fail later. Imports the methods, loads no model or data.
@@ -188,11 +152,12 @@ class RunConfig:
         Raises:
             UnknownName, TypeError, ValueError, FileNotFoundError: with a sentence on what to write instead.
         """
+        if not isinstance(self.listed, list):
+            raise ValueError(f"points must be a list of mappings, got {self.listed!r}.")
         for name in ("model", "tasks", "methods"):
-            if not getattr(self, name):
+            if not getattr(self, name) and (self.methods or not self.listed):
                 raise ValueError(f"{name} must name at least one entry, got {getattr(self, name)!r}.")
-        for name in ("batch_size",):
-            _positive(name, getattr(self, name))
+        _positive("batch_size", self.batch_size)
         for name in ("limit", "max_new_tokens"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
@@ -203,45 +168,35 @@ class RunConfig:
         _positive("overlays.samples", self.overlays.samples, least=0)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be an integer, got {self.seed!r}.")
+        _check_seeds(self.seeds)
         check_dtype(self.dtype)
         for model in self.models:
             model_source(model)
-        for task in self.tasks:
+        for task in self.all_tasks:
             check_task(task)
         # names and budgets first: they need no import of torch, so a typo is answered at once
-        entries = [_read_method(entry, self.keep) for entry in self.methods]
-        for method, options, budgets in entries:
-            check_method_name(method)
-            if method == NONE and options:
-                raise ValueError(f"The unpruned model has no options, got {dict(options)}.")
-            if method != NONE and not budgets:
-                raise ValueError(f"Say how many visual tokens {method!r} keeps: keep: [192, 128, 64].")
+        entries = [*self._entries(), *(one.entry for one in self._listed())]
+        for one in entries:
+            check_method_name(one.method)
+            if one.method == NONE and one.options:
+                raise ValueError(f"The unpruned model has no options, got {dict(one.options)}.")
+            if one.method != NONE and not one.keeps:
+                raise ValueError(f"Say how many visual tokens {one.method!r} keeps: keep: [192, 128, 64].")
         from tokenprune.spec import parse_method
 
-        for method, options, budgets in entries:
-            for keep in budgets if method != NONE else ():
-                parse_method(method, keep, **dict(options))
+        for one in entries:
+            one.check_keys()
+            for keep in one.keeps if one.method != NONE else ():
+                parse_method(one.method, keep, **dict(one.options))
+        self.points()
+        for target in self.targets:
+            if target.task not in self.all_tasks:
+                check_task(target.task)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for result files."""
-        return dataclasses.asdict(self)
-
-
-def check_method_name(method: str) -> None:
-    """Raise UnknownName if a part of `method` is neither registered nor `none`; imports nothing heavy."""
-    parts = split_outside(method, "+")
-    known = [*METHODS.names(), *INTERVENTIONS.names()] + [NONE] * (len(parts) == 1)
-    for part in parts:
-        name = split_name(part)[0]
-        if name not in known:
-            raise UnknownName(
-                f"There is no method called {name!r}.{near(name, known)} Known: {', '.join(sorted(known))}."
-            )
-
-
-def needs_budget(method: str) -> bool:
-    """Whether `method`, as written, prunes and does not say itself how many tokens it keeps."""
-    return method != NONE and any(split_name(part)[2] is None for part in pruner_parts(method))
+        """Plain data, for result files; a sweep file of the same run may hold it."""
+        data = dataclasses.asdict(self)
+        return {ALIASES.get(key, key): value for key, value in data.items()}
 
 
 def _positive(name: str, value: Any, least: int = 1) -> None:
@@ -249,123 +204,10 @@ def _positive(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
 
 
-def method_of_file(path: str) -> Mapping[str, Any]:
-    """The mapping with the key 'method' in a YAML file, as `tokenprune tune` writes it.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or it holds none.
-    """
-    import yaml
-
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"There is no method file {path}.")
-    loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(loaded, Mapping) or not isinstance(loaded.get("method"), str):
-        raise ValueError(f"{path} must hold a mapping whose key 'method' names one method.")
-    return loaded
-
-
-def _read_method(entry: Any, budgets: list[Any]) -> tuple[str, tuple[tuple[str, Any], ...], list[Any]]:
-    """Name, options and budgets of an entry; the budgets are [None] where nothing is left to be said."""
-    if isinstance(entry, str) and entry.endswith((".yaml", ".yml")):
-        entry = method_of_file(entry)
-    if isinstance(entry, str):
-        entry = {"method": entry}
-    if not isinstance(entry, Mapping) or "method" not in entry:
-        raise ValueError(f"An entry of methods is a name or a mapping with the key 'method', got {entry!r}.")
-    rest = dict(entry)
-    name, own = str(rest.pop("method")), rest.pop("keep", None)
-    pruners = pruner_parts(name)
-    if len(pruners) == 1 and pruners[0] == name:
-        name, written, budget = split_name(name)
-        rest = {**written, **rest}
-        own = _one_budget(name, own, budget)
-    elif len(pruners) == 1:  # the one budget beside interventions is the point's
-        head, at, budget = pruners[0].rpartition("@")
-        if at:
-            own = _one_budget(head, own, budget)
-            name = "+".join(head if part == pruners[0] else part for part in split_outside(name, "+"))
-    elif own is None:
-        own = [None]
-    own = budgets if own is None else own
-    return name, tuple(sorted(rest.items())), own if isinstance(own, list) else [own]
-
-
-def _one_budget(name: str, own: Any, written: str | None) -> Any:
-    if own is not None and written is not None:
-        raise ValueError(f"Two budgets were given for {name!r}, @{written} and keep: {own}; give one.")
-    return own if written is None else read_budget(written)
-
-
-def _build(cls: Any, data: Any, where: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{where} must be a mapping, got {data!r}.")
-    known = [item.name for item in dataclasses.fields(cls)]
-    for key in data:
-        if key not in known:
-            raise ValueError(f"{where} has an unknown key {key!r}.{near(str(key), known)} Known: {', '.join(known)}.")
-    missing = [
-        item.name
-        for item in dataclasses.fields(cls)
-        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING and item.name not in data
-    ]
-    if missing:
-        raise ValueError(f"{where} lacks the key {missing[0]!r}.")
-    return cls(**data)
-
-
-def read_config(path: str | Path, **overrides: Any) -> RunConfig:
-    """Read and check a sweep file.
-
-    Args:
-        path: a YAML file, or the name of a packaged one (`demo`, `configs/demo.yaml`).
-        overrides: win over the file; None means "not given".
-
-    Raises:
-        ValueError: an unknown key (with near matches), a missing one, or a value that cannot work.
-    """
-    import yaml
-
-    file = find_config(path)
-    data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{file} must hold a mapping of settings, got {type(data).__name__}.")
-    data = {"name": file.stem, **data, **{key: value for key, value in overrides.items() if value is not None}}
-    for key, cls in (("measure", Measure), ("overlays", Overlays)):
-        if key in data and not isinstance(data[key], cls):
-            data[key] = _build(cls, data[key], f"{key} in {file.name}")
-    for key in ("tasks", "methods", "keep"):
-        if key in data and not isinstance(data[key], list):
-            data[key] = [data[key]]
-    config = _build(RunConfig, data, file.name)
-    config.check()
-    return config
-
-
-def packaged_configs() -> dict[str, Path]:
-    """Sweep files that ship with the package, by name."""
-    import tokenprune
-
-    folders = [Path(folder) / "configs" for folder in tokenprune.__path__]
-    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
-
-
-def find_config(path: str | Path) -> Path:
-    """The sweep file at `path`, or the packaged one of that name.
-
-    Raises:
-        FileNotFoundError: neither is there; near matches are named.
-    """
-    if Path(path).is_file():
-        return Path(path)
-    packaged = packaged_configs()
-    stem = Path(path).stem
-    if str(path) in (stem, f"configs/{stem}.yaml") and stem in packaged:
-        return packaged[stem]
-    raise FileNotFoundError(
-        f"There is no sweep file {path}.{near(stem, list(packaged))} Packaged: {', '.join(packaged)}."
-    )
+def _check_seeds(seeds: Any) -> None:
+    whole = isinstance(seeds, list) and all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds)
+    if not whole or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be a list of integers, each once, got {seeds!r}.")
 
 
 def digest(data: Any) -> str:

@@ -116,17 +116,22 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None) -> 
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from tokenprune.evals.processing import load_processor
-
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, dtype))
     model = model.to(device).eval()
+    return LoadedModel(name, model, ready_processor(source), fingerprint(source, model))
+
+
+def ready_processor(source: str) -> Any:
+    """The processor of a folder or hub id, padding on the left."""
+    from tokenprune.evals.processing import load_processor
+
     processor = load_processor(source)
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return LoadedModel(name, model, processor, fingerprint(source, model))
+    return processor
 
 
 def check_dtype(dtype: str) -> None:

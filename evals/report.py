@@ -56,7 +56,7 @@ def _lead(config: RunConfig, records: list[Record], origin: Record) -> str:
     counts = sorted({record["overall"]["n"] for record in records})
     hardware = origin["hardware"]
     machine = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
-    short = cut_short(config.tasks, config.limit)
+    short = cut_short(config.all_tasks, config.limit)
     limit = " A limit was set, so these are not all samples of the task." if short else ""
     many = ", ".join(map(str, counts))
     return (

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.evals.config import NONE, Point, RunConfig
+from tokenprune.evals.grid import random_beside
 from tokenprune.evals.stats import bootstrap_mean, paired_difference
 from tokenprune.evals.store import RowStore
 
@@ -89,16 +90,15 @@ def summarise(
 
     Returns:
         Records with `overall` and `families` (accuracy, interval, relative to unpruned, difference against random at
-        the same budget), tokens, and the measures.
+        the same budget, and the same seed where there are several), tokens, and the measures.
     """
     by_key = {point.key: point for point in points}
     records = []
     for point in points:
         own = rows[point.key]
         unpruned = rows.get(Point(point.model, point.task, NONE, None).key)
-        random = rows.get(Point(point.model, point.task, "random", point.keep).key)
-        if point.method == "random" and not point.options:
-            random = None
+        beside = random_beside(point, points)
+        random = None if beside is None else rows.get(beside.key)
         families = dict.fromkeys(row["family"] for row in own)
         record: Record = {
             "point": point.key,
@@ -166,7 +166,7 @@ def table_rows(records: list[Record]) -> list[Record]:
     milliseconds, FLOPs in units of 1e9, KV bytes of one prompt."""
     rows = []
     for record in records:
-        shared = {name: record[name] for name in ("model", "task", "method", "keep")}
+        shared = {name: record[name] for name in ("model", "task", "method", "keep", "seed")}
         shared["options"] = ",".join(f"{key}={value}" for key, value in record["options"].items())
         costs = flat_costs(record)
         for family, scores in [*record["families"].items(), (OVERALL, record["overall"])]:
@@ -226,7 +226,7 @@ def write_results(folder: Path, records: list[Record], rows: dict[str, list[Reco
     flat = []
     for key, answered in rows.items():
         record = by_point[key]
-        shared = {name: record[name] for name in ("model", "task", "method")}
+        shared = {name: record[name] for name in ("model", "task", "method", "seed")}
         for row in answered:
             # a keep or an answer may be of several types, and a parquet column has one
             answer = row["answer"] if isinstance(row["answer"], str) else json.dumps(row["answer"], ensure_ascii=False)

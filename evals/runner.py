@@ -49,7 +49,8 @@ def settings_digest(config: RunConfig, loaded: LoadedModel) -> str:
 
 
 def method_of(point: Point, seed: int) -> Spec:
-    """The method of a point; what draws gets the run's seed unless the point sets one."""
+    """The method of a point; what draws gets the point's seed, or the run's, unless the options set one."""
+    seed = seed if point.seed is None else point.seed
     options = dict(point.options)
     spec = parse_method(point.method, point.keep, **options)
     if not seed or "seed" in options:

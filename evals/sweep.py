@@ -18,6 +18,7 @@ from tokenprune.evals.config import NONE, Point, RunConfig, digest, refusing
 from tokenprune.evals.models import LoadedModel, load_model
 from tokenprune.evals.results import Record, collect_rows, provenance, replace_file, summarise, write_results
 from tokenprune.evals.runner import SAMPLE_KEY, check_points, evaluate
+from tokenprune.evals.seeds import write_seeds
 from tokenprune.evals.store import RowStore
 from tokenprune.evals.tasks import Task, drawn_samples, load_task
 
@@ -69,7 +70,7 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
     begin = time.perf_counter()
     with refusing():
         config.check()
-        tasks = {name: load_task(name) for name in config.tasks}
+        tasks = {name: load_task(name) for name in config.all_tasks}
     logging.disable_progress_bar()
     torch.manual_seed(config.seed)
     folder = config.folder
@@ -86,6 +87,8 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
             loaded = load_model(name, config.dtype, config.device)
         for task_name, task in tasks.items():
             own = [point for point in points if (point.model, point.task) == (name, task_name)]
+            if not own:
+                continue
             with refusing():
                 check_points(loaded, task, own, config.seed)
             settings, ids = _answer(config, loaded, task, own, answers, console)
@@ -96,11 +99,13 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
             pictures += _draw(config, loaded, task, own, rows, folder)
     pooled, pooled_rows = pool_tasks(points, rows)
     for point in pooled:
-        measures[point.key] = measures[replace(point, task=config.tasks[0]).key]
+        first = next(task for task in tasks if replace(point, task=task).key in measures)
+        measures[point.key] = measures[replace(point, task=first).key]
     records = summarise([*points, *pooled], {**rows, **pooled_rows}, measures, config)
     seconds = time.perf_counter() - begin
     origin = provenance(config, seconds)
     files = [write_config(config), *write_results(folder, records, rows, origin)]
+    files += write_seeds(folder, records)
     files.append(plot_pareto(records, folder / "pareto.png"))
     files.append(write_report(folder / "report.html", config, records, pictures, origin, notes))
     if pictures:
@@ -109,13 +114,20 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
 
 
 def pool_tasks(points: list[Point], rows: dict[str, list[Record]]) -> tuple[list[Point], dict[str, list[Record]]]:
-    """With several tasks, a further task `all` that holds the samples of all of them; nothing with one task."""
-    if len({point.task for point in points}) < 2:
-        return [], {}
+    """With several tasks of a model, a further task `all` that holds the samples of all of them, for the points that
+    were run on each; nothing with one task."""
+    tasks: dict[str, set[str]] = {}
+    counts: dict[str, int] = {}
+    for point in points:
+        tasks.setdefault(point.model, set()).add(point.task)
+        whole = replace(point, task=ALL_TASKS)
+        counts[whole.key] = counts.get(whole.key, 0) + 1
     pooled: dict[str, list[Record]] = {}
     found: dict[str, Point] = {}
     for point in points:
         whole = replace(point, task=ALL_TASKS)
+        if not 2 <= len(tasks[point.model]) == counts[whole.key]:
+            continue
         found[whole.key] = whole
         pooled.setdefault(whole.key, []).extend(rows[point.key])
     return list(found.values()), pooled

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # Kept here beside evals.pocket so that `tokenprune ls tasks` imports no torch.
 POCKET_FAMILIES = ("exist", "attribute", "count", "relation", "read", "global", "easy_vqa")
 _SUITES = {"pocket": POCKET_FAMILIES, "pocket-mixed": (*POCKET_FAMILIES, "video")}
+_FILES = {"pocket": "test.parquet", "pocket-mixed": "test_mixed.parquet"}
+LMMS = "lmms:"  # what names of lmms-eval's tasks begin with
 POCKET_FRAME = 336  # pixels: side of the square in which the pocket suite gives its boxes
 _KEYS = ("name", "data", "split", "columns", "match", "max_new_tokens")
 _COLUMNS = ("image", "question", "answer", "family", "id", "boxes")
@@ -104,7 +106,7 @@ def check_task(name: str) -> None:
     """Raise if `name` is neither a built-in task nor a readable task file; reads no data."""
     if name.endswith((".yaml", ".yml")):
         _read_spec(Path(name))
-    elif name not in task_names():
+    elif not name.startswith(LMMS) and name not in task_names():
         raise UnknownName(
             f"There is no task called {name!r}.{near(name, task_names())} Known: {', '.join(task_names())}; "
             "or pass the path of a task's YAML file."
@@ -114,6 +116,11 @@ def check_task(name: str) -> None:
 def load_task(name: str) -> Task:
     """The task called `name`, or described by the YAML file `name`."""
     check_task(name)
+    if name.startswith(LMMS):
+        raise ValueError(
+            f"{name!r} is a task of lmms-eval, and this version of tokenprune cannot run those; a sweep file may name "
+            "it, and --dry-run shows the plan."
+        )
     if name.endswith((".yaml", ".yml")):
         return _file_task(Path(name))
     return _mixed_task(name) if name.startswith("pocket-mixed") else _pocket_task(name)
@@ -122,6 +129,37 @@ def load_task(name: str) -> Task:
 def cut_short(names: list[str], limit: int | None) -> bool:
     """Whether a run with `limit` leaves samples of any of these tasks out."""
     return limit is not None and any(load_task(name).size > limit for name in names)
+
+
+def count_samples(name: str) -> int | None:
+    """How many samples a task has, without reading its pictures; None where only its data would tell."""
+    if name.startswith(LMMS):
+        return None
+    check_task(name)
+    import pyarrow.parquet as pq
+
+    suite, _, family = name.partition(":")
+    if suite in _FILES:
+        file = Path(__file__).parent / "pocket" / "data" / _FILES[suite]
+        families = pq.read_table(file, columns=["family"]).column("family").to_pylist()
+        return sum(family in ("", own) for own in families)
+    path = Path(name)
+    source = path.parent / str(_read_spec(path)["data"])
+    if not source.is_file():
+        return None
+    if source.suffix == ".parquet":
+        return pq.read_metadata(source).num_rows
+    return sum(bool(line.strip()) for line in source.read_bytes().splitlines())
+
+
+def task_needs(name: str) -> list[str]:
+    """What a task needs that does not come with the package or its file: another harness, or data of the hub."""
+    if name.startswith(LMMS):
+        return ["lmms-eval"]
+    if name.endswith((".yaml", ".yml")):
+        data = str(_read_spec(Path(name))["data"])
+        return [] if (Path(name).parent / data).is_file() else [f"hub data {data}"]
+    return []
 
 
 def _pocket_task(name: str) -> Task:

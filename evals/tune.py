@@ -19,8 +19,9 @@ from typing import Any
 
 from rich.console import Console
 
-from tokenprune.evals.config import NONE, Refused, check_method_name, digest, refusing
+from tokenprune.evals.config import Refused, digest, refusing
 from tokenprune.evals.models import LoadedModel, check_dtype, load_model, model_source
+from tokenprune.evals.points import NONE, check_method_name
 from tokenprune.evals.unlabelled import Asked, check_data, draw_samples
 from tokenprune.registry import METHODS
 

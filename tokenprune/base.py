@@ -134,6 +134,11 @@ class Pruner:
         if self.positions not in (None, "compact", "keep"):
             raise ValueError(f"positions must be 'compact' or 'keep', got {self.positions!r}.")
 
+    @property
+    def draws(self) -> bool:
+        """Whether what stays depends on a seed, the option `seed`."""
+        return hasattr(self, "seed")
+
     def stages(self, budget: Budget, depths: Depths) -> tuple[Stage, ...]:
         """The cuts that make up the method, for a model of these depths; one cut at `site` by default."""
         return (Stage(self.site, self, budget),)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tokenprune.evals.config import RunConfig, packaged_configs, read_config
+from tokenprune.evals.config import RunConfig
+from tokenprune.evals.configfile import packaged_configs, read_config
 from tokenprune.evals.tasks import check_task
 from tokenprune.registry import UnknownName
 

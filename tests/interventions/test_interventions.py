@@ -10,7 +10,8 @@ from _tiny import prompts, tiny_llava
 
 import tokenprune
 from tokenprune.cli import main
-from tokenprune.evals.config import RunConfig, check_method_name, needs_budget
+from tokenprune.evals.config import RunConfig
+from tokenprune.evals.points import check_method_name, needs_budget
 from tokenprune.intervention import Intervention
 from tokenprune.notation import pruner_parts, split_name, split_outside
 from tokenprune.registry import INTERVENTIONS, UnknownName

@@ -45,7 +45,7 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
 
 def check_keep(method: str, keep: Any) -> None:
     """Raise ValueError if the method needs a budget and has none, or the other way round."""
-    from tokenprune.evals.config import NONE, needs_budget
+    from tokenprune.evals.points import NONE, needs_budget
     from tokenprune.notation import pruner_parts
 
     if needs_budget(method) and keep is None:
@@ -62,17 +62,24 @@ def execute(config: Any) -> int:
         config.check()
     from rich.console import Console
 
+    from tokenprune.evals.seeds import seed_tables
     from tokenprune.evals.sweep import run
     from tokenprune.evals.tables import result_tables
     from tokenprune.evals.tasks import cut_short
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
     done = run(config, console)
-    for table in result_tables(done.records, console.width):
+    for table in [*result_tables(done.records, console.width), *seed_tables(done.records)]:
         console.print()
         console.print(table)
+    if config.targets:
+        from tokenprune.commands.parity import show_parity
+        from tokenprune.evals.parity import compare
+
+        console.print()
+        show_parity(compare(done.records, config.targets), config.folder)
     console.print()
-    if cut_short(config.tasks, config.limit):
+    if cut_short(config.all_tasks, config.limit):
         console.print(f"A limit of {config.limit} samples was set: these are not the numbers of the whole task.")
     for note in done.warnings:
         console.print(f"[yellow]{note}[/yellow]")

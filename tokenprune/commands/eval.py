@@ -44,7 +44,8 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _eval_config(args: argparse.Namespace) -> Any:
-    from tokenprune.evals.config import NONE, Measure, RunConfig, check_method_name, method_of_file
+    from tokenprune.evals.config import Measure, RunConfig
+    from tokenprune.evals.points import NONE, check_method_name, method_of_file
     from tokenprune.evals.tasks import default_task
 
     tasks = [task for task in (args.tasks or default_task(args.model)).split(",") if task]

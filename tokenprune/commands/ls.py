@@ -35,9 +35,9 @@ def _ls(args: argparse.Namespace) -> int:
             print(name)
         print("PATH.yaml       a task of your own")
     else:
-        from tokenprune.evals.config import packaged_configs
+        from tokenprune.evals.configfile import packaged_configs
 
         for name, file in packaged_configs().items():
             first = file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-            print(f"{name:<17} {first}")
+            print(f"{name:<21} {first}")
     return 0

@@ -28,7 +28,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from tokenprune.evals.config import RunConfig, check_method_name, refusing
+    from tokenprune.evals.config import RunConfig, refusing
+    from tokenprune.evals.points import check_method_name
 
     with refusing():
         if (args.image is None) != (args.question is None):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from typing import Any
 
 from tokenprune.commands._shared import execute
 
@@ -19,12 +21,32 @@ def sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="samples per task")
     parser.add_argument("--output", help="folder of the results")
     parser.add_argument("--device", help="torch device")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan, its estimated FLOPs and what is done; run nothing"
+    )
     parser.set_defaults(handler=_sweep)
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from tokenprune.evals.config import read_config, refusing
+    from tokenprune.evals.config import refusing
+    from tokenprune.evals.configfile import read_config
 
     with refusing():
         config = read_config(args.config, limit=args.limit, output=args.output, device=args.device)
-    return execute(config)
+    return _show_plan(config) if args.dry_run else execute(config)
+
+
+def _show_plan(config: Any) -> int:
+    """Print the plan; the exit status is 1 if a point cannot run."""
+    from rich.console import Console
+
+    from tokenprune.evals.dryrun import make_plan, plan_lines, plan_tables
+
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    plan = make_plan(config)
+    for table in plan_tables(plan):
+        console.print(table)
+        console.print()
+    for line in plan_lines(plan):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    return 1 if plan.refused else 0

@@ -88,6 +88,10 @@ class ToDRE(Pruner):
         if self.pivot not in PIVOTS:
             raise ValueError(f"pivot must be one of {', '.join(PIVOTS)}, got {self.pivot!r}.")
 
+    @property
+    def draws(self) -> bool:
+        return self.pivot == "random"
+
     def stages(self, budget: Budget, depths: Depths) -> tuple[Stage, ...]:
         first = Stage("input", self, budget)
         layer = int(self.depth * depths.decoder)

@@ -1,0 +1,46 @@
+"""`tokenprune parity`: a finished run beside published numbers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Declare the subcommand."""
+    parity = commands.add_parser(
+        "parity",
+        help="a finished run beside published numbers: ours, theirs, difference, inside our interval or not",
+        description="Compares with the targets of the run's sweep file, and writes parity.csv beside it.",
+    )
+    parity.add_argument("run", help="folder of a finished run")
+    parity.add_argument("--targets", help="a sweep file with other targets, or the name of a packaged one")
+    parity.set_defaults(handler=_parity)
+
+
+def _parity(args: argparse.Namespace) -> int:
+    from tokenprune.evals.config import refusing
+    from tokenprune.evals.parity import compare, read_run, read_targets
+
+    with refusing():
+        records, targets = read_run(args.run)
+        if args.targets:
+            targets = read_targets(args.targets)
+        if not targets:
+            raise ValueError(f"The sweep file of {args.run} names no targets; give a file that does with --targets.")
+    show_parity(compare(records, targets), Path(args.run))
+    return 0
+
+
+def show_parity(found: Any, folder: Path) -> None:
+    """Print the comparison and write parity.csv."""
+    from rich.console import Console
+
+    from tokenprune.evals.parity import parity_lines, parity_table, write_parity
+
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(parity_table(found))
+    for line in [*parity_lines(found), f"Written: {write_parity(folder / 'parity.csv', found)}"]:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
