@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -137,6 +138,7 @@ def _design_effect(differences: np.ndarray, sums: np.ndarray, sizes: np.ndarray)
     return max(1.0, between / spread)
 
 
+@cache
 def exact_bound(n: int, lost: int, won: int) -> float:
     """The exact unconditional upper bound of the drop, at least 0, from `lost` and `won` pairs of `n`."""
     tail = _Tail(n, lost, won)
@@ -222,6 +224,7 @@ def samples_needed(drop: Pairs, within: float) -> int | None:
     return max(math.ceil(needed), smallest_sample(within))
 
 
+@cache
 def smallest_sample(within: float) -> int:
     """Samples below which no answers, not even the very same ones, show a drop within `within`."""
     low, high = 1, 1

@@ -68,7 +68,11 @@ class _Halving(optuna.pruners.BasePruner):
     def prune(self, study: Any, trial: Any) -> bool:
         rung = trial.last_step
         if rung not in self._going_on:
-            peers = [t for t in study.get_trials() if t.state != TrialState.FAIL and rung in t.intermediate_values]
+            peers = [
+                t
+                for t in study.get_trials(deepcopy=False)
+                if t.state != TrialState.FAIL and rung in t.intermediate_values
+            ]
             # in an order that does not depend on where a run was killed
             peers.sort(key=lambda t: (t.user_attrs["cost"], t.params["setting"]))
             costs = [t.user_attrs["cost"] for t in peers]
@@ -99,9 +103,10 @@ class Study:
         before = self._study.user_attrs.get("made_of", made_of)
         for name, value in made_of.items():
             if before.get(name) != value:
+                change = f" ({before.get(name)!r}, now {value!r})"
                 raise ValueError(
-                    f"The study {path} was made with another {name} ({before.get(name)!r}, now {value!r}); give "
-                    "another --output."
+                    f"The study {path} was made with another {name}{change if len(change) < 80 else ''}; give another "
+                    "--output."
                 )
         self._study.set_user_attr("made_of", made_of)
 

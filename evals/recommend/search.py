@@ -147,7 +147,8 @@ def _settings(
     found: list[tuple[Point, float]] = []
     left_out: dict[str, str] = {}
     for number, point in enumerate(wanted, start=1):
-        console.print(f"cost of {point.label} ({number} of {len(wanted)})", end="\r", highlight=False)
+        if console.is_terminal:
+            console.print(f"cost of {point.label} ({number} of {len(wanted)})".ljust(console.width - 1), end="\r")
         try:
             cost = bench.cost(point)
         except (ValueError, TypeError) as error:

@@ -139,17 +139,17 @@ def test_too_few_samples_are_counted_and_more_of_them_suffice(tmp_path):
     found = recommend(asked_for(tmp_path, 0.015), bench=drawn(6, 800, near), keep_study=False)
     assert found.chosen is None and found.needed is not None and found.needed > 800
     held = sum(
-        recommend(asked_for(tmp_path, 0.015), bench=drawn(seed, 6000, near), keep_study=False).chosen is not None
-        for seed in range(10)
+        recommend(asked_for(tmp_path, 0.015), bench=drawn(seed, 8000, near), keep_study=False).chosen is not None
+        for seed in range(4)
     )
-    assert held >= 6
+    assert held >= 3
 
 
 def test_a_recommendation_is_wrong_at_most_once_in_twenty(tmp_path):
     """Every setting's true drop is the bound itself, so each recommendation is wrong; many settings invite picking."""
     runs, within = 100, 0.04
     edge = {(method, keep): (0.2 + keep / 1000 + 0.01 * i, 0.06, 0.02)
-            for i, method in enumerate(("holov", "random", "fastv", "vtc_cls")) for keep in (192, 96, 64)}  # fmt: skip
+            for i, method in enumerate(("holov", "random", "fastv")) for keep in (192, 96, 64)}  # fmt: skip
     wrong = picked = 0
     for seed in range(runs):
         found = recommend(asked_for(tmp_path, within, seed=seed), bench=drawn(seed, 400, edge), keep_study=False)
@@ -163,10 +163,10 @@ def test_a_recommendation_is_wrong_at_most_once_in_twenty(tmp_path):
 def test_a_killed_search_gives_the_same_answer(tmp_path):
     whole = drawn(4, 600, LADDER)
     expected = recommend(asked_for(tmp_path / "whole", 0.03), bench=whole)
-    for after in (40, 700, 1500, 2100):
-        config = asked_for(tmp_path / str(after), 0.03)
+    for share in (0.1, 0.6, 0.95):  # in the first rung, in a later one, on the held-out half
+        config = asked_for(tmp_path / str(share), 0.03)
         table = drawn(4, 600, LADDER)
-        table.die_after = after
+        table.die_after = int(share * len(whole.asked))
         with pytest.raises(SystemExit):
             recommend(config, bench=table)
         table.die_after = None
@@ -179,7 +179,7 @@ def test_a_killed_search_gives_the_same_answer(tmp_path):
 def test_a_search_killed_between_two_decisions_gives_the_same_answer(tmp_path, monkeypatch):
     expected = recommend(asked_for(tmp_path / "whole", 0.03), bench=drawn(4, 600, LADDER))
     tell = halving.optuna.Study.tell
-    for after in (1, 5, 8):
+    for after in (1, 6):
         config, calls = asked_for(tmp_path / str(after), 0.03), []
 
         def dies(self, *args, calls=calls, after=after, **kwargs):
@@ -201,7 +201,7 @@ def test_a_study_of_something_else_is_refused(tmp_path):
     recommend(config, bench=drawn(5, 400, LADDER))
     other = drawn(5, 400, LADDER)
     other.made_of = {"table": "another"}
-    with pytest.raises(Refused, match="made with another table .'toy', now 'another'.; give another --output"):
+    with pytest.raises(Refused, match="made with another table .'toy', now 'another'.; give another"):
         recommend(config, bench=other)
 
 
