@@ -242,7 +242,7 @@ def evaluate(
                     "question": sample.question,
                     "answer": sample.answer,
                     "prediction": text,
-                    "correct": task.score(text, sample.answer),
+                    "correct": task.mark(sample, text),
                     "visual_tokens": before[i],
                     "kept_tokens": kept_counts[i],
                     # where they are is kept for the samples that are drawn

@@ -98,6 +98,8 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
     for point in pooled:
         measures[point.key] = measures[replace(point, task=config.tasks[0]).key]
     records = summarise([*points, *pooled], {**rows, **pooled_rows}, measures, config)
+    for record in records:
+        record["metrics"] = tasks[record["task"]].metrics(rows[record["point"]]) if record["task"] in tasks else {}
     seconds = time.perf_counter() - begin
     origin = provenance(config, seconds)
     files = [write_config(config), *write_results(folder, records, rows, origin)]
@@ -197,8 +199,10 @@ def _draw(
     pictures: list[Record] = []
     for number in drawn_samples(task, config.overlays.samples, config.limit):
         sample = next(task.load(number, number + 1))
+        if sample.image == ():
+            continue  # a text alone
         inputs = dict(loaded.inputs([sample.question], [sample.image]))
-        views = seen_views(loaded, inputs, sample.image)
+        views = seen_views(loaded, inputs, sample.image[0] if isinstance(sample.image, tuple) else sample.image)
         for point in drawn:
             row = rows[point.key][number]
             image = draw_kept(views, point, row["kept"])

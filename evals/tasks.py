@@ -1,7 +1,8 @@
 """What a model is asked: tasks by name, their samples, and when an answer is right.
 
 A task is a `Task`. `pocket`, `pocket-mixed` (pictures of several sizes and short videos) and their families
-(`pocket:count`) are built in. Another one joins as a YAML file whose path is given in place of a name:
+(`pocket:count`) are built in; `lmms:NAME` is a task of lmms-eval (see `lmms/tasks.py`). Another one joins as a YAML file
+whose path is given in place of a name:
 
     name: my_task                 # shown in tables
     data: questions.parquet       # parquet or jsonl beside this file, or the id of a hub dataset
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 # Kept here beside evals.pocket so that `tokenprune ls tasks` imports no torch.
 POCKET_FAMILIES = ("exist", "attribute", "count", "relation", "read", "global", "easy_vqa")
 _SUITES = {"pocket": POCKET_FAMILIES, "pocket-mixed": (*POCKET_FAMILIES, "video")}
+LMMS = "lmms:"  # what names of lmms-eval's tasks begin with
 POCKET_FRAME = 336  # pixels: side of the square in which the pocket suite gives its boxes
 _KEYS = ("name", "data", "split", "columns", "match", "max_new_tokens")
 _COLUMNS = ("image", "question", "answer", "family", "id", "boxes")
@@ -38,7 +40,7 @@ class Sample:
 
     Attributes:
         sample_id: unique within its task.
-        image: the picture, or the frames of a video.
+        image: the picture, the frames of a video (a list), or several of those (a tuple); see `prompting.one_turn`.
         answer: the reference, or a list of accepted ones.
         family: what accuracy is also reported by.
         boxes: what suffices for the answer, each (x0, y0, x1, y1) in fractions 0..1 of the image; None if not known.
@@ -48,7 +50,7 @@ class Sample:
     family: str
     question: str
     answer: Any
-    image: Image | list[Image]
+    image: Image | list[Image] | tuple[Image | list[Image], ...]
     boxes: list[list[float]] | None = None
 
 
@@ -77,6 +79,18 @@ class Task:
         """Samples that a run with `limit` sees: the first `limit` of them."""
         return self.size if limit is None else min(limit, self.size)
 
+    def mark(self, sample: Sample, prediction: str) -> float:
+        """The score of an answer to `sample`."""
+        return self.score(prediction, sample.answer)
+
+    def metrics(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """Further metrics by name, in the task's own units, of all answers of one point; most tasks have none.
+
+        Args:
+            rows: with `sample_id` and `prediction`.
+        """
+        return {}
+
 
 def drawn_samples(task: Task, wanted: int, limit: int | None) -> list[int]:
     """Places of the `wanted` samples of a run that get a picture.
@@ -104,10 +118,14 @@ def check_task(name: str) -> None:
     """Raise if `name` is neither a built-in task nor a readable task file; reads no data."""
     if name.endswith((".yaml", ".yml")):
         _read_spec(Path(name))
+    elif name.startswith(LMMS):
+        from tokenprune.evals.lmms.tasks import check_lmms_task
+
+        check_lmms_task(name)
     elif name not in task_names():
         raise UnknownName(
             f"There is no task called {name!r}.{near(name, task_names())} Known: {', '.join(task_names())}; "
-            "or pass the path of a task's YAML file."
+            f"{LMMS}NAME is a task of lmms-eval; or pass the path of a task's YAML file."
         )
 
 
@@ -116,6 +134,10 @@ def load_task(name: str) -> Task:
     check_task(name)
     if name.endswith((".yaml", ".yml")):
         return _file_task(Path(name))
+    if name.startswith(LMMS):
+        from tokenprune.evals.lmms.tasks import load_lmms_task
+
+        return load_lmms_task(name)
     return _mixed_task(name) if name.startswith("pocket-mixed") else _pocket_task(name)
 
 
