@@ -172,7 +172,10 @@ def table_rows(records: list[Record]) -> list[Record]:
         shared["options"] = ",".join(f"{key}={value}" for key, value in record["options"].items())
         costs = flat_costs(record)
         for family, scores in [*record["families"].items(), (OVERALL, record["overall"])]:
-            own = {f"metric:{name}": (record.get("metrics") or {}).get(name) if family == OVERALL else None for name in names}
+            own = {
+                f"metric:{name}": (record.get("metrics") or {}).get(name) if family == OVERALL else None
+                for name in names
+            }
             rows.append({**shared, "family": family, **scores, **costs, **own})
     return rows
 

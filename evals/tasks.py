@@ -1,20 +1,12 @@
 """What a model is asked: tasks by name, their samples, and when an answer is right.
 
 A task is a `Task`. `pocket`, `pocket-mixed` (pictures of several sizes and short videos) and their families
-(`pocket:count`) are built in; `lmms:NAME` is a task of lmms-eval (see `lmms/tasks.py`). Another one joins as a YAML file
-whose path is given in place of a name:
-
-    name: my_task                 # shown in tables
-    data: questions.parquet       # parquet or jsonl beside this file, or the id of a hub dataset
-    split: test                   # of a hub dataset; files have only "train"
-    columns: {image: image, question: question, answer: answer, family: category, id: id, boxes: boxes}
-    match: exact                  # exact | contains: after lower case, without articles and punctuation
-    max_new_tokens: 16            # length of an answer, tokens
+(`pocket:count`) are built in. `lmms:NAME` is a task of lmms-eval (`lmms/tasks.py`), and the path of a YAML file a task of
+one's own (`file_tasks.py`).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +22,6 @@ POCKET_FAMILIES = ("exist", "attribute", "count", "relation", "read", "global", 
 _SUITES = {"pocket": POCKET_FAMILIES, "pocket-mixed": (*POCKET_FAMILIES, "video")}
 LMMS = "lmms:"  # what names of lmms-eval's tasks begin with
 POCKET_FRAME = 336  # pixels: side of the square in which the pocket suite gives its boxes
-_KEYS = ("name", "data", "split", "columns", "match", "max_new_tokens")
-_COLUMNS = ("image", "question", "answer", "family", "id", "boxes")
 
 
 @dataclass
@@ -117,7 +107,9 @@ def default_task(model: str) -> str:
 def check_task(name: str) -> None:
     """Raise if `name` is neither a built-in task nor a readable task file; reads no data."""
     if name.endswith((".yaml", ".yml")):
-        _read_spec(Path(name))
+        from tokenprune.evals.file_tasks import read_spec
+
+        read_spec(Path(name))
     elif name.startswith(LMMS):
         from tokenprune.evals.lmms.tasks import check_lmms_task
 
@@ -133,7 +125,9 @@ def load_task(name: str) -> Task:
     """The task called `name`, or described by the YAML file `name`."""
     check_task(name)
     if name.endswith((".yaml", ".yml")):
-        return _file_task(Path(name))
+        from tokenprune.evals.file_tasks import file_task
+
+        return file_task(Path(name))
     if name.startswith(LMMS):
         from tokenprune.evals.lmms.tasks import load_lmms_task
 
@@ -195,86 +189,3 @@ def _mixed_task(name: str) -> Task:
 
     families = (family,) if family else _SUITES["pocket-mixed"]
     return Task(name, len(rows), load, score, max_new_tokens=8, families=families, has_boxes=True)
-
-
-def normalise(text: str) -> str:
-    """Lower case, without punctuation, articles and double spaces."""
-    text = re.sub(r"[^\w\s]", " ", str(text).lower())
-    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
-
-
-def _exact(prediction: str, answer: Any) -> float:
-    answers = answer if isinstance(answer, (list, tuple)) else [answer]
-    return float(any(normalise(prediction) == normalise(item) for item in answers))
-
-
-def _contains(prediction: str, answer: Any) -> float:
-    answers = answer if isinstance(answer, (list, tuple)) else [answer]
-    return float(any(f" {normalise(item)} " in f" {normalise(prediction)} " for item in answers))
-
-
-_MATCHES: dict[str, Callable[[str, Any], float]] = {"exact": _exact, "contains": _contains}
-
-
-def _read_spec(path: Path) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no task file {path}.")
-    spec = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(spec, dict) or "data" not in spec:
-        raise ValueError(f"The task file {path} must hold a mapping with at least the key 'data'.")
-    for key in spec:
-        if key not in _KEYS:
-            raise ValueError(f"The task file {path} has an unknown key {key!r}.{near(key, list(_KEYS))}")
-    for key in spec.get("columns") or {}:
-        if key not in _COLUMNS:
-            raise ValueError(f"The task file {path} has an unknown column {key!r}.{near(key, list(_COLUMNS))}")
-    match = spec.get("match", "exact")
-    if match not in _MATCHES:
-        raise ValueError(
-            f"match in {path} must be one of {', '.join(_MATCHES)}, got {match!r}.{near(match, list(_MATCHES))}"
-        )
-    return spec
-
-
-def _file_task(path: Path) -> Task:
-    from datasets import Features, load_dataset
-    from datasets import Image as ImageFeature
-
-    spec = _read_spec(path)
-    columns = {**{key: key for key in ("image", "question", "answer")}, **(spec.get("columns") or {})}
-    source = path.parent / str(spec["data"])
-    if source.is_file():
-        kind = "parquet" if source.suffix == ".parquet" else "json"
-        data: Any = load_dataset(kind, data_files=str(source), split="train")
-    else:
-        data = load_dataset(str(spec["data"]), split=spec.get("split", "test"))
-    missing = [column for column in columns.values() if column not in data.column_names]
-    if missing:
-        raise ValueError(
-            f"The data of {path} has no column {missing[0]!r}.{near(missing[0], data.column_names)} "
-            f"Its columns: {', '.join(data.column_names)}."
-        )
-    if not isinstance(data.features[columns["image"]], ImageFeature):
-        data = data.cast(Features({**data.features, columns["image"]: ImageFeature()}))
-
-    def load(start: int, stop: int) -> Iterator[Sample]:
-        for index, row in enumerate(data.select(range(start, stop)), start=start):
-            yield Sample(
-                sample_id=str(row[columns["id"]] if "id" in columns else index),
-                family=str(row[columns["family"]]) if "family" in columns else "all",
-                question=row[columns["question"]],
-                answer=row[columns["answer"]],
-                image=row[columns["image"]],
-                boxes=row[columns["boxes"]] if "boxes" in columns else None,
-            )
-
-    return Task(
-        name=str(spec.get("name", path.stem)),
-        size=len(data),
-        load=load,
-        score=_MATCHES[spec.get("match", "exact")],
-        max_new_tokens=int(spec.get("max_new_tokens", 16)),
-        has_boxes="boxes" in columns,
-    )

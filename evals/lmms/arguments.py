@@ -79,9 +79,8 @@ def read_arguments(given: Mapping[str, Any]) -> tuple[Arguments, Spec | None]:
     for option in options:
         if option not in known:
             takes = f"options of {method}: {', '.join(known)}" if known else f"{method} takes no options beside it"
-            raise UnknownName(
-                f"There is no argument {option!r}.{near(option, [*names, *known])} Arguments: {', '.join(names)}; {takes}."
-            )
+            close = near(option, [*names, *known])
+            raise UnknownName(f"There is no argument {option!r}.{close} Arguments: {', '.join(names)}; {takes}.")
     if method == NONE:
         if keep is not None:
             raise ValueError(f"The unpruned model keeps every token; leave keep={keep} out, or name a method.")

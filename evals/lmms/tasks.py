@@ -1,7 +1,7 @@
 """A task of lmms-eval as a task of ours: `lmms:pope`, or `lmms:FOLDER/NAME` for one in a task folder of one's own.
 
-lmms-eval gives the documents, the prompt, what counts as right and its metrics; our driver asks, so that intervals, paired
-differences and costs are those of every other task.
+lmms-eval gives the documents, the prompt, what counts as right and its metrics; our driver asks, so that intervals,
+paired differences and costs are those of every other task.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def _manager(name: str) -> tuple[Any, str]:
         )
     if own not in manager.all_subtasks:
         members = ", ".join(LMMS + str(one) for one in _members(manager, own))
-        raise ValueError(f"{own} is a group of lmms-eval's tasks; name those that you want: {members or 'see its YAML'}.")
+        raise ValueError(
+            f"{own} is a group of lmms-eval's tasks; name those that you want: {members or 'see its YAML'}."
+        )
     return manager, own
 
 
@@ -165,8 +167,8 @@ class LmmsTask(Task):
             if number is not None:
                 return number
         raise ValueError(
-            f"The metrics of {self.name} ({', '.join(self.source.aggregation())}) give no number for a single sample, so "
-            "there is no interval and no paired difference; run it through `lmms-eval --model tokenprune`."
+            f"The metrics of {self.name} ({', '.join(self.source.aggregation())}) give no number for a single sample, "
+            "so there is no interval and no paired difference; run it through `lmms-eval --model tokenprune`."
         )
 
     def metrics(self, rows: list[dict[str, Any]]) -> dict[str, float]:
