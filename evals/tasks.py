@@ -1,7 +1,7 @@
 """What a model is asked: tasks by name, their samples, and when an answer is right.
 
 A task is a `Task`. `pocket`, `pocket-mixed` (pictures of several sizes and short videos) and their families
-(`pocket:count`) are built in. `lmms:NAME` is a task of lmms-eval (`lmms/tasks.py`), and the path of a YAML file a task of
+(`pocket:count`) are built in. `lmms:NAME` is a task of lmms-eval (`lmms/tasks.py`); the path of a YAML file is a task of
 one's own (`file_tasks.py`).
 """
 

@@ -76,12 +76,11 @@ def _manager(name: str) -> tuple[Any, str]:
     if folder and not Path(folder).is_dir():
         raise FileNotFoundError(f"There is no task folder {folder}, which {name} names.")
     # the index of a folder is quick, that of all tasks that lmms-eval brings takes seconds
-    manager = _index(folder, False) if folder else None
-    if manager is None or own not in manager.all_tasks:
-        manager = _index(folder, True)
+    ours = _index(folder).all_tasks if folder else []
+    manager = _index(folder if own in ours else None)
     if own not in manager.all_tasks:
         raise UnknownName(
-            f"lmms-eval has no task called {own!r}.{near(own, manager.all_tasks)} "
+            f"lmms-eval has no task called {own!r}.{near(own, [*ours, *manager.all_tasks])} "
             "`lmms-eval tasks list` shows all; --include-path FOLDER adds a folder of your own."
         )
     if own not in manager.all_subtasks:
@@ -93,11 +92,13 @@ def _manager(name: str) -> tuple[Any, str]:
 
 
 @cache
-def _index(folder: str, defaults: bool) -> Any:
+def _index(folder: str | None) -> Any:
+    """lmms-eval's index of a task folder, or of the tasks that it brings."""
+    import lmms_eval.models  # noqa: F401  # pyright: ignore[reportMissingImports]  # turns its logging down
     from lmms_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
-    # tasks may word a question for a model; those that have words for ours are few, the default is meant for the rest
-    return TaskManager("WARNING", include_path=folder or None, include_defaults=defaults, model_name="tokenprune")
+    # a task may word its questions for a model by name; ours gets the words for all others
+    return TaskManager("WARNING", include_path=folder, include_defaults=folder is None, model_name="tokenprune")
 
 
 def _members(manager: Any, group: str) -> list[str]:

@@ -195,8 +195,8 @@ def test_a_task_that_samples_or_has_no_score_a_sample_is_refused(tmp_path, capsy
         written.replace("task: pocket_lmms", "task: hot").replace("temperature: 0", "temperature: 0.7")
         .replace("do_sample: false", "do_sample: true")
     )  # fmt: skip
-    kept = written.replace("task: pocket_lmms", "task: vague").split("  - metric: pocket_accuracy")
-    (tmp_path / "vague.yaml").write_text(kept[0] + "  - metric: pocket_yes_ratio" + kept[1].split("ratio")[1])
+    head, _, rest = written.replace("task: pocket_lmms", "task: vague").partition("  - metric: pocket_accuracy")
+    (tmp_path / "vague.yaml").write_text(head + "  - metric: pocket_yes_ratio" + rest.partition("pocket_yes_ratio")[2])
     tasks = f"lmms:{tmp_path}/hot"
     assert main(["eval", "--tasks", tasks, "--method", "none", "--output", str(tmp_path / "out")]) == 2
     assert "asks for sampling or beams" in capsys.readouterr().err
