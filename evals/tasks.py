@@ -1,7 +1,7 @@
 """What a model is asked: tasks by name, their samples, and when an answer is right.
 
 A task is a `Task`. `pocket`, `pocket-mixed` (pictures of several sizes and short videos) and their families
-(`pocket:count`) are built in. `lmms:NAME` is a task of lmms-eval (`lmms/tasks.py`); the path of a YAML file is a task of
+(`pocket:count`) are built in. `lmms:NAME` is a task of lmms-eval (`lmms/tasks.py`), the path of a YAML file is a task of
 one's own (`file_tasks.py`).
 """
 
@@ -127,11 +127,13 @@ def load_task(name: str) -> Task:
     if name.endswith((".yaml", ".yml")):
         from tokenprune.evals.file_tasks import file_task
 
-        return file_task(Path(name))
+        made: Any = file_task(Path(name))
+        return made
     if name.startswith(LMMS):
         from tokenprune.evals.lmms.tasks import load_lmms_task
 
-        return load_lmms_task(name)
+        made = load_lmms_task(name)
+        return made
     return _mixed_task(name) if name.startswith("pocket-mixed") else _pocket_task(name)
 
 

@@ -128,7 +128,7 @@ def read_clip(path: str, fps: float, most: int, start: float | None = None, end:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no video {path}.")
     from PIL import Image
-    from transformers.utils import is_av_available
+    from transformers.utils.import_utils import is_av_available
     from transformers.video_utils import load_video
 
     if not is_av_available():
@@ -142,6 +142,7 @@ def read_clip(path: str, fps: float, most: int, start: float | None = None, end:
         seen["places"] = frame_places(metadata.total_num_frames, metadata.fps, fps, most, start, end)
         return seen["places"]
 
-    frames, _ = load_video(path, backend="pyav", sample_indices_fn=places)
+    source: Any = path
+    frames, _ = load_video(source, backend="pyav", sample_indices_fn=places)
     step = (seen["places"][-1] - seen["places"][0]) / max(1, len(seen["places"]) - 1)
     return Clip([Image.fromarray(frame) for frame in frames], seen["rate"] / step if step else fps)
