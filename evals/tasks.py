@@ -1,7 +1,7 @@
 """What a model is asked: tasks by name, their samples, and when an answer is right.
 
 A task is a `Task`. `pocket`, `pocket-mixed` (pictures of several sizes and short videos) and their families
-(`pocket:count`) are built in. `lmms:NAME` is a task of lmms-eval (`lmms/tasks.py`), the path of a YAML file is a task of
+(`pocket:count`) are built in. `lmms:NAME` is a task of lmms-eval (`lmms/tasks.py`), and the path of a YAML file is
 one's own (`file_tasks.py`).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tokenprune.registry import UnknownName, near
 
@@ -127,13 +127,11 @@ def load_task(name: str) -> Task:
     if name.endswith((".yaml", ".yml")):
         from tokenprune.evals.file_tasks import file_task
 
-        made: Any = file_task(Path(name))
-        return made
+        return cast(Task, file_task(Path(name)))
     if name.startswith(LMMS):
         from tokenprune.evals.lmms.tasks import load_lmms_task
 
-        made = load_lmms_task(name)
-        return made
+        return cast(Task, load_lmms_task(name))
     return _mixed_task(name) if name.startswith("pocket-mixed") else _pocket_task(name)
 
 

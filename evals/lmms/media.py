@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenprune.evals.prompting import FPS, Clip, Message, Part, interleave, visual_part
 
@@ -142,7 +142,6 @@ def read_clip(path: str, fps: float, most: int, start: float | None = None, end:
         seen["places"] = frame_places(metadata.total_num_frames, metadata.fps, fps, most, start, end)
         return seen["places"]
 
-    source: Any = path
-    frames, _ = load_video(source, backend="pyav", sample_indices_fn=places)
+    frames, _ = load_video(cast(Any, path), backend="pyav", sample_indices_fn=places)
     step = (seen["places"][-1] - seen["places"][0]) / max(1, len(seen["places"]) - 1)
     return Clip([Image.fromarray(frame) for frame in frames], seen["rate"] / step if step else fps)

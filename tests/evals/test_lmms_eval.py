@@ -82,7 +82,7 @@ def test_the_command_line_of_lmms_eval_and_our_driver_agree_on_every_sample(tmp_
         assert len(samples) == len(own) == COUNT
         for sample in samples:
             row = own[str(sample["doc_id"])]
-            assert sample["filtered_resps"] == [row["prediction"]]
+            assert sample["filtered_resps"] == row["prediction"]
             assert sample["pocket_accuracy"] == row["correct"]
         metrics = results["results"]["pocket_lmms"]
         assert metrics["pocket_accuracy,none"] == pytest.approx(record["overall"]["accuracy"])
