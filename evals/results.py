@@ -27,7 +27,7 @@ def provenance(config: RunConfig, seconds: float | None = None) -> Record:
     """Where a result came from: settings, versions, hardware, seed, commit and date."""
     import torch
 
-    packages = ("torch", "transformers", "tokenprune-vlm", "datasets", "numpy", "accelerate", "triton")
+    packages = ("torch", "transformers", "tokenprune-vlm", "datasets", "numpy", "accelerate", "triton", "lmms_eval")
     versions = {}
     for package in packages:
         try:

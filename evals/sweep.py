@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,8 @@ def _measure(
     from tokenprune.evals.flops import measure_flops
     from tokenprune.evals.timing import measure_times
 
-    samples = list(task.load(0, min(config.measure.samples, task.size)))
+    seen = (sample for sample in task.load(0, task.size) if sample.image != ())  # a text alone costs the same pruned
+    samples = list(islice(seen, config.measure.samples))
     plain: dict[str, dict[str, float]] = {}
     how = digest(asdict(config.measure))
     found: dict[str, Record] = {}

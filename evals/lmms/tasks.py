@@ -7,6 +7,8 @@ paired differences and costs are those of every other task.
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -173,17 +175,26 @@ class LmmsTask(Task):
         )
 
     def metrics(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """The task's own metrics over all of `rows`, by name; those that are no number are left out."""
+        """The task's own metrics over all of `rows`, by name.
+
+        Left out are those that are no number and those that write a file for a server. One that fails, say because its
+        judge cannot be reached, is left out with a warning: the answers are there, and another metric may be fine.
+        """
         collected: dict[str, list[Any]] = {}
         for row in rows:
             for name, value in self._values(row["sample_id"], row["prediction"]).items():
                 collected.setdefault(name, []).append(value)
         found = {}
         for name, aggregate in self.source.aggregation().items():
-            if name in collected:
+            if name not in collected or "args" in inspect.signature(aggregate).parameters:
+                continue
+            try:
                 value = aggregate(collected[name])
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    found[name] = float(value)
+            except Exception as error:
+                warnings.warn(f"The metric {name} of {self.name} failed: {error!r}", stacklevel=2)
+                continue
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                found[name] = float(value)
         return found
 
     def _values(self, sample_id: str, prediction: str) -> dict[str, Any]:

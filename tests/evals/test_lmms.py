@@ -187,6 +187,19 @@ def test_the_driver_answers_prompts_of_none_one_and_two_pictures(tiny, tmp_path)
     assert text == next(r for r in rows if r["sample_id"] == "2" and "uniform" in r["point"])["prediction"]
 
 
+def test_times_and_flops_of_a_prompt_with_two_pictures(tiny):
+    from tokenprune.evals.config import Measure, Point
+    from tokenprune.evals.flops import measure_flops
+    from tokenprune.evals.tasks import Sample
+    from tokenprune.evals.timing import measure_times
+
+    sample = Sample("0", "all", "what <image> is <image>", "yes", (RED, BLUE))
+    point = Point("tiny", "mixed", "uniform", 9)
+    measured = measure_times(tiny, point, [sample], Measure(samples=1, repeats=1, warmup=0, decode_tokens=2), 0)
+    assert measured["kv"]["measured"] == measured["kv"]["analytic"] and measured["kv"]["equivalent_tokens"] == 18
+    assert measure_flops(tiny, point, [sample], 0, True, {})["agree"]
+
+
 def test_a_folder_goes_into_the_name():
     assert with_folder("lmms:pope", "my/tasks/") == "lmms:my/tasks/pope"
     assert with_folder("lmms:other/pope", "my/tasks") == "lmms:other/pope"

@@ -203,5 +203,11 @@ def test_a_task_that_samples_or_has_no_score_a_sample_is_refused(tmp_path, capsy
     from tokenprune.evals.tasks import load_task
 
     vague = load_task(f"lmms:{tmp_path}/vague")
+    # one metric fails and one writes a file for a server: the others are there all the same
+    broken = {**vague.source.aggregation(), "bad": lambda found: 1 / 0, "file": lambda found, args: 1.0}
+    vague.source._aggregation_list = broken
+    vague._marked["0", "yes"] = {"pocket_yes_ratio": {"said": "yes"}, "bad": 1, "file": 2}
+    with pytest.warns(UserWarning, match="bad of .*vague failed: ZeroDivisionError"):
+        assert vague.metrics([{"sample_id": "0", "prediction": "yes"}]) == {"pocket_yes_ratio": 1.0}
     with pytest.raises(ValueError, match="give no number for a single sample"):
         vague.mark(next(iter(vague.load(0, 1))), "yes")
