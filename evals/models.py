@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tokenprune.evals.prompting import Message, one_turn, pack
 from tokenprune.registry import UnknownName, near
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 POCKET = Path(__file__).parent / "pocket" / "models"
-PLAIN_PROMPT = "USER: <image>\n{question} ASSISTANT:"
-FPS = 2.0  # frames a second of videos, which tasks give as frames
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -36,38 +33,17 @@ class LoadedModel:
     fingerprint: str
     settled: dict[str, Any] = field(default_factory=dict)
 
-    def prompt(self, question: str, kind: str = "image") -> str:
-        """The text of one turn with one image, or one video: the processor's chat template, or LLaVA-1.5's form."""
-        if getattr(self.processor, "chat_template", None):
-            content = [{"type": kind}, {"type": "text", "text": question}]
-            text = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-            )
-            # some templates write the token that the tokenizer adds by itself
-            bos = self.processor.tokenizer.bos_token
-            doubled = (
-                bos and self.processor.tokenizer(text).input_ids[:2] == [self.processor.tokenizer.bos_token_id] * 2
-            )
-            return text.removeprefix(bos) if doubled else text
-        return PLAIN_PROMPT.format(question=question)
-
-    def inputs(self, questions: list[str], images: list[Image | list[Image]]) -> Any:
-        """Processor output for a batch with one image, or one video (its frames, `FPS` a second), each.
+    def inputs(self, questions: list[str], images: Sequence[Any]) -> Any:
+        """Processor output for a batch of questions, each on a picture, a video (its frames, a list) or several of
+        them (a tuple); see `prompting.one_turn`.
 
         Left padded, on the model's device and in its dtype.
         """
-        kinds = ["video" if isinstance(image, list) else "image" for image in images]
-        pictures = [image.convert("RGB") for image in images if not isinstance(image, list)]
-        videos = [[frame.convert("RGB") for frame in image] for image in images if isinstance(image, list)]
-        metadata = [{"fps": FPS, "total_num_frames": len(video)} for video in videos]
-        batch = self.processor(
-            text=[self.prompt(question, kind) for question, kind in zip(questions, kinds)],
-            padding=True,
-            return_tensors="pt",
-            **({"images": pictures} if pictures else {}),
-            **({"videos": videos, "video_metadata": metadata, "do_sample_frames": False} if videos else {}),
-        )
-        return batch.to(self.model.device, dtype=self.model.dtype)
+        return self.pack([one_turn(question, image) for question, image in zip(questions, images, strict=True)])
+
+    def pack(self, conversations: list[list[Message]]) -> Any:
+        """Processor output for a batch of conversations; as `inputs` gives it."""
+        return pack(self.processor, conversations).to(self.model.device, dtype=self.model.dtype)
 
     def decode(self, tokens: Any) -> list[str]:
         """Generated ids `[B, T]`, prompt not included, as text."""

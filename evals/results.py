@@ -28,7 +28,7 @@ def provenance(config: RunConfig, seconds: float | None = None) -> Record:
     """Where a result came from: settings, versions, hardware, seed, commit and date."""
     import torch
 
-    packages = ("torch", "transformers", "tokenprune-vlm", "datasets", "numpy", "accelerate", "triton")
+    packages = ("torch", "transformers", "tokenprune-vlm", "datasets", "numpy", "accelerate", "triton", "lmms_eval")
     versions = {}
     for package in packages:
         try:
@@ -163,15 +163,26 @@ def collect_rows(store: RowStore, points: list[Point], settings: str, ids: list[
 
 def table_rows(records: list[Record]) -> list[Record]:
     """Flat rows of summary.csv: for each point its families, then `overall`. Accuracies are fractions, times
-    milliseconds, FLOPs in units of 1e9, KV bytes of one prompt."""
+    milliseconds, FLOPs in units of 1e9, KV bytes of one prompt; `metric:NAME` is what the task itself computes over all
+    of its samples, in its own units."""
     rows = []
+    names = metric_names(records)
     for record in records:
         shared = {name: record[name] for name in ("model", "task", "method", "keep", "seed")}
         shared["options"] = ",".join(f"{key}={value}" for key, value in record["options"].items())
         costs = flat_costs(record)
         for family, scores in [*record["families"].items(), (OVERALL, record["overall"])]:
-            rows.append({**shared, "family": family, **scores, **costs})
+            own = {
+                f"metric:{name}": (record.get("metrics") or {}).get(name) if family == OVERALL else None
+                for name in names
+            }
+            rows.append({**shared, "family": family, **scores, **costs, **own})
     return rows
+
+
+def metric_names(records: list[Record]) -> list[str]:
+    """Metrics that any of the records has from its task, in the order of their first mention."""
+    return list(dict.fromkeys(name for record in records for name in record.get("metrics") or {}))
 
 
 def flat_costs(record: Record) -> Record:

@@ -26,6 +26,8 @@ from tokenprune.spec import Spec, parse_method
 SAMPLE_KEY = ("settings", "point", "sample_id")
 FINGERPRINTED = ("methods", "interventions", "adapters", "kernels", ".")
 """Folders whose files decide an answer."""
+ASKING = ("runner.py", "tasks.py", "file_tasks.py", "prompting.py")
+"""Files beside this one that do."""
 
 
 def code_fingerprint() -> str:
@@ -35,7 +37,7 @@ def code_fingerprint() -> str:
     hasher = hashlib.sha256()
     roots = [Path(folder) / name for folder in tokenprune.__path__ for name in FINGERPRINTED]
     files = {file.resolve() for root in roots for kind in ("*.py", "*.yaml") for file in root.glob(kind)}
-    files |= {Path(__file__).resolve(), Path(__file__).with_name("tasks.py").resolve()}
+    files |= {Path(__file__).with_name(name).resolve() for name in ASKING}
     for file in sorted(files):
         if file.name not in ("cli.py", "cost.py", "report.py"):
             hasher.update(file.name.encode() + file.read_bytes())
@@ -243,7 +245,7 @@ def evaluate(
                     "question": sample.question,
                     "answer": sample.answer,
                     "prediction": text,
-                    "correct": task.score(text, sample.answer),
+                    "correct": task.mark(sample, text),
                     "visual_tokens": before[i],
                     "kept_tokens": kept_counts[i],
                     # where they are is kept for the samples that are drawn

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
         first = next(task for task in tasks if replace(point, task=task).key in measures)
         measures[point.key] = measures[replace(point, task=first).key]
     records = summarise([*points, *pooled], {**rows, **pooled_rows}, measures, config)
+    for record in records:
+        record["metrics"] = tasks[record["task"]].metrics(rows[record["point"]]) if record["task"] in tasks else {}
     seconds = time.perf_counter() - begin
     origin = provenance(config, seconds)
     files = [write_config(config), *write_results(folder, records, rows, origin)]
@@ -162,7 +165,8 @@ def _measure(
     from tokenprune.evals.flops import measure_flops
     from tokenprune.evals.timing import measure_times
 
-    samples = list(task.load(0, min(config.measure.samples, task.size)))
+    seen = (sample for sample in task.load(0, task.size) if sample.image != ())  # a text alone costs the same pruned
+    samples = list(islice(seen, config.measure.samples))
     plain: dict[str, dict[str, float]] = {}
     how = digest(asdict(config.measure))
     found: dict[str, Record] = {}
@@ -209,8 +213,10 @@ def _draw(
     pictures: list[Record] = []
     for number in drawn_samples(task, config.overlays.samples, config.limit):
         sample = next(task.load(number, number + 1))
+        if sample.image == ():
+            continue  # a text alone
         inputs = dict(loaded.inputs([sample.question], [sample.image]))
-        views = seen_views(loaded, inputs, sample.image)
+        views = seen_views(loaded, inputs, sample.image[0] if isinstance(sample.image, tuple) else sample.image)
         for point in drawn:
             row = rows[point.key][number]
             image = draw_kept(views, point, row["kept"])

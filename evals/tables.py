@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokenprune.evals.config import NONE
-from tokenprune.evals.results import flat_costs
+from tokenprune.evals.results import flat_costs, metric_names
 
 _HEADS = ("method", "tokens", "accuracy %", "95 % interval", "of unpruned %", "vs random", "GFLOPs", "KV KiB",
           "prefill ms", "select ms", "decode ms", "/ ideal")  # fmt: skip
@@ -45,6 +45,12 @@ def _cells(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def _metric_cells(record: dict[str, Any], names: list[str]) -> list[str]:
+    """The task's own metrics, in its units."""
+    own = record.get("metrics") or {}
+    return [f"{own[name]:.4g}" if name in own else "" for name in names]
+
+
 def result_tables(records: list[dict[str, Any]], width: int = 200) -> list[Table]:
     """One table per model and task for a terminal of `width` characters.
 
@@ -54,15 +60,17 @@ def result_tables(records: list[dict[str, Any]], width: int = 200) -> list[Table
     tables = []
     for model, task in dict.fromkeys((record["model"], record["task"]) for record in records):
         own = [record for record in records if (record["model"], record["task"]) == (model, task)]
-        rows = [_cells(record) for record in own]
-        used = [i for i in range(len(_HEADS)) if any(row[i] for row in rows)]
+        metrics = metric_names(own)
+        heads = [*_HEADS, *metrics]
+        rows = [[*_cells(record), *_metric_cells(record, metrics)] for record in own]
+        used = [i for i in range(len(heads)) if any(row[i] for row in rows)]
         for index in _DISPENSABLE:
-            if sum(2 + max(len(_HEADS[i]), *(len(row[i]) for row in rows)) for i in used) <= width:
+            if sum(2 + max(len(heads[i]), *(len(row[i]) for row in rows)) for i in used) <= width:
                 break
             used = [i for i in used if i != index]
         table = Table(title=f"{Path(model).name} on {task}", title_justify="left", box=None, pad_edge=False)
         for i in used:
-            table.add_column(_HEADS[i], justify="left" if i == 0 else "right", no_wrap=True)
+            table.add_column(heads[i], justify="left" if i == 0 else "right", no_wrap=True)
         for record, row in zip(own, rows, strict=True):
             table.add_row(*(escape(row[i]) for i in used), style="dim" if record["reference"] else None)
         tables.append(table)

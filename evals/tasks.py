@@ -1,23 +1,17 @@
 """What a model is asked: tasks by name, their samples, and when an answer is right.
 
 A task is a `Task`. `pocket`, `pocket-mixed` (pictures of several sizes and short videos) and their families
-(`pocket:count`) are built in. Another one joins as a YAML file whose path is given in place of a name:
-
-    name: my_task                 # shown in tables
-    data: questions.parquet       # parquet or jsonl beside this file, or the id of a hub dataset
-    split: test                   # of a hub dataset; files have only "train"
-    columns: {image: image, question: question, answer: answer, family: category, id: id, boxes: boxes}
-    match: exact                  # exact | contains: after lower case, without articles and punctuation
-    max_new_tokens: 16            # length of an answer, tokens
+(`pocket:count`) are built in. `lmms:NAME` is a task of lmms-eval (`lmms/tasks.py`), and the path of a YAML file is
+one's own (`file_tasks.py`).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tokenprune.registry import UnknownName, near
 
@@ -30,8 +24,6 @@ _SUITES = {"pocket": POCKET_FAMILIES, "pocket-mixed": (*POCKET_FAMILIES, "video"
 _FILES = {"pocket": "test.parquet", "pocket-mixed": "test_mixed.parquet"}
 LMMS = "lmms:"  # what names of lmms-eval's tasks begin with
 POCKET_FRAME = 336  # pixels: side of the square in which the pocket suite gives its boxes
-_KEYS = ("name", "data", "split", "columns", "match", "max_new_tokens")
-_COLUMNS = ("image", "question", "answer", "family", "id", "boxes")
 
 
 @dataclass
@@ -40,7 +32,7 @@ class Sample:
 
     Attributes:
         sample_id: unique within its task.
-        image: the picture, or the frames of a video.
+        image: the picture, the frames of a video (a list), or several of those (a tuple); see `prompting.one_turn`.
         answer: the reference, or a list of accepted ones.
         family: what accuracy is also reported by.
         boxes: what suffices for the answer, each (x0, y0, x1, y1) in fractions 0..1 of the image; None if not known.
@@ -50,7 +42,7 @@ class Sample:
     family: str
     question: str
     answer: Any
-    image: Image | list[Image]
+    image: Image | list[Image] | tuple[Image | list[Image], ...]
     boxes: list[list[float]] | None = None
 
 
@@ -79,6 +71,18 @@ class Task:
         """Samples that a run with `limit` sees: the first `limit` of them."""
         return self.size if limit is None else min(limit, self.size)
 
+    def mark(self, sample: Sample, prediction: str) -> float:
+        """The score of an answer to `sample`."""
+        return self.score(prediction, sample.answer)
+
+    def metrics(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """Further metrics by name, in the task's own units, of all answers of one point; most tasks have none.
+
+        Args:
+            rows: with `sample_id` and `prediction`.
+        """
+        return {}
+
 
 def drawn_samples(task: Task, wanted: int, limit: int | None) -> list[int]:
     """Places of the `wanted` samples of a run that get a picture.
@@ -103,26 +107,37 @@ def default_task(model: str) -> str:
 
 
 def check_task(name: str) -> None:
-    """Raise if `name` is neither a built-in task nor a readable task file; reads no data."""
+    """Raise if `name` is neither a built-in task nor a readable task file; reads no data.
+
+    Where lmms-eval is not installed its tasks pass, so that a plan can be made; `load_task` then says what to install.
+    """
     if name.endswith((".yaml", ".yml")):
-        _read_spec(Path(name))
-    elif not name.startswith(LMMS) and name not in task_names():
+        from tokenprune.evals.file_tasks import read_spec
+
+        read_spec(Path(name))
+    elif name.startswith(LMMS):
+        if find_spec("lmms_eval") is not None:
+            from tokenprune.evals.lmms.tasks import check_lmms_task
+
+            check_lmms_task(name)
+    elif name not in task_names():
         raise UnknownName(
             f"There is no task called {name!r}.{near(name, task_names())} Known: {', '.join(task_names())}; "
-            "or pass the path of a task's YAML file."
+            f"{LMMS}NAME is a task of lmms-eval; or pass the path of a task's YAML file."
         )
 
 
 def load_task(name: str) -> Task:
     """The task called `name`, or described by the YAML file `name`."""
     check_task(name)
-    if name.startswith(LMMS):
-        raise ValueError(
-            f"{name!r} is a task of lmms-eval, and this version of tokenprune cannot run those; a sweep file may name "
-            "it, and --dry-run shows the plan."
-        )
     if name.endswith((".yaml", ".yml")):
-        return _file_task(Path(name))
+        from tokenprune.evals.file_tasks import file_task
+
+        return cast(Task, file_task(Path(name)))
+    if name.startswith(LMMS):
+        from tokenprune.evals.lmms.tasks import load_lmms_task
+
+        return cast(Task, load_lmms_task(name))
     return _mixed_task(name) if name.startswith("pocket-mixed") else _pocket_task(name)
 
 
@@ -143,8 +158,10 @@ def count_samples(name: str) -> int | None:
         file = Path(__file__).parent / "pocket" / "data" / _FILES[suite]
         families = pq.read_table(file, columns=["family"]).column("family").to_pylist()
         return sum(family in ("", own) for own in families)
+    from tokenprune.evals.file_tasks import read_spec
+
     path = Path(name)
-    source = path.parent / str(_read_spec(path)["data"])
+    source = path.parent / str(read_spec(path)["data"])
     if not source.is_file():
         return None
     if source.suffix == ".parquet":
@@ -157,7 +174,9 @@ def task_needs(name: str) -> list[str]:
     if name.startswith(LMMS):
         return ["lmms-eval"]
     if name.endswith((".yaml", ".yml")):
-        data = str(_read_spec(Path(name))["data"])
+        from tokenprune.evals.file_tasks import read_spec
+
+        data = str(read_spec(Path(name))["data"])
         return [] if (Path(name).parent / data).is_file() else [f"hub data {data}"]
     return []
 
@@ -211,86 +230,3 @@ def _mixed_task(name: str) -> Task:
 
     families = (family,) if family else _SUITES["pocket-mixed"]
     return Task(name, len(rows), load, score, max_new_tokens=8, families=families, has_boxes=True)
-
-
-def normalise(text: str) -> str:
-    """Lower case, without punctuation, articles and double spaces."""
-    text = re.sub(r"[^\w\s]", " ", str(text).lower())
-    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
-
-
-def _exact(prediction: str, answer: Any) -> float:
-    answers = answer if isinstance(answer, (list, tuple)) else [answer]
-    return float(any(normalise(prediction) == normalise(item) for item in answers))
-
-
-def _contains(prediction: str, answer: Any) -> float:
-    answers = answer if isinstance(answer, (list, tuple)) else [answer]
-    return float(any(f" {normalise(item)} " in f" {normalise(prediction)} " for item in answers))
-
-
-_MATCHES: dict[str, Callable[[str, Any], float]] = {"exact": _exact, "contains": _contains}
-
-
-def _read_spec(path: Path) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no task file {path}.")
-    spec = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(spec, dict) or "data" not in spec:
-        raise ValueError(f"The task file {path} must hold a mapping with at least the key 'data'.")
-    for key in spec:
-        if key not in _KEYS:
-            raise ValueError(f"The task file {path} has an unknown key {key!r}.{near(key, list(_KEYS))}")
-    for key in spec.get("columns") or {}:
-        if key not in _COLUMNS:
-            raise ValueError(f"The task file {path} has an unknown column {key!r}.{near(key, list(_COLUMNS))}")
-    match = spec.get("match", "exact")
-    if match not in _MATCHES:
-        raise ValueError(
-            f"match in {path} must be one of {', '.join(_MATCHES)}, got {match!r}.{near(match, list(_MATCHES))}"
-        )
-    return spec
-
-
-def _file_task(path: Path) -> Task:
-    from datasets import Features, load_dataset
-    from datasets import Image as ImageFeature
-
-    spec = _read_spec(path)
-    columns = {**{key: key for key in ("image", "question", "answer")}, **(spec.get("columns") or {})}
-    source = path.parent / str(spec["data"])
-    if source.is_file():
-        kind = "parquet" if source.suffix == ".parquet" else "json"
-        data: Any = load_dataset(kind, data_files=str(source), split="train")
-    else:
-        data = load_dataset(str(spec["data"]), split=spec.get("split", "test"))
-    missing = [column for column in columns.values() if column not in data.column_names]
-    if missing:
-        raise ValueError(
-            f"The data of {path} has no column {missing[0]!r}.{near(missing[0], data.column_names)} "
-            f"Its columns: {', '.join(data.column_names)}."
-        )
-    if not isinstance(data.features[columns["image"]], ImageFeature):
-        data = data.cast(Features({**data.features, columns["image"]: ImageFeature()}))
-
-    def load(start: int, stop: int) -> Iterator[Sample]:
-        for index, row in enumerate(data.select(range(start, stop)), start=start):
-            yield Sample(
-                sample_id=str(row[columns["id"]] if "id" in columns else index),
-                family=str(row[columns["family"]]) if "family" in columns else "all",
-                question=row[columns["question"]],
-                answer=row[columns["answer"]],
-                image=row[columns["image"]],
-                boxes=row[columns["boxes"]] if "boxes" in columns else None,
-            )
-
-    return Task(
-        name=str(spec.get("name", path.stem)),
-        size=len(data),
-        load=load,
-        score=_MATCHES[spec.get("match", "exact")],
-        max_new_tokens=int(spec.get("max_new_tokens", 16)),
-        has_boxes="boxes" in columns,
-    )

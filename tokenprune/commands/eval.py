@@ -19,7 +19,10 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--no-references leaves them out. A killed run goes on where it was.",
     )
     model_arguments(evaluate)
-    evaluate.add_argument("--tasks", help="task names or YAML files, comma separated (the model's pocket suite)")
+    evaluate.add_argument(
+        "--tasks", help="task names, YAML files or lmms:NAME, comma separated (the model's pocket suite)"
+    )
+    evaluate.add_argument("--include-path", metavar="FOLDER", help="a folder of your own tasks for lmms: names")
     evaluate.add_argument(
         "--method", required=True, help="a method or intervention, several joined by plus signs, a YAML file, or none"
     )
@@ -49,6 +52,10 @@ def _eval_config(args: argparse.Namespace) -> Any:
     from tokenprune.evals.tasks import default_task
 
     tasks = [task for task in (args.tasks or default_task(args.model)).split(",") if task]
+    if args.include_path is not None:
+        from tokenprune.evals.lmms.tasks import with_folder
+
+        tasks = [with_folder(task, args.include_path) for task in tasks]
     options = parse_options(args.set)
     if args.method == NONE and args.keep is not None:
         raise ValueError("The unpruned model keeps every token; leave --keep out with --method none.")

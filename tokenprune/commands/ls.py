@@ -33,6 +33,7 @@ def _ls(args: argparse.Namespace) -> int:
 
         for name in task_names():
             print(name)
+        print("lmms:NAME       a task of lmms-eval, see `lmms-eval tasks list`")
         print("PATH.yaml       a task of your own")
     else:
         from tokenprune.evals.configfile import packaged_configs

@@ -1,0 +1,191 @@
+"""A task of one's own as a YAML file: any dataset of pictures, questions and answers, on disk or on the hub.
+
+    name: my_task                 # shown in tables
+    data: questions.parquet       # parquet or jsonl, or a dataset folder, beside this file; or the id of a hub dataset
+    subset: default               # of a hub dataset that has several
+    split: test                   # of a folder or a hub dataset; files have only "train"
+    columns: {image: image, question: question, answer: answer, choices: choices, context: hint, family: category,
+              id: id, boxes: boxes}
+    prompt: "{question}"          # what is asked; {choices} are lines such as "A. red", {context} ends in a line break
+    match: exact                  # exact | contains | letter | vqa
+    max_new_tokens: 16            # length of an answer, tokens
+
+`columns` says what the dataset calls each; those that are left out have the name of their key (image, question, answer)
+or are not used (the rest). `choices` is a column of lists, or a list of columns: `[A, B, C, D]`; empty ones are no
+choice. Then an answer is a letter, the text of a choice or its number, counted from 0.
+
+exact: the same text, in lower case, without articles and punctuation; with a list of answers any of them. contains: the
+answer stands in the prediction. letter: the prediction begins with the letter of the answer. vqa: the VQA accuracy, the
+share of ten people's answers up to three that agree, each person left out once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenprune.evals.tasks import Sample, Task
+from tokenprune.registry import near
+
+_KEYS = ("name", "data", "subset", "split", "columns", "prompt", "match", "max_new_tokens")
+_COLUMNS = ("image", "question", "answer", "choices", "context", "family", "id", "boxes")
+_PLACES = ("question", "choices", "context")
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def normalise(text: Any) -> str:
+    """Lower case, without punctuation, articles and double spaces."""
+    text = re.sub(r"[^\w\s]", " ", str(text).lower())
+    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+
+
+def _several(answer: Any) -> list[Any]:
+    return list(answer) if isinstance(answer, (list, tuple)) else [answer]
+
+
+def _exact(prediction: str, answer: Any) -> float:
+    return float(any(normalise(prediction) == normalise(item) for item in _several(answer)))
+
+
+def _contains(prediction: str, answer: Any) -> float:
+    return float(any(f" {normalise(item)} " in f" {normalise(prediction)} " for item in _several(answer)))
+
+
+def _letter(prediction: str, answer: Any) -> float:
+    found = re.match(r"\W*([A-Z])\b", prediction) or re.fullmatch(r"\W*([a-z])\W*", prediction)
+    return float(bool(found) and found.group(1).upper() == str(answer).strip().upper())
+
+
+def _vqa(prediction: str, answer: Any) -> float:
+    same = [normalise(item) == normalise(prediction) for item in _several(answer)]
+    if len(same) == 1:
+        return float(same[0])
+    others = [sum(same) - own for own in same]
+    return sum(min(1.0, count / 3) for count in others) / len(others)
+
+
+_MATCHES: dict[str, Callable[[str, Any], float]] = {
+    "exact": _exact, "contains": _contains, "letter": _letter, "vqa": _vqa,
+}  # fmt: skip
+
+
+def read_spec(path: Path) -> dict[str, Any]:
+    """The settings in a task file; reads no data.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, an unknown key (with near matches) or a value that cannot work.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no task file {path}.")
+    spec = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(spec, dict) or "data" not in spec:
+        raise ValueError(f"The task file {path} must hold a mapping with at least the key 'data'.")
+    for key in spec:
+        if key not in _KEYS:
+            raise ValueError(f"The task file {path} has an unknown key {key!r}.{near(key, list(_KEYS))}")
+    columns = spec.get("columns") or {}
+    for key in columns:
+        if key not in _COLUMNS:
+            raise ValueError(f"The task file {path} has an unknown column {key!r}.{near(key, list(_COLUMNS))}")
+    match = spec.get("match", "exact")
+    if match not in _MATCHES:
+        raise ValueError(
+            f"match in {path} must be one of {', '.join(_MATCHES)}, got {match!r}.{near(match, list(_MATCHES))}"
+        )
+    for place in re.findall(r"\{(\w+)\}", str(spec.get("prompt", ""))):
+        if place not in _PLACES:
+            raise ValueError(
+                f"prompt in {path} has an unknown place {{{place}}}.{near(place, list(_PLACES))} "
+                f"There are: {', '.join(_PLACES)}."
+            )
+        if place != "question" and place not in columns:
+            raise ValueError(f"prompt in {path} has {{{place}}}, and columns do not say where {place} is.")
+    if match == "letter" and "choices" not in columns:
+        raise ValueError(f"match: letter in {path} needs the choices: name their column, or a list of columns.")
+    return spec
+
+
+def file_task(path: Path) -> Task:
+    """The task that the file describes, its data loaded.
+
+    Raises:
+        ValueError: as `read_spec`, or a column that the data do not have.
+    """
+    from datasets import Features
+    from datasets import Image as ImageFeature
+
+    spec = read_spec(path)
+    columns = {**{key: key for key in ("image", "question", "answer")}, **(spec.get("columns") or {})}
+    data = _load(path, spec)
+    missing = [one for column in columns.values() for one in _several(column) if one not in data.column_names]
+    if missing:
+        raise ValueError(
+            f"The data of {path} has no column {missing[0]!r}.{near(missing[0], data.column_names)} "
+            f"Its columns: {', '.join(data.column_names)}."
+        )
+    if not isinstance(data.features[columns["image"]], ImageFeature):
+        data = data.cast(Features({**data.features, columns["image"]: ImageFeature()}))
+
+    def load(start: int, stop: int) -> Iterator[Sample]:
+        for index, row in enumerate(data.select(range(start, stop)), start=start):
+            choices = _choices(row, columns.get("choices"))
+            image = row[columns["image"]]
+            yield Sample(
+                sample_id=str(row[columns["id"]] if "id" in columns else index),
+                family=str(row[columns["family"]]) if "family" in columns else "all",
+                question=_question(str(spec.get("prompt", "{question}")), row, columns, choices),
+                answer=_answer(row[columns["answer"]], choices),
+                image=() if image is None else image,
+                boxes=row[columns["boxes"]] if "boxes" in columns else None,
+            )
+
+    return Task(
+        name=str(spec.get("name", path.stem)),
+        size=len(data),
+        load=load,
+        score=_MATCHES[spec.get("match", "exact")],
+        max_new_tokens=int(spec.get("max_new_tokens", 16)),
+        has_boxes="boxes" in columns,
+    )
+
+
+def _load(path: Path, spec: dict[str, Any]) -> Any:
+    from datasets import load_dataset
+
+    source = path.parent / str(spec["data"])
+    if source.is_file():
+        kind = "parquet" if source.suffix == ".parquet" else "json"
+        return load_dataset(kind, data_files=str(source), split="train")
+    name = str(source) if source.is_dir() else str(spec["data"])
+    return load_dataset(name, spec.get("subset"), split=spec.get("split", "test"))
+
+
+def _choices(row: dict[str, Any], where: Any) -> list[str]:
+    if where is None:
+        return []
+    found = [row[column] for column in where] if isinstance(where, list) else list(row[where] or [])
+    return [str(one) for one in found if one is not None and str(one).strip() not in ("", "nan")]
+
+
+def _question(prompt: str, row: dict[str, Any], columns: dict[str, Any], choices: list[str]) -> str:
+    context = str(row[columns["context"]] or "").strip() if "context" in columns else ""
+    texts = {
+        "question": str(row[columns["question"]]),
+        "choices": "\n".join(f"{letter}. {choice}" for letter, choice in zip(_LETTERS, choices)),
+        "context": f"{context}\n" if context and context != "nan" else "",
+    }
+    return re.sub(r"\{(\w+)\}", lambda found: texts[found.group(1)], prompt)
+
+
+def _answer(answer: Any, choices: list[str]) -> Any:
+    """With choices the letter of the right one."""
+    if not choices:
+        return answer
+    text = str(answer).strip()
+    if text.isdigit() and text not in choices and int(text) < len(choices):
+        return _LETTERS[int(text)]
+    return _LETTERS[choices.index(text)] if text in choices else answer
