@@ -97,7 +97,7 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
     pooled, pooled_rows = pool_tasks(points, rows)
     for point in pooled:
         measures[point.key] = measures[replace(point, task=config.tasks[0]).key]
-    records = summarise([*points, *pooled], {**rows, **pooled_rows}, measures, config)
+    records = summarise([*points, *pooled], {**rows, **pooled_rows}, measures, config.seed)
     seconds = time.perf_counter() - begin
     origin = provenance(config, seconds)
     files = [write_config(config), *write_results(folder, records, rows, origin)]
@@ -117,7 +117,9 @@ def pool_tasks(points: list[Point], rows: dict[str, list[Record]]) -> tuple[list
     for point in points:
         whole = replace(point, task=ALL_TASKS)
         found[whole.key] = whole
-        pooled.setdefault(whole.key, []).extend(rows[point.key])
+        # two tasks may number their samples alike
+        own = [{**row, "sample_id": f"{point.task}:{row['sample_id']}"} for row in rows[point.key]]
+        pooled.setdefault(whole.key, []).extend(own)
     return list(found.values()), pooled
 
 
