@@ -198,10 +198,10 @@ def write_results(folder: Path, records: list[Record], rows: dict[str, list[Reco
 
     by_point = {record["point"]: record for record in records}
     flat = []
-    for key, answered in rows.items():
+    for key, own in rows.items():
         record = by_point[key]
         shared = {name: record[name] for name in ("model", "task", "method")}
-        for row in answered:
+        for row in own:
             # a keep or an answer may be of several types, and a parquet column has one
             answer = row["answer"] if isinstance(row["answer"], str) else json.dumps(row["answer"], ensure_ascii=False)
             keep = None if record["keep"] is None else str(record["keep"])

@@ -70,10 +70,11 @@ def paired(first: Rows, *others: Rows) -> tuple[list[float], ...]:
 def scores_of(own: Rows, references: References, seed: int) -> Record:
     """Accuracy and comparisons of one point, or of one family of it; what cannot be said is None.
 
-    Keys: `n`, `accuracy`, `ci_low`, `ci_high`; `relative`, the share of the unpruned accuracy; per baseline of `COMPARED`
-    `vs_X` with `_low`, `_high`, `_won`, `_lost`, `_p`, `_holm` (filled by `correct_for_many`), `_needed`, `_detectable`
-    (see `significance.Comparison`); `discriminating` with `_low`, `_high`, `_n`, the accuracy on the samples that
-    `downsample` at the same budget gets wrong; `headroom_won` with `_low`, `_high` (see `stats.headroom_share`).
+    Keys: `n`, `accuracy`, `ci_low`, `ci_high`; `relative`, the share of the unpruned accuracy; per baseline of
+    `COMPARED` `vs_X` with `_low`, `_high`, `_won`, `_lost`, `_p`, `_holm` (filled by `correct_for_many`), `_needed`,
+    `_detectable` (see `significance.Comparison`); `discriminating` with `_low`, `_high`, `_n`, the accuracy on the
+    samples that `downsample` at the same budget gets wrong; `headroom_won` with `_low`, `_high` (see
+    `stats.headroom_share`).
     """
     accuracy = bootstrap_mean([float(row["correct"]) for row in answered(own)], seed)
     scores: Record = {
@@ -123,7 +124,7 @@ def _headroom(own: Rows, references: References, seed: int) -> Record:
     if references.random is None or references.oracle is None:
         return found
     scores = paired(own, references.random, references.oracle)
-    share = headroom_share(*scores, seed) if scores[0] else None
+    share = headroom_share(*scores, seed=seed) if scores[0] else None
     if share is not None:
         found |= {"headroom_won": share.value, "headroom_won_low": share.low, "headroom_won_high": share.high}
     return found

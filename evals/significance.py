@@ -1,8 +1,8 @@
 """Whether two methods differ on the same samples: exact McNemar, Holm's correction, and how many samples it takes.
 
-McNemar's test looks only at the samples that the two methods answer differently: `won` that the method gets right and its
-baseline wrong, `lost` the other way round. If neither is better, each such sample is a fair coin. With scores between 0
-and 1 "right" reads "higher", and the test is the sign test.
+McNemar's test looks only at the samples that the two methods answer differently: `won` that the method gets right and
+its baseline wrong, `lost` the other way round. If neither is better, each such sample is a fair coin. With scores
+between 0 and 1 "right" reads "higher", and the test is the sign test.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def samples_needed(difference: float, discordance: float) -> int | None:
     """Samples with which the exact McNemar test at two-sided 5 percent finds a difference with 80 percent power.
 
-    n0 = (z_a sqrt(psi) + z_b sqrt(psi - d^2))^2 / d^2 (Connor 1987), enlarged by n0 / 4 (1 + sqrt(1 + 4 / (n0 d)))^2 for
-    the discreteness of the exact test.
+    n0 = (z_a sqrt(psi) + z_b sqrt(psi - d^2))^2 / d^2 (Connor 1987), enlarged by n0 / 4 (1 + sqrt(1 + 4 / (n0 d)))^2
+    for the discreteness of the exact test.
 
     Args:
         difference: d, of the two accuracies, in [0, discordance].

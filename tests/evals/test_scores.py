@@ -1,4 +1,4 @@
-"""Scores of points from rows: what is paired with what, the discriminating subset, the headroom, one family of tests."""
+"""Scores of points from rows: what is paired with what, the discriminating subset, the headroom, Holm."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def test_holm_is_over_every_point_of_a_model_and_task():
         assert len(tested) == count
         assert [s[f"{name}_holm"] for s in tested] == holm([s[f"{name}_p"] for s in tested])
     assert all(scores[f"{name}_holm"] is None for r in records for scores in r["families"].values())
-    assert {"vs_unpruned_holm", "discriminating_n", "headroom_won_low", "vs_random_needed"} <= set(table_rows(records)[0])
+    assert {"vs_unpruned_holm", "discriminating_n", "headroom_won_low", "vs_random_needed"} <= set(
+        table_rows(records)[0]
+    )
 
 
 def test_a_failed_sample_is_left_out_of_the_pair():
