@@ -55,12 +55,13 @@ const explorerOf = panel => {
   for (const series of panel.series) method.append(make("option", { value: series.name }, series.name));
   let current = null, found = [];
 
+  const differ = sample => new Set(columns().map(column => said(sample, column.index)).filter(answer => answer).map(isRight)).size > 1;
   const passes = sample => {
     if (family.value && sample.family !== family.value) return false;
     if (drawn.checked && !sample.views) return false;
     const own = columns().filter(column => !method.value || column.point.series === method.value).map(column => said(sample, column.index)).filter(answer => answer !== null);
     if (right.value && !own.some(answer => isRight(answer) === (right.value === "right"))) return false;
-    if (disagree.checked && new Set(columns().map(column => said(sample, column.index)).filter(answer => answer).map(isRight)).size < 2) return false;
+    if (disagree.checked && !differ(sample)) return false;
     const wanted = text.value.trim().toLowerCase();
     return !wanted || [sample.question, sample.answer, sample.id, ...sample.said.map(answer => answer[0])].some(part => part.toLowerCase().includes(wanted));
   };
@@ -77,7 +78,7 @@ const explorerOf = panel => {
         make("span", { class: "meta" }, make("span", {}, sample.family), chips));
       return make("li", {}, button);
     }));
-    if (!found.includes(current)) current = found.find(sample => sample.views) ?? found[0] ?? null;
+    if (!found.includes(current)) current = found.find(sample => sample.views && differ(sample)) ?? found.find(sample => sample.views) ?? found[0] ?? null;
     open(current, false);
   };
   const step = by => { const next = found[found.indexOf(current) + by]; if (next) open(next); };

@@ -55,9 +55,13 @@ def leaderboard(records: list[Record]) -> str:
     unpruned = next((r["overall"]["accuracy"] for r in records if name_of(r) == "unpruned"), None)
     order = {budget: place for place, budget in enumerate(["", *budgets(records)])}
     rows = []
+    before = ""
     for record in sorted(records, key=lambda r: (order[budget_of(r)], -r["overall"]["accuracy"])):
         name, kind = name_of(record), kind_of(record["method"])
-        attributes = f' data-point="{escape(record["label"])}" data-budget="{escape(budget_of(record))}" class="{kind}"'
+        budget = budget_of(record)
+        kind_first = f"{kind} first" if budget != before else kind
+        before = budget
+        attributes = f' data-point="{escape(record["label"])}" data-budget="{escape(budget)}" class="{kind_first}"'
         rows.append((attributes, [_name(name, kind), *_accuracy(record, unpruned), *_tests(record), *_costs(record)]))
     return table(COLUMNS, rows, "leaderboard show-g-acc")
 

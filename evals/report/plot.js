@@ -22,18 +22,26 @@ const frontOf = (points, axis) => {
   return front;
 };
 
-// neighbours in cost are moved sideways, each series by the same step, so that all of them can be seen
+// points of one budget that cost nearly the same are moved sideways in the order of the legend, so that all can be seen;
+// never so far that two budgets would mix
 const spread = (points, series, at, room) => {
-  const place = Object.fromEntries(series.map((name, index) => [name, index])), shift = new Map();
-  const sorted = [...points].sort((a, b) => at(a) - at(b));
-  for (let start = 0; start < sorted.length;) {
-    let end = start + 1;
-    while (end < sorted.length && at(sorted[end]) - at(sorted[end - 1]) < 9) end++;
-    const group = sorted.slice(start, end).sort((a, b) => place[a.series] - place[b.series]);
-    const step = Math.min(11, room / Math.max(1, group.length));
-    const middle = group.reduce((sum, point) => sum + at(point), 0) / group.length;
-    group.forEach((point, index) => shift.set(point, group.length > 1 ? middle + (index - (group.length - 1) / 2) * step : at(point)));
-    start = end;
+  const place = Object.fromEntries(series.map((name, index) => [name, index])), shift = new Map(), groups = [];
+  const middle = group => group.reduce((sum, point) => sum + at(point), 0) / group.length;
+  for (const budget of new Set(points.map(point => point.budget))) {
+    const sorted = points.filter(point => point.budget === budget).sort((a, b) => at(a) - at(b));
+    for (let start = 0; start < sorted.length;) {
+      let end = start + 1;
+      while (end < sorted.length && at(sorted[end]) - at(sorted[end - 1]) < 14) end++;
+      groups.push(sorted.slice(start, end).sort((a, b) => place[a.series] - place[b.series]));
+      start = end;
+    }
+  }
+  for (const group of groups) {
+    const here = middle(group);
+    const gaps = groups.filter(other => other !== group && other.length > 1).map(other => Math.abs(middle(other) - here));
+    const width = Math.min(room, ...gaps.map(gap => .8 * gap));
+    const step = group.length > 1 ? Math.min(12, width / (group.length - 1)) : 0;
+    group.forEach((point, index) => shift.set(point, here + (index - (group.length - 1) / 2) * step));
   }
   return shift;
 };
@@ -79,7 +87,7 @@ const plotOf = panel => {
     let y1 = Math.min(1, Math.ceil(20 * Math.max(...shown.map(point => point.high)) + .1) / 20);
     const X = value => left + (scale(value) - x0) / (x1 - x0) * (width - left - right);
     const Y = value => height - bottom - (value - y0) / (y1 - y0) * (height - top - bottom);
-    const place = spread(shown, names, point => X(point[axis]), narrow ? 60 : 110);
+    const place = spread(shown, names, point => X(point[axis]), narrow ? 60 : 130);
     const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": "accuracy against " + AXES[axis] });
     for (const value of ticks(100 * y0, 100 * y1, 7)) svg.append(
       draw("line", { class: "grid", x1: left, x2: width - right, y1: Y(value / 100), y2: Y(value / 100) }),

@@ -16,6 +16,7 @@ const sortable = table => {
       const order = numbers ? x - y : x.localeCompare(y, "en", { numeric: true });
       return down ? -order : order;
     });
+    rows.forEach(row => row.classList.remove("first")); // lines between budgets mean nothing in another order
     table.tBodies[0].append(...rows);
   }));
 };
