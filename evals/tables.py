@@ -16,8 +16,8 @@ _HEADS = ("method", "tokens", "accuracy %", "95 % interval", "of unpruned %", "v
 # columns that a narrow terminal goes without, in this order
 _DISPENSABLE = tuple(
     _HEADS.index(name)
-    for name in ("decode ms", "select ms", "95 % interval", "KV KiB", "headroom %", "of unpruned %", "hard %", "/ ideal",
-                 "p Holm")
+    for name in ("decode ms", "select ms", "95 % interval", "KV KiB", "headroom %", "of unpruned %", "hard %",
+                 "/ ideal", "p Holm")
 )  # fmt: skip
 
 

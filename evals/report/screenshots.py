@@ -62,8 +62,11 @@ def browser(path: str) -> Iterator[Any]:
             running.close()
 
 
-def take(page_file: Path, shots: tuple[Shot, ...], folder: Path, chromium: str) -> list[Path]:
+def take(running: Any, page_file: Path, shots: tuple[Shot, ...], folder: Path) -> list[Path]:
     """Write one PNG per shot into `folder`.
+
+    Args:
+        running: see `browser`.
 
     Raises:
         RuntimeError: a script of the page failed.
@@ -72,29 +75,28 @@ def take(page_file: Path, shots: tuple[Shot, ...], folder: Path, chromium: str) 
 
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    with browser(chromium) as running:
-        for shot in shots:
-            size: Any = {"width": shot.width, "height": shot.height}
-            page = running.new_page(viewport=size, color_scheme=shot.scheme, reduced_motion="reduce")
-            page.set_default_timeout(PATIENCE)
-            errors: list[str] = []
-            page.on("pageerror", lambda error, errors=errors: errors.append(str(error)))
-            page.goto(page_file.resolve().as_uri())
-            page.wait_for_selector(".plot svg .mark")
-            page.wait_for_selector(".sample figure, .browse .empty")
-            for selector in shot.press:
-                page.locator(selector).first.click()
-            if shot.at:
-                page.evaluate("at => document.querySelector(at).scrollIntoView()", shot.at)
-            page.wait_for_timeout(400)
-            file = folder / f"{shot.name}.png"
-            page.screenshot(path=file, timeout=PATIENCE)
-            page.close()
-            if errors:
-                raise RuntimeError(f"A script of {page_file} failed: {errors[0]}")
-            # few colours: a third of the size, and no eye sees it
-            Image.open(file).convert("RGB").quantize(192, dither=Image.Dither.NONE).save(file, optimize=True)
-            files.append(file)
+    for shot in shots:
+        size = {"width": shot.width, "height": shot.height}
+        page = running.new_page(viewport=size, color_scheme=shot.scheme, reduced_motion="reduce")
+        page.set_default_timeout(PATIENCE)
+        errors: list[str] = []
+        page.on("pageerror", lambda error, errors=errors: errors.append(str(error)))
+        page.goto(page_file.resolve().as_uri())
+        page.wait_for_selector(".plot svg .mark")
+        page.wait_for_selector(".sample figure, .browse .empty")
+        for selector in shot.press:
+            page.locator(selector).first.click()
+        if shot.at:
+            page.evaluate("at => document.querySelector(at).scrollIntoView()", shot.at)
+        page.wait_for_timeout(400)
+        file = folder / f"{shot.name}.png"
+        page.screenshot(path=file, timeout=PATIENCE)
+        page.close()
+        if errors:
+            raise RuntimeError(f"A script of {page_file} failed: {errors[0]}")
+        # few colours: a third of the size, and no eye sees it
+        Image.open(file).convert("RGB").quantize(192, dither=Image.Dither.NONE).save(file, optimize=True)
+        files.append(file)
     return files
 
 
@@ -107,7 +109,9 @@ def main() -> None:
     chromium = chromium_path()
     if chromium is None:
         parser.error("There is no Chromium here. On Debian: apt-get install chromium.")
-    for file in take(options.page, SHOTS, options.folder, chromium):
+    with browser(chromium) as running:
+        files = take(running, options.page, SHOTS, options.folder)
+    for file in files:
         print(f"{file}  {file.stat().st_size / 1e3:.0f} kB")
 
 

@@ -23,19 +23,24 @@ def run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(run):
-    file = write_report(run / "report.html", [read_run(run)])
+def chromium():
     with browser(str(CHROMIUM)) as running:
-        page = running.new_page(viewport={"width": 1300, "height": 900}, color_scheme="light")
-        page.set_default_timeout(PATIENCE)
-        page.errors = []
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
-        page.requests = []
-        page.on("request", lambda request: page.requests.append(request.url))
-        page.goto(file.as_uri())
-        page.wait_for_selector(".plot svg .mark")
-        yield page
-        assert page.errors == []
+        yield running
+
+
+@pytest.fixture(scope="module")
+def page(run, chromium):
+    file = write_report(run / "report.html", [read_run(run)])
+    page = chromium.new_page(viewport={"width": 1300, "height": 900}, color_scheme="light")
+    page.set_default_timeout(PATIENCE)
+    page.errors = []
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.requests = []
+    page.on("request", lambda request: page.requests.append(request.url))
+    page.goto(file.as_uri())
+    page.wait_for_selector(".plot svg .mark")
+    yield page
+    assert page.errors == []
 
 
 def column(page, number: int) -> list[str]:
@@ -144,9 +149,9 @@ def test_filters_of_samples(page, run):
     page.locator(".disagree").uncheck()
 
 
-def test_narrow_and_dark_windows(run, tmp_path):
+def test_narrow_and_dark_windows(run, chromium, page, tmp_path):
     shots = (Shot("wide", 1300, 700), Shot("narrow-dark", 400, 700, "dark"))
-    files = take(run / "report.html", shots, tmp_path, str(CHROMIUM))
+    files = take(chromium, run / "report.html", shots, tmp_path)
     from PIL import Image
 
     light, dark = (Image.open(file).convert("L") for file in files)
