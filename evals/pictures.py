@@ -6,6 +6,7 @@ in its row; whoever shows them draws them over the picture, so ten methods at th
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -21,13 +22,19 @@ FOLDER, INDEX = "pictures", "index.json"
 
 def save_pictures(
     loaded: LoadedModel, task: Task, task_name: str, wanted: int, limit: int | None, folder: Path
-) -> None:
+) -> list[str]:
     """Save the views of `wanted` samples of a run (see `tasks.drawn_samples`) and add them to the index.
 
     Args:
         task_name: as the run's points call the task.
         limit: samples of the run.
         folder: of the run.
+
+    Returns:
+        Sentences on the samples of which there is no picture; none of them is worth the page.
+
+    Raises:
+        OSError: the disk is full.
     """
     from tokenprune.evals.results import replace_file
 
@@ -35,18 +42,29 @@ def save_pictures(
     target.mkdir(parents=True, exist_ok=True)
     others = [entry for entry in read_pictures(folder) if (entry["model"], entry["task"]) != (loaded.name, task_name)]
     entries: list[Record] = []
+    notes: list[str] = []
     for number in drawn_samples(task, wanted, limit):
-        sample = next(task.load(number, number + 1))
-        inputs = dict(loaded.inputs([sample.question], [sample.image]))
-        views = []
-        for place, (picture, raster) in enumerate(seen_views(loaded, inputs, sample.image)):
-            stem = f"{Path(loaded.name).name}-{task.name}-{sample.sample_id}-{place}"
-            file = re.sub(r"[^\w.@-]+", "_", stem) + ".jpg"
-            picture.convert("RGB").save(target / file, quality=88, optimize=True)
-            rows, cols = raster.grid
-            views.append({"file": file, "rows": rows, "cols": cols, "start": raster.start, "kind": raster.kind})
-        entries.append({"model": loaded.name, "task": task_name, "sample_id": sample.sample_id, "views": views})
+        try:
+            entries.append({"model": loaded.name, "task": task_name, **_picture(loaded, task, number, target)})
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            notes.append(f"Sample {number} of {task.name} has no picture: {type(error).__name__}: {error}")
     replace_file(target / INDEX, json.dumps([*others, *entries], indent=1))
+    return notes
+
+
+def _picture(loaded: LoadedModel, task: Task, number: int, target: Path) -> Record:
+    sample = next(task.load(number, number + 1))
+    inputs = dict(loaded.inputs([sample.question], [sample.image]))
+    views = []
+    for place, (picture, raster) in enumerate(seen_views(loaded, inputs, sample.image)):
+        stem = f"{Path(loaded.name).name}-{task.name}-{sample.sample_id}-{place}"
+        file = re.sub(r"[^\w.@-]+", "_", stem) + ".jpg"
+        picture.convert("RGB").save(target / file, quality=88, optimize=True)
+        rows, cols = raster.grid
+        views.append({"file": file, "rows": rows, "cols": cols, "start": raster.start, "kind": raster.kind})
+    return {"sample_id": sample.sample_id, "views": views}
 
 
 def read_pictures(folder: Path) -> list[Record]:

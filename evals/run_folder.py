@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,5 @@ def read_run(folder: str | Path) -> FinishedRun:
 
 def point_of(record: Record) -> Point:
     """The point that a record is of."""
-    options = tuple(sorted(record["options"].items()))
-    return Point(
-        record["model"], record["task"], record["method"], record["keep"], options, record.get("reference", False)
-    )
+    known = {field.name: record[field.name] for field in fields(Point) if field.name in record}
+    return Point(**{**known, "options": tuple(sorted(record["options"].items()))})

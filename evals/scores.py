@@ -56,8 +56,9 @@ def of_family(rows: Rows, family: str) -> Rows:
 
 
 def answered(rows: Rows) -> Rows:
-    """The rows that hold an answer; a sample that failed has an `error` in place of one and is in no statistic."""
-    return [row for row in rows if not row.get("error")]
+    """The rows that count: those with an answer. A sample that failed has an `error`, and where the run says that a row is
+    not `counted`, because the sample failed at another point, it is in no statistic either."""
+    return [row for row in rows if not row.get("error") and row.get("counted", True)]
 
 
 def paired(first: Rows, *others: Rows) -> tuple[list[float], ...]:

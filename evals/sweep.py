@@ -92,7 +92,7 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
             measured, said = _measure(config, loaded, task, own, costs, settings, console)
             measures.update(measured)
             notes += said
-            save_pictures(loaded, task, task_name, config.overlays.samples, config.limit, folder)
+            notes += save_pictures(loaded, task, task_name, config.overlays.samples, config.limit, folder)
     pooled, pooled_rows = pool_tasks(points, rows)
     for point in pooled:
         measures[point.key] = measures[replace(point, task=config.tasks[0]).key]
@@ -115,7 +115,7 @@ def pool_tasks(points: list[Point], rows: dict[str, list[Record]]) -> tuple[list
         whole = replace(point, task=ALL_TASKS)
         found[whole.key] = whole
         # two tasks may number their samples alike
-        own = [{**row, "sample_id": f"{point.task}:{row['sample_id']}"} for row in rows[point.key]]
+        own = [{**row, "point": whole.key, "sample_id": f"{point.task}:{row['sample_id']}"} for row in rows[point.key]]
         pooled.setdefault(whole.key, []).extend(own)
     return list(found.values()), pooled
 

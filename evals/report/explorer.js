@@ -79,14 +79,16 @@ const explorerOf = panel => {
       return make("li", {}, button);
     }));
     if (!found.includes(current)) current = found.find(sample => sample.views && differ(sample)) ?? found.find(sample => sample.views) ?? found[0] ?? null;
-    open(current, false);
+    open(current);
   };
   const step = by => { const next = found[found.indexOf(current) + by]; if (next) open(next); };
-  const open = (sample, scroll = true) => {
+  const open = sample => {
     current = sample;
     list.querySelectorAll("button").forEach(button => button.setAttribute("aria-current", sample !== null && button.dataset.id === sample.id));
     if (sample === null) { detail.replaceChildren(make("p", { class: "empty" }, "No sample is like that.")); return; }
-    if (scroll) list.querySelector('[aria-current="true"]')?.scrollIntoView({ block: "nearest" });
+    // within the list only: the page stays where the reader has it
+    const item = list.querySelector('[aria-current="true"]')?.parentElement;
+    if (item && (item.offsetTop < list.scrollTop || item.offsetTop + item.offsetHeight > list.scrollTop + list.clientHeight)) list.scrollTop = item.offsetTop - list.clientHeight / 3;
     const figures = columns().map(column => figureOf(sample, column));
     const many = sample.views && sample.views.length > 1 ? " many" : "";
     detail.replaceChildren(

@@ -82,4 +82,4 @@ def number(value: float | None, form: str = ".3g") -> str:
 
 def p_value(value: float | None) -> str:
     """A p-value to two digits, and never 0."""
-    return "" if value is None else "< 0.0001" if value < 0.0001 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+    return "" if value is None else "&lt;.0001" if value < 0.0001 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"

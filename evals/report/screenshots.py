@@ -88,14 +88,14 @@ def take(running: Any, page_file: Path, shots: tuple[Shot, ...], folder: Path) -
             page.locator(selector).first.click()
         if shot.at:
             page.evaluate("at => document.querySelector(at).scrollIntoView()", shot.at)
+        page.mouse.move(0, 0)  # what is under the pointer is lit
         page.wait_for_timeout(400)
         file = folder / f"{shot.name}.png"
         page.screenshot(path=file, timeout=PATIENCE)
         page.close()
         if errors:
             raise RuntimeError(f"A script of {page_file} failed: {errors[0]}")
-        # few colours: a third of the size, and no eye sees it
-        Image.open(file).convert("RGB").quantize(192, dither=Image.Dither.NONE).save(file, optimize=True)
+        Image.open(file).convert("RGB").save(file, optimize=True)
         files.append(file)
     return files
 
