@@ -56,8 +56,8 @@ def of_family(rows: Rows, family: str) -> Rows:
 
 
 def answered(rows: Rows) -> Rows:
-    """The rows that count: those with an answer. A sample that failed has an `error`, and where the run says that a row is
-    not `counted`, because the sample failed at another point, it is in no statistic either."""
+    """The rows that count: those with an answer. A sample that failed has an `error`; a row that the run does not count
+    (`counted` is false: the sample failed at another point) is in no statistic either."""
     return [row for row in rows if not row.get("error") and row.get("counted", True)]
 
 
