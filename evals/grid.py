@@ -136,11 +136,11 @@ def draws(entry: MethodEntry) -> bool:
     return any(one.pruner.draws and getattr(one.pruner, "seed", 0) == 0 for one in spec.entries)
 
 
-def random_beside(point: Point, points: Sequence[Point]) -> Point | None:
-    """The point of `random` that a point is compared with: at the same budget and seed; for a method that draws
-    nothing, with the first of the seeds. None where there is none, and for `random` itself."""
-    if point.method == "random" and not point.options:
+def beside(point: Point, points: Sequence[Point], method: str = "random") -> Point | None:
+    """The point of `method`, without options, that a point is compared with: at the same budget and seed; for a method
+    that draws nothing, with the first of the seeds. None where there is none, and for that point itself."""
+    place = (point.model, point.task, method, point.keep, ())
+    if (point.model, point.task, point.method, point.keep, point.options) == place:
         return None
-    place = (point.model, point.task, "random", point.keep, ())
     found = [one for one in points if (one.model, one.task, one.method, one.keep, one.options) == place]
     return next((one for one in found if one.seed == point.seed), found[0] if found else None)

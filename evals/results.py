@@ -15,9 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tokenprune.evals.config import NONE, Point, RunConfig
-from tokenprune.evals.grid import random_beside
-from tokenprune.evals.stats import bootstrap_mean, paired_difference
+from tokenprune.evals.config import Point, RunConfig
+from tokenprune.evals.scores import References, answered, correct_for_many, of_family, scores_of
 from tokenprune.evals.store import RowStore
 
 OVERALL = "overall"
@@ -79,7 +78,7 @@ def _commit() -> str | None:
 
 
 def summarise(
-    points: list[Point], rows: dict[str, list[Record]], measures: dict[str, Record], config: RunConfig
+    points: list[Point], rows: dict[str, list[Record]], measures: dict[str, Record], seed: int
 ) -> list[Record]:
     """One record per point.
 
@@ -87,63 +86,38 @@ def summarise(
         points: the grid, in the order of the tables.
         rows: finished sample rows by point key, the same samples in the same order for all points of a task.
         measures: `flops`, `kv` and `times` by point key.
+        seed: of the bootstrap.
 
     Returns:
-        Records with `overall` and `families` (accuracy, interval, relative to unpruned, difference against random at
-        the same budget, and the same seed where there are several), tokens, and the measures.
+        Records with `overall` and `families` (see `scores.scores_of`), tokens, and the measures.
     """
-    by_key = {point.key: point for point in points}
     records = []
     for point in points:
         own = rows[point.key]
-        unpruned = rows.get(Point(point.model, point.task, NONE, None).key)
-        beside = random_beside(point, points)
-        random = None if beside is None else rows.get(beside.key)
-        families = dict.fromkeys(row["family"] for row in own)
+        references = References.of(point, points, rows)
+        families = dict.fromkeys(row["family"] for row in answered(own))
         record: Record = {
             "point": point.key,
             **{name: value for name, value in asdict(point).items() if name != "options"},
             "options": dict(point.options),
             "label": point.label,
             "series": point.series,
-            "overall": _scores(own, unpruned, random, config.seed),
+            "overall": scores_of(own, references, seed),
             "families": {
-                family: _scores(_only(own, family), _only(unpruned, family), _only(random, family), config.seed)
-                for family in families
+                family: scores_of(of_family(own, family), references.only(family), seed) for family in families
             },
-            "visual_tokens": _mean(row["visual_tokens"] for row in own),
-            "kept_tokens": _mean(row["kept_tokens"] for row in own),
+            "visual_tokens": _mean(row["visual_tokens"] for row in answered(own)),
+            "kept_tokens": _mean(row["kept_tokens"] for row in answered(own)),
             **measures.get(point.key, {}),
         }
-        record["reference"] = by_key[point.key].reference
         records.append(record)
+    correct_for_many(records)
     return records
-
-
-def _only(rows: list[Record] | None, family: str) -> list[Record] | None:
-    return None if rows is None else [row for row in rows if row["family"] == family]
 
 
 def _mean(values: Iterable[float]) -> float:
     found = list(values)
     return sum(found) / len(found)
-
-
-def _scores(own: list[Record] | None, unpruned: list[Record] | None, random: list[Record] | None, seed: int) -> Record:
-    correct = [float(row["correct"]) for row in own or []]
-    accuracy = bootstrap_mean(correct, seed)
-    scores: Record = {
-        "n": accuracy.n, "accuracy": accuracy.value, "ci_low": accuracy.low, "ci_high": accuracy.high,
-        "relative": None, "vs_random": None, "vs_random_low": None, "vs_random_high": None,
-    }  # fmt: skip
-    if unpruned is not None:
-        base = _mean(float(row["correct"]) for row in unpruned)
-        scores["relative"] = accuracy.value / base if base else None
-    if random is not None:
-        difference = paired_difference(correct, [float(row["correct"]) for row in random], seed)
-        scores["vs_random"] = difference.value
-        scores["vs_random_low"], scores["vs_random_high"] = difference.low, difference.high
-    return scores
 
 
 def collect_rows(store: RowStore, points: list[Point], settings: str, ids: list[str]) -> dict[str, list[Record]]:
@@ -235,10 +209,10 @@ def write_results(folder: Path, records: list[Record], rows: dict[str, list[Reco
 
     by_point = {record["point"]: record for record in records}
     flat = []
-    for key, answered in rows.items():
+    for key, own in rows.items():
         record = by_point[key]
         shared = {name: record[name] for name in ("model", "task", "method", "seed")}
-        for row in answered:
+        for row in own:
             # a keep or an answer may be of several types, and a parquet column has one
             answer = row["answer"] if isinstance(row["answer"], str) else json.dumps(row["answer"], ensure_ascii=False)
             keep = None if record["keep"] is None else str(record["keep"])

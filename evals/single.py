@@ -76,6 +76,6 @@ def run_single(
     console.print(table)
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    draw_kept(seen_views(loaded, inputs, asked.image), point, kept[0]).save(target, optimize=True)
+    draw_kept(seen_views(loaded, inputs, asked.visuals[0]), point, kept[0]).save(target, optimize=True)
     console.print(f"overlay   {target}", soft_wrap=True, highlight=False)
     return 0

@@ -1,4 +1,5 @@
-"""Intervals for accuracies: percentile bootstrap over samples, and its paired form for a difference of two methods."""
+"""Intervals for accuracies: percentile bootstrap over samples, its paired form for a difference of two methods, and for
+the share of the oracle's headroom that a method wins."""
 
 from __future__ import annotations
 
@@ -52,6 +53,51 @@ def paired_difference(
         raise ValueError(f"A paired difference needs the same samples twice, got {len(scores)} and {len(baseline)}.")
     differences = np.asarray(scores, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
     return bootstrap_mean(differences.tolist(), seed, resamples)
+
+
+HEADROOM_LEAST = 0.02
+"""Headroom, oracle minus random, below which no share of it is given."""
+HEADROOM_DOUBT = 0.001
+"""Share of resamples in which the headroom may be 0 or less, for a share of it to be given."""
+
+
+def headroom_share(
+    scores: Sequence[float],
+    random: Sequence[float],
+    oracle: Sequence[float],
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Interval | None:
+    """(method - random) / (oracle - random) of the means over the same samples, with its paired bootstrap interval:
+    0 is chance, 1 is a method that knows where the answer is.
+
+    Returns:
+        The share, or None where the headroom is too small to divide by: below 0.02, or 0 or less in more than 1 of
+        1000 resamples. Those few resamples are left out of the interval.
+
+    Raises:
+        ValueError: the three differ in length, or hold no samples.
+    """
+    if not len(scores) == len(random) == len(oracle):
+        raise ValueError(
+            f"A share of the headroom needs the same samples three times, got {len(scores)}, {len(random)} and "
+            f"{len(oracle)}."
+        )
+    triples = np.stack([np.asarray(each, dtype=np.float64) for each in (scores, random, oracle)], axis=1)
+    if triples.shape[0] == 0:
+        raise ValueError("An interval needs at least one sample, got none.")
+    won, headroom = triples.mean(0) @ np.array([[1.0, 0.0], [-1.0, -1.0], [0.0, 1.0]])
+    if headroom < HEADROOM_LEAST:
+        return None
+    distinct, counts = np.unique(triples, axis=0, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(len(triples), counts / len(triples), size=resamples)
+    means = draws @ distinct / len(triples)
+    below, above = means[:, 0] - means[:, 1], means[:, 2] - means[:, 1]
+    usable = above > 1e-12
+    if 1 - usable.mean() > HEADROOM_DOUBT:
+        return None
+    low, high = np.percentile(below[usable] / above[usable], [2.5, 97.5])
+    return Interval(float(won / headroom), float(low), float(high), len(triples))
 
 
 def _resampled_means(values: np.ndarray, seed: int, resamples: int) -> np.ndarray:

@@ -9,19 +9,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tokenprune.budget import budget_size
-from tokenprune.evals.config import NONE, Point, RunConfig, digest, refusing
+from tokenprune.evals.config import Point, RunConfig, digest, refusing
 from tokenprune.evals.models import LoadedModel, load_model
 from tokenprune.evals.results import Record, collect_rows, provenance, replace_file, summarise, write_results
 from tokenprune.evals.runner import SAMPLE_KEY, check_points, evaluate
 from tokenprune.evals.seeds import write_seeds
 from tokenprune.evals.store import RowStore
-from tokenprune.evals.tasks import Task, drawn_samples, load_task
+from tokenprune.evals.tasks import Task, cut_short, load_task
 
 ALL_TASKS = "all"
 MEASURE_KEY = ("settings", "point", "measure")
@@ -64,8 +62,10 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
     import torch
     from transformers.utils import logging
 
+    from tokenprune.evals.pictures import save_pictures
     from tokenprune.evals.plots import plot_pareto
-    from tokenprune.evals.report import write_report
+    from tokenprune.evals.report.page import write_report
+    from tokenprune.evals.run_folder import read_run
 
     console = console or Console()
     begin = time.perf_counter()
@@ -81,7 +81,6 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
     points = config.points()
     rows: dict[str, list[Record]] = {}
     measures: dict[str, Record] = {}
-    pictures: list[Record] = []
     notes: list[str] = []
     for name in config.models:
         with refusing():
@@ -97,22 +96,20 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
             measured, said = _measure(config, loaded, task, own, costs, settings, console)
             measures.update(measured)
             notes += said
-            pictures += _draw(config, loaded, task, own, rows, folder)
+            notes += save_pictures(loaded, task, task_name, config.overlays.samples, config.limit, folder)
     pooled, pooled_rows = pool_tasks(points, rows)
     for point in pooled:
         first = next(task for task in tasks if replace(point, task=task).key in measures)
         measures[point.key] = measures[replace(point, task=first).key]
-    records = summarise([*points, *pooled], {**rows, **pooled_rows}, measures, config)
+    records = summarise([*points, *pooled], {**rows, **pooled_rows}, measures, config.seed)
     for record in records:
         record["metrics"] = tasks[record["task"]].metrics(rows[record["point"]]) if record["task"] in tasks else {}
     seconds = time.perf_counter() - begin
-    origin = provenance(config, seconds)
+    origin = {**provenance(config, seconds), "notes": notes, "limited": cut_short(config.all_tasks, config.limit)}
     files = [write_config(config), *write_results(folder, records, rows, origin)]
     files += write_seeds(folder, records)
     files.append(plot_pareto(records, folder / "pareto.png"))
-    files.append(write_report(folder / "report.html", config, records, pictures, origin, notes))
-    if pictures:
-        files.append(folder / "overlays")
+    files.append(write_report(folder / "report.html", [read_run(folder)]))
     return Run(config, records, files, seconds, notes)
 
 
@@ -132,7 +129,9 @@ def pool_tasks(points: list[Point], rows: dict[str, list[Record]]) -> tuple[list
         if not 2 <= len(tasks[point.model]) == counts[whole.key]:
             continue
         found[whole.key] = whole
-        pooled.setdefault(whole.key, []).extend(rows[point.key])
+        # two tasks may number their samples alike
+        own = [{**row, "point": whole.key, "sample_id": f"{point.task}:{row['sample_id']}"} for row in rows[point.key]]
+        pooled.setdefault(whole.key, []).extend(own)
     return list(found.values()), pooled
 
 
@@ -165,7 +164,7 @@ def _measure(
     from tokenprune.evals.flops import measure_flops
     from tokenprune.evals.timing import measure_times
 
-    seen = (sample for sample in task.load(0, task.size) if sample.image != ())  # a text alone costs the same pruned
+    seen = (sample for sample in task.load(0, task.size) if sample.visuals)  # a text alone costs the same pruned
     samples = list(islice(seen, config.measure.samples))
     plain: dict[str, dict[str, float]] = {}
     how = digest(asdict(config.measure))
@@ -190,41 +189,6 @@ def _measure(
             progress.update(bar, advance=1)
         progress.update(bar, description="times and FLOPs")
     return found, notes
-
-
-def _draw(
-    config: RunConfig,
-    loaded: LoadedModel,
-    task: Task,
-    points: list[Point],
-    rows: dict[str, list[Record]],
-    folder: Path,
-) -> list[Record]:
-    """Overlays of a few samples at one budget: PNG files, and what to write under them."""
-    from tokenprune.evals.overlay import draw_kept, seen_views
-
-    budgets = [point.keep for point in points if point.keep is not None]
-    if not config.overlays.samples or not budgets:
-        return []
-    keep: Any = config.overlays.keep if config.overlays.keep in budgets else min(budgets, key=budget_size)
-    drawn = [point for point in points if point.method == NONE or point.keep == keep]
-    target = folder / "overlays"
-    target.mkdir(exist_ok=True)
-    pictures: list[Record] = []
-    for number in drawn_samples(task, config.overlays.samples, config.limit):
-        sample = next(task.load(number, number + 1))
-        if sample.image == ():
-            continue  # a text alone
-        inputs = dict(loaded.inputs([sample.question], [sample.image]))
-        views = seen_views(loaded, inputs, sample.image[0] if isinstance(sample.image, tuple) else sample.image)
-        for point in drawn:
-            row = rows[point.key][number]
-            image = draw_kept(views, point, row["kept"])
-            name = f"{task.name}-{sample.sample_id}-{point.label}.png".replace("/", "_").replace(":", "_")
-            image.save(target / name, optimize=True)
-            where = {"file": target / name, "model": point.model, "task": point.task}
-            pictures.append({**where, "series": point.series, "keep": keep, **row})
-    return pictures
 
 
 def write_config(config: RunConfig) -> Path:

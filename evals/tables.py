@@ -11,9 +11,14 @@ from rich.table import Table
 from tokenprune.evals.config import NONE
 from tokenprune.evals.results import flat_costs, metric_names
 
-_HEADS = ("method", "tokens", "accuracy %", "95 % interval", "of unpruned %", "vs random", "GFLOPs", "KV KiB",
-          "prefill ms", "select ms", "decode ms", "/ ideal")  # fmt: skip
-_DISPENSABLE = (10, 9, 3, 7, 4, 11)  # columns that a narrow terminal goes without, in this order
+_HEADS = ("method", "tokens", "accuracy %", "95 % interval", "of unpruned %", "vs random", "p Holm", "hard %",
+          "headroom %", "GFLOPs", "KV KiB", "prefill ms", "select ms", "decode ms", "/ ideal")  # fmt: skip
+# columns that a narrow terminal goes without, in this order
+_DISPENSABLE = tuple(
+    _HEADS.index(name)
+    for name in ("decode ms", "select ms", "95 % interval", "KV KiB", "headroom %", "of unpruned %", "hard %",
+                 "/ ideal", "p Holm")
+)  # fmt: skip
 
 
 def _cells(record: dict[str, Any]) -> list[str]:
@@ -36,6 +41,9 @@ def _cells(record: dict[str, Any]) -> list[str]:
         f"{100 * scores['ci_low']:.1f} to {100 * scores['ci_high']:.1f}",
         "" if scores["relative"] is None else f"{100 * scores['relative']:.1f}",
         vs_random,
+        show(scores["vs_random_holm"], "{:.2g}"),
+        "" if scores["discriminating"] is None else f"{100 * scores['discriminating']:.1f}",
+        "" if scores["headroom_won"] is None else f"{100 * scores['headroom_won']:.0f}",
         show(costs["gflops_total"], "{:.3f}"),
         "" if costs["kv_bytes"] is None else f"{costs['kv_bytes'] / 1024:.0f}",
         show(costs["prefill_ms"], "{:.1f}"),

@@ -45,6 +45,16 @@ class Sample:
     image: Image | list[Image] | tuple[Image | list[Image], ...]
     boxes: list[list[float]] | None = None
 
+    @property
+    def visuals(self) -> list[Image | list[Image]]:
+        """Its pictures and videos, in order; [] for a text alone."""
+        return list(self.image) if isinstance(self.image, tuple) else [self.image]
+
+    @property
+    def frames(self) -> list[Image]:
+        """Its pictures, and the frames of its videos, in order."""
+        return [frame for one in self.visuals for frame in (one if isinstance(one, list) else [one])]
+
 
 @dataclass
 class Task:

@@ -67,6 +67,12 @@ def _candidates(data: str, scenes: int, seed: int) -> Iterator[Asked]:
             yield Asked(sample.sample_id, sample.question, sample.image)
 
 
+def _hash(image: Any) -> str:
+    """The same for equal pictures, or equal videos."""
+    frames = image if isinstance(image, list) else [image]
+    return hashlib.sha256(b"".join(frame.convert("RGB").tobytes() for frame in frames)).hexdigest()
+
+
 def draw_samples(data: str, samples: int, held_out: int, seed: int) -> tuple[list[Asked], list[Asked]]:
     """Samples to tune on and held-out ones, no picture in both.
 
@@ -77,7 +83,7 @@ def draw_samples(data: str, samples: int, held_out: int, seed: int) -> tuple[lis
     rest: list[Asked] = []
     seen: set[str] = set()
     for asked in _candidates(data, samples + held_out, seed):
-        picture = hashlib.sha256(asked.image.convert("RGB").tobytes()).hexdigest()
+        picture = _hash(asked.image)
         if len(first) < samples:
             first.append(asked)
             seen.add(picture)

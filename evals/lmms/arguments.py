@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenprune.budget import read_budget
-from tokenprune.evals.config import NONE, Point, check_method_name, needs_budget
+from tokenprune.evals.config import NONE, Point, check_method_name
 from tokenprune.evals.models import check_dtype, model_source
+from tokenprune.evals.points import needs_budget
 from tokenprune.notation import pruner_parts, split_name, split_outside
 from tokenprune.registry import INTERVENTIONS, METHODS, UnknownName, near
 from tokenprune.spec import Spec

@@ -44,8 +44,8 @@ def noise_sample(sample: Sample, seed: int) -> Sample:
     def noise(picture: Image.Image) -> Image.Image:
         return Image.fromarray(rng.integers(0, 256, (picture.height, picture.width, 3), dtype=np.uint8))
 
-    image = [noise(frame) for frame in sample.image] if isinstance(sample.image, list) else noise(sample.image)
-    return replace(sample, image=image)
+    noisy = [noise(frame) for frame in sample.frames]
+    return replace(sample, image=noisy if isinstance(sample.image, list) else noisy[0])
 
 
 def score_all(

@@ -178,8 +178,7 @@ def default_budgets(num_tokens: int | None) -> list[int | float]:
 
 
 def _picture(sample: Sample) -> str:
-    frames = sample.image if isinstance(sample.image, list) else [sample.image]
     hasher = hashlib.sha256()
-    for frame in frames:
+    for frame in sample.frames:
         hasher.update(repr(frame.size).encode() + frame.convert("RGB").tobytes())
     return hasher.hexdigest()[:16]

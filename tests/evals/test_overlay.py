@@ -8,7 +8,6 @@ from PIL import Image
 
 from tokenprune.evals.config import Point
 from tokenprune.evals.overlay import dim_dropped, draw_kept, seen_picture, square_grid
-from tokenprune.evals.svgplot import ticks
 from tokenprune.evals.tasks import drawn_samples, load_task
 from tokenprune.layout import Raster
 
@@ -47,12 +46,6 @@ def test_downsample_shows_fewer_pixels_and_unpruned_the_picture():
         [(picture, Raster((6, 6)))], Point("m", "t", "downsample", 9), [[7, 9, 11, 19, 21, 23, 31, 33, 35]]
     )
     assert small.size == picture.size and np.asarray(small).std() < np.asarray(picture).std()
-
-
-def test_ticks_are_round():
-    assert ticks(0, 10, 5) == [0, 2, 4, 6, 8, 10]
-    assert ticks(51.2, 78.9) == [55, 60, 65, 70, 75]
-    assert ticks(3, 3) == [3]
 
 
 def test_drawn_samples_are_of_different_families(tiny_task):

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from tokenprune.evals.config import Measure, Overlays, RunConfig
 from tokenprune.evals.configfile import packaged_configs, read_config, read_settings
-from tokenprune.evals.grid import expand, random_beside
+from tokenprune.evals.grid import beside, expand
 from tokenprune.evals.points import NONE, MethodEntry, Point, read_entry
 from tokenprune.evals.sweep import run
 
@@ -119,7 +119,7 @@ def test_comparisons_are_within_a_seed():
 
     points = [random(3), random(0), random(1), random(0, keep=9), Point("m", "t", "random", 4, (("seed", 8),))]
     points += [Point("m", "t", "uniform", 4), Point("m", "t", "todre", 4, seed=1), Point("m", "t", "uniform", 2)]
-    beside = [random_beside(point, points) for point in points]
+    beside = [beside(point, points) for point in points]
     assert beside == [None] * 4 + [points[0], points[0], points[2], None]
 
 

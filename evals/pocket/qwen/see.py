@@ -44,7 +44,9 @@ class Readers(nn.Module):
         super().__init__()
         self.norm, self.out = nn.RMSNorm(width), nn.Linear(width, sum(_SPLIT))
 
-    def losses(self, tokens: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    def losses(
+        self, tokens: Tensor, target: dict[str, Tensor], sign_weight: float = 1.0
+    ) -> tuple[Tensor, dict[str, float]]:
         """``tokens`` [B, N, width] -> loss, and the accuracy of each head on what is not background."""
         shape, colour, sign, way, centre, pattern = self.out(self.norm(tokens)).split(_SPLIT, -1)
         sign = sign.unflatten(-1, (SIGN_LENGTH, -1))
@@ -61,8 +63,8 @@ class Readers(nn.Module):
         )  # fmt: skip
         for name, logits, none in asked:
             fore = target[name] != none
-            # most batches show nothing that moves
-            loss = loss + (3.0 if name == "way" and fore.any() else 1.0) * _balanced(logits, target[name], none)
+            weight = sign_weight if name == "sign" else 3.0 if name == "way" and fore.any() else 1.0
+            loss = loss + weight * _balanced(logits, target[name], none)
             if fore.any():
                 seen[name] = (logits.argmax(-1)[fore] == target[name][fore]).float().mean().item()
         return loss, seen
@@ -181,7 +183,7 @@ def train(stage, out: Path, resume: bool, tools, model: Qwen2_5_VLForConditional
         fore = torch.ones_like(off)
         fore[:n] = 0.3 + ((batch.target["shape"] != len(SHAPES)) | (batch.target["sign"] != len(SYMBOLS)).any(-1)) * 2.0
         fit = (off * fore).sum() / fore.sum()
-        loss, seen = readers.losses(tokens[:n], batch.target)
+        loss, seen = readers.losses(tokens[:n], batch.target, stage.sign)
         optimizer.zero_grad()
         (stage.fit * fit + loss).backward()
         nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 2.0)

@@ -34,9 +34,9 @@ class Stage:
     ``clip_sizes``: columns and rows of tokens; ``grids``: pairs of frames a clip; ``tokens``: visual tokens a batch;
     ``drop``, ``drop_end``: share of batches in which background tokens are dropped before the decoder, at the first and
     the last step; ``mix``: questions a picture; ``weight``: of an answer, where few of its family are asked; ``fit``:
-    weight of the teacher's tokens, in stages J of its hidden states; ``see``: weight of the heads of stage V;
-    ``tower_lr``: rate of the tower as a part of ``lr``; ``every``: steps from one line of the log to the next;
-    ``after``: the stage whose weights it starts from.
+    weight of the teacher's tokens, in stages J of its hidden states; ``see``: weight of the heads of stage V; ``sign``:
+    of the head on the sign's symbols among them; ``tower_lr``: rate of the tower as a part of ``lr``; ``every``: steps
+    from one line of the log to the next; ``after``: the stage whose weights it starts from.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Stage:
     weight: dict[str, float] = field(default_factory=lambda: {"read": 3.0, "global": 3.0, "video": 2.0})
     fit: float = 0.0
     see: float = 0.0
+    sign: float = 1.0
     tower_lr: float = 0.5
     every: int = 25
     after: str = ""
@@ -71,10 +72,13 @@ STAGES = {
         "J", steps=450, lr=5e-4, seed=320_000_000, objects=(3, 8), easy=0.1, drop=0.5, drop_end=0.4, fit=0.5, see=0.1,
         clips=0.25, after="VM",
     ),
+    "VS": Stage(
+        "VS", steps=180, lr=1e-3, seed=330_000_000, objects=(4, 8), clips=0.25, fit=3.0, sign=4.0, after="J",
+    ),
     "J2": Stage(
-        "J2", steps=450, lr=5e-4, seed=340_000_000, easy=0.1, sizes=_MORE, clip_sizes=((8, 8), (10, 8), (10, 10)),
-        grids=(2, 2, 4), clips=0.2, drop=0.4, drop_end=0.4, fit=0.25, see=0.25, tower_lr=1.0, after="J",
-        weight={"read": 6.0, "global": 2.0, "video": 2.0},
+        "J2", steps=250, lr=3e-4, seed=340_000_000, easy=0.1, sizes=_MORE, clip_sizes=((8, 8), (10, 8), (10, 10)),
+        grids=(2, 2, 4), clips=0.2, drop=0.4, drop_end=0.4, fit=0.25, see=0.1, after="VS",
+        weight={"read": 4.0, "global": 2.0, "video": 2.0},
     ),
 }  # fmt: skip
 

@@ -1,0 +1,79 @@
+"""Pictures of a run: what the model saw of some samples, and where its visual tokens lie over them.
+
+A run folder keeps each picture once, `pictures/*.jpg`, and `pictures/index.json`. What a method kept are raster indices
+in its row; whoever shows them draws them over the picture, so ten methods at three budgets cost one file.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tokenprune.evals.models import LoadedModel
+from tokenprune.evals.overlay import seen_views
+from tokenprune.evals.tasks import Task, drawn_samples
+
+Record = dict[str, Any]
+FOLDER, INDEX = "pictures", "index.json"
+
+
+def save_pictures(
+    loaded: LoadedModel, task: Task, task_name: str, wanted: int, limit: int | None, folder: Path
+) -> list[str]:
+    """Save the views of `wanted` samples of a run (see `tasks.drawn_samples`) and add them to the index.
+
+    Args:
+        task_name: as the run's points call the task.
+        limit: samples of the run.
+        folder: of the run.
+
+    Returns:
+        Sentences on the samples of which there is no picture; none of them is worth the page.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    from tokenprune.evals.results import replace_file
+
+    target = folder / FOLDER
+    target.mkdir(parents=True, exist_ok=True)
+    others = [entry for entry in read_pictures(folder) if (entry["model"], entry["task"]) != (loaded.name, task_name)]
+    entries: list[Record] = []
+    notes: list[str] = []
+    for number in drawn_samples(task, wanted, limit):
+        try:
+            found = _picture(loaded, task, number, target)
+            if found is not None:
+                entries.append({"model": loaded.name, "task": task_name, **found})
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            notes.append(f"Sample {number} of {task.name} has no picture: {type(error).__name__}: {error}")
+    replace_file(target / INDEX, json.dumps([*others, *entries], indent=1))
+    return notes
+
+
+def _picture(loaded: LoadedModel, task: Task, number: int, target: Path) -> Record | None:
+    """The first picture of a sample; None for a text alone."""
+    sample = next(task.load(number, number + 1))
+    if not sample.visuals:
+        return None
+    inputs = dict(loaded.inputs([sample.question], [sample.image]))
+    views = []
+    for place, (picture, raster) in enumerate(seen_views(loaded, inputs, sample.visuals[0])):
+        stem = f"{Path(loaded.name).name}-{task.name}-{sample.sample_id}-{place}"
+        file = re.sub(r"[^\w.@-]+", "_", stem) + ".jpg"
+        picture.convert("RGB").save(target / file, quality=88, optimize=True)
+        rows, cols = raster.grid
+        views.append({"file": file, "rows": rows, "cols": cols, "start": raster.start, "kind": raster.kind})
+    return {"sample_id": sample.sample_id, "views": views}
+
+
+def read_pictures(folder: Path) -> list[Record]:
+    """The index of a run folder: `model`, `task`, `sample_id` and `views`, each with `file`, `rows`, `cols`, `start`
+    (index of its first token among those of the visual) and `kind`; [] where there is none."""
+    index = folder / FOLDER / INDEX
+    return json.loads(index.read_text(encoding="utf-8")) if index.is_file() else []

@@ -1,0 +1,62 @@
+"""How alike methods answer: the share of equal answers, and Cohen's kappa of right and wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tokenprune.evals.config import NONE
+from tokenprune.evals.report.series import budget_of, name_of
+from tokenprune.evals.scores import answered
+
+Record = dict[str, Any]
+
+
+def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
+    """Agreement of two lists of yes and no beyond chance: (observed - expected) / (1 - expected), expected from each
+    list's own share of yes. None where both lists are all yes or all no: nothing is left beyond chance.
+
+    Raises:
+        ValueError: the lists differ in length, or are empty.
+    """
+    if len(first) != len(second) or not len(first):
+        raise ValueError(f"Kappa needs two lists of the same samples, got {len(first)} and {len(second)}.")
+    a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    observed = float((a == b).mean())
+    expected = float(a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean()))
+    return None if expected == 1.0 else (observed - expected) / (1 - expected)
+
+
+def agreement(records: list[Record], rows: dict[str, list[Record]]) -> dict[str, Record]:
+    """By budget: `names`, and the matrices `equal` and `kappa` over them, with `n` samples that both answered.
+
+    The unpruned model stands in every budget's matrix; a budget with one method has none.
+    """
+    found: dict[str, Record] = {}
+    tables = {record["point"]: _answers(rows[record["point"]]) for record in records if record["point"] in rows}
+    for budget in dict.fromkeys(budget_of(record) for record in records if record["keep"] is not None):
+        own = [r for r in records if r["point"] in tables and (r["method"] == NONE or budget_of(r) == budget)]
+        if len(own) < 2:
+            continue
+        equal: list[list[float | None]] = []
+        kappa: list[list[float | None]] = []
+        for first in own:
+            pairs = [_pair(tables[first["point"]], tables[second["point"]]) for second in own]
+            equal.append([round(pair[0], 4) if pair else None for pair in pairs])
+            kappa.append([None if not pair or pair[1] is None else round(pair[1], 4) for pair in pairs])
+        found[budget] = {"names": [name_of(record) for record in own], "equal": equal, "kappa": kappa}
+    return found
+
+
+def _answers(rows: list[Record]) -> dict[str, tuple[str, bool]]:
+    return {row["sample_id"]: (row["prediction"].strip().lower(), row["correct"] >= 0.5) for row in answered(rows)}
+
+
+def _pair(first: dict[str, tuple[str, bool]], second: dict[str, tuple[str, bool]]) -> tuple[float, float | None] | None:
+    both = [name for name in first if name in second]
+    if not both:
+        return None
+    same = sum(first[name][0] == second[name][0] for name in both) / len(both)
+    return same, cohen_kappa([first[name][1] for name in both], [second[name][1] for name in both])

@@ -1,0 +1,61 @@
+"""What stands folded at the end of a panel: accuracies by question family, and FLOPs by part of the model."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from tokenprune.evals.report.html import Cell, Column, table
+from tokenprune.evals.report.series import budget_of, name_of
+
+Record = dict[str, Any]
+PARTS = ("vision", "projector", "selection", "prefill", "total", "decode")
+
+
+def family_table(records: list[Record]) -> str:
+    """Accuracy by question family, tinted by what was won or lost against the unpruned model."""
+    families = list(dict.fromkeys(family for record in records for family in record["families"]))
+    columns = [Column("method"), Column("budget"), *(Column(family) for family in families), Column("overall")]
+    rows = []
+    for record in records:
+        cells = [Cell(escape(name_of(record)), name_of(record)), Cell(escape(budget_of(record)), budget_of(record))]
+        for scores in [*(record["families"].get(family) for family in families), record["overall"]]:
+            if scores is None:
+                cells.append(Cell())
+                continue
+            lost = scores["vs_unpruned"] or 0.0
+            # full colour at 40 points
+            strength = round(100 * min(1.0, abs(lost) / 0.4) * 0.5)
+            title = f"{100 * scores['ci_low']:.1f} to {100 * scores['ci_high']:.1f}, {scores['n']} questions"
+            kind = "lost" if lost < 0 else "won"
+            text = f'<span class="tint {kind}" style="--by:{strength}%">{100 * scores["accuracy"]:.1f}</span>'
+            cells.append(Cell(text, scores["accuracy"], title=title))
+        rows.append((f' data-budget="{escape(budget_of(record))}"', cells))
+    return table(columns, rows, "plain")
+
+
+def flops_table(records: list[Record]) -> str:
+    """GFLOPs of one prompt by part; "" where none were counted."""
+    heads = ("method", "budget", *PARTS[:-1], "decode, per token", "papers' formula", "measured off by")
+    rows = []
+    for record in records:
+        flops = record.get("flops")
+        if not flops:
+            continue
+        cells = [Cell(escape(name_of(record)), name_of(record)), Cell(escape(budget_of(record)), budget_of(record))]
+        for part in PARTS:
+            value = flops["analytic"][part] / 1e9
+            cells.append(Cell(f"{value:.4g}", value))
+        cells.append(Cell(f"{flops['paper'] / 1e9:.4g}", float(flops["paper"])))
+        worst = max(flops["difference"].values(), key=abs) if flops["difference"] else None
+        cells.append(Cell("" if worst is None else f"{worst:+.2%}", worst))
+        rows.append((f' data-budget="{escape(budget_of(record))}"', cells))
+    if not rows:
+        return ""
+    explained = (
+        '<p class="soft">GFLOPs of one prompt. Matrix products only, 2 per multiply-add, attention as the full square, '
+        "as torch counts them in FlopCounterMode. The last column is the largest difference of a part between the "
+        "analytic and the measured count. The papers' simplified formula counts decoder layers only and a multiply-add "
+        "once.</p>"
+    )
+    return explained + table([Column(head) for head in heads], rows, "plain")

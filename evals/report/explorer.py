@@ -1,0 +1,142 @@
+"""What the sample explorer shows: questions and answers as text, and for some samples the picture and what was kept.
+
+Answers are stored once per sample and referred to by number, kept tokens as bits, pictures once however many methods
+are drawn over them: the page of a large run stays small enough to open.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenprune.evals.pictures import FOLDER
+from tokenprune.evals.run_folder import FinishedRun
+
+Record = dict[str, Any]
+
+MOST_PICTURES = 60
+"""Samples of a page that get a picture."""
+MOST_PICTURE_BYTES = 6_000_000
+"""Bytes of all pictures of a page together."""
+MOST_TEXT_BYTES = 5_000_000
+"""Bytes of all questions and answers of a page together."""
+LONGEST_TEXT = 300
+"""Letters of a question or an answer that are shown."""
+
+
+class Room:
+    """What is left of the page's limits; one object for all panels of a page."""
+
+    def __init__(self) -> None:
+        self.pictures, self.picture_bytes, self.text_bytes = MOST_PICTURES, MOST_PICTURE_BYTES, MOST_TEXT_BYTES
+
+    def picture(self, size: int) -> bool:
+        """Take room for one sample's pictures of `size` bytes, if there is any."""
+        if self.pictures < 1 or size > self.picture_bytes:
+            return False
+        self.pictures -= 1
+        self.picture_bytes -= size
+        return True
+
+    def text(self, size: int) -> bool:
+        """Take room for `size` bytes of text, if there is any."""
+        if size > self.text_bytes:
+            return False
+        self.text_bytes -= size
+        return True
+
+
+def explorer(records: list[Record], rows: dict[str, list[Record]], runs: Iterable[FinishedRun], room: Room) -> Record:
+    """Samples of one model and task.
+
+    Returns:
+        `labels` of the points; `samples`, each with `id`, `family`, `question`, `answer`, `said` (distinct answers,
+        each [text, score]), `by` (per point the number of its answer, -1 where it has none), and where there is a
+        picture `views` and `kept` (per point the bits of what was kept, base64, "" where all was); `left_out`, how many
+        samples had no room. Samples with a picture come first for room, then those on which methods differ.
+    """
+    points = [record for record in records if record["point"] in rows]
+    if not points:
+        return {"labels": [], "samples": [], "left_out": 0}
+    answers = [{row["sample_id"]: row for row in rows[record["point"]]} for record in points]
+    order = list(dict.fromkeys(name for table in answers for name in table))
+    model, task = points[0]["model"], points[0]["task"]
+    pictures: dict[str, tuple[Path, list[Record]]] = {}
+    for run in runs:
+        for entry in run.pictures:
+            if (entry["model"], entry["task"]) == (model, task):
+                pictures.setdefault(entry["sample_id"], (run.folder, entry["views"]))
+    samples = {name: _sample(name, [table.get(name) for table in answers]) for name in order}
+    ranked = sorted(order, key=lambda name: (name not in pictures, not _disagree(samples[name])))
+    shown: set[str] = set()
+    for name in ranked:
+        sample = samples[name]
+        if not room.text(len(json.dumps(sample))):
+            continue
+        shown.add(name)
+        if name in pictures:
+            sample |= _drawn(*pictures[name], [table.get(name) for table in answers], room)
+    return {
+        "labels": [record["label"] for record in points],
+        "samples": [samples[name] for name in order if name in shown],
+        "left_out": len(order) - len(shown),
+    }
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
+
+
+def _sample(name: str, rows: list[Record | None]) -> Record:
+    first = next(row for row in rows if row is not None)
+    said: dict[tuple[str, float | None], int] = {}
+    by = []
+    for row in rows:
+        if row is None:
+            by.append(-1)
+            continue
+        failed = row.get("error")
+        entry = (_short(f"failed: {failed}"), None) if failed else (_short(row["prediction"].strip()), row["correct"])
+        by.append(said.setdefault(entry, len(said)))
+    return {
+        "id": name, "family": first["family"], "question": _short(first["question"]),
+        "answer": _short(str(first["answer"])), "said": [list(entry) for entry in said], "by": by,
+    }  # fmt: skip
+
+
+def _disagree(sample: Record) -> bool:
+    return len({score is not None and score >= 0.5 for _, score in sample["said"]}) > 1
+
+
+def _drawn(folder: Path, views: list[Record], rows: list[Record | None], room: Room) -> Record:
+    files = [(view, folder / FOLDER / view["file"]) for view in views]
+    files = [(view, file) for view, file in files if file.is_file()]
+    if not files or not room.picture(sum(file.stat().st_size for _, file in files)):
+        return {}
+    tokens = max(view["start"] + view["rows"] * view["cols"] for view in views)
+    return {
+        "views": [
+            {
+                **{name: view[name] for name in ("rows", "cols", "start", "kind")},
+                "src": "data:image/jpeg;base64," + base64.b64encode(file.read_bytes()).decode(),
+            }
+            for view, file in files
+        ],
+        "kept": [_bits(row, tokens) for row in rows],
+    }
+
+
+def _bits(row: Record | None, tokens: int) -> str | None:
+    """Kept indices of the first visual as `[tokens]` bits in base64; "" where all stayed, None if not recorded."""
+    if row is None or row.get("kept") is None:
+        return None
+    if not row["kept"]:
+        return ""
+    bits = np.zeros(tokens, dtype=np.uint8)
+    bits[[index for index in row["kept"][0] if index < tokens]] = 1
+    return base64.b64encode(np.packbits(bits).tobytes()).decode()

@@ -1,0 +1,141 @@
+"""The leaderboard: one row a point, its columns in four groups of which the page shows one at a time."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from tokenprune.evals.report.html import Cell, Column, number, p_value, percent, spread, table
+from tokenprune.evals.report.series import budget_of, budgets, kind_of, name_of
+from tokenprune.evals.results import flat_costs
+
+Record = dict[str, Any]
+
+GROUPS = (("g-acc", "Accuracy"), ("g-test", "Tests"), ("g-cost", "Cost"), ("g-time", "Times"))
+COLUMNS = (
+    Column("method", "grey dot: a control; ring: an upper bound that knows where the answer is"),
+    Column("tokens", "visual tokens that the decoder sees, averaged over its layers and the samples"),
+    Column("accuracy, %", "with its 95 percent bootstrap interval over samples"),
+    Column("", "the accuracy and its interval from 0 to 100; the line is the unpruned model", "g-acc wide"),
+    Column("of unpruned, %", "accuracy as a share of the unpruned model's", "g-acc"),
+    Column("vs random, points", "paired difference to random at the same budget, with its 95 percent bootstrap "
+           "interval; coloured where the interval leaves 0 out", "g-acc"),
+    Column("hard samples, %", "accuracy on the discriminating subset: samples that downsample at the same budget gets "
+           "wrong. Count behind the bar", "g-acc"),
+    Column("headroom won, %", "(method - random) / (oracle - random) at the same budget; empty where the headroom is "
+           "too small to divide by", "g-acc"),
+    Column("vs unpruned, points", "paired difference with its 95 percent bootstrap interval", "g-test"),
+    Column("won / lost", "samples that this point gets right and the unpruned model wrong / the other way round",
+           "g-test"),
+    Column("p", "exact McNemar test against the unpruned model", "g-test"),
+    Column("p, Holm", "corrected for all points of this table", "g-test"),
+    Column("samples needed", "to show the difference observed with 80 percent power", "g-test"),
+    Column("vs random, points", "paired difference with its 95 percent bootstrap interval", "g-test"),
+    Column("won / lost", "samples that this point gets right and random at the same budget wrong / the other way round",
+           "g-test"),
+    Column("p", "exact McNemar test against random at the same budget", "g-test"),
+    Column("p, Holm", "corrected for all points of this table", "g-test"),
+    Column("can show, points", "smallest difference to random that these samples show with 80 percent power", "g-test"),
+    Column("GFLOPs", "to the first token: vision tower, projector, selection and prefill", "g-cost"),
+    Column("of unpruned, %", "share of the unpruned model's FLOPs to the first token", "g-cost"),
+    Column("decoder, GFLOPs", "selection and prefill: what the kept tokens decide", "g-cost"),
+    Column("KV cache, KiB", "of one prompt after prefill", "g-cost"),
+    Column("of unpruned, %", "share of the unpruned model's KV cache", "g-cost"),
+    Column("prefill, ms", "median over single prompts, quartiles behind it", "g-time"),
+    Column("of unpruned, %", "taken within a round in which unpruned, pruned and ideal take turns", "g-time"),
+    Column("of ideal, %", "the ideal runs tower and projector on the same picture, then the decoder on just the kept "
+           "tokens", "g-time"),
+    Column("selection, ms", "time of choosing", "g-time"),
+    Column("decode, ms/token", "of a generated token", "g-time"),
+)  # fmt: skip
+
+
+def leaderboard(records: list[Record]) -> str:
+    """The table of one model and task: unpruned first, then budget by budget, the highest accuracy first."""
+    unpruned = next((r["overall"]["accuracy"] for r in records if name_of(r) == "unpruned"), None)
+    order = {budget: place for place, budget in enumerate(["", *budgets(records)])}
+    rows = []
+    before = ""
+    for record in sorted(records, key=lambda r: (order[budget_of(r)], -r["overall"]["accuracy"])):
+        name, kind = name_of(record), kind_of(record["method"])
+        budget = budget_of(record)
+        kind_first = f"{kind} first" if budget != before else kind
+        before = budget
+        attributes = f' data-point="{escape(record["label"])}" data-budget="{escape(budget)}" class="{kind_first}"'
+        rows.append((attributes, [_name(name, kind), *_accuracy(record, unpruned), *_tests(record), *_costs(record)]))
+    return table(COLUMNS, rows, "leaderboard show-g-acc")
+
+
+def _name(name: str, kind: str) -> Cell:
+    return Cell(f'<i class="dot {kind}" data-series="{escape(name)}"></i>{escape(name)}', name)
+
+
+def _accuracy(record: Record, unpruned: float | None) -> list[Cell]:
+    scores = record["overall"]
+    at = f"--low:{scores['ci_low']:.4f};--high:{scores['ci_high']:.4f};--at:{scores['accuracy']:.4f}"
+    line = "" if unpruned is None else f"--base:{unpruned:.4f}"
+    hard = ""
+    if scores["discriminating"] is not None:
+        hard = percent(scores["discriminating"]) + spread(scores["discriminating_low"], scores["discriminating_high"])
+    n = scores["discriminating_n"]
+    return [
+        Cell(number(record["kept_tokens"], ".4g"), float(record["kept_tokens"])),
+        Cell(percent(scores["accuracy"]) + spread(scores["ci_low"], scores["ci_high"]), scores["accuracy"]),
+        Cell(f'<i class="whisker" style="{at};{line}"></i>', scores["accuracy"]),
+        Cell(percent(scores["relative"]), scores["relative"]),
+        _difference(scores, "vs_random"),
+        Cell(hard, scores["discriminating"], title="" if n is None else f"{n} samples"),
+        Cell(
+            percent(scores["headroom_won"], 0) + spread(scores["headroom_won_low"], scores["headroom_won_high"]),
+            scores["headroom_won"],
+        ),
+    ]
+
+
+def _difference(scores: Record, name: str) -> Cell:
+    value, low, high = (scores[name + part] for part in ("", "_low", "_high"))
+    if value is None:
+        return Cell()
+    kind = "good" if low > 0 else "bad" if high < 0 else ""
+    return Cell(percent(value, sign=True) + spread(low, high, sign=True), value, kind)
+
+
+def _tests(record: Record) -> list[Cell]:
+    scores = record["overall"]
+    cells: list[Cell] = []
+    for name in ("vs_unpruned", "vs_random"):
+        won, lost, p, holm = (scores[f"{name}_{part}"] for part in ("won", "lost", "p", "holm"))
+        cells += [
+            _difference(scores, name),
+            Cell("" if won is None else f"{won} / {lost}", None if won is None else won - lost),
+            Cell(p_value(p), p),
+            Cell(p_value(holm), holm, "sure" if holm is not None and holm < 0.05 else ""),
+        ]
+        if name == "vs_unpruned":
+            needed = scores["vs_unpruned_needed"]
+            cells.append(Cell("" if needed is None else f"{needed:,}".replace(",", "\u202f"), needed))
+    shows = scores["vs_random_detectable"]
+    return [*cells, Cell(percent(shows), shows)]
+
+
+def _costs(record: Record) -> list[Cell]:
+    costs, times = flat_costs(record), record.get("times") or {}
+    decoder = None if costs["gflops_prefill"] is None else costs["gflops_prefill"] + costs["gflops_selection"]
+    kv = None if costs["kv_bytes"] is None else costs["kv_bytes"] / 1024
+    return [
+        Cell(number(costs["gflops_total"], ".4g"), costs["gflops_total"]),
+        Cell(percent(costs["flops_share"]), costs["flops_share"]),
+        Cell(number(decoder, ".4g"), decoder),
+        Cell(number(kv, ",.0f"), kv),
+        Cell(percent(costs["kv_share"]), costs["kv_share"]),
+        *(_time(times.get(name), scale) for name, scale in (
+            ("prefill", 1000), ("to_unpruned", 100), ("to_ideal", 100), ("selection", 1000), ("decode", 1000),
+        )),
+    ]  # fmt: skip
+
+
+def _time(found: Record | None, scale: int) -> Cell:
+    if found is None:
+        return Cell()
+    middle, low, high = (scale * found[part] for part in ("median", "q25", "q75"))
+    return Cell(f"{middle:.3g} <small>{low:.3g} to {high:.3g}</small>", middle)

@@ -1,0 +1,99 @@
+"""Several runs as one: their points side by side, and every comparison made anew over the samples they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenprune.evals.results import summarise
+from tokenprune.evals.run_folder import FinishedRun, point_of
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Merged:
+    """What a page shows.
+
+    Attributes:
+        title: the names of the runs.
+        runs: those that were merged.
+        records: one per point, see `results.summarise`.
+        rows: by point key.
+        notes: sentences that a reader must know.
+    """
+
+    title: str
+    runs: Sequence[FinishedRun]
+    records: list[Record]
+    rows: dict[str, list[Record]]
+    notes: list[str]
+
+
+def merge(runs: Sequence[FinishedRun]) -> Merged:
+    """One run as it is; several with their points side by side.
+
+    Where runs hold the same point, the first run's is taken, and a note says so. Tests, intervals and Holm's correction
+    of several runs are computed anew over the whole table, each over the samples that both sides answered; the pooled
+    task `all` of the single runs is left out.
+
+    Raises:
+        ValueError: no run, or runs whose equally named samples hold different questions.
+    """
+    if not runs:
+        raise ValueError("A report needs at least one run folder, got none.")
+    notes = [note for run in runs for note in run.origin.get("notes", [])]
+    if len(runs) == 1 and "vs_unpruned_p" in runs[0].records[0]["overall"]:
+        return Merged(runs[0].name, runs, runs[0].records, runs[0].rows, notes)
+    records: dict[str, Record] = {}
+    rows: dict[str, list[Record]] = {}
+    owners: dict[str, FinishedRun] = {}
+    twice: dict[str, list[str]] = {}
+    for run in runs:
+        for record in run.records:
+            key = record["point"]
+            if key in records and key in run.rows:
+                twice.setdefault(owners[key].name, []).append(record["label"])
+            elif key in run.rows:
+                records[key], rows[key], owners[key] = record, run.rows[key], run
+    _check_questions(rows)
+    notes += [
+        f"{', '.join(dict.fromkeys(labels))} ran in several of these runs; shown are those of {name}."
+        for name, labels in twice.items()
+    ]
+    counts = {task: sorted({len(rows[k]) for k, r in records.items() if r["task"] == task}) for task in _tasks(records)}
+    notes += [
+        f"The points on {task} were asked different numbers of samples ({', '.join(map(str, found))}); comparisons are "
+        "over the samples that both sides answered."
+        for task, found in counts.items()
+        if len(found) > 1
+    ]
+    points = [point_of(record) for record in records.values()]
+    measures = {
+        key: {name: record[name] for name in ("kv", "times", "flops") if name in record}
+        for key, record in records.items()
+    }
+    seed = int(runs[0].origin["config"]["seed"])
+    title = " + ".join(dict.fromkeys(run.name for run in runs))
+    # a run's own order is unpruned, random, methods: bring that of all runs together
+    order = {"none": 0, "random": 1}
+    points.sort(key=lambda point: (point.model, point.task, order.get(point.method, 2)))
+    return Merged(title, runs, summarise(points, rows, measures, seed), rows, notes)
+
+
+def _tasks(records: dict[str, Record]) -> list[str]:
+    return list(dict.fromkeys(record["task"] for record in records.values()))
+
+
+def _check_questions(rows: dict[str, list[Record]]) -> None:
+    asked: dict[tuple[str, str], str] = {}
+    for key, own in rows.items():
+        task = key.split("|")[1]
+        for row in own:
+            known = asked.setdefault((task, row["sample_id"]), row["question"])
+            if known != row["question"]:
+                raise ValueError(
+                    f"Sample {row['sample_id']} of {task} is {known!r} in one of the runs and {row['question']!r} in "
+                    "another: these are not runs of the same data."
+                )

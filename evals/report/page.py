@@ -1,0 +1,144 @@
+"""report.html: one page that opens from disk, with the leaderboard, plots, samples and agreement of one or more runs.
+
+Tables are written here as HTML; plots, bars, samples and matrices are drawn by the scripts beside this file from one
+JSON object in the page. No library and no network: scripts, styles and pictures are all inside.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from tokenprune.evals.report.agreement import agreement
+from tokenprune.evals.report.details import family_table, flops_table
+from tokenprune.evals.report.explorer import Room, explorer
+from tokenprune.evals.report.findings import findings
+from tokenprune.evals.report.leaderboard import GROUPS, leaderboard
+from tokenprune.evals.report.merge import Merged, merge
+from tokenprune.evals.report.series import budget_of, budget_title, budgets, looks, name_of
+from tokenprune.evals.results import flat_costs, replace_file
+from tokenprune.evals.run_folder import FinishedRun
+
+Record = dict[str, Any]
+HERE = Path(__file__).parent
+SCRIPTS = ("common.js", "table.js", "plot.js", "families.js", "agreement.js", "explorer.js", "main.js")
+
+
+def write_report(path: Path, runs: Sequence[FinishedRun]) -> Path:
+    """Write the page of one or more finished runs.
+
+    Raises:
+        ValueError: see `merge.merge`.
+    """
+    merged = merge(runs)
+    room = Room()
+    panels, data = [], []
+    for number, (model, task) in enumerate(dict.fromkeys((r["model"], r["task"]) for r in merged.records)):
+        own = [record for record in merged.records if (record["model"], record["task"]) == (model, task)]
+        panels.append(_panel(number, own, merged))
+        data.append(_data(own, merged, room))
+    page = (HERE / "page.html").read_text(encoding="utf-8")
+    parts = {
+        "title": escape(merged.title),
+        "style": (HERE / "page.css").read_text(encoding="utf-8"),
+        "lead": _lead(merged),
+        "notes": "".join(f'<div class="note">{escape(note)}</div>' for note in merged.notes),
+        "panels": "\n".join(panels),
+        "origin": _origin(merged),
+        # "</" would end the script element
+        "data": json.dumps({"panels": data}, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/"),
+        "script": "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS),
+    }
+    # split first, so that nothing inside a part is taken for a mark
+    pieces = page.split("@@")
+    return replace_file(path, "".join(parts[piece] if place % 2 else piece for place, piece in enumerate(pieces)))
+
+
+def _lead(merged: Merged) -> str:
+    origin, config = merged.runs[0].origin, merged.runs[0].origin["config"]
+    hardware = origin["hardware"]
+    counts = sorted({record["overall"]["n"] for record in merged.records})
+    facts = [
+        f"{', '.join(map(str, counts))} samples a point",
+        "greedy answers",
+        config["dtype"],
+        f"seed {config['seed']}",
+        hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads",
+        origin["date"][:10],
+    ]
+    short = any(run.origin.get("limited", run.origin["config"]["limit"] is not None) for run in merged.runs)
+    limit = ' <b class="warn">A limit was set: these are not all samples of the task.</b>' if short else ""
+    return " · ".join(escape(str(fact)) for fact in facts) + limit
+
+
+def _panel(number: int, records: list[Record], merged: Merged) -> str:
+    groups = "".join(
+        f'<button type="button" data-group="{group}" aria-pressed="{str(place == 0).lower()}">{title}</button>'
+        for place, (group, title) in enumerate(GROUPS)
+    )
+    task = records[0]["task"]
+    flops = flops_table(records)
+    more = f"<details><summary>FLOPs by part of the model</summary>{flops}</details>" if flops else ""
+    parts = {
+        "number": str(number),
+        "name": escape(f"{Path(records[0]['model']).name} on {Path(task).stem if '/' in task else task}"),
+        "findings": findings(records, merged.rows),
+        "groups": groups,
+        "leaderboard": leaderboard(records),
+        "tests": str(sum(record["overall"]["vs_random_p"] is not None for record in records)),
+        "tests_unpruned": str(sum(record["overall"]["vs_unpruned_p"] is not None for record in records)),
+        "families": family_table(records),
+        "more": more,
+    }
+    pieces = (HERE / "panel.html").read_text(encoding="utf-8").split("@@")
+    return "".join(parts[piece] if place % 2 else piece for place, piece in enumerate(pieces))
+
+
+def _data(records: list[Record], merged: Merged, room: Room) -> Record:
+    asked = [run.origin["config"].get("overlays") or {} for run in merged.runs]
+    found = budgets(records)
+    first = next((str(each["keep"]) for each in asked if str(each.get("keep")) in found), found[-1] if found else "")
+    task = records[0]["task"]
+    return {
+        "name": f"{Path(records[0]['model']).name} on {Path(task).stem if '/' in task else task}",
+        "budgets": [{"keep": keep, "title": budget_title(keep)} for keep in found],
+        "first": first,
+        "series": looks(records),
+        "points": [_point(record) for record in records],
+        "agreement": agreement(records, merged.rows),
+        "explorer": explorer(records, merged.rows, merged.runs, room),
+    }
+
+
+def _point(record: Record) -> Record:
+    scores, costs = record["overall"], flat_costs(record)
+    decoder = None if costs["gflops_prefill"] is None else costs["gflops_prefill"] + costs["gflops_selection"]
+    point = {
+        "label": record["label"], "series": name_of(record), "budget": budget_of(record), "n": scores["n"],
+        "accuracy": scores["accuracy"], "low": scores["ci_low"], "high": scores["ci_high"],
+        "vs_random": scores["vs_random"], "vs_random_low": scores["vs_random_low"],
+        "vs_random_high": scores["vs_random_high"], "holm": scores["vs_random_holm"],
+        "tokens": record["kept_tokens"], "flops": costs["gflops_total"], "decoder": decoder,
+        "flops_share": costs["flops_share"], "kv": None if costs["kv_bytes"] is None else costs["kv_bytes"] / 1024,
+        "kv_share": costs["kv_share"], "prefill": costs["prefill_ms"],
+        "families": {
+            name: [each["accuracy"], each["ci_low"], each["ci_high"], each["n"]]
+            for name, each in record["families"].items()
+        },
+    }  # fmt: skip
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in point.items()}
+
+
+def _origin(merged: Merged) -> str:
+    parts = []
+    for run in merged.runs:
+        text = json.dumps(run.origin, indent=2, ensure_ascii=False, default=str)
+        parts.append(
+            f"<p><code>{escape(str(run.origin['command']))}</code></p>"
+            f"<details><summary>settings, versions, hardware of {escape(run.name)}</summary><pre>{escape(text)}</pre>"
+            "</details>"
+        )
+    return "".join(parts)

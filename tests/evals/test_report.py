@@ -1,0 +1,173 @@
+"""The report page from the files of run folders: what it holds, what it leaves out, several runs merged."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from _runs import fake_run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenprune.cli import main
+from tokenprune.evals.report import explorer as explorer_file
+from tokenprune.evals.report.agreement import agreement, cohen_kappa
+from tokenprune.evals.report.page import write_report
+from tokenprune.evals.report.series import kind_of
+from tokenprune.evals.run_folder import read_run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return fake_run(tmp_path_factory.mktemp("runs") / "whole")
+
+
+def data_of(page: str) -> dict:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def rows_of_table(page: str) -> list[list[str]]:
+    table = page.partition('class="sort leaderboard')[2].partition("</table>")[0]
+    return [re.findall(r'<td[^>]*data-v="([^"]*)"', row) for row in re.findall(r"<tr .*?</tr>", table)]
+
+
+def test_report_rebuilds_the_page_from_files_alone(folder, capsys, monkeypatch):
+    monkeypatch.setattr("tokenprune.evals.tasks.load_task", None)
+    monkeypatch.setattr("tokenprune.evals.models.load_model", None)
+    assert main(["report", str(folder)]) == 0
+    assert "report.html" in capsys.readouterr().out
+    page = (folder / "report.html").read_text()
+    assert "http://" not in page and "https://" not in page and "<link" not in page and "@import" not in page
+    assert "@@" not in page
+    records = read_run(folder).records
+    table = rows_of_table(page)
+    assert len(table) == len(records) == 13
+    by_name = {(row[0], float(row[1])): row for row in table}
+    for record in records:
+        row = by_name["unpruned" if record["method"] == "none" else record["series"], record["kept_tokens"]]
+        assert float(row[2]) == pytest.approx(record["overall"]["accuracy"])
+        p = record["overall"]["vs_random_holm"]
+        assert row[16] == ("" if p is None else f"{p:.9g}")
+
+
+def test_points_of_a_budget_stand_together_best_first(folder):
+    table = rows_of_table(write_report(folder / "report.html", [read_run(folder)]).read_text())
+    assert [float(row[1]) for row in table] == [576.0, *[192.0] * 6, *[64.0] * 6]
+    for rows in (table[1:7], table[7:]):
+        accuracies = [float(row[2]) for row in rows]
+        assert accuracies == sorted(accuracies, reverse=True)
+
+
+def test_pictures_are_there_once_and_kept_tokens_are_bits(folder):
+    page = write_report(folder / "report.html", [read_run(folder)]).read_text()
+    assert page.count("data:image/jpeg;base64,") == 6
+    found = data_of(page)["panels"][0]["explorer"]
+    assert len(found["samples"]) == 60 and found["left_out"] == 0
+    label = found["labels"].index("holov@64")
+    run = read_run(folder)
+    row = run.rows["pocket-llava|pocket|holov@64"][2]
+    sample = found["samples"][2]
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(sample["kept"][label]), dtype=np.uint8))
+    assert np.flatnonzero(bits).tolist() == row["kept"][0]
+    assert sample["said"][sample["by"][label]] == [row["prediction"], row["correct"]]
+    assert sample["kept"][found["labels"].index("none")] == ""
+
+
+def test_a_large_run_keeps_the_page_small(folder, monkeypatch):
+    monkeypatch.setattr(explorer_file, "MOST_PICTURES", 2)
+    monkeypatch.setattr(explorer_file, "MOST_TEXT_BYTES", 6000)
+    found = data_of(write_report(folder / "small.html", [read_run(folder)]).read_text())["panels"][0]["explorer"]
+    assert sum("views" in sample for sample in found["samples"]) == 2
+    assert 0 < len(found["samples"]) < 60 and found["left_out"] == 60 - len(found["samples"])
+    shown = {sample["id"] for sample in found["samples"]}
+    everything = data_of((folder / "report.html").read_text())["panels"][0]["explorer"]["samples"]
+    disagree = [s["id"] for s in everything if len({score for _, score in s["said"]}) > 1]
+    drawn = [f"s{i}" for i in range(6)]
+    rest = [name for name in shown if name not in drawn]
+    assert set(rest) <= set(disagree)  # those on which methods differ come first
+
+
+def test_words_of_a_task_cannot_break_the_page(tmp_path):
+    run = read_run(fake_run(tmp_path / "run", samples=9, pictured=0, methods=("none", "random", "holov")))
+    for rows in run.rows.values():
+        rows[0]["question"] = "what is </script><b>@@title@@?"
+    run.origin["config"]["name"] = "<i>run"
+    page = write_report(tmp_path / "report.html", [run]).read_text()
+    assert "<b>@@" not in page.replace("<\\/script><b>@@title@@", "") and "<h1>&lt;i&gt;run</h1>" in page
+    assert data_of(page)["panels"][0]["explorer"]["samples"][0]["question"] == "what is </script><b>@@title@@?"
+
+
+def test_failed_samples_are_shown_as_failed(tmp_path):
+    run = read_run(fake_run(tmp_path / "run", samples=9, pictured=0, methods=("none", "random", "holov")))
+    run.rows["pocket-llava|pocket|holov@64"][4] |= {"error": "out of memory", "prediction": None, "correct": None}
+    found = data_of(write_report(tmp_path / "report.html", [run]).read_text())["panels"][0]
+    sample = found["explorer"]["samples"][4]
+    answer = sample["said"][sample["by"][found["explorer"]["labels"].index("holov@64")]]
+    assert answer == ["failed: out of memory", None]
+
+
+def test_merged_runs_are_compared_anew(tmp_path):
+    one = fake_run(tmp_path / "one", methods=("none", "random", "holov"), keeps=(64,))
+    two = fake_run(tmp_path / "two", methods=("none", "random", "vtc_cls", "oracle"), keeps=(64,), samples=40)
+    whole = fake_run(tmp_path / "whole", methods=("none", "random", "holov"), keeps=(64,))
+    assert main(["report", str(one), str(two), "--output", str(tmp_path / "both.html")]) == 0
+    page = (tmp_path / "both.html").read_text()
+    panel = data_of(page)["panels"][0]
+    labels = [point["label"] for point in panel["points"]]
+    assert labels == ["none", "random@64", "holov@64", "vtc_cls@64", "oracle@64"]
+    assert "ran in several of these runs; shown are those of one" in page and "different numbers of samples" in page
+    points = {point["label"]: point for point in panel["points"]}
+    assert points["holov@64"]["n"] == 60 and points["vtc_cls@64"]["n"] == 40
+    alone = {r["label"]: r["overall"] for r in read_run(whole).records}
+    assert points["holov@64"]["vs_random"] == pytest.approx(alone["holov@64"]["vs_random"], abs=1e-6)
+    # three tests against random share the table now, where it was one
+    assert points["holov@64"]["holm"] == pytest.approx(min(1, 3 * alone["holov@64"]["vs_random_p"]), abs=1e-6)
+    with pytest.raises(ValueError, match="not runs of the same data"):
+        other = read_run(two)
+        other.rows["pocket-llava|pocket|vtc_cls@64"][3]["question"] = "something else?"
+        write_report(tmp_path / "x.html", [read_run(one), other])
+
+
+def test_no_finished_run_is_a_sentence(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no finished run: there is no results.jsonl in it." in capsys.readouterr().err
+    (tmp_path / "samples.jsonl").write_text("")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "it goes on where it was" in capsys.readouterr().err
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_kappa_is_its_definition(pairs):
+    first, second = [a for a, _ in pairs], [b for _, b in pairs]
+    n = len(pairs)
+    observed = sum(a == b for a, b in pairs) / n
+    expected = (sum(first) * sum(second) + (n - sum(first)) * (n - sum(second))) / n**2
+    found = cohen_kappa(first, second)
+    assert found is None if expected == 1 else found == pytest.approx((observed - expected) / (1 - expected))
+    assert cohen_kappa(second, first) == found
+    if found is not None:
+        assert found <= 1 and cohen_kappa(first, first) in (None, 1.0)
+
+
+def test_agreement_counts_equal_answers(folder):
+    run = read_run(folder)
+    found = agreement(run.records, run.rows)
+    assert set(found) == {"192", "64"}
+    names = found["64"]["names"]
+    i, j = names.index("holov"), names.index("random")
+    a, b = (run.rows[f"pocket-llava|pocket|{name}@64"] for name in ("holov", "random"))
+    same = sum(x["prediction"] == y["prediction"] for x, y in zip(a, b)) / len(a)
+    assert found["64"]["equal"][i][j] == found["64"]["equal"][j][i] == pytest.approx(same, abs=1e-4)
+    assert found["64"]["equal"][i][i] == 1.0 and "unpruned" in names
+
+
+def test_kinds_of_methods():
+    assert [kind_of(name) for name in ("none", "random", "downsample", "oracle", "holov", "vtc_cls+var")] == [
+        "unpruned", "control", "control", "bound", "method", "method",
+    ]  # fmt: skip

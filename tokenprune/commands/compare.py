@@ -1,0 +1,85 @@
+"""`tokenprune compare`: the paired difference of two runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Declare the subcommand."""
+    compare = commands.add_parser(
+        "compare",
+        help="the paired difference of two runs, or of two points of them",
+        description="Over the samples that both answered: accuracy of A minus that of B with its 95 percent paired "
+        "bootstrap interval, exact McNemar test, and how many samples a difference like this needs. Two folders: every "
+        "point that both have. Two points: runs/x:holov@64 runs/y:fastv@64.",
+    )
+    for name in ("first", "second"):
+        compare.add_argument(
+            name, metavar="AB"[name == "second"], help="run folder, or FOLDER:POINT such as runs/x:holov@64"
+        )
+    compare.add_argument("--method", help="only this method, at every budget that both runs have")
+    compare.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
+    compare.set_defaults(handler=_compare)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from tokenprune.evals.compare import OVERALL, compare
+    from tokenprune.evals.config import refusing
+
+    with refusing():
+        found = compare(args.first, args.second, args.method, args.seed)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    for task in dict.fromkeys(each.task for each in found):
+        own = [each for each in found if each.task == task]
+        console.print(f"\n{task}: A = {args.first}, B = {args.second}", highlight=False)
+        if len(own) == 1:
+            rows = [
+                (family, own[0].accuracies[family], comparison, None) for family, comparison in own[0].families.items()
+            ]
+            console.print(_table("family", rows))
+        else:
+            rows = [(_pair(each), each.accuracies[OVERALL], each.families[OVERALL], each.holm) for each in own]
+            console.print(_table("point", rows))
+        alone = max(own, key=lambda each: each.only_first + each.only_second)
+        if alone.only_first or alone.only_second:
+            console.print(
+                f"{alone.only_first} samples are only in A and {alone.only_second} only in B; they were left out.",
+                highlight=False,
+            )
+    console.print(
+        "\ndifference: A minus B in points, with its 95 percent paired bootstrap interval. won / lost: samples that "
+        "only A / only B gets right.\np: exact McNemar. needed: samples that show a difference like this with 80 "
+        "percent power at two-sided 5 percent;\ncan show: the smallest difference that these samples show so.",
+        highlight=False,
+    )
+    return 0
+
+
+def _pair(each: Any) -> str:
+    return each.first if each.first == each.second else f"{each.first} - {each.second}"
+
+
+def _table(head: str, rows: list[Any]) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    holm = any(row[3] is not None for row in rows)
+    heads = [head, "n", "A %", "B %", "difference", "interval", "won / lost", "p", *(["p, Holm"] if holm else []),
+             "needed", "can show"]  # fmt: skip
+    for place, name in enumerate(heads):
+        table.add_column(name, justify="right" if place else "left", no_wrap=True)
+    for name, (first, second), found, adjusted in rows:
+        cells = [
+            escape(name), str(found.n), f"{100 * first:.1f}", f"{100 * second:.1f}", f"{100 * found.difference:+.1f}",
+            f"{100 * found.low:+.1f} to {100 * found.high:+.1f}", f"{found.won} / {found.lost}", f"{found.p:.2g}",
+            *([f"{adjusted:.2g}"] if holm else []), "" if found.needed is None else str(found.needed),
+            "" if found.detectable is None else f"{100 * found.detectable:.1f}",
+        ]  # fmt: skip
+        table.add_row(*cells)
+    return table

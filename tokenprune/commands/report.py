@@ -1,0 +1,34 @@
+"""`tokenprune report`: the page of finished runs, written anew from their files."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Declare the subcommand."""
+    report = commands.add_parser(
+        "report",
+        help="write the report page of one or more finished runs",
+        description="One self-contained HTML page that opens from disk. Several runs share one leaderboard, and every "
+        "comparison is made anew over the samples that both sides answered. Loads no model and no data.",
+    )
+    report.add_argument("runs", nargs="+", metavar="FOLDER", help="folder of a finished run, such as runs/demo")
+    report.add_argument("--output", help="where the page goes; report.html in the folder of the first run by default")
+    report.set_defaults(handler=_report)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from tokenprune.evals.config import refusing
+    from tokenprune.evals.report.page import write_report
+    from tokenprune.evals.run_folder import read_run
+
+    with refusing():
+        runs = [read_run(folder) for folder in args.runs]
+        path = Path(args.output) if args.output else runs[0].folder / "report.html"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_report(path, runs)
+    print(f"{path}  {path.stat().st_size / 1e6:.1f} MB, opens without a network")
+    return 0
