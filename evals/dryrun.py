@@ -86,7 +86,7 @@ def make_plan(config: RunConfig) -> Plan:
     from tokenprune.evals.runner import settings_digest
 
     notes: list[str] = []
-    rows, broken = _finished(config.folder / "samples.jsonl")
+    rows, broken = _finished(config.folder)
     models: dict[str, Outline | None] = {}
     settings: dict[str, str] = {}
     for name in config.models:
@@ -115,7 +115,7 @@ def make_plan(config: RunConfig) -> Plan:
             f"{others} rows of the run folder belong to other points, weights, code or settings; none counts here."
         )
     if broken:
-        notes.append(f"{broken} lines of the run folder's samples.jsonl are torn and would be written anew.")
+        notes.append(f"{broken} lines in the run folder are torn and would be written anew.")
     return Plan(config, planned, notes)
 
 
@@ -146,13 +146,12 @@ def _needs(point: Point, cost: Estimate | None) -> tuple[str, ...]:
     return (*hub, *task_needs(point.task), *hints)
 
 
-def _finished(path: Path) -> tuple[dict[tuple[str, str], set[str]], int]:
+def _finished(folder: Path) -> tuple[dict[tuple[str, str], set[str]], int]:
     """Ids of answered samples by settings and point, and the number of torn lines; nothing is written or mended."""
     found: dict[tuple[str, str], set[str]] = {}
     broken = 0
-    if not path.is_file():
-        return found, broken
-    for line in path.read_bytes().split(b"\n"):
+    lines = (line for path in sorted(folder.glob("samples*.jsonl")) for line in path.read_bytes().split(b"\n"))
+    for line in lines:
         try:
             row: Any = json.loads(line) if line.strip() else None
         except ValueError:
