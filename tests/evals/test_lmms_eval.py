@@ -210,4 +210,4 @@ def test_a_task_that_samples_or_has_no_score_a_sample_is_refused(tmp_path, capsy
     with pytest.warns(UserWarning, match="bad of .*vague failed: ZeroDivisionError"):
         assert vague.metrics([{"sample_id": "0", "prediction": "yes"}]) == {"pocket_yes_ratio": 1.0}
     with pytest.raises(ValueError, match="give no number for a single sample"):
-        vague.mark(next(iter(vague.load(0, 1))), "yes")
+        vague.mark(next(iter(vague.load(0, 1))), "no")
