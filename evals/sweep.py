@@ -1,33 +1,32 @@
-"""Runs a grid: answers, then costs, then files. A run that was killed goes on where it was."""
+"""Runs a grid: answers and costs, then files. A run that was killed goes on where it was."""
 
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tokenprune.budget import budget_size
-from tokenprune.evals.config import NONE, Point, RunConfig, digest, refusing
-from tokenprune.evals.models import LoadedModel, load_model
-from tokenprune.evals.results import Record, collect_rows, provenance, replace_file, summarise, write_results
-from tokenprune.evals.runner import SAMPLE_KEY, check_points, evaluate
-from tokenprune.evals.store import RowStore
-from tokenprune.evals.tasks import Task, drawn_samples, load_task
+from tokenprune.evals.answering import SAMPLE_KEY
+from tokenprune.evals.config import Point, RunConfig, refusing
+from tokenprune.evals.costs import MEASURE_KEY, read_costs
+from tokenprune.evals.counting import count_rows
+from tokenprune.evals.executors.local import Local
+from tokenprune.evals.executors.processes import Processes, launched
+from tokenprune.evals.files import replace_file
+from tokenprune.evals.lock import held
+from tokenprune.evals.results import Record, provenance, summarise, write_results
+from tokenprune.evals.store import folder_store
+from tokenprune.evals.tasks import load_task
 
 ALL_TASKS = "all"
-MEASURE_KEY = ("settings", "point", "measure")
 
 
 @dataclass
 class Run:
-    """What a finished run left.
+    """What a finished run left; records and files are empty in a process that only helped another one.
 
     Attributes:
         records: one per point, see `results.summarise`.
@@ -43,170 +42,76 @@ class Run:
     warnings: list[str]
 
 
-@contextmanager
-def show_progress(console: Console) -> Iterator[Progress]:
-    """A progress bar with what is done, how long it took and how long it will take."""
-    columns = (
-        TextColumn("{task.description:<34}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        yield progress
+def run(config: RunConfig, console: Console | None = None, executor: Any = None) -> Run:
+    """Evaluate, measure and write. Every name and number is checked before a model is loaded or a sample is asked.
 
+    Args:
+        executor: who does the work, see `executors.local.Local`; by default this process, or all of those that
+            `accelerate launch` or torchrun started.
 
-def run(config: RunConfig, console: Console | None = None) -> Run:
-    """Evaluate, measure and write. Every name and number is checked before a model is loaded or a sample is asked."""
-    import torch
-    from transformers.utils import logging
-
-    from tokenprune.evals.plots import plot_pareto
-    from tokenprune.evals.report import write_report
-
+    Raises:
+        Refused: what was asked for cannot be run, another process is writing to the folder, or the disk is full.
+    """
     console = console or Console()
     begin = time.perf_counter()
     with refusing():
         config.check()
         tasks = {name: load_task(name) for name in config.tasks}
-    logging.disable_progress_bar()
-    torch.manual_seed(config.seed)
+        config.folder.mkdir(parents=True, exist_ok=True)
+    executor = executor or (Processes() if launched() else Local())
+    if not executor.first:
+        console = Console(quiet=True)
+    with held(config.folder, executor.writer):
+        worked = executor.work(config, config.points(), tasks, console)
+        if not executor.first:
+            return Run(config, [], [], time.perf_counter() - begin, [])
+        return _write(config, worked, begin)
+
+
+def _write(config: RunConfig, worked: Any, begin: float) -> Run:
+    """From the rows in the folder to results."""
+    from tokenprune.evals.plots import plot_pareto
+    from tokenprune.evals.report import write_report
+
     folder = config.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    answers = RowStore(folder / "samples.jsonl", SAMPLE_KEY)
-    costs = RowStore(folder / "measures.jsonl", MEASURE_KEY)
-    points = config.points()
-    rows: dict[str, list[Record]] = {}
-    measures: dict[str, Record] = {}
-    pictures: list[Record] = []
-    notes: list[str] = []
-    for name in config.models:
-        with refusing():
-            loaded = load_model(name, config.dtype, config.device)
-        for task_name, task in tasks.items():
-            own = [point for point in points if (point.model, point.task) == (name, task_name)]
-            with refusing():
-                check_points(loaded, task, own, config.seed)
-            settings, ids = _answer(config, loaded, task, own, answers, console)
-            rows.update(collect_rows(answers, own, settings, ids))
-            measured, said = _measure(config, loaded, task, own, costs, settings, console)
-            measures.update(measured)
-            notes += said
-            pictures += _draw(config, loaded, task, own, rows, folder)
-    pooled, pooled_rows = pool_tasks(points, rows)
+    counted = count_rows(folder_store(folder, "samples", SAMPLE_KEY), config.points(), worked.answered)
+    costs = folder_store(folder, "measures", MEASURE_KEY)
+    measures, said = read_costs(config, counted.points, worked.answered, costs)
+    notes = [*worked.notes, *counted.notes, *said]
+    pooled, pooled_rows = pool_tasks(counted.points, counted.rows)
     for point in pooled:
-        measures[point.key] = measures[replace(point, task=config.tasks[0]).key]
-    records = summarise([*points, *pooled], {**rows, **pooled_rows}, measures, config)
+        measures[point.key] = measures.get(replace(point, task=config.tasks[0]).key, {})
+        parts = [replace(point, task=task).key for task in config.tasks]
+        counted.failed[point.key] = sum(counted.failed[key] for key in parts)
+    records = summarise([*counted.points, *pooled], {**counted.rows, **pooled_rows}, measures, config)
+    for record in records:
+        record["failed"] = counted.failed[record["point"]]
     seconds = time.perf_counter() - begin
     origin = provenance(config, seconds)
-    files = [write_config(config), *write_results(folder, records, rows, origin)]
+    every = {**counted.rows, **pooled_rows}
+    files = [write_config(config), *write_results(folder, records, every, origin, counted.others)]
     files.append(plot_pareto(records, folder / "pareto.png"))
-    files.append(write_report(folder / "report.html", config, records, pictures, origin, notes))
-    if pictures:
+    files.append(write_report(folder / "report.html", config, records, worked.pictures, origin, notes))
+    if worked.pictures:
         files.append(folder / "overlays")
     return Run(config, records, files, seconds, notes)
 
 
 def pool_tasks(points: list[Point], rows: dict[str, list[Record]]) -> tuple[list[Point], dict[str, list[Record]]]:
-    """With several tasks, a further task `all` that holds the samples of all of them; nothing with one task."""
-    if len({point.task for point in points}) < 2:
+    """With several tasks, a further task `all` that holds the samples of all of them, for the points that have answers
+    to all; nothing with one task."""
+    tasks = {point.task for point in points}
+    if len(tasks) < 2:
         return [], {}
     pooled: dict[str, list[Record]] = {}
     found: dict[str, Point] = {}
     for point in points:
+        if any(replace(point, task=task).key not in rows for task in tasks):
+            continue
         whole = replace(point, task=ALL_TASKS)
         found[whole.key] = whole
         pooled.setdefault(whole.key, []).extend(rows[point.key])
     return list(found.values()), pooled
-
-
-def _answer(
-    config: RunConfig, loaded: LoadedModel, task: Task, points: list[Point], store: RowStore, console: Console
-) -> tuple[str, list[str]]:
-    total = task.count(config.limit) * len(points)
-    limited = f", the first {task.count(config.limit)} of {task.size} samples" if config.limit else ""
-    console.print(f"{loaded.name} on {task.name}: {len(points)} points{limited}")
-    with show_progress(console) as progress:
-        bar = progress.add_task("answers", total=total)
-
-        def on_progress(done: int, label: str) -> None:
-            progress.update(bar, advance=done, description=f"answers  {label}")
-
-        found = evaluate(config, loaded, task, points, store, on_progress)
-        progress.update(bar, description="answers")
-    return found
-
-
-def _measure(
-    config: RunConfig,
-    loaded: LoadedModel,
-    task: Task,
-    points: list[Point],
-    store: RowStore,
-    settings: str,
-    console: Console,
-) -> tuple[dict[str, Record], list[str]]:
-    from tokenprune.evals.flops import measure_flops
-    from tokenprune.evals.timing import measure_times
-
-    samples = list(task.load(0, min(config.measure.samples, task.size)))
-    plain: dict[str, dict[str, float]] = {}
-    how = digest(asdict(config.measure))
-    found: dict[str, Record] = {}
-    notes: list[str] = []
-    with show_progress(console) as progress:
-        bar = progress.add_task("times and FLOPs", total=len(points))
-        for point in points:
-            progress.update(bar, description=f"times and FLOPs  {point.label}")
-            row = store.get((settings, point.key, how))
-            if row is None:
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always", UserWarning)
-                    values: Record = measure_times(loaded, point, samples, config.measure, config.seed)
-                    flops = measure_flops(loaded, point, samples, config.seed, config.measure.flops, plain)
-                said = [str(warning.message) for warning in caught if "FLOPs" in str(warning.message)]
-                row = {"settings": settings, "point": point.key, "measure": how, **values, "flops": flops}
-                row["notes"] = said
-                store.append([row])
-            notes += row["notes"]
-            found[point.key] = {name: row[name] for name in ("kv", "times", "flops")}
-            progress.update(bar, advance=1)
-        progress.update(bar, description="times and FLOPs")
-    return found, notes
-
-
-def _draw(
-    config: RunConfig,
-    loaded: LoadedModel,
-    task: Task,
-    points: list[Point],
-    rows: dict[str, list[Record]],
-    folder: Path,
-) -> list[Record]:
-    """Overlays of a few samples at one budget: PNG files, and what to write under them."""
-    from tokenprune.evals.overlay import draw_kept, seen_views
-
-    budgets = [point.keep for point in points if point.keep is not None]
-    if not config.overlays.samples or not budgets:
-        return []
-    keep: Any = config.overlays.keep if config.overlays.keep in budgets else min(budgets, key=budget_size)
-    drawn = [point for point in points if point.method == NONE or point.keep == keep]
-    target = folder / "overlays"
-    target.mkdir(exist_ok=True)
-    pictures: list[Record] = []
-    for number in drawn_samples(task, config.overlays.samples, config.limit):
-        sample = next(task.load(number, number + 1))
-        inputs = dict(loaded.inputs([sample.question], [sample.image]))
-        views = seen_views(loaded, inputs, sample.image)
-        for point in drawn:
-            row = rows[point.key][number]
-            image = draw_kept(views, point, row["kept"])
-            name = f"{task.name}-{sample.sample_id}-{point.label}.png".replace("/", "_").replace(":", "_")
-            image.save(target / name, optimize=True)
-            where = {"file": target / name, "model": point.model, "task": point.task}
-            pictures.append({**where, "series": point.series, "keep": keep, **row})
-    return pictures
 
 
 def write_config(config: RunConfig) -> Path:

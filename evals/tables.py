@@ -12,7 +12,7 @@ from tokenprune.evals.config import NONE
 from tokenprune.evals.results import flat_costs
 
 _HEADS = ("method", "tokens", "accuracy %", "95 % interval", "of unpruned %", "vs random", "GFLOPs", "KV KiB",
-          "prefill ms", "select ms", "decode ms", "/ ideal")  # fmt: skip
+          "prefill ms", "select ms", "decode ms", "/ ideal", "failed")  # fmt: skip
 _DISPENSABLE = (10, 9, 3, 7, 4, 11)  # columns that a narrow terminal goes without, in this order
 
 
@@ -42,6 +42,7 @@ def _cells(record: dict[str, Any]) -> list[str]:
         "" if unpruned else show(costs["selection_ms"], "{:.2f}"),
         show(costs["decode_ms"], "{:.2f}"),
         show(costs["prefill_to_ideal"], "{:.2f}"),
+        str(record.get("failed") or ""),
     ]
 
 

@@ -1,0 +1,34 @@
+"""One process does all of the work, one model after the other."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from tokenprune.evals.config import Point, RunConfig
+from tokenprune.evals.tasks import Task
+from tokenprune.evals.work import ModelWork, Worked
+
+
+class Local:
+    """This process alone.
+
+    Every executor has these attributes and this method: from points to rows in the run folder.
+
+    Attributes:
+        first: whether this process writes the results, once the work is done.
+        writer: the name under which it writes rows, see `store.folder_store`.
+    """
+
+    first = True
+    writer = ""
+
+    def work(self, config: RunConfig, points: list[Point], tasks: dict[str, Task], console: Console) -> Worked:
+        """Answer, measure and draw."""
+        worked = Worked()
+        for model in config.models:
+            own = ModelWork(config, model, points, console, tasks)
+            worked.answered.update(own.answer())
+            pictures, notes = own.measure(worked.answered)
+            worked.pictures += pictures
+            worked.notes += notes
+        return worked
