@@ -85,16 +85,20 @@ class RowStore:
         Raises:
             DiskRefuses: the disk is full, or broken. The file is then what it was before.
         """
-        fresh = [row for row in rows if (key := self._identify(row)) not in self and self._rows.get(key) != row]
+        fresh: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for row in rows:
+            key = self._identify(row)
+            known = fresh.get(key) or self._rows.get(key)
+            if known is None or ("error" in known and known != row):
+                fresh[key] = row
         if not fresh:
             return
-        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in fresh).encode()
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in fresh.values()).encode()
         try:
             self._write(data)
         except OSError as error:
             raise DiskRefuses(self.path, error) from error
-        for row in fresh:
-            self._rows[self._identify(row)] = row
+        self._rows.update(fresh)
 
     def _write(self, data: bytes) -> None:
         stream = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

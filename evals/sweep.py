@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -20,6 +19,7 @@ from tokenprune.evals.lock import held
 from tokenprune.evals.results import Record, provenance, summarise, write_results
 from tokenprune.evals.store import folder_store
 from tokenprune.evals.tasks import load_task
+from tokenprune.evals.work import Executor, Worked
 
 ALL_TASKS = "all"
 
@@ -42,11 +42,11 @@ class Run:
     warnings: list[str]
 
 
-def run(config: RunConfig, console: Console | None = None, executor: Any = None) -> Run:
+def run(config: RunConfig, console: Console | None = None, executor: Executor | None = None) -> Run:
     """Evaluate, measure and write. Every name and number is checked before a model is loaded or a sample is asked.
 
     Args:
-        executor: who does the work, see `executors.local.Local`; by default this process, or all of those that
+        executor: who does the work, see `work.Executor`; by default this process, or all of those that
             `accelerate launch` or torchrun started.
 
     Raises:
@@ -68,7 +68,7 @@ def run(config: RunConfig, console: Console | None = None, executor: Any = None)
         return _write(config, worked, begin)
 
 
-def _write(config: RunConfig, worked: Any, begin: float) -> Run:
+def _write(config: RunConfig, worked: Worked, begin: float) -> Run:
     """From the rows in the folder to results."""
     from tokenprune.evals.plots import plot_pareto
     from tokenprune.evals.report import write_report

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -35,6 +35,22 @@ class Worked:
     answered: dict[tuple[str, str], Answered] = field(default_factory=dict)
     pictures: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+class Executor(Protocol):
+    """Who does the work: from points to rows in the run folder. `executors/` has one a file.
+
+    Attributes:
+        first: whether this process writes the results, once the work is done.
+        writer: the name under which it writes rows, see `store.folder_store`.
+    """
+
+    first: bool
+    writer: str
+
+    def work(self, config: RunConfig, points: list[Point], tasks: dict[str, Task], console: Console) -> Worked:
+        """Answer, measure and draw."""
+        ...
 
 
 @contextmanager

@@ -7,7 +7,9 @@ again by Ray, and goes on with the rows that the dead one left.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ RETRIES = 3
 
 
 class RayCluster:
-    """A Ray cluster: that of `RAY_ADDRESS`, or one of this machine's own. See `local.Local` for the attributes.
+    """A Ray cluster: that of `RAY_ADDRESS`, or one of this machine's own.
 
     Args:
         gpus: share of a GPU that each point gets (0.5 puts two on one); by default a whole one where the cluster has
@@ -40,8 +42,8 @@ class RayCluster:
     def __init__(self, gpus: float | None = None, cpus: float = 1) -> None:
         if importlib.util.find_spec("ray") is None:
             raise Refused("--executor ray needs Ray: pip install 'tokenprune-vlm[ray]'.")
-        if (gpus is not None and gpus < 0) or cpus <= 0:
-            raise Refused(f"A point needs more than 0 CPUs and at least 0 GPUs, got {cpus:g} and {gpus:g}.")
+        if cpus <= 0 or (gpus or 0) < 0:
+            raise Refused(f"A point needs more than 0 CPUs and at least 0 GPUs, got {cpus:g} and {gpus or 0:g}.")
         self.gpus, self.cpus = gpus, cpus
 
     def work(self, config: RunConfig, points: list[Point], tasks: dict[str, Task], console: Console) -> Worked:
@@ -51,7 +53,7 @@ class RayCluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ours = not ray.is_initialized()
         if ours:
-            ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         try:
             return self._work(config, points, console)
         finally:
@@ -60,6 +62,7 @@ class RayCluster:
 
     def _work(self, config: RunConfig, points: list[Point], console: Console) -> Worked:
         import ray
+        from ray.exceptions import WorkerCrashedError
 
         needs: Any = self._resources(ray.cluster_resources())
         here = os.getcwd()
@@ -74,7 +77,7 @@ class RayCluster:
                     point = running.pop(reference)
                     try:
                         found = ray.get(reference)
-                    except ray.exceptions.WorkerCrashedError:
+                    except WorkerCrashedError:
                         worked.notes.append(f"{point.label} on {point.task}: its worker died {RETRIES + 1} times.")
                         continue
                     worked.answered.update(found)
@@ -91,7 +94,7 @@ class RayCluster:
                 worked.notes += notes
         return worked
 
-    def _resources(self, there: dict[str, float]) -> dict[str, float]:
+    def _resources(self, there: Mapping[str, float]) -> dict[str, float]:
         gpus = self.gpus if self.gpus is not None else float(there.get("GPU", 0) > 0)
         for kind, wanted in (("GPU", gpus), ("CPU", self.cpus)):
             if wanted > there.get(kind, 0):

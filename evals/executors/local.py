@@ -10,14 +10,7 @@ from tokenprune.evals.work import ModelWork, Worked
 
 
 class Local:
-    """This process alone.
-
-    Every executor has these attributes and this method: from points to rows in the run folder.
-
-    Attributes:
-        first: whether this process writes the results, once the work is done.
-        writer: the name under which it writes rows, see `store.folder_store`.
-    """
+    """This process alone."""
 
     first = True
     writer = ""

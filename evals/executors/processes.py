@@ -29,13 +29,16 @@ def launched() -> bool:
 
 
 class Processes:
-    """This process and its siblings. Rank 0 measures and writes; see `local.Local` for the attributes."""
+    """This process and its siblings. Rank 0 measures and writes."""
 
     def __init__(self) -> None:
+        import torch
         from accelerate import PartialState
 
-        self._state: Any = PartialState(timeout=_PATIENCE)
+        self._state: Any = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
         self.share = Share(self._state.process_index, self._state.num_processes)
+        if self.share.of != int(os.environ["WORLD_SIZE"]):
+            raise Refused(f"{os.environ['WORLD_SIZE']} processes were launched, but they found {self.share.of}.")
         self.first = self.share.rank == 0
         self.writer = "" if self.first else f"rank{self.share.rank}"
 
