@@ -127,7 +127,7 @@ def evaluate(
             rows = [{**head, "sample_id": i, **empty, **failure.as_dict()} for i, failure in batch.unread.items()]
             found = in_halves(batch.samples, partial(asking.rows, point)) if batch.samples else []
             for sample, said in zip(batch.samples, found, strict=True):
-                row = {**head, "sample_id": sample.sample_id, "family": sample.family, "question": sample.question}
+                row: Row = {**head, "sample_id": sample.sample_id, "family": sample.family, "question": sample.question}
                 row["answer"] = sample.answer
                 row.update({**_NOTHING, **said.as_dict()} if isinstance(said, Failure) else said)
                 if sample.sample_id not in drawn_ids:

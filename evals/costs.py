@@ -44,6 +44,7 @@ def measure(
         key = measure_key(config, settings, point)
         if key not in store:
             row: Record = dict(zip(MEASURE_KEY, key, strict=True))
+            failure = None
             try:
                 samples = list(task.load(0, min(config.measure.samples, task.size)))
                 with warnings.catch_warnings(record=True) as caught:
@@ -52,9 +53,10 @@ def measure(
                     row["flops"] = measure_flops(loaded, point, samples, config.seed, config.measure.flops, plain)
                 row["notes"] = [str(warning.message) for warning in caught if "FLOPs" in str(warning.message)]
             except Exception as error:
-                row.update(failure_of(error).as_dict())
-            if "error" in row:
-                release_memory()
+                failure = failure_of(error)
+            if failure is not None:
+                release_memory(failure)
+                row.update(failure.as_dict())
             store.append([row])
         on_progress(point.label)
 

@@ -44,11 +44,12 @@ def is_fatal(error: Exception) -> bool:
     return isinstance(error, torch.AcceleratorError)
 
 
-def release_memory() -> None:
-    """Give back what a failed batch left behind."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def release_memory(failure: Failure) -> None:
+    """Give back what a batch left behind that failed for want of memory."""
+    if any(words in failure.error for words in ("MemoryError", "OutOfMemory", "allocate memory")):
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def in_halves(samples: list[Any], work: Callable[[list[Any]], list[T]]) -> list[T | Failure]:
@@ -69,7 +70,7 @@ def in_halves(samples: list[Any], work: Callable[[list[Any]], list[T]]) -> list[
             raise
         failure = failure_of(error)
     # only here the error, its frames and their tensors are gone
-    release_memory()
+    release_memory(failure)
     if len(samples) == 1:
         return [failure]
     middle = (len(samples) + 1) // 2

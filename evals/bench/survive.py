@@ -68,7 +68,7 @@ class Sweep:
 
     def __init__(self, config: Path, folder: Path, fork: bool) -> None:
         self.config, self.folder, self.asked = config, folder, folder.with_name(f"{folder.name}.asked")
-        self._context = multiprocessing.get_context("fork" if fork else "spawn")
+        self._context: Any = multiprocessing.get_context("fork" if fork else "spawn")
         self.asked.unlink(missing_ok=True)
 
     def start(self) -> BaseProcess:

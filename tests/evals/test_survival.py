@@ -27,8 +27,16 @@ ROOT = Path(__file__).resolve().parents[2]
 ANSWER = runner.answer_batch
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_plot():
+    """A dozen runs without the second that matplotlib takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokenprune.evals.plots.plot_pareto", lambda records, path: path)
+        yield
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, tiny_folder, tiny_task):
+def undisturbed(no_plot, tmp_path_factory, tiny_folder, tiny_task):
     folder = tmp_path_factory.mktemp("undisturbed")
     run(config(folder, tiny_folder, tiny_task), QUIET)
     return folder
