@@ -43,7 +43,9 @@ class RayCluster:
         if importlib.util.find_spec("ray") is None:
             raise Refused("--executor ray needs Ray: pip install 'tokenprune-vlm[ray]'.")
         if cpus <= 0 or (gpus or 0) < 0:
-            raise Refused(f"A point needs more than 0 CPUs and at least 0 GPUs, got {cpus:g} and {gpus or 0:g}.")
+            raise Refused(
+                f"A point needs more than 0 CPUs and no less than 0 GPUs, got {cpus:g} CPUs and {gpus or 0:g} GPUs."
+            )
         self.gpus, self.cpus = gpus, cpus
 
     def work(self, config: RunConfig, points: list[Point], tasks: dict[str, Task], console: Console) -> Worked:

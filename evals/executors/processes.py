@@ -60,7 +60,6 @@ class Processes:
                 worked.pictures += pictures
                 worked.notes += notes
             self._state.wait_for_everyone()
-        self._state.destroy_process_group()
         return worked
 
     def _together(self, found: dict[tuple[str, str], Answered]) -> dict[tuple[str, str], Answered]:

@@ -103,8 +103,8 @@ def test_ray_retries_the_point_of_a_dead_worker(tmp_path, tiny_folder, tiny_task
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--gpus-per-point", "-1"], "at least 0 GPUs, got -1"),
-        (["--cpus-per-point", "0"], "more than 0 CPUs"),
+        (["--gpus-per-point", "-1"], "got 1 CPUs and -1 GPUs"),
+        (["--cpus-per-point", "0"], "got 0 CPUs"),
     ],
 )
 def test_shares_that_cannot_be_are_refused(argv, says, tmp_path, capsys):
