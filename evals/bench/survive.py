@@ -173,7 +173,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = killed.folder / "samples.jsonl"
         torn += rows.exists() and not rows.read_bytes().endswith(b"\n") and rows.stat().st_size > 0
         phases[phase(before, after, whole, moment > first)] += 1
-        print(f"kill {restarts}: after {moment:.1f} s, rows {after[0]} of {whole[0]}, costs {after[1]} of {whole[1]}")
+        print(
+            f"kill {restarts}: after {moment:.1f} s, rows {after[0]} of {whole[0]}, costs {after[1]} of {whole[1]}",
+            flush=True,
+        )
     last = killed.start()
     last.join()
     if last.exitcode:

@@ -44,7 +44,7 @@ class RayCluster:
             raise Refused("--executor ray needs Ray: pip install 'tokenprune-vlm[ray]'.")
         if cpus <= 0 or (gpus or 0) < 0:
             raise Refused(
-                f"A point needs more than 0 CPUs and no less than 0 GPUs, got {cpus:g} CPUs and {gpus or 0:g} GPUs."
+                f"A point needs some CPUs and no negative share of GPUs, got {cpus:g} CPUs and {gpus or 0:g} GPUs."
             )
         self.gpus, self.cpus = gpus, cpus
 
