@@ -125,8 +125,9 @@ def evaluate(
             head = {"settings": answered.settings, "point": point.key}
             empty = {"family": "", "question": "", "answer": None, **_NOTHING}
             rows = [{**head, "sample_id": i, **empty, **failure.as_dict()} for i, failure in batch.unread.items()]
-            found = in_halves(batch.samples, partial(asking.rows, point)) if batch.samples else []
-            for sample, said in zip(batch.samples, found, strict=True):
+            readable = any(sample.sample_id in missing for sample in batch.samples)
+            found = in_halves(batch.samples, partial(asking.rows, point)) if readable else []
+            for sample, said in zip(batch.samples, found):
                 row: Row = {**head, "sample_id": sample.sample_id, "family": sample.family, "question": sample.question}
                 row["answer"] = sample.answer
                 row.update({**_NOTHING, **said.as_dict()} if isinstance(said, Failure) else said)

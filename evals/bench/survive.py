@@ -2,10 +2,11 @@
 
     python -m tokenprune.evals.bench.survive --kills 20 --output runs/survive
 
-The sweep is run once without disturbance. Then, in another folder, its process gets SIGKILL after a random time and is
-started again, until all kills are spent and it may finish. What must be equal byte for byte: summary.csv without the
-columns of times, results.jsonl without times and provenance, the rows of answers. Kills are counted by the phase they
-hit, read off the folder: "start" (imports, loading), "answers", "costs" (times, FLOPs, pictures), "files".
+The sweep is run once without disturbance. Moments of it are drawn at random, and in another folder its process gets
+SIGKILL when it has come to the first of them, is started again, and so on; then it may finish. What must be equal byte
+for byte: summary.csv without the columns of times, results.jsonl without times and provenance, the rows of answers.
+Kills are counted by the phase they hit, read off the folder: "start" (imports, loading), "answers", "costs" (times and
+FLOPs), "files" (pictures, tables, page).
 """
 
 from __future__ import annotations
@@ -105,17 +106,26 @@ def child(asked: Path, config: str, output: str) -> None:
     sys.exit(command(["sweep", config, "--output", output]))
 
 
-def undisturbed(sweep: Sweep) -> tuple[float, float]:
-    """Run once; seconds until the first row, and in all."""
+def undisturbed(sweep: Sweep) -> list[tuple[float, tuple[int, int]]]:
+    """Run once; when each state was first seen, in seconds, and at the end the end."""
     begin = time.perf_counter()
-    first = 0.0
+    seen = [(0.0, (0, 0))]
     process = sweep.start()
     while process.is_alive():
-        first = first or (time.perf_counter() - begin if sweep.state()[0] else 0.0)
-        time.sleep(0.05)
+        state = sweep.state()
+        if state != seen[-1][1]:
+            seen.append((time.perf_counter() - begin, state))
+        time.sleep(0.02)
     if process.exitcode:
         raise RuntimeError(f"The undisturbed sweep ended with status {process.exitcode}; see {sweep.folder}.log.")
-    return first, time.perf_counter() - begin
+    return [*seen, (time.perf_counter() - begin, sweep.state())]
+
+
+def wait_for(sweep: Sweep, process: BaseProcess, state: tuple[int, int], seconds: float) -> None:
+    """Until the sweep has come to a state, and for some time more; or until it ends."""
+    while process.is_alive() and sweep.state() < state:
+        time.sleep(0.01)
+    process.join(seconds)
 
 
 def phase(before: tuple[int, int], after: tuple[int, int], whole: tuple[int, int], started: bool) -> str:
@@ -151,32 +161,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.config:
         config.write_text(json.dumps({**_SWEEP, "name": "survive", "limit": args.limit}))
     calm, killed = Sweep(config, root / "calm", args.fork), Sweep(config, root / "killed", args.fork)
-    first, seconds = undisturbed(calm)
-    whole = calm.state()
-    # moments spread over the sweep: each process lives as long as its start, and a random share of the work
-    share = 2.5 * (seconds - first) / args.kills
+    seen = undisturbed(calm)
+    whole, seconds, first = calm.state(), seen[-1][0], seen[1][0]
     draw = random.Random(args.seed)
+    # moments of the undisturbed sweep, in their order: after which state, and how long after
+    moments = sorted(draw.uniform(0.0, seconds) for _ in range(args.kills))
     phases: Counter[str] = Counter()
-    torn = restarts = 0
-    while restarts < args.kills:
+    torn = 0
+    for number, moment in enumerate(moments, start=1):
+        since, state = max(entry for entry in seen[:-1] if entry[0] <= moment)
+        early = draw.random() < 0.2  # a process that goes on may also die while it starts
+        wait = draw.uniform(0.0, first) if early else moment - since
         before = killed.state()
+        begin = time.perf_counter()
         process = killed.start()
-        moment = draw.uniform(0.0, first + share)
-        process.join(moment)
-        if not process.is_alive():
-            # it finished before its moment: the finished run is started and killed once more
-            continue
+        wait_for(killed, process, (0, 0) if early else state, wait)
+        while not process.is_alive():  # it was quicker than the undisturbed one; a finished run can be killed, too
+            begin = time.perf_counter()
+            process = killed.start()
+            process.join(draw.uniform(0.0, first))
         process.kill()
         process.join()
-        restarts += 1
-        after = killed.state()
+        lived, after = time.perf_counter() - begin, killed.state()
         rows = killed.folder / "samples.jsonl"
         torn += rows.exists() and not rows.read_bytes().endswith(b"\n") and rows.stat().st_size > 0
-        phases[phase(before, after, whole, moment > first)] += 1
-        print(
-            f"kill {restarts}: after {moment:.1f} s, rows {after[0]} of {whole[0]}, costs {after[1]} of {whole[1]}",
-            flush=True,
-        )
+        phases[phase(before, after, whole, lived > first)] += 1
+        done = f"rows {after[0]} of {whole[0]}, costs {after[1]} of {whole[1]}"
+        print(f"kill {number}: after {lived:.1f} s, {done}", flush=True)
     last = killed.start()
     last.join()
     if last.exitcode:
@@ -188,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     again = killed.asked_rows() - killed.state()[0]
     figures = {
-        "kills": restarts, "phases": dict(phases), "torn_lines": torn, "rows": whole[0], "batch_size": _batch(config),
+        "kills": args.kills, "phases": dict(phases), "torn_lines": torn, "rows": whole[0], "batch_size": _batch(config),
         "asked_undisturbed": calm.asked_rows(), "asked_killed": killed.asked_rows(), "asked_again": again,
         "seconds_undisturbed": round(seconds, 1), "equal": equal,
     }  # fmt: skip
