@@ -16,8 +16,11 @@ from _runs import QUIET, answers_of, config, table_of
 
 from tokenprune.cli import main
 from tokenprune.evals.batches import Share, batches
+from tokenprune.evals.config import Overlays, Refused
+from tokenprune.evals.executors import cluster
 from tokenprune.evals.sweep import run
 from tokenprune.evals.tasks import load_task
+from tokenprune.evals.work import Worked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,8 +63,33 @@ def test_two_processes_answer_as_one(tmp_path, tiny_folder, tiny_task):
     assert answers_of(tmp_path / "two") == answers_of(tmp_path / "one")
 
 
+class InTurn:
+    """The tasks of the Ray executor in this process, one after the other: what they do, without the cluster."""
+
+    first, writer = True, ""
+
+    def work(self, config, points, tasks, console):
+        here, worked = str(Path.cwd()), Worked()
+        for point in points:
+            worked.answered.update(cluster._answer(config, point, here))
+        worked.pictures, worked.notes = cluster._measure(config, config.models[0], points, worked.answered, here)
+        return worked
+
+
+def test_tasks_of_single_points_answer_as_one_process(tmp_path, tiny_folder, tiny_task):
+    changes = {"limit": 6, "overlays": Overlays(samples=1)}
+    done = run(config(tmp_path / "tasks", tiny_folder, tiny_task, **changes), QUIET, InTurn())
+    run(config(tmp_path / "one", tiny_folder, tiny_task, **changes), QUIET)
+    assert answers_of(tmp_path / "tasks") == answers_of(tmp_path / "one")
+    assert table_of(tmp_path / "tasks") == table_of(tmp_path / "one")
+    assert len(list((tmp_path / "tasks").glob("samples.ray-*.jsonl"))) == 3 == len(done.records)
+    assert not (tmp_path / "tasks" / "samples.jsonl").exists(), "the driver asks nothing itself"
+    with pytest.raises(Refused, match="does not see .*elsewhere"):
+        cluster._answer(config(tmp_path / "elsewhere", tiny_folder, tiny_task), done.config.points()[0], str(tmp_path))
+
+
 @pytest.fixture
-def cluster():
+def two_cores():
     """Two cores of this machine."""
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -69,9 +97,7 @@ def cluster():
     ray.shutdown()
 
 
-def test_ray_retries_the_point_of_a_dead_worker(tmp_path, tiny_folder, tiny_task, cluster):
-    from tokenprune.evals.executors.cluster import RayCluster
-
+def test_ray_retries_the_point_of_a_dead_worker(tmp_path, tiny_folder, tiny_task, two_cores):
     folder = tmp_path / "ray"
     killed: list[int] = []
 
@@ -90,7 +116,7 @@ def test_ray_retries_the_point_of_a_dead_worker(tmp_path, tiny_folder, tiny_task
     killer = threading.Thread(target=kill_one)
     killer.start()
     settings = {"limit": 60, "batch_size": 1, "methods": ["none", "uniform"], "references": False}
-    done = run(config(folder, tiny_folder, tiny_task, **settings), QUIET, RayCluster())
+    done = run(config(folder, tiny_folder, tiny_task, **settings), QUIET, cluster.RayCluster())
     killer.join()
     assert killed and killed[0] < 60, "a worker was to die in the middle of a point"
     assert [(record["label"], record["overall"]["n"]) for record in done.records] == [("none", 60), ("uniform@9", 60)]
