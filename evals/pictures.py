@@ -6,12 +6,13 @@ in its row; whoever shows them draws them over the picture, so ten methods at th
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from tokenprune.evals.config import RunConfig
+from tokenprune.evals.files import DiskRefuses, replace_file, replaced
 from tokenprune.evals.models import LoadedModel
 from tokenprune.evals.overlay import seen_views
 from tokenprune.evals.tasks import Task, drawn_samples
@@ -20,37 +21,32 @@ Record = dict[str, Any]
 FOLDER, INDEX = "pictures", "index.json"
 
 
-def save_pictures(
-    loaded: LoadedModel, task: Task, task_name: str, wanted: int, limit: int | None, folder: Path
-) -> list[str]:
-    """Save the views of `wanted` samples of a run (see `tasks.drawn_samples`) and add them to the index.
+def save_pictures(loaded: LoadedModel, task: Task, task_name: str, config: RunConfig) -> list[str]:
+    """Save the views of as many samples of a run as its config wants and add them to the index.
 
     Args:
         task_name: as the run's points call the task.
-        limit: samples of the run.
-        folder: of the run.
 
     Returns:
         Sentences on the samples of which there is no picture; none of them is worth the page.
 
     Raises:
-        OSError: the disk is full.
+        DiskRefuses: the disk takes no more.
     """
-    from tokenprune.evals.results import replace_file
-
+    folder = config.folder
     target = folder / FOLDER
     target.mkdir(parents=True, exist_ok=True)
     others = [entry for entry in read_pictures(folder) if (entry["model"], entry["task"]) != (loaded.name, task_name)]
     entries: list[Record] = []
     notes: list[str] = []
-    for number in drawn_samples(task, wanted, limit):
+    for number in drawn_samples(task, config.overlays.samples, config.limit):
         try:
             found = _picture(loaded, task, number, target)
             if found is not None:
                 entries.append({"model": loaded.name, "task": task_name, **found})
+        except DiskRefuses:
+            raise
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
             notes.append(f"Sample {number} of {task.name} has no picture: {type(error).__name__}: {error}")
     replace_file(target / INDEX, json.dumps([*others, *entries], indent=1))
     return notes
@@ -66,7 +62,8 @@ def _picture(loaded: LoadedModel, task: Task, number: int, target: Path) -> Reco
     for place, (picture, raster) in enumerate(seen_views(loaded, inputs, sample.visuals[0])):
         stem = f"{Path(loaded.name).name}-{task.name}-{sample.sample_id}-{place}"
         file = re.sub(r"[^\w.@-]+", "_", stem) + ".jpg"
-        picture.convert("RGB").save(target / file, quality=88, optimize=True)
+        with replaced(target / file) as partial:
+            picture.convert("RGB").save(partial, format="JPEG", quality=88, optimize=True)
         rows, cols = raster.grid
         views.append({"file": file, "rows": rows, "cols": cols, "start": raster.start, "kind": raster.kind})
     return {"sample_id": sample.sample_id, "views": views}

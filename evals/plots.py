@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.evals.config import NONE
+from tokenprune.evals.files import replaced
 
 # distinguishable with the usual colour-vision deficiencies in neighbouring pairs; markers tell the rest apart
 COLOURS = (
@@ -73,7 +74,8 @@ def plot_pareto(records: list[dict[str, Any]], path: Path) -> Path:
         left.set_ylim(max(0.0, min(low, high - 4)), min(100.0, max(high, low + 4)))
         ticks_of_budgets(left, own)
         right.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=130)
+    with replaced(path) as partial:
+        figure.savefig(partial, dpi=130)
     plt.close(figure)
     return path
 

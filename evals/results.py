@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.evals.config import Point, RunConfig
+from tokenprune.evals.files import replace_file, replaced
 from tokenprune.evals.scores import References, answered, correct_for_many, of_family, scores_of
-from tokenprune.evals.store import RowStore
 
 OVERALL = "overall"
 Record = dict[str, Any]
@@ -120,21 +120,6 @@ def _mean(values: Iterable[float]) -> float:
     return sum(found) / len(found)
 
 
-def collect_rows(store: RowStore, points: list[Point], settings: str, ids: list[str]) -> dict[str, list[Record]]:
-    """The finished rows of each point, in the order of `ids`.
-
-    Raises:
-        ValueError: one is missing.
-    """
-    found: dict[str, list[Record]] = {}
-    for point in points:
-        rows = [store.get((settings, point.key, sample_id)) for sample_id in ids]
-        if any(row is None for row in rows):
-            raise ValueError(f"{point.label} has answered {sum(map(bool, rows))} of {len(ids)} samples; run it again.")
-        found[point.key] = [row for row in rows if row is not None]
-    return found
-
-
 def table_rows(records: list[Record]) -> list[Record]:
     """Flat rows of summary.csv: for each point its families, then `overall`. Accuracies are fractions, times
     milliseconds, FLOPs in units of 1e9, KV bytes of one prompt; `metric:NAME` is what the task itself computes over all
@@ -144,7 +129,7 @@ def table_rows(records: list[Record]) -> list[Record]:
     for record in records:
         shared = {name: record[name] for name in ("model", "task", "method", "keep", "seed")}
         shared["options"] = ",".join(f"{key}={value}" for key, value in record["options"].items())
-        costs = flat_costs(record)
+        costs = {"failed": record.get("failed", 0), **flat_costs(record)}
         for family, scores in [*record["families"].items(), (OVERALL, record["overall"])]:
             own = {
                 f"metric:{name}": (record.get("metrics") or {}).get(name) if family == OVERALL else None
@@ -191,16 +176,19 @@ def flat_costs(record: Record) -> Record:
     return flat
 
 
-def replace_file(path: Path, text: str) -> Path:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-    return path
+def write_results(
+    folder: Path,
+    records: list[Record],
+    rows: dict[str, list[Record]],
+    origin: Record,
+    others: dict[str, list[Record]] | None = None,
+) -> list[Path]:
+    """Write results.jsonl, samples.parquet and summary.csv into `folder`; returns their paths.
 
-
-def write_results(folder: Path, records: list[Record], rows: dict[str, list[Record]], origin: Record) -> list[Path]:
-    """Write results.jsonl, samples.parquet and summary.csv into `folder`; returns their paths."""
+    Args:
+        rows: those that count, by point key.
+        others: failed samples, and answers to samples that failed at another point; in samples.parquet only.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -212,17 +200,20 @@ def write_results(folder: Path, records: list[Record], rows: dict[str, list[Reco
     for key, own in rows.items():
         record = by_point[key]
         shared = {name: record[name] for name in ("model", "task", "method", "seed")}
-        for row in own:
+        whole = [{**row, "counted": True, "error": None} for row in own]
+        whole += [{"error": None, **row, "counted": False} for row in (others or {}).get(key, [])]
+        for row in whole:
             # a keep or an answer may be of several types, and a parquet column has one
             answer = row["answer"] if isinstance(row["answer"], str) else json.dumps(row["answer"], ensure_ascii=False)
             keep = None if record["keep"] is None else str(record["keep"])
             flat.append({**shared, "keep": keep, "options": json.dumps(record["options"]), **row, "answer": answer})
     samples = folder / "samples.parquet"
-    pq.write_table(pa.Table.from_pylist(flat), samples, compression="zstd")
+    with replaced(samples) as partial:
+        pq.write_table(pa.Table.from_pylist(flat), partial, compression="zstd")
 
     summary = folder / "summary.csv"
     table = table_rows(records)
-    with summary.open("w", newline="", encoding="utf-8") as stream:
+    with replaced(summary) as partial, partial.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(table[0]))
         writer.writeheader()
         short = [

@@ -1,4 +1,4 @@
-"""Asks a model every question of a task at every point of a grid, and keeps each answer as soon as it is there."""
+"""A loaded model with the method of a point at work: what is checked before, and the answers of one batch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import torch
 from tokenprune import cost
 from tokenprune.api import adapter_for, applied, plan_for
 from tokenprune.base import Pruner
+from tokenprune.evals.batches import read_batch
 from tokenprune.evals.config import NONE, Point, RunConfig, digest
+from tokenprune.evals.failing import in_halves
 from tokenprune.evals.models import LoadedModel
-from tokenprune.evals.store import RowStore
-from tokenprune.evals.tasks import Sample, Task, drawn_samples
+from tokenprune.evals.tasks import Sample, Task
 from tokenprune.handle import Handle
 from tokenprune.signals import VISION_SIGNALS, Signal, Tower
 from tokenprune.spec import Spec, parse_method
 
-SAMPLE_KEY = ("settings", "point", "sample_id")
 FINGERPRINTED = ("methods", "interventions", "adapters", "kernels", ".")
 """Folders whose files decide an answer."""
-ASKING = ("runner.py", "tasks.py", "file_tasks.py", "prompting.py")
+ASKING = ("answering.py", "batches.py", "failing.py", "file_tasks.py", "prompting.py", "runner.py", "tasks.py")
 """Files beside this one that do."""
 
 
@@ -67,12 +67,19 @@ def method_of(point: Point, seed: int) -> Spec:
 def settle(loaded: LoadedModel, task: Task, point: Point, handle: Handle, seed: int) -> None:
     """Let interventions see the prompts that they have to see before they act, the first ones of the task; every later
     use of the point starts with what they learned."""
-    seen, batch = 0, 8
-    while any(one.wants_prompts for one in handle.interventions) and seen < task.size:
-        samples = list(task.load(seen, min(seen + batch, task.size)))
-        seen += len(samples)
+
+    def show(samples: list[Sample]) -> list[None]:
         with torch.inference_mode():
             loaded.model(**loaded.inputs([s.question for s in samples], [s.image for s in samples]))
+        return [None] * len(samples)
+
+    seen, batch = 0, 8
+    while any(one.wants_prompts for one in handle.interventions) and seen < task.size:
+        stop = min(seen + batch, task.size)
+        samples = read_batch(task, seen, stop).samples
+        if samples:
+            in_halves(samples, show)
+        seen = stop
     if seen:
         interventions = tuple(one.settled() for one in handle.interventions)
         loaded.settled[point.key] = replace(method_of(point, seed), interventions=interventions)
@@ -190,69 +197,3 @@ def visual_tokens(loaded: LoadedModel, inputs: dict[str, Any]) -> list[int]:
     ids = inputs["input_ids"]
     placeholders = adapter_for(loaded.model).placeholder_ids.values()
     return sum((ids == number for number in placeholders), torch.zeros_like(ids)).sum(1).tolist()
-
-
-def evaluate(
-    config: RunConfig,
-    loaded: LoadedModel,
-    task: Task,
-    points: list[Point],
-    store: RowStore,
-    on_progress: Callable[[int, str], None] = lambda done, label: None,
-) -> tuple[str, list[str]]:
-    """Answer every sample at every point, skipping what the store holds already.
-
-    The batches go round the points, not the points round the batches, so that a picture is read and processed once.
-
-    Args:
-        points: of this model and task.
-        store: rows keyed by `SAMPLE_KEY`.
-        on_progress: called with the number of newly counted samples and the point's label.
-
-    Returns:
-        The settings digest under which the rows are filed, and the ids of the samples, in order.
-    """
-    seen: list[str] = []
-    settings = settings_digest(config, loaded)
-    count = task.count(config.limit)
-    max_new_tokens = config.max_new_tokens or task.max_new_tokens
-    shared = SharedTower(loaded, points, config.seed) if config.share_tower and len(points) > 1 else None
-    drawn = set(drawn_samples(task, config.overlays.samples, config.limit))
-    for start in range(0, count, config.batch_size):
-        samples = list(task.load(start, min(start + config.batch_size, count)))
-        seen += [sample.sample_id for sample in samples]
-        inputs: dict[tuple[str, ...], tuple[dict[str, Any], dict[str, Any] | None]] = {}
-        for point in points:
-            todo = [s for s in samples if (settings, point.key, s.sample_id) not in store]
-            on_progress(len(samples) - len(todo), point.label)
-            if not todo:
-                continue
-            ids = tuple(sample.sample_id for sample in todo)
-            if ids not in inputs:
-                raw = dict(loaded.inputs([s.question for s in todo], [s.image for s in todo]))
-                with torch.inference_mode():
-                    inputs[ids] = raw, shared.encode(raw) if shared and shared.possible else None
-            raw, encoded = inputs[ids]
-            given = encoded if encoded is not None and shared is not None and shared.covers(point) else raw
-            texts, kept_counts, kept = answer_batch(loaded, point, todo, given, config.seed, max_new_tokens)
-            before = visual_tokens(loaded, raw)
-            rows = [
-                {
-                    "settings": settings,
-                    "point": point.key,
-                    "sample_id": sample.sample_id,
-                    "family": sample.family,
-                    "question": sample.question,
-                    "answer": sample.answer,
-                    "prediction": text,
-                    "correct": task.mark(sample, text),
-                    "visual_tokens": before[i],
-                    "kept_tokens": kept_counts[i],
-                    # where they are is kept for the samples that are drawn
-                    "kept": kept[i] if start + samples.index(sample) in drawn else None,
-                }
-                for i, (sample, text) in enumerate(zip(todo, texts, strict=True))
-            ]
-            store.append(rows)
-            on_progress(len(todo), point.label)
-    return settings, seen

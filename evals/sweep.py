@@ -1,33 +1,33 @@
-"""Runs a grid: answers, then costs, then files. A run that was killed goes on where it was."""
+"""Runs a grid: answers and costs, then files. A run that was killed goes on where it was."""
 
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tokenprune.evals.config import Point, RunConfig, digest, refusing
-from tokenprune.evals.models import LoadedModel, load_model
-from tokenprune.evals.results import Record, collect_rows, provenance, replace_file, summarise, write_results
-from tokenprune.evals.runner import SAMPLE_KEY, check_points, evaluate
+from tokenprune.evals.answering import SAMPLE_KEY
+from tokenprune.evals.config import Point, RunConfig, refusing
+from tokenprune.evals.costs import MEASURE_KEY, read_costs
+from tokenprune.evals.counting import count_rows
+from tokenprune.evals.executors.local import Local
+from tokenprune.evals.executors.processes import Processes, launched
+from tokenprune.evals.files import replace_file
+from tokenprune.evals.lock import held
+from tokenprune.evals.results import Record, provenance, summarise, write_results
 from tokenprune.evals.seeds import write_seeds
-from tokenprune.evals.store import RowStore
+from tokenprune.evals.store import folder_store
 from tokenprune.evals.tasks import Task, cut_short, load_task
+from tokenprune.evals.work import Executor, Worked
 
 ALL_TASKS = "all"
-MEASURE_KEY = ("settings", "point", "measure")
 
 
 @dataclass
 class Run:
-    """What a finished run left.
+    """What a finished run left; records and files are empty in a process that only helped another one.
 
     Attributes:
         records: one per point, see `results.summarise`.
@@ -43,70 +43,56 @@ class Run:
     warnings: list[str]
 
 
-@contextmanager
-def show_progress(console: Console) -> Iterator[Progress]:
-    """A progress bar with what is done, how long it took and how long it will take."""
-    columns = (
-        TextColumn("{task.description:<34}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        yield progress
+def run(config: RunConfig, console: Console | None = None, executor: Executor | None = None) -> Run:
+    """Evaluate, measure and write. Every name and number is checked before a model is loaded or a sample is asked.
 
+    Args:
+        executor: who does the work, see `work.Executor`; by default this process, or all of those that
+            `accelerate launch` or torchrun started.
 
-def run(config: RunConfig, console: Console | None = None) -> Run:
-    """Evaluate, measure and write. Every name and number is checked before a model is loaded or a sample is asked."""
-    import torch
-    from transformers.utils import logging
-
-    from tokenprune.evals.pictures import save_pictures
-    from tokenprune.evals.plots import plot_pareto
-    from tokenprune.evals.report.page import write_report
-    from tokenprune.evals.run_folder import read_run
-
+    Raises:
+        Refused: what was asked for cannot be run, another process is writing to the folder, or the disk is full.
+    """
     console = console or Console()
     begin = time.perf_counter()
     with refusing():
         config.check()
         tasks = {name: load_task(name) for name in config.all_tasks}
-    logging.disable_progress_bar()
-    torch.manual_seed(config.seed)
+        config.folder.mkdir(parents=True, exist_ok=True)
+    executor = executor or (Processes() if launched() else Local())
+    if not executor.first:
+        console = Console(quiet=True)
+    with held(config.folder, executor.writer):
+        worked = executor.work(config, config.points(), tasks, console)
+        if not executor.first:
+            return Run(config, [], [], time.perf_counter() - begin, [])
+        return _write(config, worked, tasks, begin)
+
+
+def _write(config: RunConfig, worked: Worked, tasks: dict[str, Task], begin: float) -> Run:
+    """From the rows in the folder to results."""
+    from tokenprune.evals.plots import plot_pareto
+    from tokenprune.evals.report.page import write_report
+    from tokenprune.evals.run_folder import read_run
+
     folder = config.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    answers = RowStore(folder / "samples.jsonl", SAMPLE_KEY)
-    costs = RowStore(folder / "measures.jsonl", MEASURE_KEY)
-    points = config.points()
-    rows: dict[str, list[Record]] = {}
-    measures: dict[str, Record] = {}
-    notes: list[str] = []
-    for name in config.models:
-        with refusing():
-            loaded = load_model(name, config.dtype, config.device)
-        for task_name, task in tasks.items():
-            own = [point for point in points if (point.model, point.task) == (name, task_name)]
-            if not own:
-                continue
-            with refusing():
-                check_points(loaded, task, own, config.seed)
-            settings, ids = _answer(config, loaded, task, own, answers, console)
-            rows.update(collect_rows(answers, own, settings, ids))
-            measured, said = _measure(config, loaded, task, own, costs, settings, console)
-            measures.update(measured)
-            notes += said
-            notes += save_pictures(loaded, task, task_name, config.overlays.samples, config.limit, folder)
-    pooled, pooled_rows = pool_tasks(points, rows)
+    counted = count_rows(folder_store(folder, "samples", SAMPLE_KEY), config.points(), worked.answered)
+    costs = folder_store(folder, "measures", MEASURE_KEY)
+    measures, said = read_costs(config, counted.points, worked.answered, costs)
+    notes = [*worked.notes, *counted.notes, *said]
+    pooled, pooled_rows = pool_tasks(counted.points, counted.rows)
     for point in pooled:
-        first = next(task for task in tasks if replace(point, task=task).key in measures)
-        measures[point.key] = measures[replace(point, task=first).key]
-    records = summarise([*points, *pooled], {**rows, **pooled_rows}, measures, config.seed)
+        parts = [replace(point, task=task).key for task in tasks]
+        measures[point.key] = next((measures[key] for key in parts if key in measures), {})
+        counted.failed[point.key] = sum(counted.failed.get(key, 0) for key in parts)
+    records = summarise([*counted.points, *pooled], {**counted.rows, **pooled_rows}, measures, config.seed)
     for record in records:
-        record["metrics"] = tasks[record["task"]].metrics(rows[record["point"]]) if record["task"] in tasks else {}
+        own = counted.rows.get(record["point"])
+        record["failed"] = counted.failed[record["point"]]
+        record["metrics"] = {} if own is None else tasks[record["task"]].metrics(own)
     seconds = time.perf_counter() - begin
     origin = {**provenance(config, seconds), "notes": notes, "limited": cut_short(config.all_tasks, config.limit)}
-    files = [write_config(config), *write_results(folder, records, rows, origin)]
+    files = [write_config(config), *write_results(folder, records, counted.rows, origin, counted.others)]
     files += write_seeds(folder, records)
     files.append(plot_pareto(records, folder / "pareto.png"))
     files.append(write_report(folder / "report.html", [read_run(folder)]))
@@ -115,7 +101,7 @@ def run(config: RunConfig, console: Console | None = None) -> Run:
 
 def pool_tasks(points: list[Point], rows: dict[str, list[Record]]) -> tuple[list[Point], dict[str, list[Record]]]:
     """With several tasks of a model, a further task `all` that holds the samples of all of them, for the points that
-    were run on each; nothing with one task."""
+    have answers to each; nothing with one task."""
     tasks: dict[str, set[str]] = {}
     counts: dict[str, int] = {}
     for point in points:
@@ -133,62 +119,6 @@ def pool_tasks(points: list[Point], rows: dict[str, list[Record]]) -> tuple[list
         own = [{**row, "point": whole.key, "sample_id": f"{point.task}:{row['sample_id']}"} for row in rows[point.key]]
         pooled.setdefault(whole.key, []).extend(own)
     return list(found.values()), pooled
-
-
-def _answer(
-    config: RunConfig, loaded: LoadedModel, task: Task, points: list[Point], store: RowStore, console: Console
-) -> tuple[str, list[str]]:
-    total = task.count(config.limit) * len(points)
-    limited = f", the first {task.count(config.limit)} of {task.size} samples" if config.limit else ""
-    console.print(f"{loaded.name} on {task.name}: {len(points)} points{limited}")
-    with show_progress(console) as progress:
-        bar = progress.add_task("answers", total=total)
-
-        def on_progress(done: int, label: str) -> None:
-            progress.update(bar, advance=done, description=f"answers  {label}")
-
-        found = evaluate(config, loaded, task, points, store, on_progress)
-        progress.update(bar, description="answers")
-    return found
-
-
-def _measure(
-    config: RunConfig,
-    loaded: LoadedModel,
-    task: Task,
-    points: list[Point],
-    store: RowStore,
-    settings: str,
-    console: Console,
-) -> tuple[dict[str, Record], list[str]]:
-    from tokenprune.evals.flops import measure_flops
-    from tokenprune.evals.timing import measure_times
-
-    seen = (sample for sample in task.load(0, task.size) if sample.visuals)  # a text alone costs the same pruned
-    samples = list(islice(seen, config.measure.samples))
-    plain: dict[str, dict[str, float]] = {}
-    how = digest(asdict(config.measure))
-    found: dict[str, Record] = {}
-    notes: list[str] = []
-    with show_progress(console) as progress:
-        bar = progress.add_task("times and FLOPs", total=len(points))
-        for point in points:
-            progress.update(bar, description=f"times and FLOPs  {point.label}")
-            row = store.get((settings, point.key, how))
-            if row is None:
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always", UserWarning)
-                    values: Record = measure_times(loaded, point, samples, config.measure, config.seed)
-                    flops = measure_flops(loaded, point, samples, config.seed, config.measure.flops, plain)
-                said = [str(warning.message) for warning in caught if "FLOPs" in str(warning.message)]
-                row = {"settings": settings, "point": point.key, "measure": how, **values, "flops": flops}
-                row["notes"] = said
-                store.append([row])
-            notes += row["notes"]
-            found[point.key] = {name: row[name] for name in ("kv", "times", "flops")}
-            progress.update(bar, advance=1)
-        progress.update(bar, description="times and FLOPs")
-    return found, notes
 
 
 def write_config(config: RunConfig) -> Path:

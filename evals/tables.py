@@ -12,7 +12,7 @@ from tokenprune.evals.config import NONE
 from tokenprune.evals.results import flat_costs, metric_names
 
 _HEADS = ("method", "tokens", "accuracy %", "95 % interval", "of unpruned %", "vs random", "p Holm", "hard %",
-          "headroom %", "GFLOPs", "KV KiB", "prefill ms", "select ms", "decode ms", "/ ideal")  # fmt: skip
+          "headroom %", "GFLOPs", "KV KiB", "prefill ms", "select ms", "decode ms", "/ ideal", "failed")  # fmt: skip
 # columns that a narrow terminal goes without, in this order
 _DISPENSABLE = tuple(
     _HEADS.index(name)
@@ -50,6 +50,7 @@ def _cells(record: dict[str, Any]) -> list[str]:
         "" if unpruned else show(costs["selection_ms"], "{:.2f}"),
         show(costs["decode_ms"], "{:.2f}"),
         show(costs["prefill_to_ideal"], "{:.2f}"),
+        str(record.get("failed") or ""),
     ]
 
 

@@ -243,7 +243,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> Tuned:
 
     from tokenprune.api import adapter_for
     from tokenprune.evals.runner import code_fingerprint
-    from tokenprune.evals.sweep import show_progress
+    from tokenprune.evals.work import show_progress
 
     logging.disable_progress_bar()
     cls = METHODS.get(config.method)

@@ -81,10 +81,10 @@ class ModelBench:
         """Load the model and what was answered before."""
         from transformers.utils import logging
 
+        from tokenprune.evals.answering import SAMPLE_KEY
+        from tokenprune.evals.costs import MEASURE_KEY
         from tokenprune.evals.models import load_model
-        from tokenprune.evals.runner import SAMPLE_KEY
         from tokenprune.evals.store import RowStore
-        from tokenprune.evals.sweep import MEASURE_KEY
 
         logging.disable_progress_bar()
         with refusing():
@@ -139,9 +139,8 @@ class ModelBench:
 
     def scores(self, settings: Sequence[Point | None], samples: Sequence[int]) -> list[list[float]]:
         """See `Bench`; only what was not answered before is asked."""
-        from tokenprune.evals.results import collect_rows
-        from tokenprune.evals.runner import evaluate
-        from tokenprune.evals.sweep import show_progress
+        from tokenprune.evals.answering import evaluate
+        from tokenprune.evals.work import show_progress
 
         points = [self._unpruned if setting is None else setting for setting in settings]
         with show_progress(self._console) as progress:
@@ -151,14 +150,16 @@ class ModelBench:
                 progress.update(bar, advance=done, description=f"answers  {label}")
 
             found = evaluate(self._run, self._loaded, self._only(samples), points, self._answers, on_progress)
-        rows = collect_rows(self._answers, points, *found)
-        failed = [row for point in points for row in rows[point.key] if row.get("correct") is None]
+        keys = [[(found.settings, point.key, found.ids[i]) for i in range(len(samples))] for point in points]
+        rows = [[self._answers.get(key) or {} for key in own] for own in keys]
+        failed = [row for own in rows for row in own if row.get("correct") is None]
         if failed:
             raise Refused(
-                f"Sample {failed[0]['sample_id']} has no answer by {failed[0]['point']}: {failed[0].get('error')}. "
+                f"Sample {failed[0].get('sample_id')} has no answer by {failed[0].get('point')}: "
+                f"{failed[0].get('error')}. "
                 "Accuracies can only be compared on the same samples; leave the sample or the method out."
             )
-        return [[float(row["correct"]) for row in rows[point.key]] for point in points]
+        return [[float(row["correct"]) for row in own] for own in rows]
 
     def _only(self, samples: Sequence[int]) -> Task:
         """The task with these samples, in this order."""

@@ -98,7 +98,7 @@ def write(config: RecommendConfig, found: Recommendation) -> list[Path]:
     and the history of the search as CSV."""
     import yaml
 
-    from tokenprune.evals.results import replace_file
+    from tokenprune.evals.files import replace_file
 
     folder = config.results
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from _runs import fake_run
+from _fake_runs import fake_run
 
 from tokenprune.cli import main
 from tokenprune.evals.compare import OVERALL, compare

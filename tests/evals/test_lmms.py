@@ -168,8 +168,8 @@ def test_prompts_with_no_picture_and_with_several(tiny):
 
 
 def test_the_driver_answers_prompts_of_none_one_and_two_pictures(tiny, tmp_path):
+    from tokenprune.evals.answering import evaluate
     from tokenprune.evals.config import Point, RunConfig
-    from tokenprune.evals.runner import evaluate
     from tokenprune.evals.store import RowStore
     from tokenprune.evals.tasks import Sample, Task
 

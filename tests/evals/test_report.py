@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from _runs import fake_run
+from _fake_runs import fake_run
 from hypothesis import given
 from hypothesis import strategies as st
 

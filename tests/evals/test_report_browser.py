@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from _runs import GRID, fake_run
+from _fake_runs import GRID, fake_run
 
 from tokenprune.evals.report.page import write_report
 from tokenprune.evals.report.screenshots import PATIENCE, Shot, browser, chromium_path, take

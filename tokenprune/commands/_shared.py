@@ -54,8 +54,12 @@ def check_keep(method: str, keep: Any) -> None:
         raise ValueError(f"{method} changes attention and keeps every token; leave --keep out.")
 
 
-def execute(config: Any) -> int:
-    """Run a grid and print its tables; the exit status."""
+def execute(config: Any, executor: Any = None) -> int:
+    """Run a grid and print its tables; the exit status.
+
+    Args:
+        executor: who does the work, see `evals/executors/`.
+    """
     from tokenprune.evals.config import refusing
 
     with refusing():
@@ -68,7 +72,9 @@ def execute(config: Any) -> int:
     from tokenprune.evals.tasks import cut_short
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    done = run(config, console)
+    done = run(config, console, executor)
+    if not done.files:
+        return 0  # one of several processes, not the one that writes
     for table in [*result_tables(done.records, console.width), *seed_tables(done.records)]:
         console.print()
         console.print(table)

@@ -14,6 +14,15 @@ def add(commands: argparse._SubParsersAction) -> None:
     sweep = commands.add_parser("sweep", help="run the grid of a YAML file", description="Command line wins over file.")
     sweep.add_argument("config", help="a YAML file, or the name of a packaged one, see `tokenprune ls sweeps`")
     sweep_arguments(sweep)
+    sweep.add_argument(
+        "--executor",
+        choices=("local", "ray"),
+        default="local",
+        help="local: this process, or all that accelerate launch or torchrun started; ray: points spread over a "
+        "cluster (%(default)s)",
+    )
+    sweep.add_argument("--gpus-per-point", type=float, help="ray: share of a GPU for each point; one if there are any")
+    sweep.add_argument("--cpus-per-point", type=float, default=1, help="ray: cores for each point (%(default)s)")
 
 
 def sweep_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +42,13 @@ def _sweep(args: argparse.Namespace) -> int:
 
     with refusing():
         config = read_config(args.config, limit=args.limit, output=args.output, device=args.device)
-    return _show_plan(config) if args.dry_run else execute(config)
+    if args.dry_run:
+        return _show_plan(config)
+    if getattr(args, "executor", "local") == "local":
+        return execute(config)
+    from tokenprune.evals.executors.cluster import RayCluster
+
+    return execute(config, RayCluster(args.gpus_per_point, args.cpus_per_point))
 
 
 def _show_plan(config: Any) -> int:

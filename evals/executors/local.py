@@ -1,0 +1,25 @@
+"""One process does all of the work, one model after the other."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from tokenprune.evals.config import Point, RunConfig
+from tokenprune.evals.tasks import Task
+from tokenprune.evals.work import ModelWork, Worked
+
+
+class Local:
+    """This process alone."""
+
+    first = True
+    writer = ""
+
+    def work(self, config: RunConfig, points: list[Point], tasks: dict[str, Task], console: Console) -> Worked:
+        """Answer, measure and draw."""
+        worked = Worked()
+        for model in config.models:
+            own = ModelWork(config, model, points, console, tasks)
+            worked.answered.update(own.answer())
+            worked.notes += own.measure(worked.answered)
+        return worked

@@ -1,0 +1,49 @@
+"""Files that are there whole or not at all, and the sentence for a disk that takes no more."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tokenprune.evals.config import Refused
+
+
+class DiskRefuses(Refused):
+    """The disk did not take what was to be written; what was finished before is whole."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(
+            f"Could not write {path}: {error.strerror or error}. What was finished before is whole; "
+            "make room and start the same command again, it goes on from there."
+        )
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; it takes the place of `path` when the block ends without an error.
+
+    A reader sees the old file or the new one, and a kill leaves the old one.
+
+    Raises:
+        DiskRefuses: the file could not be written.
+    """
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        yield partial
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise DiskRefuses(path, error) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def replace_file(path: Path, text: str) -> Path:
+    """Write a text file whole or not at all."""
+    with replaced(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return path
