@@ -15,6 +15,8 @@ _EXAMPLES = """examples:
   tokenprune run --method vtc_cls --keep 64
   tokenprune eval --model pocket-llava --tasks pocket --method holov --keep 64 --limit 150 --output runs/holov
   tokenprune sweep configs/pocket_llava.yaml
+  tokenprune report runs/demo
+  tokenprune compare runs/demo:vtc_cls@64 runs/demo:holov@64
   tokenprune tune vflowopt --model pocket-llava --data pocket --budget 0.25
 """
 
