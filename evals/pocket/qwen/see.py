@@ -75,11 +75,11 @@ class Batch:
 
     def __init__(self, stage, step: int, teacher: LlavaForConditionalGeneration, split: str = "train") -> None:
         rng = random.Random(1_000_003 * step + stage.seed)
-        self.size = rng.choice(stage.sizes)
+        moving = rng.random() < stage.clips
+        self.size = rng.choice(stage.clip_sizes if moving else stage.sizes)
         pixels = (self.size[0] * PATCH, self.size[1] * PATCH)
         number = _TOKENS // (self.size[0] * self.size[1])
         start = SPLIT_SEED[split] + stage.seed + step * 32
-        moving = rng.random() < stage.clips
         pairs, ways = [], []
         for i in range(number):
             if moving:

@@ -22,6 +22,7 @@ from tokenprune.evals.pocket.train import learning_rate, make_optimizer, save  #
 
 _MIX = {"relation": 5, "exist": 4, "count": 6, "attribute": 3, "read": 1, "global": 1}
 _SMALL = ((12, 12), (12, 12), (12, 12), (10, 14), (14, 10), (16, 10), (9, 12))
+_CLIPS = ((8, 8), (10, 8), (8, 10), (12, 12))
 _MORE = (*_SMALL, (14, 14), (16, 12), (12, 16), (16, 16), (20, 14), (14, 20))
 
 
@@ -63,17 +64,21 @@ class Stage:
 
 
 STAGES = {
-    "V": Stage("V", steps=600, lr=2e-3, seed=300_000_000, objects=(6, 11), clips=0.4, fit=5.0),
+    "V": Stage(
+        "V", steps=600, lr=2e-3, seed=300_000_000, objects=(6, 11), clips=0.4, clip_sizes=_SMALL, fit=5.0,
+    ),
     "VM": Stage(
         "VM", steps=140, lr=1.5e-3, seed=310_000_000, objects=(4, 9), clips=0.7, fit=1.0,
-        sizes=((8, 8), (10, 8), (8, 10), (12, 12)), after="V",
+        sizes=_CLIPS, clip_sizes=_CLIPS, after="V",
     ),
     "J": Stage(
         "J", steps=450, lr=5e-4, seed=320_000_000, objects=(3, 8), easy=0.1, drop=0.5, drop_end=0.4, fit=0.5, see=0.1,
         clips=0.25, after="VM",
     ),
+    # small pictures, most of which is the sign: seven times as many symbols a step
     "VS": Stage(
-        "VS", steps=180, lr=1e-3, seed=330_000_000, objects=(4, 8), clips=0.25, fit=3.0, sign=4.0, after="J",
+        "VS", steps=260, lr=1.5e-3, seed=330_000_000, objects=(1, 3), sizes=((6, 4), (5, 4), (6, 5), (12, 12)),
+        clips=0.15, fit=3.0, sign=3.0, after="J",
     ),
     "J2": Stage(
         "J2", steps=250, lr=3e-4, seed=340_000_000, easy=0.1, sizes=_MORE, clip_sizes=((8, 8), (10, 8), (10, 10)),
