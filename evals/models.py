@@ -55,11 +55,23 @@ class LoadedModel:
         """Processor output for a batch with one image, or one video (its frames, `FPS` a second), each.
 
         Left padded, on the model's device and in its dtype.
+
+        Raises:
+            ValueError: a video for a model of pictures.
+            ImportError: its videos need a package that is not installed.
         """
         kinds = ["video" if isinstance(image, list) else "image" for image in images]
-        pictures = [image.convert("RGB") for image in images if not isinstance(image, list)]
+        # one list a prompt: some processors take a flat list for the pictures of a single prompt
+        pictures = [[image.convert("RGB")] for image in images if not isinstance(image, list)]
         videos = [[frame.convert("RGB") for frame in image] for image in images if isinstance(image, list)]
-        metadata = [{"fps": FPS, "total_num_frames": len(video)} for video in videos]
+        if videos and getattr(self.processor, "video_processor", None) is None:
+            raise ValueError(
+                f"{self.name} takes pictures, and one of its samples is a video of {len(videos[0])} frames."
+            )
+        metadata = [
+            {"fps": FPS, "total_num_frames": len(v), "duration": len(v) / FPS, "frames_indices": list(range(len(v)))}
+            for v in videos
+        ]
         batch = self.processor(
             text=[self.prompt(question, kind) for question, kind in zip(questions, kinds)],
             padding=True,
