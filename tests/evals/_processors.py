@@ -189,6 +189,14 @@ FILES = {
 }  # fmt: skip
 
 
+def prepares_pictures(name: str) -> bool:
+    """Whether this transformers has the family's image processor without torchvision: 5.17 has not SmolVLM's."""
+    import transformers
+
+    stem = FILES[name].image["image_processor_type"].removesuffix("Fast")
+    return any(not getattr(getattr(transformers, stem + end), "is_dummy", False) for end in ("", "Pil"))
+
+
 def save_checkpoint(name: str, folder: Path) -> None:
     """The tiny model of a family, and every file that its processor is loaded from."""
     files = FILES[name]
