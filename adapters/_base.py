@@ -124,6 +124,8 @@ class Adapter:
         projector: the module between tower and decoder that costs are counted of; None if it is part of the tower.
         first_cut: lowest K of the site "layer:K".
         mrope: whether positions are 3-D ids of which gaps are no counts of tokens.
+        limits_whole_videos: whether the limits in pixels that its video processor is given are for all frames of a
+            video together, not for each.
         decoder_path, projector_path: where these modules are, from the model.
     """
 
@@ -132,6 +134,7 @@ class Adapter:
     features: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
     pixels: ClassVar[Mapping[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
     mrope: ClassVar[bool] = False
+    limits_whole_videos: ClassVar[bool] = False
     decoder_path: ClassVar[str] = "model.language_model"
     projector_path: ClassVar[str] = "model.multi_modal_projector"
 

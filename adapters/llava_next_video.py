@@ -13,12 +13,13 @@ from tokenprune.layout import Raster, Visual
 from tokenprune.registry import MODELS
 
 
-def pooled_video(frames: int, side: int, pool: Any, separators: int = 0) -> Visual:
+def pooled_video(frames: int, side: int, pool: Any, separators: int = 0, before_projector: bool = False) -> Visual:
     """A video of `frames` frames, each `side` x `side` in the tower, by the model's own pooling.
 
     Args:
         pool: `[frames, side * side, 1]` -> `[frames, n, 1]`.
         separators: placeholders behind the last frame.
+        before_projector: whether the projector gets what was pooled.
     """
     count = pool(torch.zeros(1, side * side, 1)).shape[1]
     small = round(count**0.5)
@@ -34,6 +35,7 @@ def pooled_video(frames: int, side: int, pool: Any, separators: int = 0) -> Visu
         offsets=torch.arange(frames * count) if separators else None,
         crops=((side, side),) * frames,
         resample=resample,
+        projected=frames * count if before_projector else None,
     )
 
 
@@ -48,7 +50,8 @@ class LlavaNextVideo(AnyRes):
         if kind == "image":
             return super().visuals(kind, call)
         videos, frames = call["pixel_values_videos"].shape[:2]
-        return [pooled_video(frames, self._side, self.entry.vision_resampler)] * videos
+        pool = self.entry.vision_resampler
+        return [pooled_video(frames, self._side, pool, before_projector=True)] * videos
 
     def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         return list(call["pixel_values_videos"]) if kind == "video" else super().pixel_rows(kind, call, visuals)

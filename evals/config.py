@@ -30,7 +30,7 @@ def refusing() -> Iterator[None]:
     """Turn errors of the checks before the work into `Refused`; an error during the work keeps its traceback."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
         raise Refused(str(error)) from error
 
 

@@ -38,11 +38,22 @@ class LoadedModel:
         them (a tuple); see `prompting.one_turn`.
 
         Left padded, on the model's device and in its dtype.
+
+        Raises:
+            ValueError: a video for a model of pictures.
+            ImportError: its videos need a package that is not installed.
         """
         return self.pack([one_turn(question, image) for question, image in zip(questions, images, strict=True)])
 
     def pack(self, conversations: list[list[Message]]) -> Any:
         """Processor output for a batch of conversations; as `inputs` gives it."""
+        clips = [
+            part["video"] for turns in conversations for turn in turns for part in turn["content"] if "video" in part
+        ]
+        if clips and getattr(self.processor, "video_processor", None) is None:
+            raise ValueError(
+                f"{self.name} takes pictures, and one of its samples is a video of {len(clips[0])} frames."
+            )
         return pack(self.processor, conversations).to(self.model.device, dtype=self.model.dtype)
 
     def decode(self, tokens: Any) -> list[str]:

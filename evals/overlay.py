@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -61,34 +61,41 @@ def shrunk(picture: Image.Image, grid: tuple[int, int], patch: int) -> Image.Ima
     return small.resize(picture.size, Image.Resampling.NEAREST)
 
 
-View = tuple[Image.Image, Raster]
-"""A picture and the raster of visual tokens that lies over it."""
+class View(NamedTuple):
+    """A picture, the raster of visual tokens that lies over it, and which visual of the prompt the raster is of."""
+
+    picture: Image.Image
+    raster: Raster
+    visual: int = 0
+
 
 _SCALE = 14  # pixels a token where the picture is drawn anew
-_MOST = 12  # crops of a picture that are drawn
+_MOST = 13  # views that are drawn: twelve tiles and a thumbnail
 
 
 def seen_views(loaded: LoadedModel, inputs: Mapping[str, Any], image: Image.Image | list[Image.Image]) -> list[View]:
-    """The first picture of a prompt as its visual tokens lie over it: once for a plain image, once for the thumbnail
-    and once for the mosaic of a picture in crops, once a tile where the model gets tiles, once a raster of a video.
+    """The picture of a prompt as its visual tokens lie over it: once for a plain image, once for the thumbnail and once
+    for the mosaic of a picture in crops, once a tile where the model gets tiles, once a raster of a video.
 
     Args:
-        inputs: of one prompt, as the processor made them.
+        inputs: of one prompt with one picture or video, as the processor made them.
         image: the picture, or the frames of the video, as it was handed to the processor.
     """
+    kind = "video" if isinstance(image, list) else "image"
+    visuals = adapter_for(loaded.model).visuals(kind, inputs)
+    rasters = [(raster, which) for which, visual in enumerate(visuals) for raster in visual.rasters]
     if isinstance(image, list):
-        rasters = adapter_for(loaded.model).visuals("video", inputs)[0].rasters[:_MOST]
         step = max(1, len(image) // len(rasters))  # several frames may share a raster: the first is shown
-        return [(_drawn(image[number * step], raster), raster) for number, raster in enumerate(rasters)]
-    visual = adapter_for(loaded.model).visuals("image", inputs)[0]
+        frames = enumerate(rasters[:_MOST])
+        return [View(_drawn(image[number * step], raster), raster, which) for number, (raster, which) in frames]
     pixels = inputs["pixel_values"]
     views: list[View] = []
-    for number, raster in enumerate(visual.rasters[:_MOST]):
-        tile = pixels[0] if pixels.dim() == 4 else pixels[0, number] if raster.kind == "crop" else None
+    for number, (raster, which) in enumerate(rasters[:_MOST]):
+        tile = pixels[which] if pixels.dim() == 4 else pixels[0, number] if raster.kind == "crop" else None
         if tile is not None and raster.kind in ("image", "crop"):
-            views.append((seen_picture(tile, loaded.processor), raster))
+            views.append(View(seen_picture(tile, loaded.processor), raster, which))
         else:
-            views.append((_drawn(image, raster), raster))
+            views.append(View(_drawn(image, raster), raster, which))
     return views
 
 
@@ -102,9 +109,9 @@ def draw_kept(views: Sequence[View], point: Point, images: list[list[int]]) -> I
 
     Args:
         views: see `seen_views`.
-        images: kept indices of the sample's images; the first is drawn.
+        images: kept indices of the sample's visuals.
     """
-    drawn = [_draw_view(picture, raster, point, images) for picture, raster in views]
+    drawn = [_draw_view(view, point, images) for view in views]
     if len(drawn) == 1:
         return drawn[0]
     gap = 8
@@ -116,14 +123,15 @@ def draw_kept(views: Sequence[View], point: Point, images: list[list[int]]) -> I
     return sheet
 
 
-def _draw_view(picture: Image.Image, raster: Raster, point: Point, images: list[list[int]]) -> Image.Image:
+def _draw_view(view: View, point: Point, images: list[list[int]]) -> Image.Image:
+    picture, raster, visual = view
     if point.method == NONE or not images:
         return picture
     from tokenprune.notation import pruner_parts, split_name
     from tokenprune.registry import METHODS
 
     start, count = raster.start, raster.num_tokens
-    kept = [index - start for index in images[0] if start <= index < start + count]
+    kept = [index - start for index in images[visual] if start <= index < start + count]
     pruners = [METHODS.get(split_name(part)[0]) for part in pruner_parts(point.method)]
     if any(pruner.site == "pixels" for pruner in pruners) and 0 < len(kept) < count:
         # nothing is dropped: the whole picture is there, with fewer pixels

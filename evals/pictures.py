@@ -59,13 +59,15 @@ def _picture(loaded: LoadedModel, task: Task, number: int, target: Path) -> Reco
         return None
     inputs = dict(loaded.inputs([sample.question], [sample.image]))
     views = []
-    for place, (picture, raster) in enumerate(seen_views(loaded, inputs, sample.visuals[0])):
+    for place, (picture, raster, visual) in enumerate(seen_views(loaded, inputs, sample.visuals[0])):
         stem = f"{Path(loaded.name).name}-{task.name}-{sample.sample_id}-{place}"
         file = re.sub(r"[^\w.@-]+", "_", stem) + ".jpg"
         with replaced(target / file) as partial:
             picture.convert("RGB").save(partial, format="JPEG", quality=88, optimize=True)
         rows, cols = raster.grid
-        views.append({"file": file, "rows": rows, "cols": cols, "start": raster.start, "kind": raster.kind})
+        views.append(
+            {"file": file, "rows": rows, "cols": cols, "start": raster.start, "kind": raster.kind, "visual": visual}
+        )
     return {"sample_id": sample.sample_id, "views": views}
 
 

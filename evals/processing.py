@@ -13,11 +13,16 @@ from typing import Any
 import numpy as np
 from transformers import AutoProcessor, BatchFeature
 from transformers.utils.hub import PushToHubMixin, cached_file
+from transformers.video_utils import VideoMetadata
 
 from tokenprune.ledger import Ledger
+from tokenprune.registry import MODELS
 
-_FPS = 24.0
-_FILES = ("video_preprocessor_config.json", "preprocessor_config.json")
+_FILES = ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json")
+_STEPS = (
+    "do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
+    "do_normalize", "image_mean", "image_std",
+)  # fmt: skip
 
 
 def load_processor(source: str) -> Any:
@@ -51,58 +56,86 @@ def load_processor(source: str) -> Any:
 
 
 class FrameProcessor(PushToHubMixin):
-    """Stands in for the video processor of a Qwen-VL model, frame by frame through its image processor.
+    """Stands in for the video processor of a checkpoint: prepares frame by frame what it would prepare all at once.
 
-    Frames are not sampled: all that are handed in are used, the last one twice if their number is odd. Resizing is
-    PIL's, whose bicubic filter differs slightly from torchvision's.
+    Frames are not sampled: all that are handed in are used, and where the model joins frames, the last one again until
+    their number fits. Resizing is PIL's, whose bicubic filter differs slightly from torchvision's.
+
+    Attributes:
+        settings: what the checkpoint says of its video processor; of its image processor where it says nothing.
+        image_processor: the stock image processor of the same checkpoint.
+        num_frames, fps: how many frames the stock class would sample; processors read them.
     """
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.image_processor: Any = None
-        self.settings: dict[str, Any] = {}
-        for name in _FILES:
-            found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-            if found:
-                self.settings = json.loads(Path(found).read_text(encoding="utf-8"))
-                break
+        self.settings = _video_settings(source)
+        sampling = self.settings.get("video_sampling", {})
+        self.num_frames = self.settings.get("num_frames", sampling.get("max_frames"))
+        self.fps = self.settings.get("fps", sampling.get("fps"))
         self.merge_size = self.settings.get("merge_size", 2)
         self.temporal_patch_size = self.settings.get("temporal_patch_size", 2)
 
     def __call__(self, videos: Any, video_metadata: Any = None, return_tensors: Any = None, **_: Any) -> BatchFeature:
-        """Pack videos: one `[T, H, W, 3]` array or list of PIL frames, or a list of those.
+        """Prepare videos: one `[T, H, W, 3]` array or list of PIL frames, or a list of those.
 
         Args:
-            video_metadata: of each video a mapping with `fps`; 24 frames a second where nothing is said, as in
-                transformers.
+            video_metadata: of each video a mapping with `fps`, in which processors find the time of a frame;
+                `total_num_frames` and `frames_indices` are the frames handed in where it does not say otherwise.
 
         Raises:
-            ImportError: the family packs videos in another way than Qwen-VL does.
+            ImportError: the checkpoint does not say how its frames are prepared, so the stock class has to.
         """
-        if not hasattr(self.image_processor, "temporal_patch_size"):
-            raise ImportError(
-                f"The videos of {self.source} need the package torchvision, which is not installed; pictures do not."
-            )
-        clips = [videos] if _is_clip(videos) else list(videos)
-        packed = [self._pack(list(clip)) for clip in clips]
-        data = {
-            "pixel_values_videos": np.concatenate([patches for patches, _ in packed]),
-            "video_grid_thw": np.array([grid for _, grid in packed]),
-        }
-        feature = BatchFeature(data, tensor_type=return_tensors)
-        given = video_metadata or [{}] * len(clips)
-        feature["video_metadata"] = [_Metadata(float(one.get("fps") or _FPS)) for one in given]
+        clips = [list(clip) for clip in ([videos] if _is_clip(videos) else videos)]
+        feature = BatchFeature(self._prepare(clips), tensor_type=return_tensors)
+        feature["video_metadata"] = [
+            VideoMetadata(**{"total_num_frames": len(clip), "frames_indices": list(range(len(clip))), **(given or {})})
+            for clip, given in zip(clips, video_metadata or [{}] * len(clips), strict=True)
+        ]
         return feature
 
     def to_dict(self) -> dict[str, Any]:
         """The settings of the video processor that it stands in for."""
         return dict(self.settings)
 
+    def _prepare(self, clips: list[list[Any]]) -> dict[str, Any]:
+        """Arguments of the model, as the kind of the image processor has them."""
+        if hasattr(self.image_processor, "temporal_patch_size"):
+            packed = [self._pack(clip) for clip in clips]
+            return {
+                "pixel_values_videos": np.concatenate([patches for patches, _ in packed]),
+                "video_grid_thw": np.array([grid for _, grid in packed]),
+            }
+        size = self.settings.get("size") or {}
+        if hasattr(self.image_processor, "do_image_splitting"):
+            # a frame is a picture that is not split
+            limits = {"size": size or self.settings.get("video_sampling", {}).get("video_size")}
+            limits["max_image_size"] = self.settings.get("max_image_size")
+            limits = {name: limit for name, limit in limits.items() if limit}
+            return dict(self.image_processor(clips, do_image_splitting=False, return_tensors="np", **limits))
+        if not ("shortest_edge" in size or {"height", "width"} <= set(size)) or "image_mean" not in self.settings:
+            raise ImportError(
+                f"The videos of {self.source} need the package torchvision, which is not installed; pictures do not."
+            )
+        from transformers import CLIPImageProcessorPil
+
+        steps = {name: self.settings[name] for name in _STEPS if self.settings.get(name) is not None}
+        single = CLIPImageProcessorPil(**{"do_center_crop": False, **steps})
+        return {"pixel_values_videos": [single(clip, return_tensors="np")["pixel_values"] for clip in clips]}
+
     def _pack(self, frames: list[Any]) -> tuple[np.ndarray, list[int]]:
         """Patches `[grids * patches, width]` and the grid (time, height, width) of one video."""
         pair = self.temporal_patch_size
-        frames += [frames[-1]] * (-len(frames) % pair)
-        limits = {"size": self.settings["size"]} if "size" in self.settings else {}
+        frames = frames + [frames[-1]] * (-len(frames) % pair)
+        size = dict(self.settings.get("size") or {})
+        for older, limit in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            if self.settings.get(older) is not None:
+                size[limit] = self.settings[older]
+        if size and _limits_whole_videos(self.source):
+            size["longest_edge"] //= len(frames)
+            size["shortest_edge"] = -(-size["shortest_edge"] // len(frames))
+        limits = {"size": size} if size else {}
         single = self.image_processor(images=frames, return_tensors="np", temporal_patch_size=1, **limits)
         _, height, width = single["image_grid_thw"][0].tolist()
         edge = self.image_processor.patch_size
@@ -111,11 +144,22 @@ class FrameProcessor(PushToHubMixin):
         return patches, [len(frames) // pair, height, width]
 
 
-class _Metadata:
-    """What processors ask of a video beside its pixels."""
+def _read(source: str, name: str) -> dict[str, Any]:
+    """A JSON file of a checkpoint, {} if it has none of that name."""
+    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
 
-    def __init__(self, fps: float) -> None:
-        self.fps = self.sampled_fps = fps
+
+def _video_settings(source: str) -> dict[str, Any]:
+    """What the stock class would be made with: transformers 5 saves it inside the processor's own file."""
+    whole, *single = _FILES
+    inside = _read(source, whole).get("video_processor")
+    return inside or next(filter(None, (_read(source, name) for name in single)), {})
+
+
+def _limits_whole_videos(source: str) -> bool:
+    name = _read(source, "config.json").get("model_type", "")
+    return name in MODELS.names() and getattr(MODELS.get(name), "limits_whole_videos", False)
 
 
 def _is_clip(videos: Any) -> bool:

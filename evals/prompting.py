@@ -72,11 +72,13 @@ def prompt_text(processor: Any, messages: list[Message]) -> str:
 
 def pack(processor: Any, conversations: list[list[Message]]) -> Any:
     """Processor output for a batch of conversations, left padded if the tokenizer is."""
-    parts = [part for messages in conversations for message in messages for part in message["content"]]
-    pictures = [part["image"].convert("RGB") for part in parts if part["type"] == "image"]
-    clips = [part["video"] for part in parts if part["type"] == "video"]
+    by_prompt = [[part for message in messages for part in message["content"]] for messages in conversations]
+    # one list a prompt: some processors take a flat list for the pictures of a single prompt
+    nested = [[part["image"].convert("RGB") for part in parts if part["type"] == "image"] for parts in by_prompt]
+    pictures = nested if all(nested) else [picture for own in nested for picture in own]
+    clips = [part["video"] for parts in by_prompt for part in parts if part["type"] == "video"]
     videos = [[frame.convert("RGB") for frame in clip] for clip in clips]
-    metadata = [{"fps": getattr(clip, "fps", FPS), "total_num_frames": len(clip)} for clip in clips]
+    metadata = [_metadata(len(clip), getattr(clip, "fps", FPS)) for clip in clips]
     return processor(
         text=[prompt_text(processor, messages) for messages in conversations],
         padding=True,
@@ -84,6 +86,10 @@ def pack(processor: Any, conversations: list[list[Message]]) -> Any:
         **({"images": pictures} if pictures else {}),
         **({"videos": videos, "video_metadata": metadata, "do_sample_frames": False} if videos else {}),
     )
+
+
+def _metadata(frames: int, fps: float) -> dict[str, Any]:
+    return {"fps": fps, "total_num_frames": frames, "duration": frames / fps, "frames_indices": list(range(frames))}
 
 
 def _bare(part: Part) -> Part:

@@ -108,9 +108,12 @@ def _wants_boxes(handle: Handle) -> bool:
 
 
 def check_points(loaded: LoadedModel, task: Task, points: list[Point], seed: int) -> None:
-    """Apply and remove every method once, so that one that cannot work on this model or task fails before the work; and
-    let what learns from prompts do so."""
+    """Apply and remove every method once, so that one that cannot work on this model or task fails before the work, and
+    so does a task whose samples the processor does not take; and let what learns from prompts do so."""
     adapter_for(loaded.model)
+    # rows go round the families, so these are one of each
+    for sample in task.load(0, min(max(1, len(task.families)), task.size)):
+        loaded.inputs([sample.question], [sample.image])
     for point in points:
         if point.method == NONE:
             continue

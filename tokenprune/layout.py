@@ -45,6 +45,7 @@ class Visual:
         sources: `[N]` int64, the cell of the concatenated crops that each token comes from; None means in order.
         resample: from values by cell of the crops to values by token, `[cells]` -> `[N]`, where tokens are mixed from
             several cells; None means `sources`.
+        projected: tokens that the projector makes of it; None means one of each cell of the crops.
         scattered: whether text may stand between its placeholders (time stamps of frames, labels of tiles).
     """
 
@@ -55,6 +56,7 @@ class Visual:
     crops: tuple[tuple[int, int], ...] | None = None
     sources: Tensor | None = None
     resample: Callable[[Tensor], Tensor] | None = None
+    projected: int | None = None
     scattered: bool = False
 
     @property

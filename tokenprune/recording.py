@@ -44,6 +44,7 @@ class TowerWork:
         blocks: patches in each block from `first` on, per picture, where tokens left inside the tower; else empty.
         first: the block that `blocks` begins with.
         left: visual tokens that the projector makes, all pictures together.
+        whole: as many as it would make if nothing left the tower.
         plain: the grids as they would have been, where a method shrank the pictures.
         cuts: by cut inside the tower, the block after which it was, and the cells left of each picture.
     """
@@ -52,6 +53,7 @@ class TowerWork:
     blocks: tuple[tuple[int, ...], ...] = ()
     first: int = 0
     left: int = 0
+    whole: int = 0
     plain: tuple[tuple[int, int], ...] = ()
     cuts: tuple[tuple[int, tuple[Tensor | None, ...]], ...] = ()
 
@@ -91,8 +93,14 @@ class Recording:
             plain = grids
             grids = tuple(own for own, visual in zip(self.shrunk, self.visuals) for _ in visual.rasters)
         blocks = tuple(tuple(counts) for counts in self.patches)
-        left = sum(rows * cols for rows, cols in grids) if not self.left else sum(self.left)
-        return TowerWork(grids, blocks, self.first_short, left, plain, tuple(self.cuts))
+        whole = sum(
+            sum(rows * cols for rows, cols in visual.tower_grids) if visual.projected is None else visual.projected
+            for visual in self.visuals
+        )
+        left = sum(rows * cols for rows, cols in grids) if self.shrunk is not None else whole
+        return TowerWork(
+            grids, blocks, self.first_short, sum(self.left) if self.left else left, whole, plain, tuple(self.cuts)
+        )
 
     def pixel_key(self, row: int) -> Tensor:
         """`[]` int64: a sum over the bits of a visual's pixels, the same in any batch and on any device."""

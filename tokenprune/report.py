@@ -105,7 +105,7 @@ def make_report(prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Ad
     lengths = prompt.lengths or [layout.length] * layout.batch_size
     whole = sum(span.num_tokens for span in layout.spans)
     by_layer = _by_layer(prompt, lengths, shape.layers)
-    plain = [TowerWork(work.plain or work.grids, left=_cells(work.plain or work.grids)) for work in prompt.tower]
+    plain = [TowerWork(work.plain or work.grids, left=work.whole) for work in prompt.tower]
     itemsize = adapter.model.dtype.itemsize
     kept = by_layer[-1][0]
     flops = _flops(adapter, shape, prompt.tower, [rows for _, rows in by_layer], prompt.flops)
@@ -167,10 +167,6 @@ def _first_layer(cut: Cut) -> int:
 def _by_row(by_layer: Sequence[tuple[int, list[int]]]) -> list[list[int]]:
     """For each row of the batch, its length in every layer."""
     return [list(lengths) for lengths in zip(*(rows for _, rows in by_layer))]
-
-
-def _cells(grids: Sequence[tuple[int, int]]) -> int:
-    return sum(rows * cols for rows, cols in grids)
 
 
 def _kv_bytes(shape: cost.ModelShape, layers: Sequence[Sequence[int]], itemsize: int) -> int:

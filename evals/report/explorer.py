@@ -118,25 +118,32 @@ def _drawn(folder: Path, views: list[Record], rows: list[Record | None], room: R
     files = [(view, file) for view, file in files if file.is_file()]
     if not files or not room.picture(sum(file.stat().st_size for _, file in files)):
         return {}
-    tokens = max(view["start"] + view["rows"] * view["cols"] for view in views)
+    # the visuals of a prompt one after the other, where it has several (the tiles of InternVL)
+    sizes: dict[int, int] = {}
+    for view in views:
+        visual = view.get("visual", 0)
+        sizes[visual] = max(sizes.get(visual, 0), view["start"] + view["rows"] * view["cols"])
+    begins = {visual: sum(sizes[other] for other in sizes if other < visual) for visual in sizes}
     return {
         "views": [
             {
-                **{name: view[name] for name in ("rows", "cols", "start", "kind")},
+                **{name: view[name] for name in ("rows", "cols", "kind")},
+                "start": begins[view.get("visual", 0)] + view["start"],
                 "src": "data:image/jpeg;base64," + base64.b64encode(file.read_bytes()).decode(),
             }
             for view, file in files
         ],
-        "kept": [_bits(row, tokens) for row in rows],
+        "kept": [_bits(row, sizes, begins) for row in rows],
     }
 
 
-def _bits(row: Record | None, tokens: int) -> str | None:
-    """Kept indices of the first visual as `[tokens]` bits in base64; "" where all stayed, None if not recorded."""
+def _bits(row: Record | None, sizes: dict[int, int], begins: dict[int, int]) -> str | None:
+    """Kept indices of the visuals that are shown, as bits in base64; "" where all stayed, None if not recorded."""
     if row is None or row.get("kept") is None:
         return None
     if not row["kept"]:
         return ""
-    bits = np.zeros(tokens, dtype=np.uint8)
-    bits[[index for index in row["kept"][0] if index < tokens]] = 1
+    bits = np.zeros(sum(sizes.values()), dtype=np.uint8)
+    for visual, begin in begins.items():
+        bits[[begin + index for index in row["kept"][visual] if index < sizes[visual]]] = 1
     return base64.b64encode(np.packbits(bits).tobytes()).decode()

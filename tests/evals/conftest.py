@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +56,37 @@ def tiny_task(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_task(tmp_path_factory.mktemp("task"), 60)
 
 
-def write_task(folder: Path, count: int) -> str:
+@pytest.fixture(scope="session")
+def sized_task(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A task of four pictures of different sizes."""
+    return write_task(tmp_path_factory.mktemp("sized"), 4, [(56, 28), (42, 42), (28, 56), (50, 36)])
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """By family, a folder laid out as the hub's checkpoints are."""
+    from _processors import prepares_pictures, save_checkpoint
+
+    @functools.cache
+    def saved(name: str) -> Path:
+        if not prepares_pictures(name):
+            pytest.skip(f"this transformers needs torchvision for the pictures of {name}")
+        folder = tmp_path_factory.mktemp("hub") / name
+        save_checkpoint(name, folder)
+        return folder
+
+    return saved
+
+
+def write_task(folder: Path, count: int, sizes: Sequence[tuple[int, int]] = ((42, 42),)) -> str:
+    """`count` pictures whose (width, height) go round `sizes`."""
     import numpy as np
     from datasets import Dataset, Features, Image, List, Value
 
     rng = np.random.default_rng(0)
     rows = [
         {
-            "image": rng.integers(0, 255, (42, 42, 3), dtype=np.uint8),
+            "image": rng.integers(0, 255, (*sizes[i % len(sizes)][::-1], 3), dtype=np.uint8),
             "question": " ".join(rng.choice(WORDS[:11], size=2 + i % 3)),
             "answer": "yes" if i % 2 else "no",
             "kind": "even" if i % 2 == 0 else "odd",

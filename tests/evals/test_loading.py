@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from _families import BUILDERS, batch_of, family
+from _families import BUILDERS, IMAGE, batch_of, family
+from _processors import FILES
+from PIL import Image
 
 import tokenprune
+from tokenprune.cli import main
+from tokenprune.evals.models import load_model
+from tokenprune.evals.overlay import seen_views
+from tokenprune.evals.tasks import load_task
 
-# the others' processors bring a video processor, which needs torchvision; that does not load beside a CPU-only torch
-IMAGE_ONLY = ("llava", "llava_next")
+NO_CUT_INSIDE = ("internvl", "smolvlm")
+VIEWS = {  # of a picture of 56 x 28 pixels: (rows, cols) of the rasters of tokens that lie over it
+    "llava": [(6, 6)],
+    "llava_next": [(4, 4), (4, 8)],
+    "llava_next_video": [(4, 4), (4, 8)],
+    "llava_onevision": [(4, 4), (4, 8)],
+    "qwen2_vl": [(4, 7)],
+    "qwen2_5_vl": [(4, 7)],
+    "qwen3_vl": [(4, 7)],
+    "internvl": [(6, 6)] * 3,
+    "smolvlm": [(6, 6)] * 3,
+}
 
 
 @pytest.mark.parametrize("name", list(BUILDERS))
@@ -32,23 +49,11 @@ def test_a_saved_model_of_each_family_loads_through_the_auto_class_and_is_pruned
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
-def save_processor(name: str, folder: Path, tokenizer: Any) -> None:
-    """A real processor for a tiny model of the family."""
-    from transformers import LlavaNextImageProcessor, LlavaNextProcessor
-
-    image = LlavaNextImageProcessor(
-        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28},
-        image_grid_pinpoints=family(name).config.image_grid_pinpoints,
-    )  # fmt: skip
-    LlavaNextProcessor(
-        image_processor=image, tokenizer=tokenizer, patch_size=7, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    ).save_pretrained(folder)  # fmt: skip
+def test_every_family_is_here():
+    assert set(FILES) == set(BUILDERS) == set(VIEWS)
 
 
 def test_a_budget_may_be_a_mean_over_the_layers(tmp_path, tiny_folder, tiny_task):
-    from tokenprune.cli import main
-
     command = ["eval", "--model", tiny_folder, "--tasks", tiny_task, "--method", "fastv", "--limit", "2"]
     main([*command, "--keep", "avg21", "--no-timing", "--output", str(tmp_path)])
     with (tmp_path / "summary.csv").open() as stream:
@@ -58,27 +63,76 @@ def test_a_budget_may_be_a_mean_over_the_layers(tmp_path, tiny_folder, tiny_task
     assert float(rows["fastv"]["kept_tokens"]) == 21 == float(rows["random"]["kept_tokens"])
 
 
+def evaluate(folder: Path, task: str, method: str, output: Path, *more: str) -> int:
+    command = ["eval", "--model", str(folder), "--tasks", task, "--method", method, "--no-timing", *more]
+    command += [] if method == "none" else ["--keep", "0.25"]
+    return main([*command, "--output", str(output)])
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 @pytest.mark.parametrize("method", ["none", "divprune", "fastv", "flowcut"])
-@pytest.mark.parametrize("name", IMAGE_ONLY)
-def test_the_command_line_evaluates_a_folder(name, method, tmp_path, tiny_folder, tiny_tokenizer, tiny_task, capsys):
-    from tokenprune.cli import main
+@pytest.mark.parametrize("name", list(FILES))
+def test_the_command_line_evaluates_a_checkpoint(name, method, tmp_path, checkpoint, sized_task, capsys):
+    folder = checkpoint(name)
+    # one batch of four pictures, none of the size of another
+    more = [] if method == "divprune" else ["--no-references"]
+    done = evaluate(folder, sized_task, method, tmp_path, "--limit", "4", "--batch-size", "4", *more)
+    said = capsys.readouterr()
+    if method == "flowcut" and name in NO_CUT_INSIDE:
+        assert done == 2 and "cannot" in said.err and said.err.count("\n") == 1
+        return
+    assert done == 0
+    assert "differ by more than" not in said.out
+    with (tmp_path / "summary.csv").open() as stream:
+        overall = {row["method"]: row for row in csv.DictReader(stream) if row["family"] == "overall"}
+    assert set(overall) == ({method, "none", "random"} if method == "divprune" else {method})
+    for row in overall.values():
+        assert row["n"] == "4" and 0 <= float(row["accuracy"]) <= 1
+    for record in lines(tmp_path / "results.jsonl"):
+        assert record["flops"]["measured"]["vision"] > 0 and record["flops"]["measured"]["prefill"] > 0
+        assert record["flops"]["agree"], record["flops"]["difference"]
+        assert record["kv"]["measured"] == record["kv"]["analytic"]
+    if method == "divprune":
+        rows = [row for row in lines(tmp_path / "samples.jsonl") if "|divprune@" in row["point"] and row["kept"]]
+        assert len(rows) == 3
+        check_overlays(name, folder, sized_task, tmp_path / "overlays", rows)
 
-    folder = Path(tiny_folder)
-    if name != "llava":
-        folder = tmp_path / name
-        family(name).save_pretrained(folder)
-        save_processor(name, folder, tiny_tokenizer)
-    command = ["eval", "--model", str(folder), "--tasks", tiny_task, "--method", method, "--limit", "4"]
-    if method != "none":
-        command += ["--keep", "0.25"]
-    assert main([*command, "--output", str(tmp_path / "out")]) in (0, None)
-    with (tmp_path / "out" / "summary.csv").open() as stream:
-        rows = list(csv.DictReader(stream))
-    assert rows[-1]["family"] == "overall" and rows[-1]["n"] == "4"
-    assert "differ by more than" not in capsys.readouterr().out
-    drawn = sorted((tmp_path / "out" / "overlays").glob("*.png"))
-    assert bool(drawn) == (method != "none")
-    if drawn and name == "llava_next":
-        from PIL import Image
 
-        assert Image.open(drawn[0]).width > Image.open(drawn[0]).height, "thumbnail and mosaic side by side"
+def check_overlays(name: str, folder: Path, task: str, overlays: Path, rows: list[dict]) -> None:
+    """The views are those of the family, and as many of their cells are left bright as tokens were kept."""
+    loaded = load_model(str(folder), device="cpu")
+    for row, sample in zip(rows, load_task(task).load(0, 3)):
+        assert row["sample_id"] == sample.sample_id
+        views = seen_views(loaded, dict(loaded.inputs([sample.question], [sample.image])), sample.image)
+        if sample.sample_id == "s0":
+            assert [view.raster.grid for view in views] == VIEWS[name]
+        drawn = np.asarray(Image.open(overlays / f"toy-{sample.sample_id}-divprune@0.25.png")).astype(int)
+        assert drawn.shape[1] == sum(view.picture.width + 8 for view in views) - 8
+        bright, left = 0, 0
+        for view in views:
+            own = drawn[: view.picture.height, left : left + view.picture.width]
+            same = (own == np.asarray(view.picture)).all(axis=2)
+            cells = view.raster.grid
+            bright += int(same.reshape(cells[0], -1, cells[1], same.shape[1] // cells[1]).all(axis=(1, 3)).sum())
+            left += view.picture.width + 8
+        assert bright == sum(map(len, row["kept"])) == row["kept_tokens"]
+
+
+@pytest.mark.parametrize("name", list(FILES))
+def test_a_prompt_begins_once_and_holds_its_picture_once(name, checkpoint):
+    loaded = load_model(str(checkpoint(name)), device="cpu")
+    sizes = [(56, 28), (42, 42)]
+    inputs = loaded.inputs(["what is this", "who"], [Image.new("RGB", size, (200, 90, 30)) for size in sizes])
+    files, tokenizer = FILES[name], loaded.processor.tokenizer
+    for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"]):
+        ids = ids[mask.bool()].tolist()
+        if files.bos:
+            assert ids[0] == tokenizer.bos_token_id != ids[1] and ids.count(tokenizer.bos_token_id) == 1
+        assert loaded.prompt("who").count(tokenizer.convert_ids_to_tokens(IMAGE)) == 1
+    counts = (inputs["input_ids"] == IMAGE).sum(1).tolist()
+    whole = sum(rows * cols for rows, cols in VIEWS[name])
+    newlines = 4 if len(VIEWS[name]) == 2 else 0
+    assert counts[0] == whole + newlines

@@ -47,7 +47,7 @@ def records() -> list[dict]:
         for point in points
     }  # fmt: skip
     config = RunConfig("x", "m", ["t"], ["uniform"], [9])
-    found = summarise(points, rows, {}, config)
+    found = summarise(points, rows, {}, config.seed)
     found[1]["metrics"] = {"exact_match": 0.5, "f1": 0.4, "perception": 1000.0, "cognition": 200.0}
     return found
 

@@ -196,6 +196,6 @@ def test_the_overlay_of_a_clip_shows_a_frame_for_each_raster(folder):
     sample = next(load_task("pocket-mixed:video").load(0, 1))
     inputs = dict(loaded.inputs([sample.question], [sample.image]))
     views = seen_views(loaded, inputs, sample.image)
-    assert [raster.grid for _, raster in views] == [(8, 8)] * 2
+    assert [view.raster.grid for view in views] == [(8, 8)] * 2
     sheet = draw_kept(views, Point("m", "t", "uniform", 4), [[0, 1, 64, 127]])
     assert sheet.width > 2 * 8 * 14 and sheet.height == 8 * 14

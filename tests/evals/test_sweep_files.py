@@ -119,8 +119,8 @@ def test_comparisons_are_within_a_seed():
 
     points = [random(3), random(0), random(1), random(0, keep=9), Point("m", "t", "random", 4, (("seed", 8),))]
     points += [Point("m", "t", "uniform", 4), Point("m", "t", "todre", 4, seed=1), Point("m", "t", "uniform", 2)]
-    beside = [beside(point, points) for point in points]
-    assert beside == [None] * 4 + [points[0], points[0], points[2], None]
+    others = [beside(point, points) for point in points]
+    assert others == [None] * 4 + [points[0], points[0], points[2], None]
 
 
 # Lists of points
