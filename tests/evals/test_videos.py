@@ -13,9 +13,10 @@ from _processors import FILES
 from PIL import Image
 
 from tokenprune.cli import main
-from tokenprune.evals.models import FPS, load_model
+from tokenprune.evals.models import load_model
 from tokenprune.evals.overlay import seen_views
 from tokenprune.evals.processing import FrameProcessor, load_processor
+from tokenprune.evals.prompting import FPS
 
 VIDEOS = [name for name, files in FILES.items() if files.processor not in ("LlavaProcessor", "LlavaNextProcessor")]
 WHOLE_FRAMES = {"llava_next_video": 28, "llava_onevision": 28, "internvl": 48, "smolvlm": 48}
