@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test test-lmms bench lint format clean
 
 help:
 	@echo "make demo    run the demo sweep: table, plot and report under runs/"
 	@echo "make test    what CI runs: ruff, pyright, the tests and the packaging checks"
+	@echo "make test-lmms  install lmms-eval (940 MB) and test both ways against it"
 	@echo "make bench   time pruned prefill against the unpruned and the ideal one; needs a quiet machine"
 	@echo "make lint    ruff and pyright only"
 	@echo "make format  let ruff rewrite what it can"
@@ -32,6 +33,12 @@ demo: $(STAMP)
 # at once instead of waiting for a network.
 test: lint
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# lmms-eval brings torchvision, which does not load beside a torch built for CPUs only; transformers does without it.
+test-lmms: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt 'lmms-eval>=0.7.3'
+	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/python -m pip uninstall -q -y torchvision
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/evals/test_lmms.py tests/evals/test_lmms_eval.py
 
 bench: $(STAMP)
 	$(BIN)/python -m tokenprune.evals.bench.prefill
