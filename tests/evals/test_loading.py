@@ -16,7 +16,10 @@ from PIL import Image
 import tokenprune
 from tokenprune.cli import main
 from tokenprune.evals.models import load_model
-from tokenprune.evals.overlay import seen_views
+from tokenprune.evals.overlay import draw_kept, seen_views
+from tokenprune.evals.pictures import read_pictures
+from tokenprune.evals.points import Point
+from tokenprune.evals.prompting import one_turn, prompt_text
 from tokenprune.evals.tasks import load_task
 
 NO_CUT_INSIDE = ("internvl", "smolvlm")
@@ -98,18 +101,23 @@ def test_the_command_line_evaluates_a_checkpoint(name, method, tmp_path, checkpo
     if method == "divprune":
         rows = [row for row in lines(tmp_path / "samples.jsonl") if "|divprune@" in row["point"] and row["kept"]]
         assert len(rows) == 3
-        check_overlays(name, folder, sized_task, tmp_path / "overlays", rows)
+        check_overlays(name, folder, sized_task, tmp_path, rows)
 
 
-def check_overlays(name: str, folder: Path, task: str, overlays: Path, rows: list[dict]) -> None:
+def check_overlays(name: str, folder: Path, task: str, run: Path, rows: list[dict]) -> None:
     """The views are those of the family, and as many of their cells are left bright as tokens were kept."""
     loaded = load_model(str(folder), device="cpu")
+    saved = {entry["sample_id"]: entry["views"] for entry in read_pictures(run)}
+    point = Point("m", "t", "divprune", 0.25)
     for row, sample in zip(rows, load_task(task).load(0, 3)):
         assert row["sample_id"] == sample.sample_id
         views = seen_views(loaded, dict(loaded.inputs([sample.question], [sample.image])), sample.image)
         if sample.sample_id == "s0":
             assert [view.raster.grid for view in views] == VIEWS[name]
-        drawn = np.asarray(Image.open(overlays / f"toy-{sample.sample_id}-divprune@0.25.png")).astype(int)
+        found = [(view["rows"], view["cols"], view["start"], view["visual"]) for view in saved[sample.sample_id]]
+        assert found == [(*view.raster.grid, view.raster.start, view.visual) for view in views]
+        assert all((run / "pictures" / view["file"]).is_file() for view in saved[sample.sample_id])
+        drawn = np.asarray(draw_kept(views, point, row["kept"])).astype(int)
         assert drawn.shape[1] == sum(view.picture.width + 8 for view in views) - 8
         bright, left = 0, 0
         for view in views:
@@ -131,7 +139,12 @@ def test_a_prompt_begins_once_and_holds_its_picture_once(name, checkpoint):
         ids = ids[mask.bool()].tolist()
         if files.bos:
             assert ids[0] == tokenizer.bos_token_id != ids[1] and ids.count(tokenizer.bos_token_id) == 1
-        assert loaded.prompt("who").count(tokenizer.convert_ids_to_tokens(IMAGE)) == 1
+        assert (
+            prompt_text(loaded.processor, one_turn("who", Image.new("RGB", (9, 9)))).count(
+                tokenizer.convert_ids_to_tokens(IMAGE)
+            )
+            == 1
+        )
     counts = (inputs["input_ids"] == IMAGE).sum(1).tolist()
     whole = sum(rows * cols for rows, cols in VIEWS[name])
     newlines = 4 if len(VIEWS[name]) == 2 else 0

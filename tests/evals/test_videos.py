@@ -15,6 +15,7 @@ from PIL import Image
 from tokenprune.cli import main
 from tokenprune.evals.models import load_model
 from tokenprune.evals.overlay import seen_views
+from tokenprune.evals.pictures import read_pictures
 from tokenprune.evals.processing import FrameProcessor, load_processor
 from tokenprune.evals.prompting import FPS
 
@@ -47,7 +48,8 @@ def test_the_command_line_evaluates_videos_or_says_why_not(name, tmp_path, check
         assert record["flops"]["agree"], record["flops"]["difference"]
         assert record["kv"]["measured"] == record["kv"]["analytic"] and record["overall"]["n"] == 2
     assert records[2]["kept_tokens"] < 0.3 * records[0]["kept_tokens"]
-    assert len(list((tmp_path / "overlays").glob("*uniform*.png"))) == 2
+    shown = read_pictures(tmp_path)
+    assert len(shown) == 2 and all((tmp_path / "pictures" / v["file"]).is_file() for one in shown for v in one["views"])
 
 
 @pytest.mark.parametrize("name", list(WHOLE_FRAMES))
