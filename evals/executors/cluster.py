@@ -22,6 +22,8 @@ from tokenprune.evals.tasks import Task
 from tokenprune.evals.work import ModelWork, Worked, show_progress
 
 RETRIES = 3
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "120"}
+"""Of Ray, where the user has not set them: it tells nobody that it runs, and may start slowly on a busy machine."""
 
 
 class RayCluster:
@@ -52,7 +54,8 @@ class RayCluster:
         """Answer all points, as many at a time as the cluster has room for; then measure one model after the other."""
         import ray
 
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
         ours = not ray.is_initialized()
         if ours:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)

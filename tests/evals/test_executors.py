@@ -72,7 +72,7 @@ class InTurn:
         here, worked = str(Path.cwd()), Worked()
         for point in points:
             worked.answered.update(cluster._answer(config, point, here))
-        worked.pictures, worked.notes = cluster._measure(config, config.models[0], points, worked.answered, here)
+        worked.notes = cluster._measure(config, config.models[0], points, worked.answered, here)
         return worked
 
 
@@ -91,6 +91,8 @@ def test_tasks_of_single_points_answer_as_one_process(tmp_path, tiny_folder, tin
 @pytest.fixture
 def two_cores():
     """Two cores of this machine."""
+    for name, value in cluster.SETTINGS.items():
+        os.environ.setdefault(name, value)
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield

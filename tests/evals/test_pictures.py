@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from tokenprune.evals.config import Overlays, RunConfig
 from tokenprune.evals.pictures import read_pictures, save_pictures
 from tokenprune.evals.tasks import load_task
 
@@ -16,11 +17,14 @@ def test_a_picture_that_cannot_be_made_is_a_note(tiny, tiny_task, tmp_path):
             raise OSError("cannot identify image file")
         return task.load(start, stop)
 
-    notes = save_pictures(tiny, dataclasses.replace(task, load=load), "toy", 3, 12, tmp_path)
+    def wanting(samples):
+        return RunConfig("r", "m", ["t"], ["none"], limit=12, output=str(tmp_path), overlays=Overlays(samples=samples))
+
+    notes = save_pictures(tiny, dataclasses.replace(task, load=load), "toy", wanting(3))
     assert notes == ["Sample 1 of toy has no picture: OSError: cannot identify image file"]
     assert [entry["sample_id"] for entry in read_pictures(tmp_path)] == ["s0", "s2"]
-    save_pictures(tiny, task, "other", 1, 12, tmp_path)
-    save_pictures(tiny, task, "toy", 2, 12, tmp_path)  # a run that goes on writes its entries anew
+    save_pictures(tiny, task, "other", wanting(1))
+    save_pictures(tiny, task, "toy", wanting(2))  # a run that goes on writes its entries anew
     found = [(entry["task"], entry["sample_id"]) for entry in read_pictures(tmp_path)]
     assert sorted(found) == [("other", "s0"), ("toy", "s0"), ("toy", "s1")]
     assert all((tmp_path / "pictures" / view["file"]).is_file() for e in read_pictures(tmp_path) for view in e["views"])

@@ -84,13 +84,14 @@ def test_report_is_one_file_without_a_network(finished):
     assert page.count("data:image/jpeg;base64,") == 3  # a picture is there once, however many methods are drawn over it
     drawn = json.loads((folder / "pictures" / "index.json").read_text())
     assert [entry["sample_id"] for entry in drawn] == ["s0", "s1", "s2"]
-    assert drawn[0]["views"][0] | {"file": ""} == {"file": "", "rows": 6, "cols": 6, "start": 0, "kind": "image"}
+    assert drawn[0]["views"][0] | {"file": ""} == {"file": "", "rows": 6, "cols": 6, "start": 0, "kind": "image",
+                                                "visual": 0}  # fmt: skip
 
 
 def test_a_second_run_asks_nothing_again(finished, monkeypatch):
     done, folder = finished
     before = (folder / "samples.jsonl").read_bytes()
-    monkeypatch.setattr("tokenprune.evals.runner.answer_batch", None)
+    monkeypatch.setattr("tokenprune.evals.answering.answer_batch", None)
     again = run(done.config, QUIET)
     assert (folder / "samples.jsonl").read_bytes() == before
     assert [r["overall"] for r in again.records] == [r["overall"] for r in done.records]
