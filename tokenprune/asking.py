@@ -148,7 +148,7 @@ class RowChooser:
                 features=lambda: hidden[span.sample, places],
                 signal=signal,
                 key=lambda: recording.pixel_key(row) + (span.image * 0x9E3779B1 + begin),
-                hint=lambda name: self._hint(name, row),
+                hint=lambda name: self._hint(name, prompt.place_of(index)),
                 carry={name: values[begin : begin + count] for name, values in alive.carry.items()},
             )
 

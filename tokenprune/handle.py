@@ -55,7 +55,7 @@ class Handle:
         self._ledger.undo()
 
     def set_hints(self, **hints: list[Any]) -> None:
-        """Tell the method what it cannot see, one value per image in batch order; holds until set again.
+        """Tell the method what it cannot see, one value per image or video in batch order; holds until set again.
 
         Args:
             hints: for example `boxes=[...]` for the oracle of the pocket suite.

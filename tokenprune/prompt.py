@@ -103,6 +103,13 @@ class Prompt:
             counts[span.sample] = end - 1 - int(span.places[-1]) - self.drafted
         return counts
 
+    def place_of(self, index: int) -> int:
+        """Which visual of the batch, as the caller handed them in, span `index` shows: beams show the same ones again,
+        and a recording counts pictures and videos apart."""
+        seen = dict.fromkeys((id(recording), row) for recording, row in self.sources)
+        recording, row = self.sources[index]
+        return list(seen).index((id(recording), row))
+
     def text_before_visual(self) -> bool:
         """Whether some visual token of a row comes after text that follows another one."""
         reach: dict[int, tuple[int, int]] = {}  # by row: where its first visual starts, and visual tokens from there

@@ -4,6 +4,7 @@ import pytest
 import torch
 from _views import make_view, random_boxes
 
+import tokenprune
 from tokenprune.methods.oracle import Oracle, coverage, keep_covered
 from tokenprune.methods.uniform import spread
 
@@ -98,3 +99,21 @@ def test_missing_hints_are_refused() -> None:
     for hints in ({}, {"boxes": [[]]}):
         with pytest.raises(ValueError, match="3 images"):
             Oracle().select(dataclasses.replace(view, hints=hints))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_pictures_and_videos_of_a_batch_get_their_own_boxes(name):
+    """Pictures and videos go through the tower apart; the boxes come in the order of the batch."""
+    from _families import SAMPLES, batch_of, family
+
+    model, batch = family(name), batch_of(name, "mixed_left")
+    sizes = [visual[-2:] for prompt in SAMPLES[name]["mixed"] for visual in prompt]
+    corners = [(0.0, 0.0), (0.75, 0.75), (0.0, 0.75), (0.75, 0.0)]
+    boxes = [[[x + 0.01, y + 0.01, x + 0.2, y + 0.2]] for x, y in corners[: len(sizes)]]
+    with tokenprune.applied(model, "oracle@0.3") as handle, torch.no_grad():
+        handle.set_hints(boxes=boxes)
+        model(**batch)
+        kept = [indices for prompt in handle.kept for indices in prompt]
+    for (rows, cols), own, indices in zip(sizes, boxes, kept, strict=True):
+        touched = coverage(own[0:1], (rows, cols)).nonzero().squeeze(1)
+        assert set(touched.tolist()) <= set((indices[indices < rows * cols]).tolist())

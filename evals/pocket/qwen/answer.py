@@ -63,6 +63,11 @@ class Batch:
         turns = [_questions(clip, mix, rng) for clip in clipped]
         images = [np.stack([scene.image for scene in clip.frames]) for clip in clipped]
         shown: list[Scene | None] = [_paths(clip) for clip in clipped]
+        if dropped and stage.thin and not self.moving:
+            most = rng.choice((1, 2, 2, 3, 4, 6))
+            for i, scene in enumerate(shown):
+                if scene is not None:
+                    shown[i], turns[i] = _thinned(scene, turns[i], most, rng)
         for _ in range(easy):
             extra, i = easy_split("train"), rng.randrange(len(easy_split("train").images))
             picture = extra.image(i, max(pixels))[: pixels[1], : pixels[0]]
@@ -137,6 +142,22 @@ def _paths(clip: Clip) -> Scene:
         box = tuple(f(x, y) for f, x, y in zip((min, min, max, max), a.box, b.box))
         things.append(Thing(a.shape, a.colour, box))
     return replace(first, things=things)
+
+
+def _thinned(scene: Scene, questions: list[Question], most: int, rng: random.Random) -> tuple[Scene, list[Question]]:
+    """The scene with ``most`` of its things and signs, what one of the questions needs among them, and the questions
+    that these suffice for; or both as they were, where every question needs more."""
+    few = [question for question in questions if len(question.boxes) <= most]
+    if not few:
+        return scene, questions
+    every = [thing.box for thing in scene.things] + ([scene.sign_box] if scene.sign_box else [])
+    kept = {tuple(map(int, box)) for box in rng.choice(few).boxes}
+    for box in rng.sample(every, len(every)):
+        if len(kept) < most:
+            kept.add(tuple(box))
+    things = [thing for thing in scene.things if thing.box in kept]
+    left = [question for question in few if all(tuple(map(int, box)) in kept for box in question.boxes)]
+    return replace(scene, things=things, sign_box=scene.sign_box if scene.sign_box in kept else None), left
 
 
 def forward(

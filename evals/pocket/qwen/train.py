@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tokenprune.evals.pocket import train as llava
 from tokenprune.evals.pocket.qwen import answer, see
@@ -34,10 +35,11 @@ class Stage:
     easy-VQA pictures a batch in stage V, their share in the others; ``objects``: things a scene, from - to; ``sizes``,
     ``clip_sizes``: columns and rows of tokens; ``grids``: pairs of frames a clip; ``tokens``: visual tokens a batch;
     ``drop``, ``drop_end``: share of batches in which background tokens are dropped before the decoder, at the first and
-    the last step; ``mix``: questions a picture; ``weight``: of an answer, where few of its family are asked; ``fit``:
-    weight of the teacher's tokens, in stages J of its hidden states; ``see``: weight of the heads of stage V; ``sign``:
-    of the head on the sign's symbols among them; ``tower_lr``: rate of the tower as a part of ``lr``; ``every``: steps
-    from one line of the log to the next; ``after``: the stage whose weights it starts from.
+    the last step; ``thin``: most things with it, and the questions about them; ``mix``: questions a picture;
+    ``weight``: of an answer, where few of its family are asked; ``fit``: weight of the teacher's tokens, in stages J of
+    its hidden states; ``see``: weight of the heads of stage V; ``sign``: of the head on the sign's symbols among them;
+    ``tower_lr``: rate of the tower as a part of ``lr``; ``every``: steps from one line of the log to the next;
+    ``after``: the stage whose weights it starts from.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Stage:
     tokens: int = 1152
     drop: float = 0.0
     drop_end: float = 0.0
+    thin: bool = False
     mix: dict[str, int] = field(default_factory=lambda: dict(_MIX))
     weight: dict[str, float] = field(default_factory=lambda: {"read": 3.0, "global": 3.0, "video": 2.0})
     fit: float = 0.0
@@ -85,6 +88,15 @@ STAGES = {
         grids=(2, 2, 4), clips=0.2, drop=0.4, drop_end=0.4, fit=0.25, see=0.1, after="VS",
         weight={"read": 4.0, "global": 2.0, "video": 2.0},
     ),
+    "VS2": Stage(
+        "VS2", steps=180, lr=1.2e-3, seed=350_000_000, objects=(1, 3), sizes=((6, 4), (5, 4), (6, 5), (12, 12)),
+        clips=0.15, fit=3.0, sign=3.0, after="J2",
+    ),
+    "J3": Stage(
+        "J3", steps=200, lr=3e-4, seed=360_000_000, easy=0.15, sizes=_MORE, clip_sizes=((8, 8), (10, 8), (10, 10)),
+        grids=(2, 2, 4), clips=0.2, drop=0.6, drop_end=0.6, thin=True, fit=0.25, see=0.1, after="VS2",
+        weight={"read": 4.0, "count": 1.5, "global": 2.0, "video": 2.0},
+    ),
 }  # fmt: skip
 
 
@@ -110,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the log")
     parser.add_argument("--stages", default=",".join(STAGES), help="which stages, in order")
+    parser.add_argument("--start", type=Path, help="exported weights that the first of the stages starts from")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -119,8 +132,13 @@ def main() -> None:
     torch.manual_seed(args.seed)
     teacher, model = load_teacher(), build_qwen()
     transfer(model, teacher)
-    for name in args.stages.split(","):
+    for i, name in enumerate(args.stages.split(",")):
         stage, module = STAGES[name], see if name.startswith("V") else answer
+        if args.start and i == 0:
+            stage = replace(stage, after="START")
+            exported = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.start, dtype="float32")
+            state = {"stage": "START", "step": 0, "model": exported.state_dict()}
+            torch.save(state, args.out / "stage_START.pt")
         module.train(stage, args.out, args.resume, sys.modules[__name__], model, teacher)
 
 
