@@ -36,7 +36,8 @@ test: lint
 
 # lmms-eval brings torchvision, which does not load beside a torch built for CPUs only; transformers does without it.
 test-lmms: $(STAMP)
-	$(BIN)/python -m pip install -q -c constraints.txt 'lmms-eval>=0.7.3'
+	grep -E '^(torch|transformers|numpy|datasets)==' constraints.txt > $(VENV)/lmms-constraints.txt
+	$(BIN)/python -m pip install -q -c $(VENV)/lmms-constraints.txt 'lmms-eval>=0.7.3'
 	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/python -m pip uninstall -q -y torchvision
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/evals/test_lmms.py tests/evals/test_lmms_eval.py
 
