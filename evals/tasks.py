@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 
 # Kept here beside evals.pocket so that `tokenprune ls tasks` imports no torch.
 POCKET_FAMILIES = ("exist", "attribute", "count", "relation", "read", "global", "easy_vqa")
-_SUITES = {"pocket": POCKET_FAMILIES, "pocket-mixed": (*POCKET_FAMILIES, "video")}
+SUITES = {"pocket": POCKET_FAMILIES, "pocket-mixed": (*POCKET_FAMILIES, "video")}
 _FILES = {"pocket": "test.parquet", "pocket-mixed": "test_mixed.parquet"}
 LMMS = "lmms:"  # what names of lmms-eval's tasks begin with
-POCKET_FRAME = 336  # pixels: side of the square in which the pocket suite gives its boxes
 
 
 @dataclass
@@ -108,7 +107,7 @@ def drawn_samples(task: Task, wanted: int, limit: int | None) -> list[int]:
 
 def task_names() -> list[str]:
     """Names of the built-in tasks; imports nothing heavy."""
-    return [name for suite, families in _SUITES.items() for name in (suite, *(f"{suite}:{f}" for f in families))]
+    return [name for suite, families in SUITES.items() for name in (suite, *(f"{suite}:{f}" for f in families))]
 
 
 def default_task(model: str) -> str:
@@ -148,7 +147,9 @@ def load_task(name: str) -> Task:
         from tokenprune.evals.lmms.tasks import load_lmms_task
 
         return cast(Task, load_lmms_task(name))
-    return _mixed_task(name) if name.startswith("pocket-mixed") else _pocket_task(name)
+    from tokenprune.evals.pocket.tasks import pocket_task
+
+    return cast(Task, pocket_task(name))
 
 
 def cut_short(names: list[str], limit: int | None) -> bool:
@@ -189,54 +190,3 @@ def task_needs(name: str) -> list[str]:
         data = str(read_spec(Path(name))["data"])
         return [] if (Path(name).parent / data).is_file() else [f"hub data {data}"]
     return []
-
-
-def _pocket_task(name: str) -> Task:
-    from tokenprune.evals.pocket import suite
-
-    data: Any = suite.load("test")
-    family = name.partition(":")[2]
-    if family:
-        data = data.select([i for i, value in enumerate(data["family"]) if value == family])
-
-    def load(start: int, stop: int) -> Iterator[Sample]:
-        for row in data.select(range(start, stop)):
-            yield Sample(
-                sample_id=str(row["sample_id"]),
-                family=row["family"],
-                question=row["question"],
-                answer=row["answer"],
-                image=row["image"],
-                boxes=[[value / POCKET_FRAME for value in box] for box in row["boxes"]],
-            )
-
-    def score(prediction: str, answer: Any) -> float:
-        return float(suite.answer_matches(prediction, answer))
-
-    families = (family,) if family else POCKET_FAMILIES
-    return Task(name, len(data), load, score, max_new_tokens=8, families=families, has_boxes=True)
-
-
-def _mixed_task(name: str) -> Task:
-    from tokenprune.evals.pocket import suite
-    from tokenprune.evals.pocket.qwen import suite as mixed
-
-    family = name.partition(":")[2]
-    rows = [row for row in mixed.load_rows() if family in ("", row["family"])]
-
-    def load(start: int, stop: int) -> Iterator[Sample]:
-        for row in rows[start:stop]:
-            yield Sample(
-                sample_id=row["sample_id"],
-                family=row["family"],
-                question=row["question"],
-                answer=row["answer"],
-                image=mixed.decode(row["image"]),
-                boxes=row["boxes"],
-            )
-
-    def score(prediction: str, answer: Any) -> float:
-        return float(suite.answer_matches(prediction, answer))
-
-    families = (family,) if family else _SUITES["pocket-mixed"]
-    return Task(name, len(rows), load, score, max_new_tokens=8, families=families, has_boxes=True)

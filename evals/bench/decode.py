@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -43,14 +44,14 @@ def measure(model: str, method: str, steps: int, samples: int) -> dict[str, floa
     return {**found, "ratio": statistics.median(ratios)}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="pocket-llava", help="pocket name, folder or hub id (%(default)s)")
     parser.add_argument("--method", default="var(channels=[47, 75, 250], tau=4.8)", help="what to apply (%(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="decode steps per prompt (%(default)s)")
     parser.add_argument("--samples", type=int, default=3, help="prompts (%(default)s)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     found = measure(options.model, options.method, options.steps, options.samples)
     print(f"stock {found['stock'] * 1e3:.2f} ms, changed {found['changed'] * 1e3:.2f} ms, ratio {found['ratio']:.3f}")
 

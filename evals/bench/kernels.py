@@ -11,19 +11,18 @@ disagrees with the reference says so in `error`, and its times mean nothing.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenprune.evals.config import RunConfig
-from tokenprune.evals.results import provenance
+from tokenprune.evals.bench.table import Table
 from tokenprune.kernels import (
     attention_received,
     attention_rows,
@@ -39,7 +38,7 @@ from tokenprune.kernels._triton import runs_triton
 COLUMNS = (
     "op", "tokens", "width", "batch", "keep", "dtype", "kernel_ms", "reference_ms", "floor_ms", "to_reference",
     "to_floor", "bound_by", "kernel_q25_ms", "kernel_q75_ms", "error", "gbytes", "gflops", "bandwidth_gb_s",
-    "matrix_tflop_s", "rounds", "cpu", "gpu", "threads", "torch", "triton", "commit", "date",
+    "matrix_tflop_s", "rounds",
 )  # fmt: skip
 
 _HEAD = 64  # width of an attention head; a width of 4096 has 64 of them
@@ -184,8 +183,8 @@ def hardware(device: torch.device, dtype: torch.dtype, size: int) -> tuple[float
     target = torch.empty_like(source)
     left = torch.randn(size, size, device=device).to(dtype)
     copied = min(_seconds(lambda: target.copy_(source), device) for _ in range(8))
-    product = min(_seconds(lambda: left @ left, device) for _ in range(8))
-    return 2 * source.numel() / copied, 2 * size**3 / product
+    multiplied = min(_seconds(lambda: left @ left, device) for _ in range(8))
+    return 2 * source.numel() / copied, 2 * size**3 / multiplied
 
 
 def _error(found: Any, expected: Any) -> float:
@@ -247,7 +246,7 @@ def _numbers(parser: argparse.ArgumentParser, name: str, default: Sequence[int],
     parser.add_argument(name, nargs="*", type=int, default=list(default), help=f"{help} (%(default)s)")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure and write the CSV."""
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -260,42 +259,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (%(default)s)")
     parser.add_argument("--gib", type=float, default=24.0 if on_gpu else 1.0, help="largest call (%(default)s GiB)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/kernels.csv"), help="%(default)s")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     device, dtype = torch.device("cuda" if on_gpu else "cpu"), getattr(torch, options.dtype)
     speeds = hardware(device, dtype, 8192 if on_gpu else 512)
-    origin = provenance(RunConfig(name="kernels", model="", tasks=[], methods=[], keep=[]))
-    where = {
-        "bandwidth_gb_s": speeds[0] / 1e9,
-        "matrix_tflop_s": speeds[1] / 1e12,
-        "cpu": origin["hardware"]["cpu"],
-        "gpu": origin["hardware"]["gpu"] or "",
-        "threads": origin["hardware"]["threads"],
-        "torch": torch.__version__,
-        "triton": origin["versions"].get("triton", ""),
-        "commit": origin["commit"] or "",
-        "date": origin["date"],
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="", encoding="utf-8") as stream:
-        writer: csv.DictWriter[str] = csv.DictWriter(stream, COLUMNS)
-        writer.writeheader()
-        for op in options.ops:
-            widths = [1] if op == "segmented_topk" else options.widths
-            for tokens, width, batch in ((n, d, b) for n in options.tokens for d in widths for b in options.batch):
-                shape = Shape(tokens, width, batch, min(options.keep, tokens), dtype, device)
-                found = measure(op, shape, speeds, options.rounds, int(options.gib * 2**30))
-                if found is None:
-                    print(f"{op:>32} N={tokens} D={width} B={batch}: too large, left out", flush=True)
-                    continue
-                row = {"op": op, "tokens": tokens, "width": width, "batch": batch, "keep": shape.keep}
-                row |= {"dtype": options.dtype, **found, **where}
-                writer.writerow({key: f"{v:.5g}" if isinstance(v, float) else v for key, v in row.items()})
-                stream.flush()
-                print(
-                    f"{op:>32} N={tokens} D={width} B={batch}: kernel {found['kernel_ms']}, reference "
-                    f"{found['reference_ms']}, floor {found['floor_ms']:.4g} ms",
-                    flush=True,
-                )
+    measured = {"bandwidth_gb_s": speeds[0] / 1e9, "matrix_tflop_s": speeds[1] / 1e12}
+    table = Table(options.out, COLUMNS)
+    for op in options.ops:
+        widths = [1] if op == "segmented_topk" else options.widths
+        for tokens, width, batch in product(options.tokens, widths, options.batch):
+            shape = Shape(tokens, width, batch, min(options.keep, tokens), dtype, device)
+            found = measure(op, shape, speeds, options.rounds, int(options.gib * 2**30))
+            if found is None:
+                print(f"{op:>32} N={tokens} D={width} B={batch}: too large, left out", flush=True)
+                continue
+            row = {"op": op, "tokens": tokens, "width": width, "batch": batch, "keep": shape.keep}
+            table.add(row | {"dtype": options.dtype} | found | measured)
+            print(
+                f"{op:>32} N={tokens} D={width} B={batch}: kernel {found['kernel_ms']}, reference "
+                f"{found['reference_ms']}, floor {found['floor_ms']:.4g} ms",
+                flush=True,
+            )
     print(f"written: {options.out}")
 
 

@@ -7,7 +7,7 @@ import csv
 import pytest
 import torch
 
-from tokenprune.evals.bench import end_to_end, growth
+from tokenprune.evals.bench import decode, end_to_end, growth, kernels, prefill
 from tokenprune.evals.bench.sizes import SizedModel, build, find_size
 from tokenprune.evals.timing import ideal_prefill
 from tokenprune.registry import UnknownName
@@ -107,3 +107,39 @@ def test_growth_goes_over_pictures_and_frames(tmp_path):
         ("0", "2", "none", "16", ""), ("0", "2", "uniform", "16", "4"),
         ("0", "8", "none", "64", ""), ("0", "8", "uniform", "64", "16"),
     ]  # fmt: skip
+
+
+@pytest.mark.pocket
+def test_prefill_writes_what_the_timing_measured(tmp_path):
+    out = tmp_path / "prefill.csv"
+    prefill.main(
+        ["--methods", "random", "--keep", "64", "0.5", "--repeats", "1", "--samples", "1", "--output", str(out)]
+    )
+    rows = _rows(out)
+    assert [(row["method"], row["keep"]) for row in rows] == [("random", "64"), ("random", "0.5")]
+    # keys and values in fp32 of every layer: 512 tokens fewer at 64, 288 at one half
+    saved = [float(row["kv_bytes_unpruned"]) - float(row["kv_bytes"]) for row in rows]
+    assert saved[0] / 512 == pytest.approx(saved[1] / 288, rel=1e-3)
+    for row in rows:
+        assert float(row["to_ideal"]) == pytest.approx(float(row["pruned_ms"]) / float(row["ideal_ms"]), rel=1e-3)
+
+
+def test_kernels_are_held_against_the_floor(tmp_path):
+    out = tmp_path / "kernels.csv"
+    kernels.main(
+        ["--tokens", "63", "--widths", "64", "--batch", "2", "--keep", "9", "--rounds", "1", "--out", str(out)]
+    )
+    rows = {row["op"]: row for row in _rows(out)}
+    assert list(rows) == list(kernels.CALLS)
+    assert all(float(row["reference_ms"]) > 0 for row in rows.values())
+    # one product of all pairs; nine rows of 64 fp32, their places and flags, read and written, and the index read
+    assert float(rows["greedy_diversity"]["gflops"]) == pytest.approx(2 * 2 * 63**2 * 64 / 1e9, rel=1e-3)
+    moved = 2 * 9 * (2 * (64 * 4 + 8 + 1) + 8)
+    assert float(rows["compact_rows"]["gbytes"]) == pytest.approx(moved / 1e9, rel=1e-3)
+
+
+@pytest.mark.pocket
+def test_decode_says_what_was_applied(capsys):
+    decode.main(["--steps", "2", "--samples", "1"])
+    said = capsys.readouterr().out
+    assert "var" in said and "ratio" in said

@@ -97,6 +97,15 @@ STAGES = {
         grids=(2, 2, 4), clips=0.2, drop=0.6, drop_end=0.6, thin=True, fit=0.25, see=0.1, after="VS2",
         weight={"read": 4.0, "count": 1.5, "global": 2.0, "video": 2.0},
     ),
+    "VS3": Stage(
+        "VS3", steps=500, lr=1.5e-3, seed=370_000_000, objects=(1, 3),
+        sizes=((6, 4), (5, 4), (6, 5), (6, 4), (5, 4), (12, 12)), clips=0.12, fit=3.0, sign=5.0, after="J3",
+    ),
+    "J4": Stage(
+        "J4", steps=320, lr=3e-4, seed=380_000_000, easy=0.15, sizes=_MORE, clip_sizes=((8, 8), (10, 8), (10, 10)),
+        grids=(2, 2, 4), clips=0.15, drop=0.5, drop_end=0.5, thin=True, fit=0.25, see=0.1, after="VS3",
+        weight={"read": 5.0, "count": 1.5, "global": 2.0, "video": 2.0},
+    ),
 }  # fmt: skip
 
 
