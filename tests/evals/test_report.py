@@ -171,3 +171,33 @@ def test_kinds_of_methods():
     assert [kind_of(name) for name in ("none", "random", "downsample", "oracle", "holov", "vtc_cls+var")] == [
         "unpruned", "control", "control", "bound", "method", "method",
     ]  # fmt: skip
+
+
+def test_the_leaderboard_as_markdown_says_what_the_records_say(folder, tmp_path, capsys):
+    path = tmp_path / "board.md"
+    assert main(["report", str(folder), "--output", str(path)]) == 0
+    assert capsys.readouterr().out.strip() == str(path)
+    text = path.read_text()
+    assert max(map(len, text.split("\n\n")[-1].splitlines())) <= 120
+    records = [record for record in read_run(folder).records if record["keep"] is not None]
+    tables = re.findall(r"^\| (?!method)(.+) \|$", text, re.MULTILINE)
+    assert len(tables) == len(records) == 12
+    order = sorted(records, key=lambda r: (-r["keep"], -r["overall"]["accuracy"]))
+    for line, record in zip(tables, order, strict=True):
+        cells = [cell.strip() for cell in line.split(" | ")]
+        assert cells[0].strip("*") == record["series"]
+        assert (cells[0][0] == "*") == (kind_of(record["method"]) == "control")
+        assert cells[1].startswith(f"{100 * record['overall']['accuracy']:.1f} (")
+        assert (cells[2] == "") == (record["method"] == "random")
+
+
+def test_markdown_sorts_methods_by_what_the_interval_to_random_says(folder, tmp_path):
+    path = tmp_path / "board.md"
+    main(["report", str(folder), "--output", str(path)])
+    found = dict(re.findall(r"^- (Better than|Not told apart from|Worse than) random: (.*)\.$", path.read_text(), re.M))
+    at = [r for r in read_run(folder).records if r["keep"] == 64 and kind_of(r["method"]) == "method"]
+    better = {r["series"] for r in at if r["overall"]["vs_random_low"] > 0}
+    worse = {r["series"] for r in at if r["overall"]["vs_random_high"] < 0}
+    assert better, "else this shows nothing"
+    assert set(found["Better than"].split(", ")) == better
+    assert set(found["Worse than"].split(", ")) == (worse or {"none"})

@@ -14,7 +14,11 @@ def add(commands: argparse._SubParsersAction) -> None:
         "comparison is made anew over the samples that both sides answered. Loads no model and no data.",
     )
     report.add_argument("runs", nargs="+", metavar="FOLDER", help="folder of a finished run, such as runs/demo")
-    report.add_argument("--output", help="where the page goes; report.html in the folder of the first run by default")
+    report.add_argument(
+        "--output",
+        help="where it goes; report.html in the folder of the first run by default. A name that ends in .md gets the "
+        "leaderboard as Markdown in place of the page",
+    )
     report.set_defaults(handler=_report)
 
 
@@ -22,6 +26,7 @@ def _report(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from tokenprune.evals.config import refusing
+    from tokenprune.evals.report.markdown import write_markdown
     from tokenprune.evals.report.page import write_report
     from tokenprune.evals.run_folder import read_run
 
@@ -29,6 +34,10 @@ def _report(args: argparse.Namespace) -> int:
         runs = [read_run(folder) for folder in args.runs]
         path = Path(args.output) if args.output else runs[0].folder / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".md":
+            write_markdown(path, runs)
+            print(path)
+            return 0
         write_report(path, runs)
     print(f"{path}  {path.stat().st_size / 1e6:.1f} MB, opens without a network")
     return 0
