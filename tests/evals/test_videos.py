@@ -75,7 +75,8 @@ def test_frames_know_their_times(checkpoint):
     clip = colours(4, (32, 32))
     inputs = loaded.inputs(["who"], [clip])
     assert (inputs["input_ids"] == VIDEO).sum() == inputs["video_grid_thw"].prod() // 4
-    found = loaded.processor.video_processor([clip], video_metadata=[{"fps": FPS, "total_num_frames": 4}])
+    metadata = [{"fps": FPS, "total_num_frames": 4}]
+    found = loaded.processor.video_processor([clip], video_metadata=metadata, return_metadata=True)
     text = loaded.processor.replace_video_token(found, video_idx=0)
     # frames 0 and 1 at two a second lie around 0.25 s, frames 2 and 3 around 1.25 s
     assert text.startswith("<0.2 seconds>") and "<1.2 seconds>" in text
