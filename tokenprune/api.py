@@ -15,7 +15,8 @@ from tokenprune.registry import MODELS, near
 from tokenprune.spec import Spec, parse_method
 from tokenprune.stages import Stage
 
-_applied: weakref.WeakKeyDictionary[Any, Handle] = weakref.WeakKeyDictionary()
+# text, not handles: those hold the model, which would then never be freed
+_applied: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 def adapter_for(model: Any) -> Adapter:
@@ -73,7 +74,7 @@ def apply(
     """
     present = _applied.get(model)
     if present is not None:
-        raise ValueError(f"{present!r} is at work on this model already; call its remove() first.")
+        raise ValueError(f"{present} is at work on this model already; call its remove() first.")
     adapter = adapter_for(model)
     spec = parse_method(method, keep, average, **options)
     stages = plan_for(adapter, spec)
@@ -90,8 +91,12 @@ def apply(
         ledger.undo()
         raise
     handle = Handle(model, engine, ledger, spec.label)
-    _applied[model] = handle
-    ledger.add(lambda: _applied.pop(model, None) and None)
+    _applied[model] = repr(handle)
+
+    def forget() -> None:
+        _applied.pop(model, None)
+
+    ledger.add(forget)
     return handle
 
 

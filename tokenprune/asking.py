@@ -103,8 +103,14 @@ class RowChooser:
                 left = ~left.index_fill(0, open_to, True)
             chosen = open_to if answer is None else open_to[answer.indices.to(open_to.device)]
             kept = left.index_fill(0, chosen, True).nonzero()[:, 0]
+            given = {} if answer is None else answer.carry
+            # tokens that were not ranked get zeros
+            wide = {name: v.new_zeros(alive.count).index_copy(0, open_to.to(v.device), v) for name, v in given.items()}
+            carry = {**alive.carry, **wide}
             if kept.shape[0] < alive.count:
-                cutter.keep(index, kept, {})
+                cutter.keep(index, kept, carry)
+            else:
+                alive.carry = carry
         return hidden
 
     def _ask(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -102,8 +103,9 @@ class Attending:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         self._interfaces, name = ALL_ATTENTION_FUNCTIONS, f"tokenprune_{id(self):x}"
-        ALL_ATTENTION_FUNCTIONS[name] = opaque(self._attention)
+        ALL_ATTENTION_FUNCTIONS[name] = opaque(_weakly(self))
         ledger.add(lambda: ALL_ATTENTION_FUNCTIONS.pop(name) and None)
+        weakref.finalize(self, ALL_ATTENTION_FUNCTIONS.pop, name, None)
         for module, layer in self._places.items():
             eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
             if eager is None or not hasattr(module, "config"):
@@ -132,6 +134,14 @@ class Attending:
         """
         if not self:
             return
+        for layer in self.layers:
+            block = self.adapter.layers[layer]
+            if block.training and getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled():
+                raise ValueError(
+                    f"{self.interventions[self.layers[layer]].name} acts in decoder layer {layer}, which gradient "
+                    "checkpointing runs a second time, after the prompt is forgotten. Switch gradient checkpointing "
+                    "off, or remove the intervention for training."
+                )
         batch_size, length, _ = embeds.shape
         attended = None
         if isinstance(mask, Tensor) and mask.dim() == 2 and length > 1:
@@ -307,6 +317,19 @@ class Attending:
         kept = _take(output, rows, 1)
         changed = torch.where((real & applies)[..., None, None], changed, kept)
         return _put(output, rows, real, changed), None
+
+
+def _weakly(attending: Attending) -> Callable[..., tuple[Tensor, Any]]:
+    """Its attention function, which a table of transformers can hold without holding the model."""
+    found = weakref.ref(attending)
+
+    def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        owner = found()
+        if owner is None:
+            raise RuntimeError("An attention module of a model that is gone was called; load the model anew.")
+        return owner._attention(*args, **kwargs)
+
+    return attention
 
 
 def _picture_keys(prompt: Prompt | None, batch_size: int) -> Tensor:

@@ -81,8 +81,8 @@ class View:
             raise KeyError(f"{name} of block {layer} was not recorded; signals() asked for {asked}.") from None
 
     def keys(self) -> Tensor:
-        """`[M]` int64, one number per image that depends on its pixels, its prompt and its place among the prompt's
-        images, and not on the batch it came in: what a random method derives its seed from."""
+        """`[M]` int64, one number per image that depends on its pixels and on its place among the prompt's images,
+        and not on the prompt's words or the batch it came in: what a random method derives its seed from."""
         if self.make_keys is None:
             raise ValueError("This view carries no keys.")
         return self.make_keys()
@@ -117,6 +117,8 @@ class Pruner:
     adaptive: ClassVar[bool] = False
     """Whether the method itself decides how many stay: it is then asked also where the budget would keep all."""
     text_aware: ClassVar[bool] = False
+    plan_options: ClassVar[tuple[str, ...]] = ()
+    """Options that only `stages` reads: beside a site of the user's own (`at`) they would say nothing."""
     published: ClassVar[str] = ""
     """Paper, arXiv number and official code, for tables."""
     processor_options: ClassVar[Mapping[str, str]] = {}

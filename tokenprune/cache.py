@@ -139,7 +139,22 @@ class PrunedCacheMixin:
 
     tokenprune: PrunedPrompt | None = None
     tokenprune_facts: KeyFacts | None = None
+    tokenprune_served: bool = False
+    """Whether a model that knows of the pruning is at work on it."""
     layers: list[Any]
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock class.
+
+        Raises:
+            RuntimeError: the prompt was pruned, and the model that goes on has no method applied.
+        """
+        if self.tokenprune is not None and not self.tokenprune_served:
+            raise RuntimeError(
+                "This cache holds a pruned prompt, and the model that goes on from it has no method applied, so masks "
+                "and positions would be wrong. Apply the method again, or run the prompt anew."
+            )
+        return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: tokens that the model was given, pruned ones included."""
@@ -200,7 +215,7 @@ class PrunedCacheMixin:
         """Empty the cache; it is an ordinary one again."""
         super().reset()  # type: ignore[misc]
         self.__class__ = type(self).__mro__[2]
-        for name in ("tokenprune", "tokenprune_facts"):
+        for name in ("tokenprune", "tokenprune_facts", "tokenprune_served"):
             vars(self).pop(name, None)
 
 

@@ -92,7 +92,7 @@ def choose(stage: Stage, tower: Tower, asked: Sequence[Asked]) -> tuple[list[Ans
         if item.budget == 0 and not pruner.adaptive:
             answers[index] = Answer(torch.empty(0, dtype=torch.int64), None, {})
             continue
-        shape = tuple(raster.grid for raster in item.rasters)
+        shape = tuple((raster.grid, raster.kind) for raster in item.rasters)
         key = (shape, item.count, item.budget, item.tokens is None, tuple(item.carry))
         groups.setdefault(key, []).append(index)
     flops = 0

@@ -58,6 +58,8 @@ def rotate(values: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 def check_decoder_signal(signal: Signal, site: str, depth: int) -> None:
     """Raise ValueError if a stage at "layer:K" cannot have this signal."""
+    if signal.name in DECODER_SIGNALS and depth < 0:
+        raise ValueError(f"{signal.name} of decoder layers is there at 'layer:K' only, and was asked for at {site!r}.")
     if signal.name in DECODER_SIGNALS and signal.layer not in (depth - 1, depth):
         raise ValueError(
             f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage there reads layers "

@@ -59,7 +59,7 @@ class Engine:
         for stage in stages:
             for signal in stage.signals(adapter.tower):
                 check_decoder_signal(signal, stage.site, stage.depth if stage.place == "layer" else -2)
-        self._tower = TowerWatch(adapter, stages, tuple(dict.fromkeys(signals)), self._hint)
+        self._tower = TowerWatch(adapter, stages, tuple(dict.fromkeys(signals)), self._tower_hint)
         self._read_layers = {signal.layer for signal in signals if signal.name in DECODER_SIGNALS}
         self._transitions = Transitions(adapter, signals, self._now)
         self._drafts = Drafts()
@@ -68,6 +68,9 @@ class Engine:
         self._pass: DecoderPass | None = None
         self._entered: dict[int, LayerInput] = {}
         self._compaction: Compaction | None = None
+        self._served: Any = None
+        self._window = _window(adapter.language_model.config)
+        self._cut_site = next((stage.site for stage in reversed(stages) if stage.place != "layer"), "input")
         self._parameters = list(inspect.signature(adapter.entry.forward).parameters)
 
     def install(self, ledger: Ledger) -> None:
@@ -92,6 +95,7 @@ class Engine:
 
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forget()
+        self._tower.within = True
         self._compaction = None
         call = {**dict(zip(self._parameters, args)), **kwargs}
         encoded = call.get("mm_encoder_outputs") or {}
@@ -126,9 +130,21 @@ class Engine:
             own = mask[:, -layout.length :].cpu()
             prompt.lengths = own.sum(1).tolist()
             prompt.attended = own.to(torch.bool)
+            self._check_attended(layout, prompt.attended)
             # padding on the right shows as a last column that is not all ones
             prompt.pad_left = bool(own[:, -1].bool().all())
         self._prompt = prompt
+
+    @staticmethod
+    def _check_attended(layout: Layout, attended: Tensor) -> None:
+        for span in layout.spans:
+            hidden = int((~attended[span.sample, span.places]).sum())
+            if hidden:
+                raise ValueError(
+                    f"The attention mask hides {hidden} of the {len(span.places)} visual tokens of a picture in row "
+                    f"{span.sample}; a method would choose among tokens that nothing attends to. Mask padding only, or "
+                    "leave the picture out of the prompt."
+                )
 
     @staticmethod
     def _sources(encoded: Any) -> list[tuple[Recording, int]]:
@@ -163,9 +179,18 @@ class Engine:
         if self._prompt is not None:
             self._prompt.sources = []  # pixels and signals; what reports need was written down
         self._prompt, self._pass, self._entered = None, None, {}
+        self._serve(None)
         self._tower.forget()
         self._transitions.forget()
         self.attending.forget()
+
+    def _serve(self, cache: Any) -> None:
+        """Let the pruned `cache` take keys until this is called again."""
+        if self._served is not None:
+            self._served.tokenprune_served = False
+        if cache is not None:
+            cache.tokenprune_served = True
+        self._served = cache
 
     def _now(self) -> tuple[Prompt, Tensor | None] | None:
         return None if self._prompt is None or self._pass is None else (self._prompt, self._pass.attended)
@@ -187,6 +212,8 @@ class Engine:
         if prompt is None and before is None:
             return None
         self._check_mask(mask, past + embeds.shape[1])
+        self._check_window(past + embeds.shape[1])
+        self._serve(None if before is None else cache)
         compaction = None
         if prompt is not None:
             prompt.drafted = self._drafts.proposed(past + embeds.shape[1])
@@ -229,8 +256,17 @@ class Engine:
                 f"{length}. Count every token that the model was given, pruned ones included."
             )
 
+    def _check_window(self, length: int) -> None:
+        if self._window is not None and self.stages and length > self._window:
+            raise ValueError(
+                f"Layers of this decoder see the last {self._window} tokens only, and the prompt with its answer has "
+                f"{length}: where tokens leave, others come into that window that the model would not have seen. Keep "
+                "prompts shorter, or load a model without a sliding window."
+            )
+
     def _after_decoder(self, module: Any, args: Any, output: Any) -> None:
         current, self._pass = self._pass, None
+        self._serve(None)
         cache = getattr(output, "past_key_values", None)
         self.attending.finish(cache)
         if current is None:
@@ -249,8 +285,7 @@ class Engine:
             prompt.flops += recording.selection_flops
             prompt.tower.append(recording.work())
         prompt.place(embeds.device)
-        site = "input" if self._first_cut is None else self._first_cut.site
-        cutter = Cutter(prompt, site, embeds.shape[1])
+        cutter = Cutter(prompt, self._cut_site, embeds.shape[1])
         for index, (recording, row) in enumerate(prompt.sources):
             left = recording.kept[row]
             if left is not None and left.count < prompt.layout.spans[index].num_tokens:
@@ -281,6 +316,21 @@ class Engine:
         if row >= len(values):
             raise ValueError(f"set_hints({name}=...) gave {len(values)} value(s) for {row + 1} images or more.")
         return values[row]
+
+    def _tower_hint(self, name: str, kind: str, place: int, count: int) -> object:
+        """The hint of a visual that the tower counts apart from those of other kinds: number `place` of `count`."""
+        if self._prompt is not None:
+            layout = self._prompt.layout
+            seen = dict.fromkeys((span.visual.kind, order) for span, order in zip(layout.spans, layout.order))
+            return self._hint(name, list(seen).index((kind, place)))
+        given = len(self.hints.get(name, ()))
+        if len(self.adapter.features) > 1 and given not in (0, count):
+            raise ValueError(
+                f"set_hints({name}=...) gave {given} values, and the vision tower runs on {count} visuals of kind "
+                f"{kind!r} before the prompt is known, so it cannot tell whose they are. Put pictures and videos into "
+                "different batches, or cut at 'input'."
+            )
+        return self._hint(name, place)
 
     # --- a decoder layer --------------------------------------------------------------------------------------------
 
@@ -335,3 +385,10 @@ class Engine:
         self.attending.cut(compaction, stage.depth)
         self._compaction = current.compaction
         return compaction.rows(hidden)
+
+
+def _window(config: Any) -> int | None:
+    """How many tokens the layers of a decoder see, where some do not see all."""
+    kinds = getattr(config, "layer_types", None)
+    active = kinds is None or any(kind == "sliding_attention" for kind in kinds)
+    return getattr(config, "sliding_window", None) if active else None

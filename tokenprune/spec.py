@@ -255,7 +255,18 @@ def _read_entry(method: Any, keep: Any, options: Mapping[str, Any]) -> tuple[Ent
     if budget is not None:
         budget = Budget(budget).keep
     check_site(pruner.site if site is None else site, numbered=site is not None)
+    if site is not None:
+        _check_beside_site(pruner, site)
     return Entry(pruner, budget, site), average
+
+
+def _check_beside_site(pruner: Pruner, site: str) -> None:
+    for field in dataclasses.fields(pruner):
+        if field.name in pruner.plan_options and getattr(pruner, field.name) != field.default:
+            raise ValueError(
+                f"{field.name}={getattr(pruner, field.name)} of {pruner.name} says where it cuts by itself, and has no "
+                f"meaning beside at={site!r}; give one of the two."
+            )
 
 
 def _read_intervention(method: Any, budget: Any, site: Any, options: Mapping[str, Any]) -> Intervention:

@@ -25,7 +25,7 @@ from tokenprune.signals import PIXEL_SIGNALS, VISION_SIGNALS, Signal
 from tokenprune.stages import Stage
 from tokenprune.vision_signals import grey_entropy, grey_levels, vision_signal
 
-Hints = Callable[[str, int], object]
+Hints = Callable[[str, str, int, int], object]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -36,10 +36,14 @@ class TowerRun:
     """One run of the tower over the visuals of one kind.
 
     Pictures are the crops of all visuals in tower order. `alive[p]` says which cells of picture p are left.
+
+    Args:
+        kind: of the visuals.
     """
 
-    def __init__(self, recording: Recording, owner: TowerWatch) -> None:
-        self.recording, self._owner = recording, owner
+    def __init__(self, recording: Recording, owner: TowerWatch, kind: str) -> None:
+        self.recording, self._owner, self._kind = recording, owner, kind
+        self._spread: list[Tensor] = []
         self.grids = [grid for visual in recording.visuals for grid in visual.tower_grids]
         self.visual_of = [v for v, visual in enumerate(recording.visuals) for _ in visual.tower_grids]
         self.counts = [rows * cols for rows, cols in self.grids]
@@ -49,6 +53,16 @@ class TowerRun:
         self.run: Any = None
         self.patches: list[list[int]] = []
         self.first_short = 0
+
+    def shrink(self, grids: Sequence[tuple[int, int]], places: list[Tensor]) -> None:
+        """Pictures are run at the smaller `grids`, one for each visual.
+
+        Args:
+            places: for each visual where its cells, of all of its pictures, stand among those of the larger grids.
+        """
+        self.grids = [grids[visual] for visual in self.visual_of]
+        self.counts = [rows * cols for rows, cols in self.grids]
+        self._spread = places
 
     def groups(self) -> dict[int, list[int]]:
         """Pictures by the number of cells they have left."""
@@ -113,7 +127,7 @@ class TowerRun:
             features=lambda: vision.states(self.run, args, [picture], count)[0],
             signal=lambda signal: self._signal(signal, picture),
             key=lambda: self.recording.pixel_key(place) + picture - first,
-            hint=lambda name: self._owner.hint(name, place),
+            hint=lambda name: self._owner.hint(name, self._kind, place, len(self.recording.visuals)),
             carry=self.carry[picture],
         )
 
@@ -143,17 +157,24 @@ class TowerRun:
         for picture, visual in enumerate(self.visual_of):
             by_visual[visual].append(picture)
         for signal, values in self.latest.items():
-            full = [self._full(picture, value) for picture, value in enumerate(values)]
-            recording.signals[signal] = [
-                full[pictures[0]] if len(pictures) == 1 else _joined([full[p] for p in pictures])
-                for pictures in by_visual
-            ]
+            # signals of the pixels are those of the picture as it came
+            large = bool(self._spread) and signal.name in PIXEL_SIGNALS
+            full = values if large else [self._full(picture, value) for picture, value in enumerate(values)]
+            joined = [_joined([full[p] for p in pictures]) for pictures in by_visual]
+            recording.signals[signal] = self._spread_out(joined) if self._spread and not large else joined
         if all(alive is None for alive in self.alive):
             return
         recording.patches, recording.first_short = self.patches, self.first_short
         recording.left = self._owner.adapter.vision.computed(self.counts)
         for row, pictures in enumerate(by_visual):
             recording.kept[row] = self._survivors(recording.visuals[row], pictures)
+
+    def _spread_out(self, values: list[Tensor]) -> list[Tensor]:
+        """Values of the cells of smaller grids at their places in the larger ones, zeros elsewhere."""
+        return [
+            value.new_zeros(visual.num_tokens).index_copy(0, index.to(value.device), value)
+            for visual, value, index in zip(self.recording.visuals, values, self._spread)
+        ]
 
     def _full(self, picture: int, value: Tensor) -> Tensor:
         rows, cols = self.grids[picture]
@@ -196,11 +217,12 @@ class TowerWatch:
         self._shrink = next((stage for stage in stages if stage.place == "pixels"), None)
         self._cuts = {stage.depth: stage for stage in stages if stage.place == "vision"}
         self._run: TowerRun | None = None
+        self.within = False  # whether a forward of the model is at work
         self.recordings: dict[str, list[Recording]] = {}
 
     def forget(self) -> None:
         """A new call of the model begins, or one has ended."""
-        self._run, self.recordings = None, {}
+        self._run, self.within, self.recordings = None, False, {}
 
     def install(self, ledger: Ledger) -> None:
         """Place the hooks and wrap the calls; `ledger` takes them away."""
@@ -290,7 +312,7 @@ class TowerWatch:
                     "from several places there (interpolated or pooled). Use a method that cuts at 'input' or at a "
                     "layer."
                 )
-            self._run = TowerRun(recording, self)
+            self._run = TowerRun(recording, self, kind)
             try:
                 for signal in self._signals:
                     if signal.name in PIXEL_SIGNALS:
@@ -304,7 +326,8 @@ class TowerWatch:
             finally:
                 self._run = None
             tag(output, recording)
-            self.recordings.setdefault(kind, []).append(recording)
+            if self.within:
+                self.recordings.setdefault(kind, []).append(recording)
             return output
 
         return opaque(features)
@@ -312,20 +335,21 @@ class TowerWatch:
     def _small(self, kind: str, original: Callable[..., Any], call: dict[str, Any], recording: Recording) -> Any:
         """Run the tower on fewer pixels; its tokens stand at their cells' centres, zeros elsewhere (they leave)."""
         stage = self._shrink
-        if stage is None:
+        if stage is None or self._run is None:
             raise ValueError("No stage acts at 'pixels'.")
         grids = [visual.rasters[0].grid for visual in recording.visuals]
-        small = [stage.pruner.target_grid(grid, stage.budget.tokens(grid[0] * grid[1])) for grid in grids]
+        budgets = [stage.budget.tokens(v.num_tokens) // len(v.rasters) for v in recording.visuals]
+        small = [stage.pruner.target_grid(grid, max(budget, 1)) for grid, budget in zip(grids, budgets)]
         if small == grids:
             return original(**call)
+        places = []
+        for visual, grid, own in zip(recording.visuals, grids, small):
+            step = torch.arange(len(visual.rasters))[:, None] * (grid[0] * grid[1])
+            places.append((step + torch.tensor(grid_places(grid, own))).flatten().to(recording.device))
+        self._run.shrink(small, places)
         output = original(**{**self.adapter.vision.resize(kind, call, small), "return_dict": True})
         recording.shrunk = small
-        places = []
-        for row, (visual, grid, own) in enumerate(zip(recording.visuals, grids, small)):
-            step = torch.arange(len(visual.rasters))[:, None] * (grid[0] * grid[1])
-            index = (step + torch.tensor(grid_places(grid, own))).flatten().to(recording.device)
-            places.append(index)
-            recording.kept[row] = Survivors(index, index.shape[0], {})
+        recording.kept = [Survivors(index, index.shape[0], {}) for index in places]
 
         def expand(features: Sequence[Tensor]) -> list[Tensor]:
             sizes = [visual.num_tokens for visual in recording.visuals]

@@ -111,8 +111,11 @@ class SinkSearch:
         self.prompts = 0
 
     def begin(self, entering: Entering) -> None:
-        """A new batch of prompts."""
-        rows = entering.visual.any(1).nonzero()[:, 0].tolist() if entering.first else []
+        """A new batch of prompts; beams of one prompt count once."""
+        rows: list[int] = []
+        for row in entering.visual.any(1).nonzero()[:, 0].tolist() if entering.first else []:
+            if not any(torch.allclose(entering.hidden[row], entering.hidden[other], rtol=1e-3) for other in rows):
+                rows.append(row)
         self._now = [(self.prompts + number, row) for number, row in enumerate(rows)]
         self.prompts += len(rows)
 

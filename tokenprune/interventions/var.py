@@ -124,7 +124,10 @@ class VAR(Intervention):
         else:
             self._search = SinkSearch()
         if self._share == 0 or self.s_min > 1 or (self.variant == "paper" and self._rho > 1):
+            self._search = None  # off: nothing to discover channels for
             return ()
+        if not layers:
+            self._search = None
         self._start = layers[0] if layers else -1
         return layers
 

@@ -50,6 +50,7 @@ class FastV(Pruner):
     text_aware: ClassVar[bool] = True
     published_positions: ClassVar[str] = "keep"
     published: ClassVar[str] = "arXiv 2403.06764, pkunlp-icler/FastV"
+    plan_options: ClassVar[tuple[str, ...]] = ("layer",)
 
     layer: int = 2
 

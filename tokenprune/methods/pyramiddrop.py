@@ -61,6 +61,7 @@ class PyramidDrop(Pruner):
     default_scope: ClassVar[str] = "visual"
     text_aware: ClassVar[bool] = True
     published: ClassVar[str] = "arXiv 2410.17247, Cooperx521/PyramidDrop"
+    plan_options: ClassVar[tuple[str, ...]] = ("layers",)
 
     layers: tuple[int, ...] | list[int] | None = None
 

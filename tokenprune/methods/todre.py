@@ -24,7 +24,7 @@ Our choices, where the paper is silent:
   "layer:K" with K = floor(7 L / 8) counted from 0. Text is what follows the first visual token of the prompt: what
   stands before it is taken for the system prompt, which the paper leaves out. All text that follows all visual tokens
   makes the second share zero under a causal mask, so that the first one decides alone.
-- Positions at stage 2 stay as they are.
+- Positions at stage 2 stay as they are. With keep=1.0 there is no stage 2, as nothing may leave.
 
 Several crops and the frames of a video are selected jointly, with the pivot from the thumbnail where there is one
 (paper); separators leave with the first cut (our choice).
@@ -68,6 +68,7 @@ class ToDRE(Pruner):
     """
 
     published: ClassVar[str] = "arXiv 2505.18757, no official code"
+    plan_options: ClassVar[tuple[str, ...]] = ("tau", "depth")
     default_scope: ClassVar[str] = "visual"
 
     objective: str = "max_sum"
@@ -95,7 +96,7 @@ class ToDRE(Pruner):
     def stages(self, budget: Budget, depths: Depths) -> tuple[Stage, ...]:
         first = Stage("input", self, budget)
         layer = int(self.depth * depths.decoder)
-        if not self.fade or layer < depths.first_cut:
+        if not self.fade or layer < depths.first_cut or budget.keep == 1.0:
             return (first,)
         return (first, Stage(f"layer:{layer}", Fade(tau=self.tau), Budget(1.0)))
 

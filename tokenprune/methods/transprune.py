@@ -109,6 +109,7 @@ class TransPrune(Pruner):
     adaptive: ClassVar[bool] = True  # a cut that keeps all still adds to the transition
     text_aware: ClassVar[bool] = True
     published: ClassVar[str] = "arXiv 2507.20630, liaolea/TransPrune"
+    plan_options: ClassVar[tuple[str, ...]] = ("schedule",)
 
     schedule: str | tuple[float, ...] | list[float] = "high"
     layers: tuple[int, ...] | list[int] | None = None

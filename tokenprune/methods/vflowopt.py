@@ -50,6 +50,7 @@ from torch import Tensor
 
 from tokenprune.base import Pruner, View
 from tokenprune.budget import Budget
+from tokenprune.kernels.merge import merge
 from tokenprune.layout import Raster
 from tokenprune.registry import register_method
 from tokenprune.search import Choice, Range
@@ -195,6 +196,7 @@ class VFlowOpt(Pruner):
     default_scope: ClassVar[str] = "visual"
     merges: ClassVar[bool] = True
     published: ClassVar[str] = "arXiv 2508.05211, sihany077/VFlowOpt"
+    plan_options: ClassVar[tuple[str, ...]] = ("first", "second")
     processor_options: ClassVar[Mapping[str, str]] = {"mean": "image_mean", "std": "image_std"}
 
     variant: str = "official"
@@ -352,7 +354,7 @@ class VFlowOpt(Pruner):
 
 
 def _means(features: Tensor, weights: Tensor, leaves: Tensor, cells: Tensor, count: int) -> Tensor:
-    """Weighted mean of what leaves, by cell: `[M, count, D]` fp32; of equal weights where a cell has none.
+    """Weighted mean of what leaves, by cell: `[M, count, D]`; of equal weights where a cell has none.
 
     Args:
         features: `[M, N, D]`.
@@ -360,14 +362,7 @@ def _means(features: Tensor, weights: Tensor, leaves: Tensor, cells: Tensor, cou
         leaves: `[M, N]` bool.
         cells: `[M, N]` int64.
     """
-    images, _, width = features.shape
-
-    def total(values: Tensor) -> Tensor:
-        return torch.zeros(images, count, device=values.device).scatter_add(1, cells, values)
-
-    weights = torch.where(total(weights).gather(1, cells) > 0, weights, leaves.float())
-    shares = weights / total(weights).gather(1, cells).clamp_min(torch.finfo(torch.float32).tiny)
-    sums = torch.zeros(images, count, width, device=features.device)
+    of_cell = torch.zeros(features.shape[0], count, device=weights.device).scatter_add(1, cells, weights)
+    weights = torch.where(of_cell.gather(1, cells) > 0, weights, leaves.float())
     # a token that stays may hold anything, so it is left out rather than multiplied by zero
-    parts = torch.where(leaves[..., None], features.float() * shares[..., None], 0)
-    return sums.scatter_add(1, cells[..., None].expand(-1, -1, width), parts)
+    return merge(features, torch.where(leaves, cells, -1), count, weights)

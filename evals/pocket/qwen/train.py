@@ -66,46 +66,54 @@ class Stage:
     after: str = ""
 
 
+# small pictures, most of which is the sign: seven times as many symbols a step
+_SIGNS = ((6, 4), (5, 4), (6, 5), (12, 12))
+_MORE_SIGNS = ((6, 4), (5, 4), (6, 5), (6, 4), (5, 4), (12, 12))
+
+
+def _signs(name: str, after: str, steps: int, lr: float, seed: int, **more: Any) -> Stage:
+    """A stage V that is mostly about symbols."""
+    given = {"objects": (1, 3), "sizes": _SIGNS, "clips": 0.15, "fit": 3.0, "sign": 3.0, **more}
+    return Stage(name, steps=steps, lr=lr, seed=seed, after=after, **given)
+
+
+def _answers(name: str, after: str, steps: int, seed: int, **more: Any) -> Stage:
+    """A stage J on pictures and clips of all sizes."""
+    given = {
+        "easy": 0.15, "sizes": _MORE, "clip_sizes": ((8, 8), (10, 8), (10, 10)), "grids": (2, 2, 4), "thin": True,
+        "fit": 0.25, "see": 0.1, **more,
+    }  # fmt: skip
+    return Stage(name, steps=steps, lr=3e-4, seed=seed, after=after, **given)
+
+
+_READ = {"read": 4.0, "count": 1.5, "global": 2.0, "video": 2.0}
+_READ_MORE = {**_READ, "read": 5.0}
 STAGES = {
-    "V": Stage(
-        "V", steps=600, lr=2e-3, seed=300_000_000, objects=(6, 11), clips=0.4, clip_sizes=_SMALL, fit=5.0,
-    ),
-    "VM": Stage(
-        "VM", steps=140, lr=1.5e-3, seed=310_000_000, objects=(4, 9), clips=0.7, fit=1.0,
-        sizes=_CLIPS, clip_sizes=_CLIPS, after="V",
-    ),
-    "J": Stage(
-        "J", steps=450, lr=5e-4, seed=320_000_000, objects=(3, 8), easy=0.1, drop=0.5, drop_end=0.4, fit=0.5, see=0.1,
-        clips=0.25, after="VM",
-    ),
-    # small pictures, most of which is the sign: seven times as many symbols a step
-    "VS": Stage(
-        "VS", steps=260, lr=1.5e-3, seed=330_000_000, objects=(1, 3), sizes=((6, 4), (5, 4), (6, 5), (12, 12)),
-        clips=0.15, fit=3.0, sign=3.0, after="J",
-    ),
-    "J2": Stage(
-        "J2", steps=250, lr=3e-4, seed=340_000_000, easy=0.1, sizes=_MORE, clip_sizes=((8, 8), (10, 8), (10, 10)),
-        grids=(2, 2, 4), clips=0.2, drop=0.4, drop_end=0.4, fit=0.25, see=0.1, after="VS",
-        weight={"read": 4.0, "global": 2.0, "video": 2.0},
-    ),
-    "VS2": Stage(
-        "VS2", steps=180, lr=1.2e-3, seed=350_000_000, objects=(1, 3), sizes=((6, 4), (5, 4), (6, 5), (12, 12)),
-        clips=0.15, fit=3.0, sign=3.0, after="J2",
-    ),
-    "J3": Stage(
-        "J3", steps=200, lr=3e-4, seed=360_000_000, easy=0.15, sizes=_MORE, clip_sizes=((8, 8), (10, 8), (10, 10)),
-        grids=(2, 2, 4), clips=0.2, drop=0.6, drop_end=0.6, thin=True, fit=0.25, see=0.1, after="VS2",
-        weight={"read": 4.0, "count": 1.5, "global": 2.0, "video": 2.0},
-    ),
-    "VS3": Stage(
-        "VS3", steps=500, lr=1.5e-3, seed=370_000_000, objects=(1, 3),
-        sizes=((6, 4), (5, 4), (6, 5), (6, 4), (5, 4), (12, 12)), clips=0.12, fit=3.0, sign=5.0, after="J3",
-    ),
-    "J4": Stage(
-        "J4", steps=320, lr=3e-4, seed=380_000_000, easy=0.15, sizes=_MORE, clip_sizes=((8, 8), (10, 8), (10, 10)),
-        grids=(2, 2, 4), clips=0.15, drop=0.5, drop_end=0.5, thin=True, fit=0.25, see=0.1, after="VS3",
-        weight={"read": 5.0, "count": 1.5, "global": 2.0, "video": 2.0},
-    ),
+    stage.name: stage
+    for stage in (
+        Stage(
+            "V", steps=600, lr=2e-3, seed=300_000_000, objects=(6, 11), clips=0.4, clip_sizes=_SMALL, fit=5.0,
+        ),
+        Stage(
+            "VM", steps=140, lr=1.5e-3, seed=310_000_000, objects=(4, 9), clips=0.7, fit=1.0,
+            sizes=_CLIPS, clip_sizes=_CLIPS, after="V",
+        ),
+        Stage(
+            "J", steps=450, lr=5e-4, seed=320_000_000, objects=(3, 8), easy=0.1, drop=0.5, drop_end=0.4, fit=0.5,
+            see=0.1, clips=0.25, after="VM",
+        ),
+        _signs("VS", "J", 260, 1.5e-3, 330_000_000),
+        _answers(
+            "J2", "VS", 250, 340_000_000, easy=0.1, thin=False, drop=0.4, drop_end=0.4,
+            weight={"read": 4.0, "global": 2.0, "video": 2.0},
+        ),
+        _signs("VS2", "J2", 180, 1.2e-3, 350_000_000),
+        _answers("J3", "VS2", 200, 360_000_000, drop=0.6, drop_end=0.6, weight=_READ),
+        _signs("VS3", "J3", 500, 1.5e-3, 370_000_000, sizes=_MORE_SIGNS, clips=0.12, sign=5.0),
+        _answers("J4", "VS3", 320, 380_000_000, clips=0.15, drop=0.5, drop_end=0.5, weight=_READ_MORE),
+        _signs("VS4", "J4", 300, 1.2e-3, 390_000_000, sizes=_MORE_SIGNS, clips=0.12, sign=5.0),
+        _answers("J5", "VS4", 360, 400_000_000, clips=0.15, drop=0.5, drop_end=0.5, weight=_READ_MORE),
+    )
 }  # fmt: skip
 
 
