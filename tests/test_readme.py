@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
 def test_the_table_of_methods_is_what_the_registry_says():
@@ -47,3 +49,15 @@ def test_the_first_example_runs_as_written(capsys):
         {"model": tiny_llava(), "inputs": {**prompts([1]), "max_new_tokens": 3}},
     )
     assert "holov" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["pocket-llava", "pocket-qwen"])
+def test_cards_show_what_was_measured(model):
+    from tokenprune.evals.pocket.card import card_table
+    from tokenprune.evals.pocket.measure import BUDGETS, DATA
+    from tokenprune.evals.readme import between
+
+    card = (ROOT / "evals" / "pocket" / "models" / model / "README.md").read_text(encoding="utf-8")
+    result = json.loads((DATA / f"{model.replace('-', '_')}_conditions.json").read_text(encoding="utf-8"))
+    table = card_table(result, BUDGETS[model][0])
+    assert between(card, "conditions", table) == card, f"run: python -m tokenprune.evals.pocket.card {model}"
