@@ -110,6 +110,30 @@ def test_the_held_out_half_is_untouched_by_the_search(tmp_path):
     assert set(search).isdisjoint(held_out) and sorted([*search, *held_out]) == list(range(800))
 
 
+def test_trials_draw_that_many_settings_and_the_seed_decides_which(tmp_path):
+    tried = []
+    for seed in (0, 0, 1, 2):
+        config = asked_for(tmp_path, 0.03, trials=3, seed=seed)
+        found = recommend(config, bench=drawn(0, 800, LADDER), keep_study=False)
+        tried.append({row["setting"] for row in found.history})
+    assert all(len(own) == 3 for own in tried)
+    assert tried[0] == tried[1] and len({frozenset(own) for own in tried}) > 1
+
+
+def test_out_of_time_it_decides_on_what_the_first_round_asked(tmp_path):
+    """Whatever it then recommends still has to hold on the whole held-out half."""
+    table = drawn(0, 1200, LADDER)
+    search, held_out = split(table.pictures, 0)
+    found = recommend(asked_for(tmp_path, 0.03, minutes=1e-9), bench=table, keep_study=False)
+    asked = {sample for _, sample in table.asked}
+    first = {row["samples"] for row in found.history}
+    assert len(first) == 1 and max(first) < len(search)
+    assert len(asked & set(search)) == max(first)
+    if found.chosen is not None:
+        assert found.chosen.held_out is not None and found.chosen.held_out.bound <= 0.03
+        assert set(held_out) <= asked
+
+
 def test_questions_on_one_picture_stay_in_one_half():
     pictures = [str(number // 3) for number in range(300)]
     for seed in range(5):
