@@ -6,4 +6,4 @@ from tokenprune.evals.pocket.export import command
 from tokenprune.evals.pocket.qwen.model import MODEL_DIR, build_qwen, export
 
 if __name__ == "__main__":
-    command(build_qwen, export, "J3", MODEL_DIR, __doc__)
+    command(build_qwen, export, "J5", MODEL_DIR, __doc__)

@@ -1,4 +1,4 @@
-"""The recipe: ``python -m tokenprune.evals.pocket.qwen.train --out DIR [--resume]``, about two hours on two CPU cores.
+"""The recipe: ``python -m tokenprune.evals.pocket.qwen.train --out DIR [--resume]``, about three hours on one CPU core.
 
 pocket-llava is the teacher and lends its decoder. ``DIR/stage_NAME.pt`` is written every few minutes and ``--resume``
 goes on from it; ``DIR/log.csv`` grows by a line every few steps.
