@@ -21,12 +21,14 @@ share of ten people's answers up to three that agree, each person left out once.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenprune.evals.tasks import Sample, Task
+from tokenprune.evals.tasks import Sample, Task, file_digest
 from tokenprune.registry import near
 
 _KEYS = ("name", "data", "subset", "split", "columns", "prompt", "match", "max_new_tokens")
@@ -121,6 +123,7 @@ def file_task(path: Path) -> Task:
     spec = read_spec(path)
     columns = {**{key: key for key in ("image", "question", "answer")}, **(spec.get("columns") or {})}
     data = _load(path, spec)
+    made_of = str(data._fingerprint)  # before the cast below, which gives another one to each process
     missing = [one for column in columns.values() for one in _several(column) if one not in data.column_names]
     if missing:
         raise ValueError(
@@ -150,7 +153,21 @@ def file_task(path: Path) -> Task:
         score=_MATCHES[spec.get("match", "exact")],
         max_new_tokens=int(spec.get("max_new_tokens", 16)),
         has_boxes="boxes" in columns,
+        fingerprint=fingerprint_of(path, spec) or _fingerprint(spec, made_of),
     )
+
+
+def fingerprint_of(path: Path, spec: dict[str, Any]) -> str | None:
+    """What answers to the task depend on: its settings and the bytes of its data file. None where the data are no
+    single file, so that only loading them would tell. Pictures that the file names by their paths are not looked at."""
+    source = path.parent / str(spec["data"])
+    return _fingerprint(spec, file_digest(source)) if source.is_file() else None
+
+
+def _fingerprint(spec: dict[str, Any], data: str) -> str:
+    # a task may be renamed and its file moved
+    asked = {key: value for key, value in spec.items() if key not in ("name", "data")}
+    return hashlib.sha256(json.dumps([asked, data], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _load(path: Path, spec: dict[str, Any]) -> Any:

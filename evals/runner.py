@@ -26,8 +26,11 @@ from tokenprune.spec import Spec, parse_method
 
 FINGERPRINTED = ("methods", "interventions", "adapters", "kernels", ".")
 """Folders whose files decide an answer."""
-ASKING = ("answering.py", "batches.py", "failing.py", "file_tasks.py", "prompting.py", "runner.py", "tasks.py")
-"""Files beside this one that do."""
+ASKING = (
+    "answering.py", "batches.py", "failing.py", "file_tasks.py", "lmms/*.py", "models.py", "pocket/qwen/suite.py",
+    "pocket/suite.py", "pocket/tasks.py", "processing.py", "prompting.py", "runner.py", "tasks.py",
+)  # fmt: skip
+"""Files beside this one, and in folders beside it, that decide an answer or its score."""
 
 
 def code_fingerprint() -> str:
@@ -37,17 +40,22 @@ def code_fingerprint() -> str:
     hasher = hashlib.sha256()
     roots = [Path(folder) / name for folder in tokenprune.__path__ for name in FINGERPRINTED]
     files = {file.resolve() for root in roots for kind in ("*.py", "*.yaml") for file in root.glob(kind)}
-    files |= {Path(__file__).with_name(name).resolve() for name in ASKING}
+    files |= {file.resolve() for name in ASKING for file in Path(__file__).parent.glob(name)}
     for file in sorted(files):
         if file.name not in ("cli.py", "cost.py", "report.py"):
             hasher.update(file.name.encode() + file.read_bytes())
     return hasher.hexdigest()[:16]
 
 
-def settings_digest(config: RunConfig, loaded: LoadedModel) -> str:
-    """Changes with whatever besides the point could change an answer: weights, code, dtype, seed, answer length."""
+def settings_digest(config: RunConfig, loaded: LoadedModel, task: str) -> str:
+    """Changes with whatever besides the point could change an answer or its score: weights, code, dtype, seed, answer
+    length, and the task.
+
+    Args:
+        task: its fingerprint, which the digest ends in; "" gives what the digests of all tasks begin with.
+    """
     parts = (loaded.fingerprint, code_fingerprint(), config.dtype, config.seed, config.max_new_tokens)
-    return digest(parts)
+    return f"{digest(parts)}.{task}"
 
 
 def method_of(point: Point, seed: int) -> Spec:

@@ -97,7 +97,10 @@ class ModelBench:
         """See `Bench`."""
         from tokenprune.evals.runner import settings_digest
 
-        return {"model, code or seed": settings_digest(self._run, self._loaded), "samples": digest(self._ids)}
+        return {
+            "model, code, task or seed": settings_digest(self._run, self._loaded, self._task.fingerprint),
+            "samples": digest(self._ids),
+        }
 
     def settings(self) -> list[Point]:
         """Methods x budgets; without --methods, those that need no hints such as boxes."""
@@ -115,7 +118,7 @@ class ModelBench:
         """See `Bench`; measured once, and kept."""
         from tokenprune.evals.runner import settings_digest
 
-        settings = settings_digest(self._run, self._loaded)
+        settings = settings_digest(self._run, self._loaded, self._task.fingerprint)
         measure = f"recommend {self._config.cost}"
         row = self._costs.get((settings, setting.key, measure))
         if row is None:

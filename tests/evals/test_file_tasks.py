@@ -11,8 +11,11 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Picture
 
 from tokenprune.cli import main
+from tokenprune.evals.config import RunConfig
 from tokenprune.evals.file_tasks import _letter, _vqa, read_spec
-from tokenprune.evals.tasks import load_task
+from tokenprune.evals.models import LoadedModel
+from tokenprune.evals.runner import ASKING, settings_digest
+from tokenprune.evals.tasks import load_task, task_fingerprint
 
 PACKAGED = sorted((Path(__file__).resolve().parents[2] / "configs" / "tasks").glob("*.yaml"))
 
@@ -113,3 +116,39 @@ def test_vqa_accuracy_leaves_each_person_out_once():
     assert _vqa("the blue", answers) == 1.0 and _vqa("green", answers) == 0.0
     assert _vqa("red", ["red"] * 4 + ["x"] * 6) == 1.0
     assert _letter("C) cat", "C") == 1.0 and _letter("Cat", "C") == 0.0
+
+
+def test_answers_to_another_task_are_not_reused(tmp_path):
+    """The digest under which answers are filed, and whether a plan knows it without loading the data."""
+    file, data = tmp_path / "t.yaml", tmp_path / "rows.parquet"
+    config, model = RunConfig("r", "m", [str(file)], ["none"]), LoadedModel("m", None, None, "weights")
+
+    def filed(spec: dict, answers: str = "yn") -> str:
+        rows = [{"image": Picture.new("RGB", (9, 9)), "question": "q", "answer": answer} for answer in answers]
+        features = Features({"image": Image(), "question": Value("string"), "answer": Value("string")})
+        Dataset.from_list(rows, features=features).to_parquet(data)
+        file.write_text(yaml.safe_dump({"data": "rows.parquet", **spec}))
+        made_of = load_task(str(file)).fingerprint
+        assert made_of and made_of == task_fingerprint(str(file))
+        return settings_digest(config, model, made_of)
+
+    plain = filed({})
+    assert filed({}) == plain and filed({"name": "called otherwise"}) == plain
+    changed = [{"prompt": "{question}?"}, {"match": "contains"}, {"max_new_tokens": 2}]
+    assert len({plain, *map(filed, changed), filed({}, "nn")}) == 5
+
+
+def test_a_dataset_folder_has_the_same_fingerprint_whenever_it_is_loaded(science):
+    name = str(science / "task.yaml")
+    assert task_fingerprint(name) is None  # only its data would tell
+    made_of = load_task(name).fingerprint
+    assert made_of and made_of == load_task(name).fingerprint
+    assert load_task("pocket:count").fingerprint == task_fingerprint("pocket") != task_fingerprint("pocket-mixed")
+
+
+def test_every_file_that_decides_a_score_is_there():
+    import tokenprune.evals.runner as runner
+
+    folder = Path(runner.__file__).parent
+    assert all(list(folder.glob(name)) for name in ASKING)
+    assert {"models.py", "processing.py", "pocket/suite.py", "pocket/tasks.py", "lmms/*.py"} <= set(ASKING)
