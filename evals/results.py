@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 from tokenprune.evals.config import Point, RunConfig
 from tokenprune.evals.files import replace_file, replaced
+from tokenprune.evals.machine import hardware
 from tokenprune.evals.scores import References, answered, correct_for_many, of_family, scores_of
 
 OVERALL = "overall"
@@ -25,8 +25,6 @@ Record = dict[str, Any]
 
 def provenance(config: RunConfig, seconds: float | None = None) -> Record:
     """Where a result came from: settings, versions, hardware, seed, commit and date."""
-    import torch
-
     packages = ("torch", "transformers", "tokenprune-vlm", "datasets", "numpy", "accelerate", "triton", "lmms_eval")
     versions = {}
     for package in packages:
@@ -34,32 +32,16 @@ def provenance(config: RunConfig, seconds: float | None = None) -> Record:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "config": config.as_dict(),
         "versions": {"python": platform.python_version(), **versions},
-        "hardware": {
-            "cpu": _cpu_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": gpu,
-            "system": f"{platform.system()} {platform.machine()}",
-        },
+        "hardware": hardware(),
         "seed": config.seed,
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["tokenprune", *sys.argv[1:]]),
         "seconds": seconds,
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

@@ -78,7 +78,7 @@ def _write(config: RunConfig, worked: Worked, tasks: dict[str, Task], begin: flo
     folder = config.folder
     counted = count_rows(folder_store(folder, "samples", SAMPLE_KEY), config.points(), worked.answered)
     costs = folder_store(folder, "measures", MEASURE_KEY)
-    measures, said = read_costs(config, counted.points, worked.answered, costs)
+    measures, said = read_costs(config, counted.points, worked.answered, costs, worked.machines)
     notes = [*worked.notes, *counted.notes, *said]
     pooled, pooled_rows = pool_tasks(counted.points, counted.rows)
     for point in pooled:

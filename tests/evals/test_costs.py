@@ -1,0 +1,46 @@
+"""Rows of costs: what they are filed under, and what a sample that cannot be measured costs the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from _runs import UNTIMED, config
+
+from tokenprune.evals import flops
+from tokenprune.evals.answering import Answered
+from tokenprune.evals.config import Measure, Point
+from tokenprune.evals.costs import MEASURE_KEY, measure, read_costs
+from tokenprune.evals.store import RowStore
+from tokenprune.evals.tasks import Task, load_task
+
+POINTS = [Point("m", "t", "none", None), Point("m", "t", "uniform", 9)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RowStore:
+    return RowStore(tmp_path / "measures.jsonl", MEASURE_KEY)
+
+
+def measured(store: RowStore, tiny, task: Task, how: Measure = UNTIMED) -> tuple[dict, list[str]]:
+    asked = config(store.path.parent, "m", "t", measure=how)
+    machine = measure(asked, tiny, task, POINTS, store, "settings")
+    return read_costs(asked, POINTS, {("m", "t"): Answered("settings")}, store, {"m": machine})
+
+
+def test_times_of_another_machine_are_not_taken_for_this_ones(store, tiny, tiny_task, monkeypatch):
+    task = load_task(tiny_task)
+    measured(store, tiny, task)
+    measured(store, tiny, task)
+    assert len(store) == 2
+    monkeypatch.setattr("torch.get_num_threads", lambda: 512)
+    assert len(measured(store, tiny, task)[0]) == 2 and len(store) == 4
+    assert [row["machine"]["threads"] == 512 for row in store.rows()] == [False, False, True, True]
+    assert all(row["machine"]["device"] == "cpu" and row["machine"]["torch"] for row in store.rows())
+
+
+def test_a_prompt_is_counted_once_a_point(store, tiny, tiny_task, monkeypatch):
+    calls, once = [], flops._measure_once
+    monkeypatch.setattr(flops, "_measure_once", lambda *given: calls.append(1) or once(*given))
+    found, _ = measured(store, tiny, load_task(tiny_task), Measure(samples=2, times=False))
+    assert len(calls) == 2 * len(POINTS) and all(one["flops"]["agree"] for one in found.values())
