@@ -12,11 +12,13 @@
 
 `columns` says what the dataset calls each; those that are left out have the name of their key (image, question, answer)
 or are not used (the rest). `choices` is a column of lists, or a list of columns: `[A, B, C, D]`; empty ones are no
-choice. Then an answer is a letter, the text of a choice or its number, counted from 0.
+choice, and the others keep their letters. Then an answer is a letter, the text of a choice or its number, counted
+from 0.
 
-exact: the same text, in lower case, without articles and punctuation; with a list of answers any of them. contains: the
-answer stands in the prediction. letter: the prediction begins with the letter of the answer. vqa: the VQA accuracy, the
-share of ten people's answers up to three that agree, each person left out once.
+exact: the same text, in lower case, without articles and punctuation (but for the sign, the point and the percent sign
+of numbers); with a list of answers any of them. contains: the answer stands in the prediction. letter: the prediction
+begins with the letter of the answer. vqa: the VQA accuracy, the share of ten people's answers up to three that agree,
+each person left out once.
 """
 
 from __future__ import annotations
@@ -35,12 +37,19 @@ _KEYS = ("name", "data", "subset", "split", "columns", "prompt", "match", "max_n
 _COLUMNS = ("image", "question", "answer", "choices", "context", "family", "id", "boxes")
 _PLACES = ("question", "choices", "context")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# sign, point and percent sign of a number, as a group; or punctuation
+_MARKS = re.compile(r"((?<!\w)-(?=\.?\d)|(?<!\w)\.(?=\d)|(?<=\d)\.(?=\d)|(?<=\d)%)|[^\w\s]")
 
 
 def normalise(text: Any) -> str:
-    """Lower case, without punctuation, articles and double spaces."""
-    text = re.sub(r"[^\w\s]", " ", str(text).lower())
-    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+    """Lower case, without punctuation, articles and double spaces; sign, point and percent sign of a number stay.
+
+    What is nothing but articles keeps them, and what is nothing but punctuation stays as it is: "A" may be the letter
+    that was asked for, and "+" is not "-".
+    """
+    plain = " ".join(str(text).lower().replace("\u2212", "-").split()).replace(" %", "%")
+    words = _MARKS.sub(lambda found: found.group(1) or " ", plain).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the")) or " ".join(words) or plain
 
 
 def _several(answer: Any) -> list[Any]:
@@ -181,28 +190,29 @@ def _load(path: Path, spec: dict[str, Any]) -> Any:
     return load_dataset(name, spec.get("subset"), split=spec.get("split", "test"))
 
 
-def _choices(row: dict[str, Any], where: Any) -> list[str]:
+def _choices(row: dict[str, Any], where: Any) -> dict[str, str]:
+    """By letter; an empty one has none, and the others keep theirs."""
     if where is None:
-        return []
+        return {}
     found = [row[column] for column in where] if isinstance(where, list) else list(row[where] or [])
-    return [str(one) for one in found if one is not None and str(one).strip() not in ("", "nan")]
+    lettered = zip(_LETTERS, found)
+    return {letter: str(one) for letter, one in lettered if one is not None and str(one).strip() not in ("", "nan")}
 
 
-def _question(prompt: str, row: dict[str, Any], columns: dict[str, Any], choices: list[str]) -> str:
+def _question(prompt: str, row: dict[str, Any], columns: dict[str, Any], choices: dict[str, str]) -> str:
     context = str(row[columns["context"]] or "").strip() if "context" in columns else ""
     texts = {
         "question": str(row[columns["question"]]),
-        "choices": "\n".join(f"{letter}. {choice}" for letter, choice in zip(_LETTERS, choices)),
+        "choices": "\n".join(f"{letter}. {choice}" for letter, choice in choices.items()),
         "context": f"{context}\n" if context and context != "nan" else "",
     }
     return re.sub(r"\{(\w+)\}", lambda found: texts[found.group(1)], prompt)
 
 
-def _answer(answer: Any, choices: list[str]) -> Any:
+def _answer(answer: Any, choices: dict[str, str]) -> Any:
     """With choices the letter of the right one."""
-    if not choices:
-        return answer
     text = str(answer).strip()
-    if text.isdigit() and text not in choices and int(text) < len(choices):
+    named = next((letter for letter, choice in choices.items() if choice == text), None)
+    if named is None and text.isdecimal() and _LETTERS[int(text) : int(text) + 1] in choices:
         return _LETTERS[int(text)]
-    return _LETTERS[choices.index(text)] if text in choices else answer
+    return answer if named is None else named

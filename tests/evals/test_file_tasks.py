@@ -12,7 +12,7 @@ from PIL import Image as Picture
 
 from tokenprune.cli import main
 from tokenprune.evals.config import RunConfig
-from tokenprune.evals.file_tasks import _letter, _vqa, read_spec
+from tokenprune.evals.file_tasks import _answer, _choices, _exact, _letter, _vqa, read_spec
 from tokenprune.evals.models import LoadedModel
 from tokenprune.evals.runner import ASKING, settings_digest
 from tokenprune.evals.tasks import load_task, task_fingerprint
@@ -152,3 +152,29 @@ def test_every_file_that_decides_a_score_is_there():
     folder = Path(runner.__file__).parent
     assert all(list(folder.glob(name)) for name in ASKING)
     assert {"models.py", "processing.py", "pocket/suite.py", "pocket/tasks.py", "lmms/*.py"} <= set(ASKING)
+
+
+@pytest.mark.parametrize(
+    ("said", "right", "wrong"),
+    [
+        ("A", ("A", "a", "A.", "(A)"), ("", "the", "B", ".")),
+        ("5", ("5", "5.", "the 5"), ("-5", "5%", "0.5", "\u22125", ".5")),
+        ("-5", ("-5", "\u22125", "(-5)"), ("5", "5-")),
+        ("5%", ("5 %", "5%."), ("5",)),
+        ("3.5", ("3.5", "3.5."), ("35", "3 5", "3")),
+        ("+", ("+", " + "), ("-", "", "*")),
+        ("a red cat", ("Red cat!", "the red, cat"), ("red", "")),
+        ("10-5", ("10 5", "10 - 5"), ("105",)),
+    ],
+)
+def test_exact_tells_letters_numbers_and_signs_apart(said, right, wrong):
+    assert [other for other in right if not _exact(other, said) or not _exact(said, other)] == []
+    assert [other for other in wrong if _exact(other, said) or _exact(said, other)] == []
+
+
+def test_an_empty_choice_moves_no_letter():
+    row = {"A": "x", "B": None, "C": " ", "D": "y"}
+    choices = _choices(row, list("ABCD"))
+    assert choices == {"A": "x", "D": "y"} == _choices({"all": ["x", "", "nan", "y"]}, "all")
+    assert [_answer(given, choices) for given in ("y", "D", 3, 1, "0", 40)] == ["D", "D", "D", 1, "A", 40]
+    assert _answer("2", {"A": "2", "B": "1"}) == "A" and _answer(3, {}) == 3
