@@ -11,6 +11,8 @@ from tokenprune.evals import flops
 from tokenprune.evals.answering import Answered
 from tokenprune.evals.config import Measure, Point
 from tokenprune.evals.costs import MEASURE_KEY, measure, read_costs
+from tokenprune.evals.pooling import pool_costs, pool_tasks
+from tokenprune.evals.results import flat_costs
 from tokenprune.evals.store import RowStore
 from tokenprune.evals.tasks import Task, load_task
 
@@ -44,3 +46,24 @@ def test_a_prompt_is_counted_once_a_point(store, tiny, tiny_task, monkeypatch):
     monkeypatch.setattr(flops, "_measure_once", lambda *given: calls.append(1) or once(*given))
     found, _ = measured(store, tiny, load_task(tiny_task), Measure(samples=2, times=False))
     assert len(calls) == 2 * len(POINTS) and all(one["flops"]["agree"] for one in found.values())
+
+
+def test_costs_of_all_tasks_are_their_mean_or_not_there():
+    from _fake_runs import _measures
+
+    tasks = [Point("m", task, "uniform", 64) for task in ("long", "short")]
+    rows = {point.key: [{"sample_id": "0", "point": point.key}] for point in tasks}
+    (whole,), _ = pool_tasks(tasks, rows)
+    one, other = _measures(tasks[0]), _measures(Point("m", "short", "uniform", 16))
+    other["times"].pop("decode")
+    both = {tasks[0].key: one, tasks[1].key: other}
+    tokens = {"visual_tokens": 576, "kept_tokens": 40}
+    found = flat_costs({**tokens, **pool_costs(whole, tasks, both)})
+    parts = [flat_costs({**tokens, **costs}) for costs in (one, other)]
+    for name in ("equivalent_tokens", "gflops_total", "kv_bytes", "prefill_ms", "prefill_ms_q25"):
+        assert found[name] == pytest.approx((parts[0][name] + parts[1][name]) / 2), name
+    assert found["flops_agree"] is True and found["decode_ms"] is None
+    one["flops"]["measured"] = None
+    assert flat_costs({**tokens, **pool_costs(whole, tasks, both)})["gflops_total_measured"] is None
+    for missing in ({tasks[0].key: one}, {tasks[0].key: one, tasks[1].key: {}}):
+        assert pool_costs(whole, tasks, missing) == {}
