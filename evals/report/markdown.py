@@ -16,6 +16,8 @@ Record = dict[str, Any]
 
 HEADS = ("method", "accuracy, %", "vs random, points", "headroom won, %", "GFLOPs", "KV, KiB", "prefill / ideal",
          "selection, %")  # fmt: skip
+NO_BUDGET = "Without a budget of the run"
+"""Interventions, which keep every token, and methods that say themselves how many each part keeps."""
 LEGEND = """\
 Accuracy with its 95 percent bootstrap interval. *vs random*: paired difference to random selection at the same
 budget, with its interval. *Headroom won*: (method - random) / (oracle - random); empty where the two are too near to
@@ -39,6 +41,9 @@ def write_markdown(path: Path, runs: Sequence[FinishedRun]) -> Path:
         for budget in budgets(own):
             at = [record for record in own if budget_of(record) == budget]
             parts += [f"### {budget_title(budget)}", _verdict(at), _table(at)]
+        others = [record for record in own if record["keep"] is None and kind_of(record["method"]) != "unpruned"]
+        if others:
+            parts += [f"### {NO_BUDGET}", _verdict(others), _table(others)]
     return replace_file(path, "\n\n".join(part for part in (*parts, LEGEND) if part) + "\n")
 
 

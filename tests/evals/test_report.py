@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenprune.cli import main
 from tokenprune.evals.report import explorer as explorer_file
 from tokenprune.evals.report.agreement import agreement, cohen_kappa
+from tokenprune.evals.report.markdown import write_markdown
 from tokenprune.evals.report.page import write_report
 from tokenprune.evals.report.series import kind_of
 from tokenprune.evals.run_folder import read_run
@@ -201,3 +202,16 @@ def test_markdown_sorts_methods_by_what_the_interval_to_random_says(folder, tmp_
     assert better, "else this shows nothing"
     assert set(found["Better than"].split(", ")) == better
     assert set(found["Worse than"].split(", ")) == (worse or {"none"})
+
+
+def test_markdown_shows_points_without_a_budget(folder, tmp_path):
+    from dataclasses import replace
+
+    run = read_run(folder)
+    like = next(record for record in run.records if record["series"] == "holov")
+    others = [{**like, "keep": None, "method": name, "series": name} for name in ("var", "holov@64+fastv@9")]
+    text = write_markdown(tmp_path / "board.md", [replace(run, records=[*run.records, *others])]).read_text()
+    section = text.partition("### Without a budget of the run")[2].partition("\n#")[0]
+    assert re.findall(r"^\| (var|holov@64\+fastv@9|unpruned) \|", section, re.M) == ["var", "holov@64+fastv@9"]
+    plain = write_markdown(tmp_path / "plain.md", [run]).read_text()
+    assert "Without a budget" not in plain
