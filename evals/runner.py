@@ -100,15 +100,25 @@ def pruned(loaded: LoadedModel, point: Point, seed: int, samples: list[Sample]) 
         yield None
         return
     with applied(loaded.model, loaded.settled.get(point.key) or method_of(point, seed)) as handle:
-        if _wants_boxes(handle):
-            missing = [sample.sample_id for sample in samples if sample.boxes is None]
-            if missing:
-                raise ValueError(
-                    f"{point.method} needs the boxes that suffice for an answer; sample {missing[0]} has none. "
-                    "Use it on the pocket suite, or on a task with a `boxes` column."
-                )
-            handle.set_hints(boxes=[sample.boxes for sample in samples])
+        give_boxes(handle, point, samples)
         yield handle
+
+
+def give_boxes(handle: Handle, point: Point, samples: list[Sample]) -> None:
+    """Tell the method where what suffices for an answer is, if it asks.
+
+    Raises:
+        ValueError: a sample does not say.
+    """
+    if not _wants_boxes(handle):
+        return
+    missing = [sample.sample_id for sample in samples if sample.boxes is None]
+    if missing:
+        raise ValueError(
+            f"{point.method} needs the boxes that suffice for an answer; sample {missing[0]} has none. "
+            "Use it on the pocket suite, or on a task with a `boxes` column."
+        )
+    handle.set_hints(boxes=[sample.boxes for sample in samples])
 
 
 def _wants_boxes(handle: Handle) -> bool:

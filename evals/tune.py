@@ -32,7 +32,7 @@ class TuneConfig:
 
     Attributes:
         data: "pocket", "pocket-mixed" or a family ("pocket:FAMILY"): scenes of the suite's validation split, drawn
-            on the fly; nothing of its test split is looked at. Or the YAML file of a task, or a folder with pictures and
+            on the fly; nothing of its test split is looked at. Or the YAML file of a task, or a folder of pictures with
             a `questions.jsonl`.
         budget: visual tokens averaged over the decoder's layers, as a kept fraction in (0, 1].
         options: fixed options of the method; what is fixed is not searched.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,21 @@ def test_run_answers_twice_and_draws(tmp_path, tiny_folder, capsys):
     assert drawn.size == (42, 42)
     bright = sum(drawn.getpixel((7 * col + 3, 7 * row + 3))[0] > 150 for row in range(6) for col in range(6))
     assert bright == 9
+
+
+@pytest.mark.parametrize("method", ["var(calibrate=2)", "uniform@9+var(channels=[1], tau=1.5, layers=[1])"])
+def test_run_says_whether_an_intervention_acts(method, tmp_path, tiny_folder, capsys):
+    from PIL import Image
+
+    from tokenprune.evals import single
+
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (60, 42), (200, 90, 30)).save(picture)
+    given = {"keep": None, "options": {}, "image": str(picture), "question": "what is this", "sample": 0}
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        assert single.run_single(tiny_folder, method, output=str(tmp_path / "o.png"), max_new_tokens=2, **given) == 0
+    printed = capsys.readouterr().out
+    # a random model has no sink channels, and after two prompts that is known; given ones are taken
+    expected = "off: no channel stands out" if "calibrate" in method else "channels 1 (given by the caller)"
+    assert expected in printed and "not acting yet" not in printed
