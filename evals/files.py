@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from tokenprune.evals.config import Refused
 
@@ -47,3 +49,8 @@ def replace_file(path: Path, text: str) -> Path:
     with replaced(path) as partial:
         partial.write_text(text, encoding="utf-8")
     return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file. Only a newline ends one: `splitlines` would cut a text at U+2028 or U+0085."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tokenprune.evals.files import read_lines
 from tokenprune.evals.tasks import check_task, load_task, task_names
 
 QUESTIONS = "questions.jsonl"
@@ -45,7 +45,7 @@ def _candidates(data: str, scenes: int, seed: int) -> Iterator[Asked]:
     if folder.is_dir():
         from PIL import Image
 
-        lines = [json.loads(line) for line in (folder / QUESTIONS).read_text("utf-8").splitlines() if line.strip()]
+        lines = read_lines(folder / QUESTIONS)
         for number in draw.sample(range(len(lines)), len(lines)):
             line = lines[number]
             yield Asked(str(number), str(line["question"]), Image.open(folder / line["image"]).convert("RGB"))

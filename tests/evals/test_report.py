@@ -215,3 +215,19 @@ def test_markdown_shows_points_without_a_budget(folder, tmp_path):
     assert re.findall(r"^\| (var|holov@64\+fastv@9|unpruned) \|", section, re.M) == ["var", "holov@64+fastv@9"]
     plain = write_markdown(tmp_path / "plain.md", [run]).read_text()
     assert "Without a budget" not in plain
+
+
+def test_line_separators_inside_a_text_end_no_line(tmp_path):
+    """`str.splitlines` takes U+2028 and U+0085 for the end of a JSON line."""
+    from tokenprune.evals import parity
+    from tokenprune.evals.unlabelled import draw_samples
+
+    folder = fake_run(tmp_path / "run", methods=("none", "random"), keeps=(64,), samples=6, pictured=2)
+    path = folder / "results.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace('"count"', '"co\u2028u\x85nt"'), encoding="utf-8")
+    assert all("co\u2028u\x85nt" in record["families"] for record in read_run(folder).records)
+    assert len(parity.read_run(folder)[0]) == len(read_run(folder).records) == 2
+    line = '{"image": "s%d.jpg", "question": "what\u2028is\x85this"}\n'
+    (folder / "pictures" / "questions.jsonl").write_text("".join(line % i for i in range(2)), encoding="utf-8")
+    first, rest = draw_samples(str(folder / "pictures"), 1, 1, 0)
+    assert first[0].question == rest[0].question == "what\u2028is\x85this"
