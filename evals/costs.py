@@ -9,12 +9,13 @@ from itertools import islice
 from typing import Any
 
 from tokenprune.evals.answering import Answered
+from tokenprune.evals.batches import read_batch
 from tokenprune.evals.config import Point, RunConfig, digest
 from tokenprune.evals.failing import failure_of, release_memory
 from tokenprune.evals.machine import clocked_on
 from tokenprune.evals.models import LoadedModel
 from tokenprune.evals.store import RowStore
-from tokenprune.evals.tasks import Task
+from tokenprune.evals.tasks import Sample, Task
 
 Record = dict[str, Any]
 MEASURE_KEY = ("settings", "point", "measure")
@@ -49,19 +50,23 @@ def measure(
 
     where = clocked_on(loaded.model)
     machine = digest(where)
+    samples: list[Sample] | None = None
     for point in points:
         key = measure_key(config, settings, point, machine)
         if key not in store:
             row: Record = {**dict(zip(MEASURE_KEY, key, strict=True)), "machine": where}
             failure = None
             try:
-                seen = (sample for sample in task.load(0, task.size) if sample.visuals)  # a text costs the same pruned
-                samples = list(islice(seen, config.measure.samples))
+                if samples is None:
+                    samples = _pictured(task, config.measure.samples)
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always", UserWarning)
-                    row.update(measure_times(loaded, point, samples, config.measure, config.seed))
-                    row["flops"] = measure_flops(loaded, point, samples, config.seed, config.measure.flops)
+                    if samples:
+                        row.update(measure_times(loaded, point, samples, config.measure, config.seed))
+                        row["flops"] = measure_flops(loaded, point, samples, config.seed, config.measure.flops)
                 row["notes"] = [str(warning.message) for warning in caught if "FLOPs" in str(warning.message)]
+                if not samples:
+                    row["notes"] = [f"There are no times and FLOPs on {task.name}: none of its samples has a picture."]
             except Exception as error:
                 failure = failure_of(error)
             if failure is not None:
@@ -70,6 +75,13 @@ def measure(
             store.append([row])
         on_progress(point.label)
     return machine
+
+
+def _pictured(task: Task, wanted: int) -> list[Sample]:
+    """The first samples that can be read and have a picture: a text alone costs the same pruned."""
+    places = range(task.size)
+    read = (sample for place in places for sample in read_batch(task, place, place + 1).samples if sample.visuals)
+    return list(islice(read, wanted))
 
 
 def read_costs(
@@ -95,5 +107,5 @@ def read_costs(
                          "when the run is started again.")  # fmt: skip
         else:
             notes += row["notes"]
-            found[point.key] = {name: row[name] for name in ("kv", "times", "flops")}
-    return found, notes
+            found[point.key] = {name: row[name] for name in ("kv", "times", "flops") if name in row}
+    return found, list(dict.fromkeys(notes))

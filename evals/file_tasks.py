@@ -26,6 +26,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def file_task(path: Path) -> Task:
     """The task that the file describes, its data loaded.
 
     Raises:
-        ValueError: as `read_spec`, or a column that the data do not have.
+        ValueError: as `read_spec`, a column that the data do not have, or an id that they have twice.
     """
     from datasets import Features
     from datasets import Image as ImageFeature
@@ -138,6 +139,13 @@ def file_task(path: Path) -> Task:
         raise ValueError(
             f"The data of {path} has no column {missing[0]!r}.{near(missing[0], data.column_names)} "
             f"Its columns: {', '.join(data.column_names)}."
+        )
+    ids = Counter(map(str, data[columns["id"]]) if "id" in columns else ())
+    twice = [one for one, times in ids.items() if times > 1]
+    if twice:
+        raise ValueError(
+            f"The samples of {path} need ids of their own; the column {columns['id']!r} has {twice[0]!r} twice. "
+            "Leave the column out to number them."
         )
     if not isinstance(data.features[columns["image"]], ImageFeature):
         data = data.cast(Features({**data.features, columns["image"]: ImageFeature()}))

@@ -130,7 +130,7 @@ def check_points(loaded: LoadedModel, task: Task, points: list[Point], seed: int
     so does a task whose samples the processor does not take; and let what learns from prompts do so."""
     adapter_for(loaded.model)
     # rows go round the families, so these are one of each
-    for sample in task.load(0, min(max(1, len(task.families)), task.size)):
+    for sample in read_batch(task, 0, min(max(1, len(task.families)), task.size)).samples:
         loaded.inputs([sample.question], [sample.image])
     for point in points:
         if point.method == NONE:

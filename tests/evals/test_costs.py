@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tokenprune.evals.config import Measure, Point
 from tokenprune.evals.costs import MEASURE_KEY, measure, read_costs
 from tokenprune.evals.pooling import pool_costs, pool_tasks
 from tokenprune.evals.results import flat_costs
+from tokenprune.evals.runner import check_points
 from tokenprune.evals.store import RowStore
 from tokenprune.evals.tasks import Task, load_task
 
@@ -67,3 +69,39 @@ def test_costs_of_all_tasks_are_their_mean_or_not_there():
     assert flat_costs({**tokens, **pool_costs(whole, tasks, both)})["gflops_total_measured"] is None
     for missing in ({tasks[0].key: one}, {tasks[0].key: one, tasks[1].key: {}}):
         assert pool_costs(whole, tasks, missing) == {}
+
+
+def broken_at(task: Task, *places: int, text_only: bool = False) -> Task:
+    """The task, whose samples at `places` cannot be read; or without its pictures."""
+
+    def load(start: int, stop: int):
+        for place, sample in enumerate(task.load(start, stop), start=start):
+            if place in places:
+                raise OSError("image file is truncated")
+            yield replace(sample, image=()) if text_only else sample
+
+    return replace(task, load=load, size=6)
+
+
+def test_a_text_only_task_has_no_costs_and_says_so(store, tiny, tiny_task):
+    task = broken_at(load_task(tiny_task), text_only=True)
+    found, notes = measured(store, tiny, task)
+    assert list(found.values()) == [{}, {}] and notes == [
+        "There are no times and FLOPs on toy: none of its samples has a picture."
+    ]
+    tokens = {"visual_tokens": 0, "kept_tokens": 0}
+    assert set(flat_costs({**tokens, **found[POINTS[1].key]}).values()) == {None, 0}
+
+
+def test_a_sample_that_cannot_be_read_takes_no_costs_with_it(store, tiny, tiny_task):
+    found, notes = measured(store, tiny, broken_at(load_task(tiny_task), 0, 2), Measure(samples=3, times=False))
+    assert not notes and [one["kv"]["measured"] > 0 for one in found.values()] == [True, True]
+    assert [one["flops"]["agree"] for one in found.values()] == [True, True]
+
+
+def test_an_unreadable_first_sample_stops_no_run(tiny, tiny_task):
+    check_points(tiny, broken_at(load_task(tiny_task), 0), POINTS, 0)
+    with pytest.raises(ValueError, match="takes pictures, and one of its samples is a video"):
+        frames = [next(load_task(tiny_task).load(0, 1)).image] * 4
+        film = replace(next(load_task(tiny_task).load(0, 1)), image=frames)
+        check_points(tiny, replace(load_task(tiny_task), load=lambda *places: iter([film])), POINTS, 0)

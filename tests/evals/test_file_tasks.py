@@ -178,3 +178,14 @@ def test_an_empty_choice_moves_no_letter():
     assert choices == {"A": "x", "D": "y"} == _choices({"all": ["x", "", "nan", "y"]}, "all")
     assert [_answer(given, choices) for given in ("y", "D", 3, 1, "0", 40)] == ["D", "D", "D", 1, "A", 40]
     assert _answer("2", {"A": "2", "B": "1"}) == "A" and _answer(3, {}) == 3
+
+
+def test_an_id_that_is_there_twice_is_refused_before_the_work(tmp_path):
+    rows = [{"image": Picture.new("RGB", (9, 9)), "question": "q", "answer": "y", "key": key} for key in (3, 4, 3)]
+    features = Features(
+        {"image": Image(), **dict.fromkeys(("question", "answer"), Value("string")), "key": Value("int8")}
+    )
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "t.yaml").write_text("data: rows.parquet\ncolumns: {id: key}\n")
+    with pytest.raises(ValueError, match="the column 'key' has '3' twice"):
+        load_task(str(tmp_path / "t.yaml"))
