@@ -231,3 +231,16 @@ def test_line_separators_inside_a_text_end_no_line(tmp_path):
     (folder / "pictures" / "questions.jsonl").write_text("".join(line % i for i in range(2)), encoding="utf-8")
     first, rest = draw_samples(str(folder / "pictures"), 1, 1, 0)
     assert first[0].question == rest[0].question == "what\u2028is\x85this"
+
+
+def test_a_run_without_costs_has_a_plot_and_a_page(tmp_path, monkeypatch):
+    """As that of a task of texts."""
+    import _fake_runs
+
+    from tokenprune.evals.plots import plot_pareto
+
+    monkeypatch.setattr(_fake_runs, "_measures", lambda point: {})
+    run = read_run(fake_run(tmp_path / "run", methods=("none", "random"), keeps=(64,), samples=6, pictured=1))
+    assert plot_pareto(run.records, tmp_path / "plot.png").is_file()
+    write_report(tmp_path / "page.html", [run])
+    assert "| *random* |" in write_markdown(tmp_path / "board.md", [run]).read_text()
