@@ -14,7 +14,7 @@ from rich.table import Table
 from tokenprune.evals.config import RunConfig
 from tokenprune.evals.models import LoadedModel, model_source
 from tokenprune.evals.points import NONE, Point
-from tokenprune.evals.tasks import count_samples, task_fingerprint, task_needs
+from tokenprune.evals.tasks import called, count_samples, task_fingerprint, task_needs
 
 if TYPE_CHECKING:
     from tokenprune.evals.estimate import Estimate, Outline
@@ -186,7 +186,7 @@ def plan_tables(plan: Plan) -> list[Table]:
     tables = []
     for key, tasks in alike.items():
         model = str(key[0])
-        title = f"{Path(model).name} on {', '.join(tasks)}"
+        title = f"{Path(model).name} on {', '.join(map(called, tasks))}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for head in _HEADS:
             table.add_column(head, justify="left" if head in ("point", "cuts at", "needs") else "right", no_wrap=True)

@@ -3,7 +3,7 @@
     name: my_task                 # shown in tables
     data: questions.parquet       # parquet or jsonl, or a dataset folder, beside this file; or the id of a hub dataset
     subset: default               # of a hub dataset that has several
-    split: test                   # of a folder or a hub dataset; files have only "train"
+    split: test                   # of a folder or a hub dataset; a single file has neither
     columns: {image: image, question: question, answer: answer, choices: choices, context: hint, family: category,
               id: id, boxes: boxes}
     prompt: "{question}"          # what is asked; {choices} are lines such as "A. red", {context} ends in a line break
@@ -103,6 +103,16 @@ def read_spec(path: Path) -> dict[str, Any]:
     for key in columns:
         if key not in _COLUMNS:
             raise ValueError(f"The task file {path} has an unknown column {key!r}.{near(key, list(_COLUMNS))}")
+    for key in ("name", "prompt"):
+        if key in spec and (spec[key] is None or not str(spec[key]).strip()):
+            raise ValueError(f"{key} in {path} is empty; write something or leave the key out.")
+    length = spec.get("max_new_tokens", 16)
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"max_new_tokens in {path} must be an integer of at least 1, got {length!r}.")
+    if (path.parent / str(spec["data"])).is_file():
+        for key in ("subset", "split"):
+            if spec.get(key) is not None:
+                raise ValueError(f"{key} in {path} is {spec[key]!r}, and a single file has none; leave {key} out.")
     match = spec.get("match", "exact")
     if match not in _MATCHES:
         raise ValueError(
@@ -168,7 +178,7 @@ def file_task(path: Path) -> Task:
         size=len(data),
         load=load,
         score=_MATCHES[spec.get("match", "exact")],
-        max_new_tokens=int(spec.get("max_new_tokens", 16)),
+        max_new_tokens=spec.get("max_new_tokens", 16),
         has_boxes="boxes" in columns,
         fingerprint=fingerprint_of(path, spec) or _fingerprint(spec, made_of),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenprune.evals.config import NONE
 from tokenprune.evals.files import replaced
+from tokenprune.evals.results import title_of
 
 # distinguishable with the usual colour-vision deficiencies in neighbouring pairs; markers tell the rest apart
 COLOURS = (
@@ -63,10 +64,11 @@ def plot_pareto(records: list[dict[str, Any]], path: Path) -> Path:
         width_ratios=[8, 5],
     )
     for (model, task), (left, right) in zip(panels, axes, strict=True):
-        own = [r for r in records if (r["model"], r["task"]) == (model, task) and r.get("flops")]
+        whole = [r for r in records if (r["model"], r["task"]) == (model, task)]
+        own = [record for record in whole if record.get("flops")]
         _panel(left, own, flops_decoder, spread=0.022)
         _panel(right, own, flops_total, spread=0.0)
-        left.set_title(f"{Path(model).name} on {task}", loc="left", fontsize=11)
+        left.set_title(title_of(whole[0]), loc="left", fontsize=11)
         left.set_xscale("log")
         left.set_xlabel("GFLOPs of selection and prefill (log; one budget's points are spread sideways)")
         left.set_ylabel("accuracy, percent (bars: 95 percent bootstrap)")

@@ -102,6 +102,17 @@ def _mean(values: Iterable[float]) -> float:
     return sum(found) / len(found)
 
 
+def title_of(record: Record) -> str:
+    """Model and task as tables, plots and pages call them."""
+    return f"{Path(record['model']).name} on {task_name(record)}"
+
+
+def task_name(record: Record) -> str:
+    """What the task calls itself; records of older runs lack it, and have the file's name then."""
+    named = record.get("task_name")
+    return str(named or (Path(record["task"]).stem if "/" in record["task"] else record["task"]))
+
+
 def table_rows(records: list[Record]) -> list[Record]:
     """Flat rows of summary.csv: for each point its families, then `overall`. Accuracies are fractions, times
     milliseconds, FLOPs in units of 1e9, KV bytes of one prompt; `metric:NAME` is what the task itself computes over all

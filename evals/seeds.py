@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
+from tokenprune.evals.results import task_name
+
 Record = dict[str, Any]
 
 
@@ -72,10 +74,11 @@ def seed_tables(records: list[Record]) -> list[Table]:
     table = Table(title="Over seeds, accuracy in percent", title_justify="left", box=None, pad_edge=False)
     for name in ("model", "task", "method", "seeds", "mean", "sd", "least", "greatest", "vs random"):
         table.add_column(name, justify="left" if name in ("model", "task", "method") else "right", no_wrap=True)
+    names = {record["task"]: task_name(record) for record in records}
     for row in rows:
         method = row["method"] + (f"({row['options']})" if row["options"] else "")
         numbers = [f"{100 * row[name]:.1f}" for name in ("mean", "sd", "least", "greatest")]
         beside = "" if row["vs_random"] is None else f"{100 * row['vs_random']:+.1f}"
         label = method if row["keep"] is None else f"{method}@{row['keep']}"
-        table.add_row(Path(row["model"]).name, row["task"], label, row["seeds"], *numbers, beside)
+        table.add_row(Path(row["model"]).name, names[row["task"]], label, row["seeds"], *numbers, beside)
     return [table]

@@ -87,6 +87,8 @@ def _write(config: RunConfig, worked: Worked, tasks: dict[str, Task], begin: flo
     records = summarise([*counted.points, *pooled], {**counted.rows, **pooled_rows}, measures, config.seed)
     for record in records:
         own = counted.rows.get(record["point"])
+        if record["task"].endswith((".yaml", ".yml")):
+            record["task_name"] = tasks[record["task"]].name
         record["failed"] = counted.failed[record["point"]]
         record["metrics"] = {} if own is None else tasks[record["task"]].metrics(own)
     seconds = time.perf_counter() - begin

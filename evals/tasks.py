@@ -184,6 +184,15 @@ def count_samples(name: str) -> int | None:
     return sum(bool(line.strip()) for line in source.read_bytes().splitlines())
 
 
+def called(name: str) -> str:
+    """What tables call a task: the name that its file gives, or its own."""
+    if not name.endswith((".yaml", ".yml")):
+        return name
+    from tokenprune.evals.file_tasks import read_spec
+
+    return str(read_spec(Path(name)).get("name", Path(name).stem))
+
+
 def task_fingerprint(name: str) -> str | None:
     """`Task.fingerprint` of a task, without reading its pictures; None where only its data would tell."""
     if name.startswith(LMMS):

@@ -9,7 +9,7 @@ from typing import Any
 from tokenprune.evals.files import replace_file
 from tokenprune.evals.report.merge import Merged, merge
 from tokenprune.evals.report.series import budget_of, budget_title, budgets, kind_of, name_of
-from tokenprune.evals.results import flat_costs
+from tokenprune.evals.results import flat_costs, title_of
 from tokenprune.evals.run_folder import FinishedRun
 
 Record = dict[str, Any]
@@ -37,7 +37,7 @@ def write_markdown(path: Path, runs: Sequence[FinishedRun]) -> Path:
     parts = [f"# {merged.title}", _origin(merged), *merged.notes]
     for model, task in dict.fromkeys((r["model"], r["task"]) for r in merged.records):
         own = [record for record in merged.records if (record["model"], record["task"]) == (model, task)]
-        parts += [f"## {Path(model).name} on {Path(task).stem}", _unpruned(own)]
+        parts += [f"## {title_of(own[0])}", _unpruned(own)]
         for budget in budgets(own):
             at = [record for record in own if budget_of(record) == budget]
             parts += [f"### {budget_title(budget)}", _verdict(at), _table(at)]

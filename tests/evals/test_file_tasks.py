@@ -101,6 +101,14 @@ def test_choices_in_columns_of_their_own(tmp_path):
         ({"prompt": "{question} {choices}"}, "columns do not say where choices is"),
         ({"match": "letter"}, "needs the choices"),
         ({"match": "letters"}, "Did you mean 'letter'"),
+        ({"prompt": None}, "prompt in"),
+        ({"name": " "}, "is empty; write something or leave the key out"),
+        ({"max_new_tokens": 0}, "must be an integer of at least 1, got 0"),
+        (
+            {"data": "t.yaml", "split": "test"},
+            "is 'test', and a single file has none; leave split out",
+        ),
+        ({"data": "t.yaml", "subset": "hard"}, "leave subset out"),
     ],
 )
 def test_a_wrong_file_is_refused_before_any_data(change, says, tmp_path):
