@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.evals.tasks import Sample, Task, file_digest
+from tokenprune.notation import read_yaml
 from tokenprune.registry import near
 
 _KEYS = ("name", "data", "subset", "split", "columns", "prompt", "match", "max_new_tokens")
@@ -89,11 +90,9 @@ def read_spec(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: no such file, an unknown key (with near matches) or a value that cannot work.
     """
-    import yaml
-
     if not path.is_file():
         raise FileNotFoundError(f"There is no task file {path}.")
-    spec = yaml.safe_load(path.read_text(encoding="utf-8"))
+    spec = read_yaml(path)
     if not isinstance(spec, dict) or "data" not in spec:
         raise ValueError(f"The task file {path} must hold a mapping with at least the key 'data'.")
     for key in spec:

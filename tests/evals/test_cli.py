@@ -11,6 +11,7 @@ import pytest
 
 from tokenprune.cli import main
 from tokenprune.commands._shared import parse_options
+from tokenprune.evals.models import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = """
@@ -48,6 +49,13 @@ def test_starts_without_torch():
         (["eval", "--method", "uniform", "--keep", "4", "--limit", "0"], "limit must be an integer of at least 1"),
         (["sweep", "nothing.yaml"], "There is no sweep file nothing.yaml"),
         (["run", "--method", "uniform", "--keep", "4", "--image", "x.png"], "both --image and --question"),
+        (
+            ["run", "--method", "uniform", "--keep", "4", "--max-new-tokens", "0"],
+            "max_new_tokens must be an integer of at",
+        ),
+        (["run", "--method", "uniform", "--keep", "4", "--output", "overlay"], "--output names a picture, such as"),
+        (["eval", "--method", "uniform", "--keep", "4", "--set", "x=[1"], "--set x=[1 is no YAML at line 1"),
+        (["eval", "--method", "uniform(x={1)", "--keep", "4"], "x of 'uniform' is no YAML"),
     ],
 )
 def test_refuses_with_a_sentence(argv, says, capsys, tiny_folder):
@@ -57,6 +65,39 @@ def test_refuses_with_a_sentence(argv, says, capsys, tiny_folder):
     captured = capsys.readouterr()
     assert captured.err.startswith("tokenprune: ") and says in captured.err
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [
+        ("gpu", "There is no torch device 'gpu'"),
+        ("meta", "There is no torch device 'meta'"),
+        ("cuda:x", "There is no torch device 'cuda:x'"),
+        ("cuda:99", "The device 'cuda:99' is not there"),
+        ("cpu:7", "The device 'cpu:7' is not there"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_before_loading(device, says, tiny_folder, monkeypatch):
+    from transformers import AutoModelForImageTextToText
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", None)
+    with pytest.raises(ValueError, match=says):
+        load_model(tiny_folder, device=device)
+
+
+@pytest.mark.parametrize("kind", ["sweep", "task", "method", "apply"])
+@pytest.mark.parametrize(("text", "says"), [(b"a: [1\n", "is no YAML at line 2"), (b"a: \xff", "is no text in UTF-8")])
+def test_a_file_that_is_no_yaml_is_named(kind, text, says, tmp_path):
+    from tokenprune.evals.configfile import read_config
+    from tokenprune.evals.points import method_of_file
+    from tokenprune.evals.tasks import check_task
+    from tokenprune.spec import parse_method
+
+    file = tmp_path / "broken.yaml"
+    file.write_bytes(text)
+    read = {"sweep": read_config, "task": check_task, "method": method_of_file, "apply": parse_method}[kind]
+    with pytest.raises(ValueError, match=f"broken.yaml {says}"):
+        read(str(file))
 
 
 def test_options_are_read_as_yaml():

@@ -197,7 +197,7 @@ def test_times_and_flops_of_a_prompt_with_two_pictures(tiny):
     point = Point("tiny", "mixed", "uniform", 9)
     measured = measure_times(tiny, point, [sample], Measure(samples=1, repeats=1, warmup=0, decode_tokens=2), 0)
     assert measured["kv"]["measured"] == measured["kv"]["analytic"] and measured["kv"]["equivalent_tokens"] == 18
-    assert measure_flops(tiny, point, [sample], 0, True, {})["agree"]
+    assert measure_flops(tiny, point, [sample])["agree"]
 
 
 def test_a_folder_goes_into_the_name():
