@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from tokenprune.evals.files import write_csv
 from tokenprune.evals.points import NONE
 from tokenprune.evals.run_folder import read_records
 from tokenprune.evals.targets import ACCURACY, Target, read_target
@@ -152,13 +152,7 @@ def parity_rows(found: Sequence[Parity]) -> list[Record]:
 
 def write_parity(path: Path, found: Sequence[Parity]) -> Path:
     """Write parity.csv, every target a row, also those that the run has no point for."""
-    rows = parity_rows(found)
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{cell:.9g}" if isinstance(cell, float) else cell for key, cell in row.items()})
-    return path
+    return write_csv(path, parity_rows(found))
 
 
 def parity_table(found: Sequence[Parity]) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import platform
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.evals.config import Point, RunConfig
-from tokenprune.evals.files import replace_file, replaced
+from tokenprune.evals.files import replace_file, replaced, write_csv
 from tokenprune.evals.machine import hardware
 from tokenprune.evals.scores import References, answered, correct_for_many, of_family, scores_of
 
@@ -204,14 +203,5 @@ def write_results(
     with replaced(samples) as partial:
         pq.write_table(pa.Table.from_pylist(flat), partial, compression="zstd")
 
-    summary = folder / "summary.csv"
-    table = table_rows(records)
-    with replaced(summary) as partial, partial.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(table[0]))
-        writer.writeheader()
-        short = [
-            {name: f"{value:.9g}" if isinstance(value, float) else value for name, value in row.items()}
-            for row in table
-        ]
-        writer.writerows(short)
+    summary = write_csv(folder / "summary.csv", table_rows(records))
     return [results, samples, summary]

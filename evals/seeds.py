@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from tokenprune.evals.files import write_csv
 from tokenprune.evals.results import task_name
 
 Record = dict[str, Any]
@@ -54,16 +54,13 @@ def over_seeds(records: list[Record]) -> list[Record]:
 
 
 def write_seeds(folder: Path, records: list[Record]) -> list[Path]:
-    """Write seeds.csv; nothing where no setting has two seeds."""
+    """Write seeds.csv; where no setting has two seeds there is none, and that of an earlier run is taken away."""
     rows = over_seeds(records)
-    if not rows:
-        return []
     path = folder / "seeds.csv"
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return [path]
+    if not rows:
+        path.unlink(missing_ok=True)
+        return []
+    return [write_csv(path, rows)]
 
 
 def seed_tables(records: list[Record]) -> list[Table]:

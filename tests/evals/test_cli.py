@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tokenprune.cli import main
+from tokenprune.cli import _parser, main
 from tokenprune.commands._shared import parse_options
+from tokenprune.commands.eval import _eval_config
 from tokenprune.evals.models import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = """
 import contextlib, io, sys
-from tokenprune.cli import main
+from tokenprune.cli import _parser, main
 out = io.StringIO()
 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
     for line in ("--help", "eval --help", "ls methods", "ls models", "ls tasks", "ls sweeps",
@@ -153,3 +154,19 @@ def test_run_says_whether_an_intervention_acts(method, tmp_path, tiny_folder, ca
     # a random model has no sink channels, and after two prompts that is known; given ones are taken
     expected = "off: no channel stands out" if "calibrate" in method else "channels 1 (given by the caller)"
     assert expected in printed and "not acting yet" not in printed
+
+
+def test_two_evals_that_differ_have_two_default_folders(tiny_folder, tiny_task):
+    def folder(*more: str) -> str:
+        given = ["eval", "--model", tiny_folder, "--method", "holov", "--keep", "9", *more]
+        return _eval_config(_parser().parse_args(given)).folder.name
+
+    plain = folder()
+    assert plain == "tiny-holov-9" == folder("--tasks", "pocket", "--seed", "0", "--no-timing")
+    changes = (
+        ("--set", "variant=official"), ("--set", "variant=paper"), ("--tasks", tiny_task), ("--limit", "3"),
+        ("--limit", "4"), ("--seed", "1"), ("--dtype", "bfloat16"), ("--max-new-tokens", "3"),
+    )  # fmt: skip
+    others = [folder(*change) for change in changes]
+    assert len({plain, *others}) == 1 + len(changes) and all(name.startswith(f"{plain}-") for name in others)
+    assert folder("--limit", "3") == others[3]

@@ -20,6 +20,9 @@ from tokenprune.evals.report.markdown import write_markdown
 from tokenprune.evals.report.page import write_report
 from tokenprune.evals.report.series import kind_of
 from tokenprune.evals.run_folder import read_run
+from tokenprune.evals.targets import Target
+
+TARGET = Target("random", 64, "pocket", 50.0, "made up for this test")
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +247,41 @@ def test_a_run_without_costs_has_a_plot_and_a_page(tmp_path, monkeypatch):
     assert plot_pareto(run.records, tmp_path / "plot.png").is_file()
     write_report(tmp_path / "page.html", [run])
     assert "| *random* |" in write_markdown(tmp_path / "board.md", [run]).read_text()
+
+
+def test_tables_are_written_whole_or_not_at_all(tmp_path):
+    from tokenprune.evals.files import write_csv
+
+    path = write_csv(tmp_path / "t.csv", [{"a": 1 / 3, "b": None}, {"a": "x, y", "b": True}])
+    before = path.read_bytes()
+    assert before == b'a,b\r\n0.333333333,\r\n"x, y",True\r\n'
+    with pytest.raises(ValueError, match="fields not in fieldnames"):
+        write_csv(path, [{"a": 1}, {"c": 2}])
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_every_table_of_a_run_goes_through_it(tmp_path, monkeypatch):
+    """An interrupted write leaves the old file."""
+    from tokenprune.evals import parity
+    from tokenprune.evals.seeds import write_seeds
+
+    run = read_run(fake_run(tmp_path / "run", methods=("none", "random"), keeps=(64,), samples=6, pictured=1))
+    seeded = [{**run.records[1], "seed": seed} for seed in (1, 2)]
+    (seeds,) = write_seeds(run.folder, seeded)
+    there = parity.write_parity(run.folder / "parity.csv", [parity.Parity(TARGET, 1.0, None, None, None, 6)])
+    before = seeds.read_bytes(), there.read_bytes()
+
+    def dies(self, row):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("csv.DictWriter.writerow", dies)
+        for write in (
+            lambda: write_seeds(run.folder, seeded),
+            lambda: parity.write_parity(there, [parity.Parity(TARGET, 2.0, None, None, None, 6)]),
+        ):
+            with pytest.raises(KeyboardInterrupt):
+                write()
+    assert (seeds.read_bytes(), there.read_bytes()) == before
+    # without seeds, what an earlier run said of them is gone
+    assert write_seeds(run.folder, run.records) == [] and not seeds.exists()
