@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -74,10 +75,12 @@ def load_lmms_task(name: str) -> Task:
 
 def _fingerprint(manager: Any, own: str, task: Any, settings: dict[str, Any]) -> str:
     """What answers depend on: lmms-eval, the files beside the task's YAML (includes, functions), its data."""
-    hasher = hashlib.sha256(repr((metadata.version("lmms_eval"), sorted(settings.items()))).encode())
-    yaml = manager.task_index[own].get("yaml_path")
-    for file in sorted(Path(str(yaml)).parent.iterdir()) if yaml and Path(str(yaml)).is_file() else ():
-        if file.is_file():
+    hasher = hashlib.sha256(repr(sorted(settings.items())).encode())
+    with suppress(metadata.PackageNotFoundError):  # a checkout on the path
+        hasher.update(metadata.version("lmms_eval").encode())
+    written = Path(str(manager.task_index[own].get("yaml_path")))
+    for file in sorted(written.parent.iterdir()) if written.is_file() else ():
+        if file.is_file() and file.suffix in ("", ".py", ".yaml", ".yml"):
             hasher.update(file.name.encode() + file_digest(file).encode())
     # not the fingerprint of `datasets`, which can be another one in each process once a task has filtered its documents
     info = getattr(task.eval_docs, "info", None)
