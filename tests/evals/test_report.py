@@ -260,6 +260,18 @@ def test_tables_are_written_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["t.csv"]
 
 
+def test_result_files_are_written_in_one_place():
+    """What is written elsewhere is written in place, and a kill leaves half of it."""
+    import tokenprune.evals.files as files
+
+    evals = Path(files.__file__).parent
+    sources = [*evals.glob("*.py"), *evals.glob("recommend/*.py"), *evals.glob("report/*.py")]
+    # the README is no result
+    own = {"files.py", "readme.py"}
+    writes = re.compile(r"open\(\"w|write_text\(|DictWriter")
+    assert {path.name for path in sources if writes.search(path.read_text(encoding="utf-8"))} - own == set()
+
+
 def test_every_table_of_a_run_goes_through_it(tmp_path, monkeypatch):
     """An interrupted write leaves the old file."""
     from tokenprune.evals import parity
