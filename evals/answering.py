@@ -110,7 +110,7 @@ def evaluate(
     Raises:
         DiskRefuses: the disk takes no more rows.
     """
-    answered = Answered(settings_digest(config, loaded))
+    answered = Answered(settings_digest(config, loaded, task.fingerprint))
     drawn = set(drawn_samples(task, config.overlays.samples, config.limit))
     asking = _Asking(config, loaded, task, points)
     for batch in batches(task, config.limit, config.batch_size, share):

@@ -61,11 +61,11 @@ class Overlays:
 
     Attributes:
         samples: how many samples of a task get one, spread over its families; 0 means no pictures.
-        keep: the budget that is drawn; None draws the smallest of the run.
+        keep: the budget that the page shows first, one of the run's; None: the smallest.
     """
 
     samples: int = 3
-    keep: int | float | None = None
+    keep: int | float | str | None = None
 
 
 @dataclass
@@ -166,6 +166,11 @@ class RunConfig:
         for name in ("warmup", "decode_tokens"):
             _positive(f"measure.{name}", getattr(self.measure, name), least=0)
         _positive("overlays.samples", self.overlays.samples, least=0)
+        switches = {"references": self.references, "share_tower": self.share_tower}
+        switches |= {"measure.times": self.measure.times, "measure.flops": self.measure.flops}
+        for name, value in switches.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be true or false, got {value!r}.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be an integer, got {self.seed!r}.")
         _check_seeds(self.seeds)
@@ -188,7 +193,10 @@ class RunConfig:
             one.check_keys()
             for keep in one.keeps if one.method != NONE else ():
                 parse_method(one.method, keep, **dict(one.options))
-        self.points()
+        budgets = list(dict.fromkeys(point.keep for point in self.points() if point.keep is not None))
+        if self.overlays.keep is not None and self.overlays.keep not in budgets:
+            there = ", ".join(map(str, budgets)) or "no budget"
+            raise ValueError(f"overlays.keep must be a budget of the run, got {self.overlays.keep!r}; it has {there}.")
         for target in self.targets:
             if target.task not in self.all_tasks:
                 check_task(target.task)

@@ -14,6 +14,7 @@ from typing import Any
 
 from tokenprune.evals.config import ALIASES, Measure, Overlays, RunConfig
 from tokenprune.evals.targets import read_target
+from tokenprune.notation import read_yaml
 from tokenprune.registry import near
 
 INCLUDE = "include"
@@ -71,9 +72,7 @@ def read_settings(file: Path, includers: tuple[Path, ...] = ()) -> dict[str, Any
     Raises:
         ValueError, FileNotFoundError: see `read_config`; the message names the file at fault.
     """
-    import yaml
-
-    data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    data = read_yaml(file)
     if not isinstance(data, Mapping):
         raise ValueError(f"{file} must hold a mapping of settings, got {type(data).__name__}.")
     data = dict(data)

@@ -9,19 +9,25 @@ from itertools import islice
 from typing import Any
 
 from tokenprune.evals.answering import Answered
+from tokenprune.evals.batches import read_batch
 from tokenprune.evals.config import Point, RunConfig, digest
 from tokenprune.evals.failing import failure_of, release_memory
+from tokenprune.evals.machine import clocked_on
 from tokenprune.evals.models import LoadedModel
 from tokenprune.evals.store import RowStore
-from tokenprune.evals.tasks import Task
+from tokenprune.evals.tasks import Sample, Task
 
 Record = dict[str, Any]
 MEASURE_KEY = ("settings", "point", "measure")
 
 
-def measure_key(config: RunConfig, settings: str, point: Point) -> tuple[str, str, str]:
-    """Key of a point's row of costs."""
-    return settings, point.key, digest(asdict(config.measure))
+def measure_key(config: RunConfig, settings: str, point: Point, machine: str) -> tuple[str, str, str]:
+    """Key of a point's row of costs.
+
+    Args:
+        machine: digest of what `machine.clocked_on` says; times of another machine are another row.
+    """
+    return settings, point.key, f"{digest(asdict(config.measure))}.{machine}"
 
 
 def measure(
@@ -32,26 +38,35 @@ def measure(
     store: RowStore,
     settings: str,
     on_progress: Callable[[str], None] = lambda label: None,
-) -> None:
-    """Measure every point that the store, keyed by `MEASURE_KEY`, has no finished row of. One that raises gets a row
-    with its `error`."""
+) -> str:
+    """Measure every point that the store, keyed by `MEASURE_KEY`, has no finished row of by this machine. One that
+    raises gets a row with its `error`.
+
+    Returns:
+        The machine, see `measure_key`.
+    """
     from tokenprune.evals.flops import measure_flops
     from tokenprune.evals.timing import measure_times
 
-    plain: dict[str, dict[str, float]] = {}
+    where = clocked_on(loaded.model)
+    machine = digest(where)
+    samples: list[Sample] | None = None
     for point in points:
-        key = measure_key(config, settings, point)
+        key = measure_key(config, settings, point, machine)
         if key not in store:
-            row: Record = dict(zip(MEASURE_KEY, key, strict=True))
+            row: Record = {**dict(zip(MEASURE_KEY, key, strict=True)), "machine": where}
             failure = None
             try:
-                seen = (sample for sample in task.load(0, task.size) if sample.visuals)  # a text costs the same pruned
-                samples = list(islice(seen, config.measure.samples))
+                if samples is None:
+                    samples = _pictured(task, config.measure.samples)
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always", UserWarning)
-                    row.update(measure_times(loaded, point, samples, config.measure, config.seed))
-                    row["flops"] = measure_flops(loaded, point, samples, config.seed, config.measure.flops, plain)
+                    if samples:
+                        row.update(measure_times(loaded, point, samples, config.measure, config.seed))
+                        row["flops"] = measure_flops(loaded, point, samples, config.seed, config.measure.flops)
                 row["notes"] = [str(warning.message) for warning in caught if "FLOPs" in str(warning.message)]
+                if not samples:
+                    row["notes"] = [f"There are no times and FLOPs on {task.name}: none of its samples has a picture."]
             except Exception as error:
                 failure = failure_of(error)
             if failure is not None:
@@ -59,21 +74,38 @@ def measure(
                 row.update(failure.as_dict())
             store.append([row])
         on_progress(point.label)
+    return machine
+
+
+def _pictured(task: Task, wanted: int) -> list[Sample]:
+    """The first samples that can be read and have a picture: a text alone costs the same pruned."""
+    places = range(task.size)
+    read = (sample for place in places for sample in read_batch(task, place, place + 1).samples if sample.visuals)
+    return list(islice(read, wanted))
 
 
 def read_costs(
-    config: RunConfig, points: list[Point], answered: dict[tuple[str, str], Answered], store: RowStore
+    config: RunConfig,
+    points: list[Point],
+    answered: dict[tuple[str, str], Answered],
+    store: RowStore,
+    machines: dict[str, str],
 ) -> tuple[dict[str, Record], list[str]]:
-    """`kv`, `times` and `flops` by point key, and what a reader of them must know."""
+    """`kv`, `times` and `flops` by point key, and what a reader of them must know.
+
+    Args:
+        machines: by model, which machine measured it, see `measure_key`; it may be another one than this.
+    """
     found: dict[str, Record] = {}
     notes: list[str] = []
     for point in points:
-        row = store.get(measure_key(config, answered[point.model, point.task].settings, point))
+        settings = answered[point.model, point.task].settings
+        row = store.get(measure_key(config, settings, point, machines.get(point.model, "")))
         if row is None or "error" in row:
             why = "" if row is None else f": {row['error']} ({row['raised_at']})"
             notes.append(f"Times and FLOPs of {point.label} on {point.task} are missing{why}. They are measured again "
                          "when the run is started again.")  # fmt: skip
         else:
             notes += row["notes"]
-            found[point.key] = {name: row[name] for name in ("kv", "times", "flops")}
-    return found, notes
+            found[point.key] = {name: row[name] for name in ("kv", "times", "flops") if name in row}
+    return found, list(dict.fromkeys(notes))

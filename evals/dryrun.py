@@ -14,7 +14,7 @@ from rich.table import Table
 from tokenprune.evals.config import RunConfig
 from tokenprune.evals.models import LoadedModel, model_source
 from tokenprune.evals.points import NONE, Point
-from tokenprune.evals.tasks import count_samples, task_needs
+from tokenprune.evals.tasks import called, count_samples, task_fingerprint, task_needs
 
 if TYPE_CHECKING:
     from tokenprune.evals.estimate import Estimate, Outline
@@ -95,14 +95,15 @@ def make_plan(config: RunConfig) -> Plan:
         if found is None:
             notes.append(f"The FLOPs of {name} could not be estimated: {problem}.")
         else:
-            settings[name] = settings_digest(config, LoadedModel(name, None, None, found.fingerprint))
+            settings[name] = settings_digest(config, LoadedModel(name, None, None, found.fingerprint), "")
+    made_of = {task: task_fingerprint(task) for task in config.all_tasks}
     sizes = {task: count_samples(task) for task in config.all_tasks}
     planned, counted = [], 0
     for point in config.points():
         own, size = models[point.model], sizes[point.task]
         limit = size if config.limit is None or size is None else min(size, config.limit)
         cost, refused = _estimate(own, point, config.seed)
-        ids = rows.get((settings.get(point.model, ""), point.key), set())
+        ids = _ids(rows, point, settings.get(point.model), made_of[point.task])
         counted += len(ids)
         done = len(ids) if limit is None else min(len(ids), limit)  # of an earlier run with a higher limit
         planned.append(Planned(point, limit, done, cost, refused, _needs(point, cost)))
@@ -117,6 +118,17 @@ def make_plan(config: RunConfig) -> Plan:
     if broken:
         notes.append(f"{broken} lines in the run folder are torn and would be written anew.")
     return Plan(config, planned, notes)
+
+
+def _ids(rows: dict[tuple[str, str], set[str]], point: Point, settings: str | None, task: str | None) -> set[str]:
+    """Samples that the point has answered. `settings` is what its rows begin with, None where it is not known; so is
+    the fingerprint of a task that only its data would tell: then those of any data count."""
+    if settings is None:
+        return set()
+    if task is not None:
+        return rows.get((settings + task, point.key), set())
+    own = [ids for (filed, key), ids in rows.items() if key == point.key and filed.startswith(settings)]
+    return set().union(*own)
 
 
 def _outline(name: str) -> tuple[Outline | None, str]:
@@ -174,7 +186,7 @@ def plan_tables(plan: Plan) -> list[Table]:
     tables = []
     for key, tasks in alike.items():
         model = str(key[0])
-        title = f"{Path(model).name} on {', '.join(tasks)}"
+        title = f"{Path(model).name} on {', '.join(map(called, tasks))}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for head in _HEADS:
             table.add_column(head, justify="left" if head in ("point", "cuts at", "needs") else "right", no_wrap=True)

@@ -3,7 +3,7 @@
     name: my_task                 # shown in tables
     data: questions.parquet       # parquet or jsonl, or a dataset folder, beside this file; or the id of a hub dataset
     subset: default               # of a hub dataset that has several
-    split: test                   # of a folder or a hub dataset; files have only "train"
+    split: test                   # of a folder or a hub dataset; a single file has neither
     columns: {image: image, question: question, answer: answer, choices: choices, context: hint, family: category,
               id: id, boxes: boxes}
     prompt: "{question}"          # what is asked; {choices} are lines such as "A. red", {context} ends in a line break
@@ -12,33 +12,46 @@
 
 `columns` says what the dataset calls each; those that are left out have the name of their key (image, question, answer)
 or are not used (the rest). `choices` is a column of lists, or a list of columns: `[A, B, C, D]`; empty ones are no
-choice. Then an answer is a letter, the text of a choice or its number, counted from 0.
+choice, and the others keep their letters. Then an answer is a letter, the text of a choice or its number, counted
+from 0.
 
-exact: the same text, in lower case, without articles and punctuation; with a list of answers any of them. contains: the
-answer stands in the prediction. letter: the prediction begins with the letter of the answer. vqa: the VQA accuracy, the
-share of ten people's answers up to three that agree, each person left out once.
+exact: the same text, in lower case, without articles and punctuation (but for the sign, the point and the percent sign
+of numbers); with a list of answers any of them. contains: the answer stands in the prediction. letter: the prediction
+begins with the letter of the answer. vqa: the VQA accuracy, the share of ten people's answers up to three that agree,
+each person left out once.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenprune.evals.tasks import Sample, Task
+from tokenprune.evals.tasks import Sample, Task, file_digest
+from tokenprune.notation import read_yaml
 from tokenprune.registry import near
 
 _KEYS = ("name", "data", "subset", "split", "columns", "prompt", "match", "max_new_tokens")
 _COLUMNS = ("image", "question", "answer", "choices", "context", "family", "id", "boxes")
 _PLACES = ("question", "choices", "context")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# sign, point and percent sign of a number, as a group; or punctuation
+_MARKS = re.compile(r"((?<!\w)-(?=\.?\d)|(?<!\w)\.(?=\d)|(?<=\d)\.(?=\d)|(?<=\d)%)|[^\w\s]")
 
 
 def normalise(text: Any) -> str:
-    """Lower case, without punctuation, articles and double spaces."""
-    text = re.sub(r"[^\w\s]", " ", str(text).lower())
-    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+    """Lower case, without punctuation, articles and double spaces; sign, point and percent sign of a number stay.
+
+    What is nothing but articles keeps them, and what is nothing but punctuation stays as it is: "A" may be the letter
+    that was asked for, and "+" is not "-".
+    """
+    plain = " ".join(str(text).lower().replace("\u2212", "-").split()).replace(" %", "%")
+    words = _MARKS.sub(lambda found: found.group(1) or " ", plain).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the")) or " ".join(words) or plain
 
 
 def _several(answer: Any) -> list[Any]:
@@ -77,11 +90,9 @@ def read_spec(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: no such file, an unknown key (with near matches) or a value that cannot work.
     """
-    import yaml
-
     if not path.is_file():
         raise FileNotFoundError(f"There is no task file {path}.")
-    spec = yaml.safe_load(path.read_text(encoding="utf-8"))
+    spec = read_yaml(path)
     if not isinstance(spec, dict) or "data" not in spec:
         raise ValueError(f"The task file {path} must hold a mapping with at least the key 'data'.")
     for key in spec:
@@ -91,6 +102,16 @@ def read_spec(path: Path) -> dict[str, Any]:
     for key in columns:
         if key not in _COLUMNS:
             raise ValueError(f"The task file {path} has an unknown column {key!r}.{near(key, list(_COLUMNS))}")
+    for key in ("name", "prompt"):
+        if key in spec and (spec[key] is None or not str(spec[key]).strip()):
+            raise ValueError(f"{key} in {path} is empty; write something or leave the key out.")
+    length = spec.get("max_new_tokens", 16)
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"max_new_tokens in {path} must be an integer of at least 1, got {length!r}.")
+    if (path.parent / str(spec["data"])).is_file():
+        for key in ("subset", "split"):
+            if spec.get(key) is not None:
+                raise ValueError(f"{key} in {path} is {spec[key]!r}, and a single file has none; leave {key} out.")
     match = spec.get("match", "exact")
     if match not in _MATCHES:
         raise ValueError(
@@ -113,7 +134,7 @@ def file_task(path: Path) -> Task:
     """The task that the file describes, its data loaded.
 
     Raises:
-        ValueError: as `read_spec`, or a column that the data do not have.
+        ValueError: as `read_spec`, a column that the data do not have, or an id that they have twice.
     """
     from datasets import Features
     from datasets import Image as ImageFeature
@@ -121,11 +142,19 @@ def file_task(path: Path) -> Task:
     spec = read_spec(path)
     columns = {**{key: key for key in ("image", "question", "answer")}, **(spec.get("columns") or {})}
     data = _load(path, spec)
+    made_of = str(data._fingerprint)  # before the cast below, which gives another one to each process
     missing = [one for column in columns.values() for one in _several(column) if one not in data.column_names]
     if missing:
         raise ValueError(
             f"The data of {path} has no column {missing[0]!r}.{near(missing[0], data.column_names)} "
             f"Its columns: {', '.join(data.column_names)}."
+        )
+    ids = Counter(map(str, data[columns["id"]]) if "id" in columns else ())
+    twice = [one for one, times in ids.items() if times > 1]
+    if twice:
+        raise ValueError(
+            f"The samples of {path} need ids of their own; the column {columns['id']!r} has {twice[0]!r} twice. "
+            "Leave the column out to number them."
         )
     if not isinstance(data.features[columns["image"]], ImageFeature):
         data = data.cast(Features({**data.features, columns["image"]: ImageFeature()}))
@@ -148,9 +177,23 @@ def file_task(path: Path) -> Task:
         size=len(data),
         load=load,
         score=_MATCHES[spec.get("match", "exact")],
-        max_new_tokens=int(spec.get("max_new_tokens", 16)),
+        max_new_tokens=spec.get("max_new_tokens", 16),
         has_boxes="boxes" in columns,
+        fingerprint=fingerprint_of(path, spec) or _fingerprint(spec, made_of),
     )
+
+
+def fingerprint_of(path: Path, spec: dict[str, Any]) -> str | None:
+    """What answers to the task depend on: its settings and the bytes of its data file. None where the data are no
+    single file, so that only loading them would tell. Pictures that the file names by their paths are not looked at."""
+    source = path.parent / str(spec["data"])
+    return _fingerprint(spec, file_digest(source)) if source.is_file() else None
+
+
+def _fingerprint(spec: dict[str, Any], data: str) -> str:
+    # a task may be renamed and its file moved
+    asked = {key: value for key, value in spec.items() if key not in ("name", "data")}
+    return hashlib.sha256(json.dumps([asked, data], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _load(path: Path, spec: dict[str, Any]) -> Any:
@@ -164,28 +207,29 @@ def _load(path: Path, spec: dict[str, Any]) -> Any:
     return load_dataset(name, spec.get("subset"), split=spec.get("split", "test"))
 
 
-def _choices(row: dict[str, Any], where: Any) -> list[str]:
+def _choices(row: dict[str, Any], where: Any) -> dict[str, str]:
+    """By letter; an empty one has none, and the others keep theirs."""
     if where is None:
-        return []
+        return {}
     found = [row[column] for column in where] if isinstance(where, list) else list(row[where] or [])
-    return [str(one) for one in found if one is not None and str(one).strip() not in ("", "nan")]
+    lettered = zip(_LETTERS, found)
+    return {letter: str(one) for letter, one in lettered if one is not None and str(one).strip() not in ("", "nan")}
 
 
-def _question(prompt: str, row: dict[str, Any], columns: dict[str, Any], choices: list[str]) -> str:
+def _question(prompt: str, row: dict[str, Any], columns: dict[str, Any], choices: dict[str, str]) -> str:
     context = str(row[columns["context"]] or "").strip() if "context" in columns else ""
     texts = {
         "question": str(row[columns["question"]]),
-        "choices": "\n".join(f"{letter}. {choice}" for letter, choice in zip(_LETTERS, choices)),
+        "choices": "\n".join(f"{letter}. {choice}" for letter, choice in choices.items()),
         "context": f"{context}\n" if context and context != "nan" else "",
     }
     return re.sub(r"\{(\w+)\}", lambda found: texts[found.group(1)], prompt)
 
 
-def _answer(answer: Any, choices: list[str]) -> Any:
+def _answer(answer: Any, choices: dict[str, str]) -> Any:
     """With choices the letter of the right one."""
-    if not choices:
-        return answer
     text = str(answer).strip()
-    if text.isdigit() and text not in choices and int(text) < len(choices):
+    named = next((letter for letter, choice in choices.items() if choice == text), None)
+    if named is None and text.isdecimal() and _LETTERS[int(text) : int(text) + 1] in choices:
         return _LETTERS[int(text)]
-    return _LETTERS[choices.index(text)] if text in choices else answer
+    return answer if named is None else named

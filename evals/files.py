@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from tokenprune.evals.config import Refused
 
@@ -47,3 +50,22 @@ def replace_file(path: Path, text: str) -> Path:
     with replaced(path) as partial:
         partial.write_text(text, encoding="utf-8")
     return path
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> Path:
+    """Write a table whole or not at all; floats get nine digits, None and what a row lacks stay empty.
+
+    Args:
+        columns: in their order; by default those of the first row.
+    """
+    with replaced(path) as partial, partial.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0] if columns is None else columns))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: f"{cell:.9g}" if isinstance(cell, float) else cell for key, cell in row.items()})
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file. Only a newline ends one: `splitlines` would cut a text at U+2028 or U+0085."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]

@@ -119,18 +119,12 @@ def _measure_once(loaded: LoadedModel, inputs: dict[str, Any]) -> dict[str, floa
 
 
 def measure_flops(
-    loaded: LoadedModel,
-    point: Point,
-    samples: list[Sample],
-    seed: int = 0,
-    counting: bool = True,
-    plain_counts: dict[str, dict[str, float]] | None = None,
+    loaded: LoadedModel, point: Point, samples: list[Sample], seed: int = 0, counting: bool = True
 ) -> dict[str, Any]:
     """Measured and analytic FLOPs of one prompt, averaged over `samples`.
 
     Args:
         counting: whether to run FlopCounterMode; without it only the analytic count is there and `measured` is None.
-        plain_counts: what the unpruned model was measured at, by sample id; read and filled in.
 
     Returns:
         `measured` and `analytic` (by part and `total`, which leaves `decode` out), `unpruned` (analytic),
@@ -138,16 +132,13 @@ def measure_flops(
         within `TOLERANCE`) and `paper` (see `tokenprune.cost`).
     """
     shape = adapter_for(loaded.model).cost_shape()
-    plain_counts = {} if plain_counts is None else plain_counts
     measured, analytic, unpruned = (dict.fromkeys(PARTS, 0.0) for _ in range(3))
     by_layer: list[float] = []
     paper = 0.0
     for sample in samples:
         inputs = dict(loaded.inputs([sample.question], [sample.image]))
-        plain = plain_counts.get(sample.sample_id)
-        if plain is None and counting:
-            plain = plain_counts[sample.sample_id] = _measure_once(loaded, inputs)
-        found = plain
+        # the handle that gives the unpruned model its report asks for scores, which would be counted
+        found = _measure_once(loaded, inputs) if counting and point.method == NONE else None
         with _watched(loaded, point, seed, sample) as handle:
             if counting and point.method != NONE:
                 found = _measure_once(loaded, inputs)

@@ -97,9 +97,13 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None) -> 
         name: pocket name, folder or hub id.
         dtype: one of `DTYPES`.
         device: where to put it; None takes a GPU where there is one.
+
+    Raises:
+        UnknownName, ValueError, OSError: there is no such model, dtype or device.
     """
     source = model_source(name)
     check_dtype(dtype)
+    check_device(device)
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -125,6 +129,27 @@ def check_dtype(dtype: str) -> None:
     """Raise ValueError if `dtype` is not one of `DTYPES`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.{near(dtype, list(DTYPES))}")
+
+
+def check_device(device: str | None) -> None:
+    """Raise ValueError if torch has no such device on this machine; None is any."""
+    if device is None:
+        return
+    import torch
+
+    try:
+        found = torch.device(device)
+        module = torch.get_device_module(found)
+    except RuntimeError:
+        raise ValueError(f"There is no torch device {device!r}; write cpu, cuda or cuda:1, for example.") from None
+    # the module of one kind or another can neither say that it is there nor how many there are
+    count = module.device_count() if hasattr(module, "device_count") else 1
+    if not module.is_available() or (found.index or 0) >= count:
+        there = f"{count} of that kind" if module.is_available() else "none of that kind"
+        raise ValueError(
+            f"The device {device!r} is not there: torch {torch.__version__} finds {there} on this machine. Leave "
+            "it out to take a GPU where there is one, or write cpu."
+        )
 
 
 def fingerprint(source: str, model: Any = None) -> str:

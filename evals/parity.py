@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from tokenprune.evals.files import write_csv
 from tokenprune.evals.points import NONE
+from tokenprune.evals.run_folder import read_records
 from tokenprune.evals.targets import ACCURACY, Target, read_target
 
 Record = dict[str, Any]
@@ -98,12 +98,9 @@ def read_run(folder: str | Path) -> tuple[list[Record], list[Target]]:
     """The records of a finished run, and the targets that its sweep file names.
 
     Raises:
-        FileNotFoundError: the folder holds no results.jsonl.
+        FileNotFoundError, ValueError: the folder holds no results.jsonl, or an empty one.
     """
-    path = Path(folder) / "results.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no {path}; give the folder of a finished run.")
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = read_records(Path(folder) / "results.jsonl")
     named = records[0]["provenance"]["config"].get("targets") or []
     return records, [read_target(number, entry) for number, entry in enumerate(named)]
 
@@ -155,13 +152,7 @@ def parity_rows(found: Sequence[Parity]) -> list[Record]:
 
 def write_parity(path: Path, found: Sequence[Parity]) -> Path:
     """Write parity.csv, every target a row, also those that the run has no point for."""
-    rows = parity_rows(found)
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{cell:.9g}" if isinstance(cell, float) else cell for key, cell in row.items()})
-    return path
+    return write_csv(path, parity_rows(found))
 
 
 def parity_table(found: Sequence[Parity]) -> Table:

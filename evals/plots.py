@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenprune.evals.config import NONE
 from tokenprune.evals.files import replaced
+from tokenprune.evals.results import title_of
 
 # distinguishable with the usual colour-vision deficiencies in neighbouring pairs; markers tell the rest apart
 COLOURS = (
@@ -22,7 +23,7 @@ def series_of(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Records by series, each sorted by FLOPs; the unpruned model left out."""
     found: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        if record["method"] != NONE and record.get("flops"):
+        if record["method"] != NONE:
             found.setdefault(record["series"], []).append(record)
     return {name: sorted(group, key=flops_decoder) for name, group in found.items()}
 
@@ -45,7 +46,8 @@ def styles(names: list[str]) -> dict[str, tuple[str, str]]:
 
 
 def plot_pareto(records: list[dict[str, Any]], path: Path) -> Path:
-    """Write the plot: a row per model and task; left the decoder's FLOPs, right all up to the first token."""
+    """Write the plot: a row per model and task; left the decoder's FLOPs, right all up to the first token. Points
+    without FLOPs are left out."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -62,10 +64,11 @@ def plot_pareto(records: list[dict[str, Any]], path: Path) -> Path:
         width_ratios=[8, 5],
     )
     for (model, task), (left, right) in zip(panels, axes, strict=True):
-        own = [r for r in records if (r["model"], r["task"]) == (model, task)]
+        whole = [r for r in records if (r["model"], r["task"]) == (model, task)]
+        own = [record for record in whole if record.get("flops")]
         _panel(left, own, flops_decoder, spread=0.022)
         _panel(right, own, flops_total, spread=0.0)
-        left.set_title(f"{Path(model).name} on {task}", loc="left", fontsize=11)
+        left.set_title(title_of(whole[0]), loc="left", fontsize=11)
         left.set_xscale("log")
         left.set_xlabel("GFLOPs of selection and prefill (log; one budget's points are spread sideways)")
         left.set_ylabel("accuracy, percent (bars: 95 percent bootstrap)")
@@ -73,7 +76,8 @@ def plot_pareto(records: list[dict[str, Any]], path: Path) -> Path:
         low, high = left.get_ylim()
         left.set_ylim(max(0.0, min(low, high - 4)), min(100.0, max(high, low + 4)))
         ticks_of_budgets(left, own)
-        right.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        if own:
+            right.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     with replaced(path) as partial:
         figure.savefig(partial, dpi=130)
     plt.close(figure)
@@ -84,7 +88,7 @@ def ticks_of_budgets(ax: Any, records: list[dict[str, Any]]) -> None:
     """Label the x axis where the budgets are."""
     places: dict[float, str] = {}
     for record in records:
-        if record.get("flops") and record["method"] in (NONE, "random"):
+        if record["method"] in (NONE, "random"):
             places[flops_decoder(record)] = f"{flops_decoder(record):.3g}\n{record['kept_tokens']:g} tokens"
     ax.set_xticks(list(places), list(places.values()))
     ax.minorticks_off()
@@ -108,7 +112,7 @@ def _panel(ax: Any, records: list[dict[str, Any]], cost: Callable[[dict[str, Any
         style = "--" if name in GREYS else "-"
         ax.plot(x, y, style, color=colour, marker=marker, ms=5.5, lw=1.3, label=name, zorder=3)
         ax.vlines(x, low, high, color=colour, lw=1.0, alpha=0.45, zorder=2)
-    if unpruned is not None and unpruned.get("flops"):
+    if unpruned is not None:
         scores = unpruned["overall"]
         level = 100 * scores["accuracy"]
         ax.axhspan(100 * scores["ci_low"], 100 * scores["ci_high"], color="#000000", alpha=0.05, lw=0, zorder=0)

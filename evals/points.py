@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.budget import read_budget
-from tokenprune.notation import pruner_parts, split_name, split_outside
+from tokenprune.notation import pruner_parts, read_yaml, split_name, split_outside
 from tokenprune.registry import INTERVENTIONS, METHODS, UnknownName, near
 
 NONE = "none"
@@ -112,14 +112,12 @@ def method_of_file(path: str) -> Mapping[str, Any]:
     """The mapping with the key 'method' in a YAML file, as `tokenprune tune` writes it.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or it holds none.
+        FileNotFoundError, ValueError: no such file, it is no YAML, or it holds none.
     """
-    import yaml
-
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"There is no method file {path}.")
-    loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    loaded = read_yaml(file)
     if not isinstance(loaded, Mapping) or not isinstance(loaded.get("method"), str):
         raise ValueError(f"{path} must hold a mapping whose key 'method' names one method.")
     return loaded

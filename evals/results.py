@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -16,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.evals.config import Point, RunConfig
-from tokenprune.evals.files import replace_file, replaced
+from tokenprune.evals.files import replace_file, replaced, write_csv
+from tokenprune.evals.machine import hardware
 from tokenprune.evals.scores import References, answered, correct_for_many, of_family, scores_of
 
 OVERALL = "overall"
@@ -25,8 +24,6 @@ Record = dict[str, Any]
 
 def provenance(config: RunConfig, seconds: float | None = None) -> Record:
     """Where a result came from: settings, versions, hardware, seed, commit and date."""
-    import torch
-
     packages = ("torch", "transformers", "tokenprune-vlm", "datasets", "numpy", "accelerate", "triton", "lmms_eval")
     versions = {}
     for package in packages:
@@ -34,32 +31,16 @@ def provenance(config: RunConfig, seconds: float | None = None) -> Record:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "config": config.as_dict(),
         "versions": {"python": platform.python_version(), **versions},
-        "hardware": {
-            "cpu": _cpu_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": gpu,
-            "system": f"{platform.system()} {platform.machine()}",
-        },
+        "hardware": hardware(),
         "seed": config.seed,
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["tokenprune", *sys.argv[1:]]),
         "seconds": seconds,
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
@@ -118,6 +99,17 @@ def summarise(
 def _mean(values: Iterable[float]) -> float:
     found = list(values)
     return sum(found) / len(found)
+
+
+def title_of(record: Record) -> str:
+    """Model and task as tables, plots and pages call them."""
+    return f"{Path(record['model']).name} on {task_name(record)}"
+
+
+def task_name(record: Record) -> str:
+    """What the task calls itself; records of older runs lack it, and have the file's name then."""
+    named = record.get("task_name")
+    return str(named or (Path(record["task"]).stem if "/" in record["task"] else record["task"]))
 
 
 def table_rows(records: list[Record]) -> list[Record]:
@@ -211,14 +203,5 @@ def write_results(
     with replaced(samples) as partial:
         pq.write_table(pa.Table.from_pylist(flat), partial, compression="zstd")
 
-    summary = folder / "summary.csv"
-    table = table_rows(records)
-    with replaced(summary) as partial, partial.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(table[0]))
-        writer.writeheader()
-        short = [
-            {name: f"{value:.9g}" if isinstance(value, float) else value for name, value in row.items()}
-            for row in table
-        ]
-        writer.writerows(short)
+    summary = write_csv(folder / "summary.csv", table_rows(records))
     return [results, samples, summary]

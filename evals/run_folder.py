@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tokenprune.evals.config import Point
+from tokenprune.evals.files import read_lines
 from tokenprune.evals.pictures import read_pictures
 
 Record = dict[str, Any]
@@ -52,10 +52,7 @@ def read_run(folder: str | Path) -> FinishedRun:
             unfinished = (folder / "samples.jsonl").is_file()
             hint = " The run has not ended; start it again, it goes on where it was." if unfinished else ""
             raise FileNotFoundError(f"{folder} holds no finished run: there is no {name} in it.{hint}")
-    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines if line.strip()]
-    if not records:
-        raise ValueError(f"{folder / 'results.jsonl'} holds no result.")
+    records = read_records(folder / "results.jsonl")
     origin = records[0].get("provenance") or {}
     for record in records:
         record.pop("provenance", None)
@@ -63,6 +60,21 @@ def read_run(folder: str | Path) -> FinishedRun:
     for row in pq.read_table(folder / "samples.parquet").to_pylist():
         rows.setdefault(row["point"], []).append(row)
     return FinishedRun(folder, records, rows, read_pictures(folder), origin)
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a results.jsonl, each with its provenance.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is empty.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path}; give the folder of a finished run.")
+    records = read_lines(path)
+    if not records:
+        raise ValueError(f"{path} holds no result.")
+    return records
 
 
 def point_of(record: Record) -> Point:

@@ -26,8 +26,11 @@ from tokenprune.spec import Spec, parse_method
 
 FINGERPRINTED = ("methods", "interventions", "adapters", "kernels", ".")
 """Folders whose files decide an answer."""
-ASKING = ("answering.py", "batches.py", "failing.py", "file_tasks.py", "prompting.py", "runner.py", "tasks.py")
-"""Files beside this one that do."""
+ASKING = (
+    "answering.py", "batches.py", "failing.py", "file_tasks.py", "lmms/*.py", "models.py", "pocket/qwen/suite.py",
+    "pocket/suite.py", "pocket/tasks.py", "processing.py", "prompting.py", "runner.py", "tasks.py",
+)  # fmt: skip
+"""Files beside this one, and in folders beside it, that decide an answer or its score."""
 
 
 def code_fingerprint() -> str:
@@ -37,17 +40,22 @@ def code_fingerprint() -> str:
     hasher = hashlib.sha256()
     roots = [Path(folder) / name for folder in tokenprune.__path__ for name in FINGERPRINTED]
     files = {file.resolve() for root in roots for kind in ("*.py", "*.yaml") for file in root.glob(kind)}
-    files |= {Path(__file__).with_name(name).resolve() for name in ASKING}
+    files |= {file.resolve() for name in ASKING for file in Path(__file__).parent.glob(name)}
     for file in sorted(files):
         if file.name not in ("cli.py", "cost.py", "report.py"):
             hasher.update(file.name.encode() + file.read_bytes())
     return hasher.hexdigest()[:16]
 
 
-def settings_digest(config: RunConfig, loaded: LoadedModel) -> str:
-    """Changes with whatever besides the point could change an answer: weights, code, dtype, seed, answer length."""
+def settings_digest(config: RunConfig, loaded: LoadedModel, task: str) -> str:
+    """Changes with whatever besides the point could change an answer or its score: weights, code, dtype, seed, answer
+    length, and the task.
+
+    Args:
+        task: its fingerprint, which the digest ends in; "" gives what the digests of all tasks begin with.
+    """
     parts = (loaded.fingerprint, code_fingerprint(), config.dtype, config.seed, config.max_new_tokens)
-    return digest(parts)
+    return f"{digest(parts)}.{task}"
 
 
 def method_of(point: Point, seed: int) -> Spec:
@@ -92,15 +100,25 @@ def pruned(loaded: LoadedModel, point: Point, seed: int, samples: list[Sample]) 
         yield None
         return
     with applied(loaded.model, loaded.settled.get(point.key) or method_of(point, seed)) as handle:
-        if _wants_boxes(handle):
-            missing = [sample.sample_id for sample in samples if sample.boxes is None]
-            if missing:
-                raise ValueError(
-                    f"{point.method} needs the boxes that suffice for an answer; sample {missing[0]} has none. "
-                    "Use it on the pocket suite, or on a task with a `boxes` column."
-                )
-            handle.set_hints(boxes=[sample.boxes for sample in samples])
+        give_boxes(handle, point, samples)
         yield handle
+
+
+def give_boxes(handle: Handle, point: Point, samples: list[Sample]) -> None:
+    """Tell the method where what suffices for an answer is, if it asks.
+
+    Raises:
+        ValueError: a sample does not say.
+    """
+    if not _wants_boxes(handle):
+        return
+    missing = [sample.sample_id for sample in samples if sample.boxes is None]
+    if missing:
+        raise ValueError(
+            f"{point.method} needs the boxes that suffice for an answer; sample {missing[0]} has none. "
+            "Use it on the pocket suite, or on a task with a `boxes` column."
+        )
+    handle.set_hints(boxes=[sample.boxes for sample in samples])
 
 
 def _wants_boxes(handle: Handle) -> bool:
@@ -112,7 +130,7 @@ def check_points(loaded: LoadedModel, task: Task, points: list[Point], seed: int
     so does a task whose samples the processor does not take; and let what learns from prompts do so."""
     adapter_for(loaded.model)
     # rows go round the families, so these are one of each
-    for sample in task.load(0, min(max(1, len(task.families)), task.size)):
+    for sample in read_batch(task, 0, min(max(1, len(task.families)), task.size)).samples:
         loaded.inputs([sample.question], [sample.image])
     for point in points:
         if point.method == NONE:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from tokenprune.evals.files import write_csv
+from tokenprune.evals.results import task_name
 
 Record = dict[str, Any]
 
@@ -52,16 +54,13 @@ def over_seeds(records: list[Record]) -> list[Record]:
 
 
 def write_seeds(folder: Path, records: list[Record]) -> list[Path]:
-    """Write seeds.csv; nothing where no setting has two seeds."""
+    """Write seeds.csv; where no setting has two seeds there is none, and that of an earlier run is taken away."""
     rows = over_seeds(records)
-    if not rows:
-        return []
     path = folder / "seeds.csv"
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return [path]
+    if not rows:
+        path.unlink(missing_ok=True)
+        return []
+    return [write_csv(path, rows)]
 
 
 def seed_tables(records: list[Record]) -> list[Table]:
@@ -72,10 +71,11 @@ def seed_tables(records: list[Record]) -> list[Table]:
     table = Table(title="Over seeds, accuracy in percent", title_justify="left", box=None, pad_edge=False)
     for name in ("model", "task", "method", "seeds", "mean", "sd", "least", "greatest", "vs random"):
         table.add_column(name, justify="left" if name in ("model", "task", "method") else "right", no_wrap=True)
+    names = {record["task"]: task_name(record) for record in records}
     for row in rows:
         method = row["method"] + (f"({row['options']})" if row["options"] else "")
         numbers = [f"{100 * row[name]:.1f}" for name in ("mean", "sd", "least", "greatest")]
         beside = "" if row["vs_random"] is None else f"{100 * row['vs_random']:+.1f}"
         label = method if row["keep"] is None else f"{method}@{row['keep']}"
-        table.add_row(Path(row["model"]).name, row["task"], label, row["seeds"], *numbers, beside)
+        table.add_row(Path(row["model"]).name, names[row["task"]], label, row["seeds"], *numbers, beside)
     return [table]

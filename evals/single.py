@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from tokenprune.api import applied
 from tokenprune.evals.config import NONE, Point, refusing
-from tokenprune.evals.models import load_model
+from tokenprune.evals.models import LoadedModel, load_model
 from tokenprune.evals.overlay import draw_kept, seen_views
-from tokenprune.evals.runner import answer_batch, method_of, visual_tokens
+from tokenprune.evals.runner import answer_batch, give_boxes, method_of, settle, visual_tokens
 from tokenprune.evals.tasks import Sample, default_task, load_task
 from tokenprune.notation import pruner_parts, split_name
 from tokenprune.registry import METHODS
@@ -30,7 +32,8 @@ def run_single(
     device: str | None = None,
     max_new_tokens: int = 32,
 ) -> int:
-    """Answer, print both answers and the cost, write the overlay PNG. Names were checked by the caller.
+    """Answer, print both answers, the cost and what interventions did, write the overlay PNG. Names were checked by the
+    caller.
 
     Args:
         image: path of a picture; None takes sample number `sample` of the model's pocket suite, with its question.
@@ -62,6 +65,7 @@ def run_single(
     inputs = dict(loaded.inputs([asked.question], [asked.image]))
     before = visual_tokens(loaded, inputs)[0]
     plain, _, _ = answer_batch(loaded, Point(model, "pocket", NONE, None), [asked], inputs, 0, max_new_tokens)
+    said = _settle(loaded, point, asked, inputs)
     pruned, counts, kept = answer_batch(loaded, point, [asked], inputs, 0, max_new_tokens)
 
     console = Console()
@@ -74,8 +78,25 @@ def run_single(
     table.add_row("unpruned", str(before), plain[0])
     table.add_row(method_of(point, 0).label, str(counts[0]), pruned[0])
     console.print(table)
+    for line in said:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     draw_kept(seen_views(loaded, inputs, asked.visuals[0]), point, kept[0]).save(target, optimize=True)
     console.print(f"overlay   {target}", soft_wrap=True, highlight=False)
     return 0
+
+
+def _settle(loaded: LoadedModel, point: Point, asked: Sample, inputs: dict[str, Any]) -> tuple[str, ...]:
+    """Let interventions see prompts of the model's pocket suite before they act, as `tokenprune eval` does; a line each
+    on what they then do to this prompt. () where there are none."""
+    if point.method == NONE:
+        return ()
+    with applied(loaded.model, method_of(point, 0)) as handle:
+        if not handle.interventions:
+            return ()
+        settle(loaded, load_task(default_task(loaded.name)), point, handle, 0)
+        give_boxes(handle, point, [asked])
+        with torch.inference_mode():
+            loaded.model(**inputs, logits_to_keep=1)
+        return handle.report().interventions

@@ -9,20 +9,19 @@ from pathlib import Path
 from rich.console import Console
 
 from tokenprune.evals.answering import SAMPLE_KEY
-from tokenprune.evals.config import Point, RunConfig, refusing
+from tokenprune.evals.config import RunConfig, refusing
 from tokenprune.evals.costs import MEASURE_KEY, read_costs
 from tokenprune.evals.counting import count_rows
 from tokenprune.evals.executors.local import Local
 from tokenprune.evals.executors.processes import Processes, launched
 from tokenprune.evals.files import replace_file
 from tokenprune.evals.lock import held
+from tokenprune.evals.pooling import pool_costs, pool_tasks
 from tokenprune.evals.results import Record, provenance, summarise, write_results
 from tokenprune.evals.seeds import write_seeds
 from tokenprune.evals.store import folder_store
 from tokenprune.evals.tasks import Task, cut_short, load_task
 from tokenprune.evals.work import Executor, Worked
-
-ALL_TASKS = "all"
 
 
 @dataclass
@@ -78,16 +77,18 @@ def _write(config: RunConfig, worked: Worked, tasks: dict[str, Task], begin: flo
     folder = config.folder
     counted = count_rows(folder_store(folder, "samples", SAMPLE_KEY), config.points(), worked.answered)
     costs = folder_store(folder, "measures", MEASURE_KEY)
-    measures, said = read_costs(config, counted.points, worked.answered, costs)
+    measures, said = read_costs(config, counted.points, worked.answered, costs, worked.machines)
     notes = [*worked.notes, *counted.notes, *said]
     pooled, pooled_rows = pool_tasks(counted.points, counted.rows)
     for point in pooled:
         parts = [replace(point, task=task).key for task in tasks]
-        measures[point.key] = next((measures[key] for key in parts if key in measures), {})
+        measures[point.key] = pool_costs(point, counted.points, measures)
         counted.failed[point.key] = sum(counted.failed.get(key, 0) for key in parts)
     records = summarise([*counted.points, *pooled], {**counted.rows, **pooled_rows}, measures, config.seed)
     for record in records:
         own = counted.rows.get(record["point"])
+        if record["task"].endswith((".yaml", ".yml")):
+            record["task_name"] = tasks[record["task"]].name
         record["failed"] = counted.failed[record["point"]]
         record["metrics"] = {} if own is None else tasks[record["task"]].metrics(own)
     seconds = time.perf_counter() - begin
@@ -97,28 +98,6 @@ def _write(config: RunConfig, worked: Worked, tasks: dict[str, Task], begin: flo
     files.append(plot_pareto(records, folder / "pareto.png"))
     files.append(write_report(folder / "report.html", [read_run(folder)]))
     return Run(config, records, files, seconds, notes)
-
-
-def pool_tasks(points: list[Point], rows: dict[str, list[Record]]) -> tuple[list[Point], dict[str, list[Record]]]:
-    """With several tasks of a model, a further task `all` that holds the samples of all of them, for the points that
-    have answers to each; nothing with one task."""
-    tasks: dict[str, set[str]] = {}
-    counts: dict[str, int] = {}
-    for point in points:
-        tasks.setdefault(point.model, set()).add(point.task)
-        whole = replace(point, task=ALL_TASKS)
-        counts[whole.key] = counts.get(whole.key, 0) + 1
-    pooled: dict[str, list[Record]] = {}
-    found: dict[str, Point] = {}
-    for point in points:
-        whole = replace(point, task=ALL_TASKS)
-        if not 2 <= len(tasks[point.model]) == counts[whole.key]:
-            continue
-        found[whole.key] = whole
-        # two tasks may number their samples alike
-        own = [{**row, "point": whole.key, "sample_id": f"{point.task}:{row['sample_id']}"} for row in rows[point.key]]
-        pooled.setdefault(whole.key, []).extend(own)
-    return list(found.values()), pooled
 
 
 def write_config(config: RunConfig) -> Path:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from tokenprune.evals.config import NONE
-from tokenprune.evals.results import flat_costs, metric_names
+from tokenprune.evals.results import flat_costs, metric_names, title_of
 
 _HEADS = ("method", "tokens", "accuracy %", "95 % interval", "of unpruned %", "vs random", "p Holm", "hard %",
           "headroom %", "GFLOPs", "KV KiB", "prefill ms", "select ms", "decode ms", "/ ideal", "failed")  # fmt: skip
@@ -77,7 +76,7 @@ def result_tables(records: list[dict[str, Any]], width: int = 200) -> list[Table
             if sum(2 + max(len(heads[i]), *(len(row[i]) for row in rows)) for i in used) <= width:
                 break
             used = [i for i in used if i != index]
-        table = Table(title=f"{Path(model).name} on {task}", title_justify="left", box=None, pad_edge=False)
+        table = Table(title=title_of(own[0]), title_justify="left", box=None, pad_edge=False)
         for i in used:
             table.add_column(heads[i], justify="left" if i == 0 else "right", no_wrap=True)
         for record, row in zip(own, rows, strict=True):

@@ -7,6 +7,7 @@ one's own (`file_tasks.py`).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -66,6 +67,8 @@ class Task:
         max_new_tokens: length of an answer.
         families: the families in the order in which tables show them; () means as they come.
         has_boxes: whether samples know their boxes, which the oracle needs.
+        fingerprint: changes with the questions, the data or the rule for right answers; answers to another task are not
+            reused.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Task:
     max_new_tokens: int = 16
     families: tuple[str, ...] = ()
     has_boxes: bool = False
+    fingerprint: str = ""
 
     def count(self, limit: int | None) -> int:
         """Samples that a run with `limit` sees: the first `limit` of them."""
@@ -178,6 +182,42 @@ def count_samples(name: str) -> int | None:
     if source.suffix == ".parquet":
         return pq.read_metadata(source).num_rows
     return sum(bool(line.strip()) for line in source.read_bytes().splitlines())
+
+
+def called(name: str) -> str:
+    """What tables call a task: the name that its file gives, or its own."""
+    if not name.endswith((".yaml", ".yml")):
+        return name
+    from tokenprune.evals.file_tasks import read_spec
+
+    return str(read_spec(Path(name)).get("name", Path(name).stem))
+
+
+def task_fingerprint(name: str) -> str | None:
+    """`Task.fingerprint` of a task, without reading its pictures; None where only its data would tell."""
+    if name.startswith(LMMS):
+        return None
+    check_task(name)
+    suite = name.partition(":")[0]
+    if suite in _FILES:
+        return suite_fingerprint(suite)
+    from tokenprune.evals.file_tasks import fingerprint_of, read_spec
+
+    return fingerprint_of(Path(name), read_spec(Path(name)))
+
+
+def suite_fingerprint(suite: str) -> str:
+    """Of a pocket suite: its file."""
+    return file_digest(Path(__file__).parent / "pocket" / "data" / _FILES[suite])
+
+
+def file_digest(path: Path) -> str:
+    """A short digest of a file's bytes."""
+    hasher = hashlib.sha256()
+    with path.open("rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            hasher.update(block)
+    return hasher.hexdigest()[:16]
 
 
 def task_needs(name: str) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from tokenprune.evals.config import Refused, digest, refusing
+from tokenprune.evals.files import replace_file, write_csv
 from tokenprune.evals.models import LoadedModel, check_dtype, load_model, model_source
 from tokenprune.evals.points import NONE, check_method_name
 from tokenprune.evals.unlabelled import Asked, check_data, draw_samples
@@ -31,8 +32,9 @@ class TuneConfig:
     """What to tune, and on what.
 
     Attributes:
-        data: "pocket" or "pocket:FAMILY" (scenes of the suite's validation split, drawn on the fly: nothing of its test
-            split is looked at), the YAML file of a task, or a folder of pictures with a `questions.jsonl`.
+        data: "pocket", "pocket-mixed" or a family ("pocket:FAMILY"): scenes of the suite's validation split, drawn
+            on the fly; nothing of its test split is looked at. Or the YAML file of a task, or a folder of pictures with
+            a `questions.jsonl`.
         budget: visual tokens averaged over the decoder's layers, as a kept fraction in (0, 1].
         options: fixed options of the method; what is fixed is not searched.
         samples: samples of the objective.
@@ -330,18 +332,16 @@ def _write(config: TuneConfig, study: Any, best: Check, shipped: Check, seconds:
         f"Cosine of the last token, tuned / shipped: {best.tuned_on:.5f} / {shipped.tuned_on:.5f} on its "
         f"{config.samples} samples, {best.held_out:.5f} / {shipped.held_out:.5f} on {config.held_out} held-out ones.",
     ]
-    tuned = folder / f"{config.method}.yaml"
-    tuned.write_text("".join(f"# {line}\n" for line in lines) + yaml.safe_dump(best.method, sort_keys=False), "utf-8")
-    result = folder / "result.json"
+    text = "".join(f"# {line}\n" for line in lines) + yaml.safe_dump(best.method, sort_keys=False)
+    tuned = replace_file(folder / f"{config.method}.yaml", text)
     record = {"config": asdict(config), "trials": number, "seconds_of_this_run": round(seconds, 1)}
     record |= {"made_of": study.user_attrs["made_of"], "best": asdict(best), "shipped": asdict(shipped)}
-    result.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    trials = folder / "trials.csv"
+    result = replace_file(folder / "result.json", json.dumps(record, indent=1) + "\n")
     names = sorted({name for trial in study.trials for name in trial.params})
-    rows = [",".join(["trial", "state", "objective", "retention", *names])]
+    rows = []
     for trial in study.trials:
-        values = [trial.value, trial.user_attrs.get("retention"), *(trial.params.get(name) for name in names)]
-        shown = ["" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for v in values]
-        rows.append(",".join([str(trial.number), trial.state.name.lower(), *shown]))
-    trials.write_text("\n".join(rows) + "\n", "utf-8")
+        values = {"objective": trial.value, "retention": trial.user_attrs.get("retention"), **trial.params}
+        short = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values.items()}
+        rows.append({"trial": trial.number, "state": trial.state.name.lower(), **short})
+    trials = write_csv(folder / "trials.csv", rows, ["trial", "state", "objective", "retention", *names])
     return Tuned(best, shipped, number, [tuned, result, trials, folder / "study.db"])

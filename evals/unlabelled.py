@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tokenprune.evals.tasks import POCKET_FAMILIES, check_task, load_task, task_names
+from tokenprune.evals.files import read_lines
+from tokenprune.evals.tasks import check_task, load_task, task_names
 
 QUESTIONS = "questions.jsonl"
 """The file of a folder of pictures: a line `{"image": "name.png", "question": "..."}` for each sample."""
@@ -44,27 +45,47 @@ def _candidates(data: str, scenes: int, seed: int) -> Iterator[Asked]:
     if folder.is_dir():
         from PIL import Image
 
-        lines = [json.loads(line) for line in (folder / QUESTIONS).read_text("utf-8").splitlines() if line.strip()]
+        lines = read_lines(folder / QUESTIONS)
         for number in draw.sample(range(len(lines)), len(lines)):
             line = lines[number]
             yield Asked(str(number), str(line["question"]), Image.open(folder / line["image"]).convert("RGB"))
     elif data in task_names():
-        from tokenprune.evals.pocket import suite
-
         rows: dict[str, list[Any]] = {}
-        wanted = [data.partition(":")[2]] if ":" in data else list(POCKET_FAMILIES)
-        data_set: Any = suite.load("val", scenes)
-        for row in data_set:
-            if row["family"] in wanted:
+        suite, _, family = data.partition(":")
+        for row in _VALIDATION[suite](family, scenes):
+            if family in ("", row["family"]):
                 rows.setdefault(row["scene_id"], []).append(row)
         for own in rows.values():  # scenes come at random already; one question about each
             row = draw.choice(own)
-            yield Asked(row["sample_id"], row["question"], row["image"])
+            yield Asked(row["sample_id"], row["question"], row["image"]())
     else:
         task = load_task(data)
         for number in draw.sample(range(task.size), task.size):
             sample = next(task.load(number, number + 1))
             yield Asked(sample.sample_id, sample.question, sample.image)
+
+
+def _square_scenes(family: str, scenes: int) -> Iterator[dict[str, Any]]:
+    from tokenprune.evals.pocket import suite
+
+    rows: Any = suite.load("val", scenes)
+    for row in rows:
+        yield {**row, "image": partial(row.__getitem__, "image")}
+
+
+def _mixed_scenes(family: str, scenes: int) -> Iterator[dict[str, Any]]:
+    from tokenprune.evals.pocket.qwen import suite
+
+    # as in the test split, every second one a clip
+    clips = {"": (scenes + 1) // 2, "video": scenes}.get(family, 0)
+    for row in suite.load_validation(scenes - clips, clips):
+        yield {**row, "image": partial(suite.decode, row["image"])}
+
+
+_VALIDATION: dict[str, Callable[[str, int], Iterator[dict[str, Any]]]] = {
+    "pocket": _square_scenes, "pocket-mixed": _mixed_scenes,
+}  # fmt: skip
+"""By suite, rows of its validation split; `image` decodes the picture or clip."""
 
 
 def _hash(image: Any) -> str:

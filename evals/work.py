@@ -30,10 +30,18 @@ class Worked:
     Attributes:
         answered: settings and sample ids by model and task.
         notes: sentences that a reader of the results must know.
+        machines: by model, which machine measured its costs, see `costs.measure_key`.
     """
 
     answered: dict[tuple[str, str], Answered] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    machines: dict[str, str] = field(default_factory=dict)
+
+    def take(self, other: Worked) -> None:
+        """Add what another process, or the work on another model, left."""
+        self.answered.update(other.answered)
+        self.notes += other.notes
+        self.machines.update(other.machines)
 
 
 class Executor(Protocol):
@@ -113,14 +121,14 @@ class ModelWork:
                 progress.update(bar, description="answers")
         return found
 
-    def measure(self, answered: dict[tuple[str, str], Answered], writer: str = "") -> list[str]:
+    def measure(self, answered: dict[tuple[str, str], Answered], writer: str = "") -> Worked:
         """Measure times and FLOPs of all points into the rows of `writer`, and save pictures of what the model sees.
 
         Returns:
-            Notes, see `Worked`.
+            Notes and the machine.
         """
         costs = folder_store(self.config.folder, "measures", MEASURE_KEY, writer)
-        notes: list[str] = []
+        worked = Worked()
         for name, own in self.points.items():
             task, asked = self.tasks[name], answered[self.model, name]
             with show_progress(self.console) as progress:
@@ -129,7 +137,8 @@ class ModelWork:
                 def advance(label: str) -> None:
                     progress.update(bar, advance=1, description=f"times and FLOPs  {label}")  # noqa: B023
 
-                measure(self.config, self.loaded, task, own, costs, asked.settings, advance)
+                machine = measure(self.config, self.loaded, task, own, costs, asked.settings, advance)
+                worked.machines[self.model] = machine
                 progress.update(bar, description="times and FLOPs")
-            notes += save_pictures(self.loaded, task, name, self.config)
-        return notes
+            worked.notes += save_pictures(self.loaded, task, name, self.config)
+        return worked

@@ -13,7 +13,7 @@ from typing import Any
 from tokenprune.base import Pruner
 from tokenprune.budget import Budget, average_of, read_budget
 from tokenprune.intervention import Intervention
-from tokenprune.notation import split_name, split_outside
+from tokenprune.notation import read_yaml, split_name, split_outside
 from tokenprune.registry import INTERVENTIONS, METHODS, near
 from tokenprune.stages import Depths, Stage, check_plan, check_site, solve_average, visual_lengths, with_positions
 
@@ -288,11 +288,9 @@ def _near_any(entry: Mapping[Any, Any], wanted: str) -> str:
 
 
 def _read_yaml(path: Path) -> Any:
-    import yaml
-
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    loaded = read_yaml(path)
     if not isinstance(loaded, (Mapping, list)):
         raise ValueError(f"{path} must hold a mapping with the key 'method', got {type(loaded).__name__}.")
     return loaded

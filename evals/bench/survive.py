@@ -44,7 +44,8 @@ def table(folder: Path) -> bytes:
 
 def records(folder: Path) -> bytes:
     """results.jsonl without times and provenance."""
-    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    text = (folder / "results.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.split("\n") if line]
     kept = [{name: value for name, value in line.items() if name not in ("times", "provenance")} for line in lines]
     return "\n".join(json.dumps(line) for line in kept).encode()
 

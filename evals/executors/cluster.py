@@ -94,7 +94,7 @@ class RayCluster:
         for model in config.models:
             own = [point for point in points if point.model == model and (model, point.task) in worked.answered]
             if own:
-                worked.notes += ray.get(measuring.remote(config, model, own, worked.answered, here))
+                worked.take(ray.get(measuring.remote(config, model, own, worked.answered, here)))
         return worked
 
     def _resources(self, there: Mapping[str, float]) -> dict[str, float]:
@@ -128,7 +128,7 @@ def _answer(config: RunConfig, point: Point, folder: str) -> dict[tuple[str, str
 
 def _measure(
     config: RunConfig, model: str, points: list[Point], answered: dict[tuple[str, str], Answered], folder: str
-) -> list[str]:
+) -> Worked:
     """In a worker: times, FLOPs and pictures of one model."""
     _start(config, folder)
     writer = f"ray-{digest(model)[:8]}"

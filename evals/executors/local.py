@@ -21,5 +21,5 @@ class Local:
         for model in config.models:
             own = ModelWork(config, model, points, console, tasks)
             worked.answered.update(own.answer())
-            worked.notes += own.measure(worked.answered)
+            worked.take(own.measure(worked.answered))
         return worked

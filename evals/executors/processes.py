@@ -56,7 +56,7 @@ class Processes:
             own = ModelWork(config, model, points, console, tasks)
             worked.answered.update(self._together(own.answer(self.share, self.writer)))
             if self.first:
-                worked.notes += own.measure(worked.answered)
+                worked.take(own.measure(worked.answered))
             self._state.wait_for_everyone()
         return worked
 

@@ -14,7 +14,7 @@ from tokenprune.budget import read_budget
 from tokenprune.evals.config import NONE, Point, check_method_name
 from tokenprune.evals.models import check_dtype, model_source
 from tokenprune.evals.points import needs_budget
-from tokenprune.notation import pruner_parts, split_name, split_outside
+from tokenprune.notation import pruner_parts, split_name, split_outside, yaml_value
 from tokenprune.registry import INTERVENTIONS, METHODS, UnknownName, near
 from tokenprune.spec import Spec
 
@@ -129,8 +129,6 @@ def _plain(value: Any) -> Any:
     """A text as YAML, as `--set` reads it; lmms-eval leaves quotes on, which keep a value with commas together."""
     if not isinstance(value, str):
         return value
-    import yaml
-
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         value = value[1:-1]
-    return yaml.safe_load(value) if value[:1] in ("[", "{") else value
+    return yaml_value(value, repr(value)) if value[:1] in ("[", "{") else value

@@ -6,16 +6,19 @@ paired differences and costs are those of every other task.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tokenprune.evals.tasks import LMMS, Sample, Task
+from tokenprune.evals.tasks import LMMS, Sample, Task, file_digest
 from tokenprune.registry import UnknownName, near
 
 _THINKING = [["<think>", "</think>"], ["<analysis>", "</analysis>"]]  # what lmms-eval's command line strips by default
@@ -66,7 +69,23 @@ def load_lmms_task(name: str) -> Task:
         score=_no_score,
         max_new_tokens=how.settings["max_new_tokens"],
         source=found,
+        fingerprint=_fingerprint(manager, own, found, how.settings),
     )
+
+
+def _fingerprint(manager: Any, own: str, task: Any, settings: dict[str, Any]) -> str:
+    """What answers depend on: lmms-eval, the files beside the task's YAML (includes, functions), its data."""
+    hasher = hashlib.sha256(repr(sorted(settings.items())).encode())
+    with suppress(metadata.PackageNotFoundError):  # a checkout on the path
+        hasher.update(metadata.version("lmms_eval").encode())
+    written = Path(str(manager.task_index[own].get("yaml_path")))
+    for file in sorted(written.parent.iterdir()) if written.is_file() else ():
+        if file.is_file() and file.suffix in ("", ".py", ".yaml", ".yml"):
+            hasher.update(file.name.encode() + file_digest(file).encode())
+    # not the fingerprint of `datasets`, which can be another one in each process once a task has filtered its documents
+    info = getattr(task.eval_docs, "info", None)
+    hasher.update(repr((len(task.eval_docs), getattr(info, "download_checksums", None))).encode())
+    return hasher.hexdigest()[:16]
 
 
 @cache

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tokenprune.evals.pocket import suite
-from tokenprune.evals.tasks import SUITES, Sample, Task
+from tokenprune.evals.tasks import SUITES, Sample, Task, suite_fingerprint
 
 FRAME = 336  # pixels: side of the square in which the suite `pocket` gives its boxes
 _Rows = tuple[Any, Sequence[str], Callable[[Any], Any], float]
@@ -33,7 +33,8 @@ def pocket_task(name: str) -> Task:
         return float(suite.answer_matches(prediction, answer))
 
     shown = (family,) if family else SUITES[suite_name]
-    return Task(name, len(places), load, score, max_new_tokens=8, families=shown, has_boxes=True)
+    made_of = suite_fingerprint(suite_name)
+    return Task(name, len(places), load, score, 8, families=shown, has_boxes=True, fingerprint=made_of)
 
 
 def _square() -> _Rows:

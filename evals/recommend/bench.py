@@ -97,7 +97,15 @@ class ModelBench:
         """See `Bench`."""
         from tokenprune.evals.runner import settings_digest
 
-        return {"model, code or seed": settings_digest(self._run, self._loaded), "samples": digest(self._ids)}
+        settings = settings_digest(self._run, self._loaded, self._task.fingerprint)
+        made_of = {"model, code, task or seed": settings, "samples": digest(self._ids)}
+        return {**made_of, "machine": self._machine()} if self._config.cost == "latency" else made_of
+
+    def _machine(self) -> str:
+        """What a latency depends on besides the setting; FLOPs and bytes do not."""
+        from tokenprune.evals.machine import clocked_on
+
+        return digest(clocked_on(self._loaded.model))
 
     def settings(self) -> list[Point]:
         """Methods x budgets; without --methods, those that need no hints such as boxes."""
@@ -115,8 +123,10 @@ class ModelBench:
         """See `Bench`; measured once, and kept."""
         from tokenprune.evals.runner import settings_digest
 
-        settings = settings_digest(self._run, self._loaded)
+        settings = settings_digest(self._run, self._loaded, self._task.fingerprint)
         measure = f"recommend {self._config.cost}"
+        if self._config.cost == "latency":
+            measure += f" on {self._machine()}"
         row = self._costs.get((settings, setting.key, measure))
         if row is None:
             row = {"settings": settings, "point": setting.key, "measure": measure, "cost": self._measure(setting)}

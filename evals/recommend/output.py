@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,7 +96,7 @@ def write(config: RecommendConfig, found: Recommendation) -> list[Path]:
     and the history of the search as CSV."""
     import yaml
 
-    from tokenprune.evals.files import replace_file
+    from tokenprune.evals.files import replace_file, write_csv
 
     folder = config.results
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,16 +113,10 @@ def write(config: RecommendConfig, found: Recommendation) -> list[Path]:
     bounds = {one.setting.label: one.held_out.bound for one in found.tested if one.held_out is not None}
     data = {**data, "held_out_bounds": bounds, "date": _today()}
     written.append(replace_file(folder / "result.json", json.dumps(data, indent=1, default=str) + "\n"))
-    written.append(_write_rows(folder / "search.csv", found.history))
+    short = [{**row, "cost": f"{row['cost']:.6g}", "drop": f"{row['drop']:.6g}"} for row in found.history]
+    columns = ("setting", "cost", "samples", "drop", "finished")
+    written.append(write_csv(folder / "search.csv", short, columns))
     return [*written, folder / "study.db"]
-
-
-def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=["setting", "cost", "samples", "drop", "finished"])
-        writer.writeheader()
-        writer.writerows({**row, "cost": f"{row['cost']:.6g}", "drop": f"{row['drop']:.6g}"} for row in rows)
-    return path
 
 
 def _today() -> str:

@@ -9,13 +9,15 @@ from typing import Any
 from tokenprune.evals.files import replace_file
 from tokenprune.evals.report.merge import Merged, merge
 from tokenprune.evals.report.series import budget_of, budget_title, budgets, kind_of, name_of
-from tokenprune.evals.results import flat_costs
+from tokenprune.evals.results import flat_costs, title_of
 from tokenprune.evals.run_folder import FinishedRun
 
 Record = dict[str, Any]
 
 HEADS = ("method", "accuracy, %", "vs random, points", "headroom won, %", "GFLOPs", "KV, KiB", "prefill / ideal",
          "selection, %")  # fmt: skip
+NO_BUDGET = "Without a budget of the run"
+"""Interventions, which keep every token, and methods that say themselves how many each part keeps."""
 LEGEND = """\
 Accuracy with its 95 percent bootstrap interval. *vs random*: paired difference to random selection at the same
 budget, with its interval. *Headroom won*: (method - random) / (oracle - random); empty where the two are too near to
@@ -35,10 +37,13 @@ def write_markdown(path: Path, runs: Sequence[FinishedRun]) -> Path:
     parts = [f"# {merged.title}", _origin(merged), *merged.notes]
     for model, task in dict.fromkeys((r["model"], r["task"]) for r in merged.records):
         own = [record for record in merged.records if (record["model"], record["task"]) == (model, task)]
-        parts += [f"## {Path(model).name} on {Path(task).stem}", _unpruned(own)]
+        parts += [f"## {title_of(own[0])}", _unpruned(own)]
         for budget in budgets(own):
             at = [record for record in own if budget_of(record) == budget]
             parts += [f"### {budget_title(budget)}", _verdict(at), _table(at)]
+        others = [record for record in own if record["keep"] is None and kind_of(record["method"]) != "unpruned"]
+        if others:
+            parts += [f"### {NO_BUDGET}", _verdict(others), _table(others)]
     return replace_file(path, "\n\n".join(part for part in (*parts, LEGEND) if part) + "\n")
 
 

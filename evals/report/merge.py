@@ -71,7 +71,7 @@ def merge(runs: Sequence[FinishedRun]) -> Merged:
     ]
     points = [point_of(record) for record in records.values()]
     measures = {
-        key: {name: record[name] for name in ("kv", "times", "flops") if name in record}
+        key: {name: record[name] for name in ("kv", "times", "flops", "task_name") if name in record}
         for key, record in records.items()
     }
     seed = int(runs[0].origin["config"]["seed"])

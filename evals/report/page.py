@@ -20,7 +20,7 @@ from tokenprune.evals.report.findings import findings
 from tokenprune.evals.report.leaderboard import GROUPS, leaderboard
 from tokenprune.evals.report.merge import Merged, merge
 from tokenprune.evals.report.series import budget_of, budget_title, budgets, looks, name_of
-from tokenprune.evals.results import flat_costs
+from tokenprune.evals.results import flat_costs, title_of
 from tokenprune.evals.run_folder import FinishedRun
 
 Record = dict[str, Any]
@@ -80,12 +80,11 @@ def _panel(number: int, records: list[Record], merged: Merged) -> str:
         f'<button type="button" data-group="{group}" aria-pressed="{str(place == 0).lower()}">{title}</button>'
         for place, (group, title) in enumerate(GROUPS)
     )
-    task = records[0]["task"]
     flops = flops_table(records)
     more = f"<details><summary>FLOPs by part of the model</summary>{flops}</details>" if flops else ""
     parts = {
         "number": str(number),
-        "name": escape(f"{Path(records[0]['model']).name} on {Path(task).stem if '/' in task else task}"),
+        "name": escape(title_of(records[0])),
         "findings": findings(records, merged.rows),
         "groups": groups,
         "leaderboard": leaderboard(records),
@@ -102,9 +101,8 @@ def _data(records: list[Record], merged: Merged, room: Room) -> Record:
     asked = [run.origin["config"].get("overlays") or {} for run in merged.runs]
     found = budgets(records)
     first = next((str(each["keep"]) for each in asked if str(each.get("keep")) in found), found[-1] if found else "")
-    task = records[0]["task"]
     return {
-        "name": f"{Path(records[0]['model']).name} on {Path(task).stem if '/' in task else task}",
+        "name": title_of(records[0]),
         "budgets": [{"keep": keep, "title": budget_title(keep)} for keep in found],
         "first": first,
         "series": looks(records),

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
-from tokenprune.cli import main
+from tokenprune.cli import _parser, main
 from tokenprune.commands._shared import parse_options
+from tokenprune.commands.eval import _eval_config
+from tokenprune.evals.models import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = """
 import contextlib, io, sys
-from tokenprune.cli import main
+from tokenprune.cli import _parser, main
 out = io.StringIO()
 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
     for line in ("--help", "eval --help", "ls methods", "ls models", "ls tasks", "ls sweeps",
@@ -47,6 +50,13 @@ def test_starts_without_torch():
         (["eval", "--method", "uniform", "--keep", "4", "--limit", "0"], "limit must be an integer of at least 1"),
         (["sweep", "nothing.yaml"], "There is no sweep file nothing.yaml"),
         (["run", "--method", "uniform", "--keep", "4", "--image", "x.png"], "both --image and --question"),
+        (
+            ["run", "--method", "uniform", "--keep", "4", "--max-new-tokens", "0"],
+            "max_new_tokens must be an integer of at",
+        ),
+        (["run", "--method", "uniform", "--keep", "4", "--output", "overlay"], "--output names a picture, such as"),
+        (["eval", "--method", "uniform", "--keep", "4", "--set", "x=[1"], "--set x=[1 is no YAML at line 1"),
+        (["eval", "--method", "uniform(x={1)", "--keep", "4"], "x of 'uniform' is no YAML"),
     ],
 )
 def test_refuses_with_a_sentence(argv, says, capsys, tiny_folder):
@@ -56,6 +66,39 @@ def test_refuses_with_a_sentence(argv, says, capsys, tiny_folder):
     captured = capsys.readouterr()
     assert captured.err.startswith("tokenprune: ") and says in captured.err
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [
+        ("gpu", "There is no torch device 'gpu'"),
+        ("meta", "There is no torch device 'meta'"),
+        ("cuda:x", "There is no torch device 'cuda:x'"),
+        ("cuda:99", "The device 'cuda:99' is not there"),
+        ("cpu:7", "The device 'cpu:7' is not there"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_before_loading(device, says, tiny_folder, monkeypatch):
+    from transformers import AutoModelForImageTextToText
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", None)
+    with pytest.raises(ValueError, match=says):
+        load_model(tiny_folder, device=device)
+
+
+@pytest.mark.parametrize("kind", ["sweep", "task", "method", "apply"])
+@pytest.mark.parametrize(("text", "says"), [(b"a: [1\n", "is no YAML at line 2"), (b"a: \xff", "is no text in UTF-8")])
+def test_a_file_that_is_no_yaml_is_named(kind, text, says, tmp_path):
+    from tokenprune.evals.configfile import read_config
+    from tokenprune.evals.points import method_of_file
+    from tokenprune.evals.tasks import check_task
+    from tokenprune.spec import parse_method
+
+    file = tmp_path / "broken.yaml"
+    file.write_bytes(text)
+    read = {"sweep": read_config, "task": check_task, "method": method_of_file, "apply": parse_method}[kind]
+    with pytest.raises(ValueError, match=f"broken.yaml {says}"):
+        read(str(file))
 
 
 def test_options_are_read_as_yaml():
@@ -93,3 +136,37 @@ def test_run_answers_twice_and_draws(tmp_path, tiny_folder, capsys):
     assert drawn.size == (42, 42)
     bright = sum(drawn.getpixel((7 * col + 3, 7 * row + 3))[0] > 150 for row in range(6) for col in range(6))
     assert bright == 9
+
+
+@pytest.mark.parametrize("method", ["var(calibrate=2)", "uniform@9+var(channels=[1], tau=1.5, layers=[1])"])
+def test_run_says_whether_an_intervention_acts(method, tmp_path, tiny_folder, capsys):
+    from PIL import Image
+
+    from tokenprune.evals import single
+
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (60, 42), (200, 90, 30)).save(picture)
+    given = {"keep": None, "options": {}, "image": str(picture), "question": "what is this", "sample": 0}
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        assert single.run_single(tiny_folder, method, output=str(tmp_path / "o.png"), max_new_tokens=2, **given) == 0
+    printed = capsys.readouterr().out
+    # a random model has no sink channels, and after two prompts that is known; given ones are taken
+    expected = "off: no channel stands out" if "calibrate" in method else "channels 1 (given by the caller)"
+    assert expected in printed and "not acting yet" not in printed
+
+
+def test_two_evals_that_differ_have_two_default_folders(tiny_folder, tiny_task):
+    def folder(*more: str) -> str:
+        given = ["eval", "--model", tiny_folder, "--method", "holov", "--keep", "9", *more]
+        return _eval_config(_parser().parse_args(given)).folder.name
+
+    plain = folder()
+    assert plain == "tiny-holov-9" == folder("--tasks", "pocket", "--seed", "0", "--no-timing")
+    changes = (
+        ("--set", "variant=official"), ("--set", "variant=paper"), ("--tasks", tiny_task), ("--limit", "3"),
+        ("--limit", "4"), ("--seed", "1"), ("--dtype", "bfloat16"), ("--max-new-tokens", "3"),
+    )  # fmt: skip
+    others = [folder(*change) for change in changes]
+    assert len({plain, *others}) == 1 + len(changes) and all(name.startswith(f"{plain}-") for name in others)
+    assert folder("--limit", "3") == others[3]

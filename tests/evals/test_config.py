@@ -55,6 +55,11 @@ def test_options_and_own_budgets(tiny_folder):
         ("keep: [1.5]", "must be in"),
         ("keep: [0]", "at least 1 token"),
         ("keep: [.nan]", "must be in"),
+        ('share_tower: "no"', "share_tower must be true or false, got 'no'"),
+        ("references: 0", "references must be true or false, got 0"),
+        ("measure: {times: 1}", "measure.times must be true or false, got 1"),
+        ('measure: {flops: "off"}', "measure.flops must be true or false, got 'off'"),
+        ("overlays: {keep: 5}", "overlays.keep must be a budget of the run, got 5; it has 9"),
         ("model: pocket-lava", "no model called 'pocket-lava'"),
     ],
 )

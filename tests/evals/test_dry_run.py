@@ -17,7 +17,7 @@ import tokenprune
 from tokenprune.api import adapter_for
 from tokenprune.cli import main
 from tokenprune.evals.config import Measure, Overlays, RunConfig
-from tokenprune.evals.dryrun import make_plan, plan_lines, plan_tables
+from tokenprune.evals.dryrun import _ids, make_plan, plan_lines, plan_tables
 from tokenprune.evals.estimate import PICTURE, QUESTION, estimate, of_prompt, outline
 from tokenprune.evals.points import Point
 from tokenprune.evals.sweep import run
@@ -202,3 +202,10 @@ def test_the_command_prints_a_plan(tmp_path, tiny_folder, capsys):
     said = capsys.readouterr().out
     assert "tiny on pocket:count" in said and "uniform@4" in said and "5 points, 15 answers, 0 of them done" in said
     assert "TFLOPs to the first tokens" in said
+
+
+def test_rows_of_a_task_whose_data_are_not_read_count_whatever_its_data():
+    point = Point("m", "hub.yaml", "none", None)
+    rows = {("base.one", point.key): {"a"}, ("base.two", point.key): {"b"}, ("other.one", point.key): {"c"}}
+    assert _ids(rows, point, "base.", "one") == {"a"} and _ids(rows, point, "base.", "three") == set()
+    assert _ids(rows, point, "base.", None) == {"a", "b"} and _ids(rows, point, None, "one") == set()

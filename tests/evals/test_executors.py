@@ -72,7 +72,7 @@ class InTurn:
         here, worked = str(Path.cwd()), Worked()
         for point in points:
             worked.answered.update(cluster._answer(config, point, here))
-        worked.notes = cluster._measure(config, config.models[0], points, worked.answered, here)
+        worked.take(cluster._measure(config, config.models[0], points, worked.answered, here))
         return worked
 
 

@@ -11,8 +11,11 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Picture
 
 from tokenprune.cli import main
-from tokenprune.evals.file_tasks import _letter, _vqa, read_spec
-from tokenprune.evals.tasks import load_task
+from tokenprune.evals.config import RunConfig
+from tokenprune.evals.file_tasks import _answer, _choices, _exact, _letter, _vqa, read_spec
+from tokenprune.evals.models import LoadedModel
+from tokenprune.evals.runner import ASKING, settings_digest
+from tokenprune.evals.tasks import load_task, task_fingerprint
 
 PACKAGED = sorted((Path(__file__).resolve().parents[2] / "configs" / "tasks").glob("*.yaml"))
 
@@ -98,6 +101,14 @@ def test_choices_in_columns_of_their_own(tmp_path):
         ({"prompt": "{question} {choices}"}, "columns do not say where choices is"),
         ({"match": "letter"}, "needs the choices"),
         ({"match": "letters"}, "Did you mean 'letter'"),
+        ({"prompt": None}, "prompt in"),
+        ({"name": " "}, "is empty; write something or leave the key out"),
+        ({"max_new_tokens": 0}, "must be an integer of at least 1, got 0"),
+        (
+            {"data": "t.yaml", "split": "test"},
+            "is 'test', and a single file has none; leave split out",
+        ),
+        ({"data": "t.yaml", "subset": "hard"}, "leave subset out"),
     ],
 )
 def test_a_wrong_file_is_refused_before_any_data(change, says, tmp_path):
@@ -113,3 +124,76 @@ def test_vqa_accuracy_leaves_each_person_out_once():
     assert _vqa("the blue", answers) == 1.0 and _vqa("green", answers) == 0.0
     assert _vqa("red", ["red"] * 4 + ["x"] * 6) == 1.0
     assert _letter("C) cat", "C") == 1.0 and _letter("Cat", "C") == 0.0
+
+
+def test_answers_to_another_task_are_not_reused(tmp_path):
+    """The digest under which answers are filed, and whether a plan knows it without loading the data."""
+    file, data = tmp_path / "t.yaml", tmp_path / "rows.parquet"
+    config, model = RunConfig("r", "m", [str(file)], ["none"]), LoadedModel("m", None, None, "weights")
+
+    def filed(spec: dict, answers: str = "yn") -> str:
+        rows = [{"image": Picture.new("RGB", (9, 9)), "question": "q", "answer": answer} for answer in answers]
+        features = Features({"image": Image(), "question": Value("string"), "answer": Value("string")})
+        Dataset.from_list(rows, features=features).to_parquet(data)
+        file.write_text(yaml.safe_dump({"data": "rows.parquet", **spec}))
+        made_of = load_task(str(file)).fingerprint
+        assert made_of and made_of == task_fingerprint(str(file))
+        return settings_digest(config, model, made_of)
+
+    plain = filed({})
+    assert filed({}) == plain and filed({"name": "called otherwise"}) == plain
+    changed = [{"prompt": "{question}?"}, {"match": "contains"}, {"max_new_tokens": 2}]
+    assert len({plain, *map(filed, changed), filed({}, "nn")}) == 5
+
+
+def test_a_dataset_folder_has_the_same_fingerprint_whenever_it_is_loaded(science):
+    name = str(science / "task.yaml")
+    assert task_fingerprint(name) is None  # only its data would tell
+    made_of = load_task(name).fingerprint
+    assert made_of and made_of == load_task(name).fingerprint
+    assert load_task("pocket:count").fingerprint == task_fingerprint("pocket") != task_fingerprint("pocket-mixed")
+
+
+def test_every_file_that_decides_a_score_is_there():
+    import tokenprune.evals.runner as runner
+
+    folder = Path(runner.__file__).parent
+    assert all(list(folder.glob(name)) for name in ASKING)
+    assert {"models.py", "processing.py", "pocket/suite.py", "pocket/tasks.py", "lmms/*.py"} <= set(ASKING)
+
+
+@pytest.mark.parametrize(
+    ("said", "right", "wrong"),
+    [
+        ("A", ("A", "a", "A.", "(A)"), ("", "the", "B", ".")),
+        ("5", ("5", "5.", "the 5"), ("-5", "5%", "0.5", "\u22125", ".5")),
+        ("-5", ("-5", "\u22125", "(-5)"), ("5", "5-")),
+        ("5%", ("5 %", "5%."), ("5",)),
+        ("3.5", ("3.5", "3.5."), ("35", "3 5", "3")),
+        ("+", ("+", " + "), ("-", "", "*")),
+        ("a red cat", ("Red cat!", "the red, cat"), ("red", "")),
+        ("10-5", ("10 5", "10 - 5"), ("105",)),
+    ],
+)
+def test_exact_tells_letters_numbers_and_signs_apart(said, right, wrong):
+    assert [other for other in right if not _exact(other, said) or not _exact(said, other)] == []
+    assert [other for other in wrong if _exact(other, said) or _exact(said, other)] == []
+
+
+def test_an_empty_choice_moves_no_letter():
+    row = {"A": "x", "B": None, "C": " ", "D": "y"}
+    choices = _choices(row, list("ABCD"))
+    assert choices == {"A": "x", "D": "y"} == _choices({"all": ["x", "", "nan", "y"]}, "all")
+    assert [_answer(given, choices) for given in ("y", "D", 3, 1, "0", 40)] == ["D", "D", "D", 1, "A", 40]
+    assert _answer("2", {"A": "2", "B": "1"}) == "A" and _answer(3, {}) == 3
+
+
+def test_an_id_that_is_there_twice_is_refused_before_the_work(tmp_path):
+    rows = [{"image": Picture.new("RGB", (9, 9)), "question": "q", "answer": "y", "key": key} for key in (3, 4, 3)]
+    features = Features(
+        {"image": Image(), **dict.fromkeys(("question", "answer"), Value("string")), "key": Value("int8")}
+    )
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "t.yaml").write_text("data: rows.parquet\ncolumns: {id: key}\n")
+    with pytest.raises(ValueError, match="the column 'key' has '3' twice"):
+        load_task(str(tmp_path / "t.yaml"))

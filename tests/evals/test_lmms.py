@@ -197,7 +197,7 @@ def test_times_and_flops_of_a_prompt_with_two_pictures(tiny):
     point = Point("tiny", "mixed", "uniform", 9)
     measured = measure_times(tiny, point, [sample], Measure(samples=1, repeats=1, warmup=0, decode_tokens=2), 0)
     assert measured["kv"]["measured"] == measured["kv"]["analytic"] and measured["kv"]["equivalent_tokens"] == 18
-    assert measure_flops(tiny, point, [sample], 0, True, {})["agree"]
+    assert measure_flops(tiny, point, [sample])["agree"]
 
 
 def test_a_folder_goes_into_the_name():
@@ -211,3 +211,24 @@ def test_without_lmms_eval_the_task_says_what_to_install(monkeypatch, tiny_folde
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lmms_eval" else find(name, *a))
     assert main(["eval", "--model", tiny_folder, "--tasks", "lmms:nothing", "--method", "none"]) == 2
     assert "pip install 'tokenprune-vlm[lmms]'" in capsys.readouterr().err
+
+
+def test_answers_depend_on_the_files_and_data_of_a_task(tmp_path):
+    from types import SimpleNamespace
+
+    from tokenprune.evals.lmms.tasks import _fingerprint
+
+    written = tmp_path / "toy.yaml"
+    manager = SimpleNamespace(task_index={"toy": {"yaml_path": str(written)}})
+
+    def made_of(text: str, helper: str, checksum: str, tokens: int = 4) -> str:
+        written.write_text(text)
+        (tmp_path / "utils.py").write_text(helper)
+        docs = type("Docs", (list,), {"info": SimpleNamespace(download_checksums={checksum: 1})})([1, 2])
+        return _fingerprint(manager, "toy", SimpleNamespace(eval_docs=docs), {"max_new_tokens": tokens})
+
+    plain = made_of("a: 1", "x = 1", "commit")
+    assert plain == made_of("a: 1", "x = 1", "commit")
+    changed = [("a: 2", "x = 1", "commit"), ("a: 1", "x = 2", "commit"), ("a: 1", "x = 1", "other")]
+    assert len({plain, made_of("a: 1", "x = 1", "commit", 8), *(made_of(*each) for each in changed)}) == 5
+    assert _fingerprint(SimpleNamespace(task_index={"toy": {}}), "toy", SimpleNamespace(eval_docs=[1]), {})

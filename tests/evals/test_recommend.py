@@ -314,3 +314,24 @@ def test_nothing_found_exits_with_one(tiny_folder, tiny_task, tmp_path, capsys, 
     assert "No setting is shown to drop accuracy by at most 20.00%" in printed and "kv" in printed
     result = json.loads((tmp_path / "out" / "kv-drop0.2" / "result.json").read_text())
     assert result["chosen"] is None and not (tmp_path / "out" / "kv-drop0.2" / "recommended.yaml").exists()
+
+
+def test_a_latency_is_kept_for_its_machine_only(tiny_folder, tiny_task, tmp_path, monkeypatch):
+    from rich.console import Console
+
+    from tokenprune.evals.recommend.bench import ModelBench
+
+    measured: list[str] = []
+    for cost, machines in (("latency", 2), ("kv", 1)):
+        settings = RecommendConfig(tiny_folder, tiny_task, 0.2, cost=cost, output=str(tmp_path), limit=2)
+        bench = ModelBench(settings, Console(quiet=True))
+        bench.open()
+        monkeypatch.setattr(bench, "_measure", lambda setting: measured.append(setting.label) or 0.5)
+        made_of = []
+        for threads in (1, 1, 512):
+            monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+            bench.cost(Point(tiny_folder, tiny_task, "uniform", 9))
+            made_of.append(bench.made_of)
+        assert len(measured) == machines and made_of[0] == made_of[1]
+        assert (made_of[1] == made_of[2]) == (machines == 1)
+        measured.clear()

@@ -16,9 +16,13 @@ from hypothesis import strategies as st
 from tokenprune.cli import main
 from tokenprune.evals.report import explorer as explorer_file
 from tokenprune.evals.report.agreement import agreement, cohen_kappa
+from tokenprune.evals.report.markdown import write_markdown
 from tokenprune.evals.report.page import write_report
 from tokenprune.evals.report.series import kind_of
 from tokenprune.evals.run_folder import read_run
+from tokenprune.evals.targets import Target
+
+TARGET = Target("random", 64, "pocket", 50.0, "made up for this test")
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +205,95 @@ def test_markdown_sorts_methods_by_what_the_interval_to_random_says(folder, tmp_
     assert better, "else this shows nothing"
     assert set(found["Better than"].split(", ")) == better
     assert set(found["Worse than"].split(", ")) == (worse or {"none"})
+
+
+def test_markdown_shows_points_without_a_budget(folder, tmp_path):
+    from dataclasses import replace
+
+    run = read_run(folder)
+    like = next(record for record in run.records if record["series"] == "holov")
+    others = [{**like, "keep": None, "method": name, "series": name} for name in ("var", "holov@64+fastv@9")]
+    text = write_markdown(tmp_path / "board.md", [replace(run, records=[*run.records, *others])]).read_text()
+    section = text.partition("### Without a budget of the run")[2].partition("\n#")[0]
+    assert re.findall(r"^\| (var|holov@64\+fastv@9|unpruned) \|", section, re.M) == ["var", "holov@64+fastv@9"]
+    plain = write_markdown(tmp_path / "plain.md", [run]).read_text()
+    assert "Without a budget" not in plain
+
+
+def test_line_separators_inside_a_text_end_no_line(tmp_path):
+    """`str.splitlines` takes U+2028 and U+0085 for the end of a JSON line."""
+    from tokenprune.evals import parity
+    from tokenprune.evals.unlabelled import draw_samples
+
+    folder = fake_run(tmp_path / "run", methods=("none", "random"), keeps=(64,), samples=6, pictured=2)
+    path = folder / "results.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace('"count"', '"co\u2028u\x85nt"'), encoding="utf-8")
+    assert all("co\u2028u\x85nt" in record["families"] for record in read_run(folder).records)
+    assert len(parity.read_run(folder)[0]) == len(read_run(folder).records) == 2
+    line = '{"image": "s%d.jpg", "question": "what\u2028is\x85this"}\n'
+    (folder / "pictures" / "questions.jsonl").write_text("".join(line % i for i in range(2)), encoding="utf-8")
+    first, rest = draw_samples(str(folder / "pictures"), 1, 1, 0)
+    assert first[0].question == rest[0].question == "what\u2028is\x85this"
+
+
+def test_a_run_without_costs_has_a_plot_and_a_page(tmp_path, monkeypatch):
+    """As that of a task of texts."""
+    import _fake_runs
+
+    from tokenprune.evals.plots import plot_pareto
+
+    monkeypatch.setattr(_fake_runs, "_measures", lambda point: {})
+    run = read_run(fake_run(tmp_path / "run", methods=("none", "random"), keeps=(64,), samples=6, pictured=1))
+    assert plot_pareto(run.records, tmp_path / "plot.png").is_file()
+    write_report(tmp_path / "page.html", [run])
+    assert "| *random* |" in write_markdown(tmp_path / "board.md", [run]).read_text()
+
+
+def test_tables_are_written_whole_or_not_at_all(tmp_path):
+    from tokenprune.evals.files import write_csv
+
+    path = write_csv(tmp_path / "t.csv", [{"a": 1 / 3, "b": None}, {"a": "x, y", "b": True}])
+    before = path.read_bytes()
+    assert before == b'a,b\r\n0.333333333,\r\n"x, y",True\r\n'
+    with pytest.raises(ValueError, match="fields not in fieldnames"):
+        write_csv(path, [{"a": 1}, {"c": 2}])
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_result_files_are_written_in_one_place():
+    """What is written elsewhere is written in place, and a kill leaves half of it."""
+    import tokenprune.evals.files as files
+
+    evals = Path(files.__file__).parent
+    sources = [*evals.glob("*.py"), *evals.glob("recommend/*.py"), *evals.glob("report/*.py")]
+    # the README is no result
+    own = {"files.py", "readme.py"}
+    writes = re.compile(r"open\(\"w|write_text\(|DictWriter")
+    assert {path.name for path in sources if writes.search(path.read_text(encoding="utf-8"))} - own == set()
+
+
+def test_every_table_of_a_run_goes_through_it(tmp_path, monkeypatch):
+    """An interrupted write leaves the old file."""
+    from tokenprune.evals import parity
+    from tokenprune.evals.seeds import write_seeds
+
+    run = read_run(fake_run(tmp_path / "run", methods=("none", "random"), keeps=(64,), samples=6, pictured=1))
+    seeded = [{**run.records[1], "seed": seed} for seed in (1, 2)]
+    (seeds,) = write_seeds(run.folder, seeded)
+    there = parity.write_parity(run.folder / "parity.csv", [parity.Parity(TARGET, 1.0, None, None, None, 6)])
+    before = seeds.read_bytes(), there.read_bytes()
+
+    def dies(self, row):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("csv.DictWriter.writerow", dies)
+        for write in (
+            lambda: write_seeds(run.folder, seeded),
+            lambda: parity.write_parity(there, [parity.Parity(TARGET, 2.0, None, None, None, 6)]),
+        ):
+            with pytest.raises(KeyboardInterrupt):
+                write()
+    assert (seeds.read_bytes(), there.read_bytes()) == before
+    # without seeds, what an earlier run said of them is gone
+    assert write_seeds(run.folder, run.records) == [] and not seeds.exists()

@@ -15,6 +15,7 @@ from rich.console import Console
 from tokenprune.evals.config import Measure, Overlays, Point, Refused, RunConfig
 from tokenprune.evals.store import RowStore
 from tokenprune.evals.sweep import run
+from tokenprune.evals.tables import result_tables
 from tokenprune.registry import METHODS
 
 QUIET = Console(quiet=True)
@@ -195,6 +196,12 @@ def test_several_tasks_end_with_all_of_them(tmp_path, tiny_folder, tiny_task):
     assert [(record["task"], record["overall"]["n"]) for record in done.records][2:] == [("all", 8)]
     last = (tmp_path / "run" / "summary.csv").read_text().splitlines()[-1]
     assert ",all,none," in last and ",overall,8," in last
+    # tables call a task what its file calls it
+    copied = {**data, "name": "another"}
+    copy.write_text(json.dumps({**copied, "data": str(Path(tiny_task).with_name("questions.parquet"))}))
+    tables = result_tables(run(settings, QUIET).records)
+    assert [str(table.title) for table in tables] == ["tiny on toy", "tiny on another", "tiny on all"]
+    assert "tiny on another" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_point_names():

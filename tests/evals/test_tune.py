@@ -181,6 +181,18 @@ def test_no_picture_is_in_both_sets_and_the_seed_decides(tmp_path):
         draw_samples(str(tmp_path), 6, 1, 0)
 
 
+@pytest.mark.parametrize(
+    ("data", "videos"), [("pocket-mixed", 3), ("pocket-mixed:video", 6), ("pocket-mixed:count", 0)]
+)
+def test_the_mixed_suite_is_drawn_from_its_own_validation_split(data, videos):
+    samples = [one for part in draw_samples(data, 4, 2, 1) for one in part]
+    assert sum(isinstance(one.image, list) for one in samples) == videos
+    assert all(one.sample_id.startswith("val-") for one in samples)
+    if data.endswith("count"):
+        assert {one.sample_id.rpartition("-")[2] for one in samples} == {"count"}
+    assert len({one.image.size for one in samples if not isinstance(one.image, list)}) > 1 or videos == 6
+
+
 def test_pocket_means_its_validation_split(monkeypatch):
     from PIL import Image
 

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from tokenprune.budget import read_budget
+from tokenprune.notation import yaml_value
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,10 +29,8 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     """`["variant=official", "layers=[1, 2]"]` to a mapping; values are read as YAML.
 
     Raises:
-        ValueError: an entry without `=`, or an option given twice.
+        ValueError: an entry without `=`, an option given twice, or a value that is no YAML.
     """
-    import yaml
-
     options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -39,7 +38,7 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
             raise ValueError(f"--set takes OPTION=VALUE, got {pair!r}.")
         if name in options:
             raise ValueError(f"--set {name} was given twice.")
-        options[name] = yaml.safe_load(value)
+        options[name] = yaml_value(value, f"The value in --set {pair}")
     return options
 
 

@@ -34,7 +34,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--max-new-tokens", type=int, help="length of an answer; the task's own by default")
     evaluate.add_argument("--no-references", action="store_true", help="run nothing but what was asked for")
     evaluate.add_argument("--no-timing", action="store_true", help="measure no times")
-    evaluate.add_argument("--output", help="folder of the results; runs/NAME by default")
+    evaluate.add_argument(
+        "--output",
+        help="folder of the results; runs/MODEL-METHOD-KEEP by default, with a digest of what else is not the default",
+    )
     evaluate.set_defaults(handler=_eval)
 
 
@@ -44,6 +47,19 @@ def _eval(args: argparse.Namespace) -> int:
     with refusing():
         config = _eval_config(args)
     return execute(config)
+
+
+def _apart(args: argparse.Namespace, tasks: list[str], options: dict[str, Any]) -> str:
+    """What keeps the default folder apart from that of another eval of the same model, method and budget: a digest of
+    the settings that are not the default; "" where all are."""
+    from tokenprune.evals.config import digest
+    from tokenprune.evals.tasks import default_task
+
+    found = {"options": options, "tasks": tasks, "limit": args.limit, "seed": args.seed, "dtype": args.dtype}
+    found["max_new_tokens"] = args.max_new_tokens
+    usual = {"options": {}, "tasks": [default_task(args.model)], "limit": None, "seed": 0, "dtype": "float32"}
+    other = {name: value for name, value in found.items() if value != usual.get(name)}
+    return f"-{digest(other)[:6]}" if other else ""
 
 
 def _eval_config(args: argparse.Namespace) -> Any:
@@ -75,7 +91,7 @@ def _eval_config(args: argparse.Namespace) -> Any:
     name = f"{stem}-{re.sub('[^A-Za-z0-9_.@-]+', '-', method).strip('-')}"
     name += f"-{args.keep}" if args.keep is not None else ""
     return RunConfig(
-        name=name,
+        name=name + _apart(args, tasks, options),
         model=args.model,
         tasks=tasks,
         methods=[entry],

@@ -39,7 +39,9 @@ def _run(args: argparse.Namespace) -> int:
         check_keep(args.method, args.keep)
         entry: Any = {"method": args.method, **options}
         budgets = [] if args.keep is None else [args.keep]
-        RunConfig("run", args.model, ["pocket"], [entry], budgets, dtype=args.dtype, references=False).check()
+        settings: Any = {"dtype": args.dtype, "max_new_tokens": args.max_new_tokens, "references": False}
+        RunConfig("run", args.model, ["pocket"], [entry], budgets, **settings).check()
+        _check_output(args.output)
     from tokenprune.evals.single import run_single
 
     return run_single(
@@ -55,3 +57,15 @@ def _run(args: argparse.Namespace) -> int:
         device=args.device,
         max_new_tokens=args.max_new_tokens,
     )
+
+
+def _check_output(path: str) -> None:
+    """Raise ValueError if no picture can be written under that name, before a model has run for it."""
+    from pathlib import Path
+
+    from PIL import Image
+
+    Image.init()
+    known = [ending for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE]
+    if Path(path).suffix.lower() not in known:
+        raise ValueError(f"--output names a picture, such as runs/overlay.png, got {path!r}.")

@@ -44,6 +44,12 @@ def load_rows() -> list[dict]:
     return pq.read_table(TEST_FILE).to_pylist()
 
 
+def load_validation(scenes: int, clips: int) -> list[dict]:
+    """So many scenes, with one question of every family each, and clips of the validation split; rows as those of
+    `load_rows`. Drawn on the fly, from seeds that neither the test split nor any training uses."""
+    return _scene_rows("val", scenes, clips, 0)
+
+
 def build(path: Path = TEST_FILE) -> None:
     """Draw the test split and write it; rows go round the families, and equal pictures are stored once."""
     rows = _scene_rows("test", TEST_SCENES, TEST_CLIPS, TEST_EASY)
@@ -57,8 +63,9 @@ def build(path: Path = TEST_FILE) -> None:
 
 def _scene_rows(split: str, scenes: int, clips: int, easy: int) -> list[dict]:
     rows: list[dict] = []
-    extra, chosen = easy_split("test"), random.Random(1)
-    places = chosen.sample(range(len(extra.images)), easy)
+    # only the test split has questions of easy-VQA, and only drawing them needs its package
+    extra = easy_split("test") if easy else None
+    places = random.Random(1).sample(range(len(extra.images)), easy) if extra else []
     for i in range(max(scenes, clips)):
         seed = SPLIT_SEED[split] + _SEED + i
         rng = random.Random(seed)
@@ -78,7 +85,7 @@ def _scene_rows(split: str, scenes: int, clips: int, easy: int) -> list[dict]:
             rows.append(
                 _row(f"{split}-clip-{i:04d}", animation(frames), ask_clip(clip, rng), first.width, first.height)
             )
-        if i < easy:
+        if extra and i < easy:
             side = rng.choice((10, 12, 14, 16)) * PATCH
             question, answer = rng.choice(extra.questions[places[i]])
             asked = Question("easy_vqa", question, answer, ((0.0, 0.0, float(side), float(side)),))

@@ -1,0 +1,107 @@
+"""Rows of costs: what they are filed under, and what a sample that cannot be measured costs the others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from _runs import UNTIMED, config
+
+from tokenprune.evals import flops
+from tokenprune.evals.answering import Answered
+from tokenprune.evals.config import Measure, Point
+from tokenprune.evals.costs import MEASURE_KEY, measure, read_costs
+from tokenprune.evals.pooling import pool_costs, pool_tasks
+from tokenprune.evals.results import flat_costs
+from tokenprune.evals.runner import check_points
+from tokenprune.evals.store import RowStore
+from tokenprune.evals.tasks import Task, load_task
+
+POINTS = [Point("m", "t", "none", None), Point("m", "t", "uniform", 9)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RowStore:
+    return RowStore(tmp_path / "measures.jsonl", MEASURE_KEY)
+
+
+def measured(store: RowStore, tiny, task: Task, how: Measure = UNTIMED) -> tuple[dict, list[str]]:
+    asked = config(store.path.parent, "m", "t", measure=how)
+    machine = measure(asked, tiny, task, POINTS, store, "settings")
+    return read_costs(asked, POINTS, {("m", "t"): Answered("settings")}, store, {"m": machine})
+
+
+def test_times_of_another_machine_are_not_taken_for_this_ones(store, tiny, tiny_task, monkeypatch):
+    task = load_task(tiny_task)
+    measured(store, tiny, task)
+    measured(store, tiny, task)
+    assert len(store) == 2
+    monkeypatch.setattr("torch.get_num_threads", lambda: 512)
+    assert len(measured(store, tiny, task)[0]) == 2 and len(store) == 4
+    assert [row["machine"]["threads"] == 512 for row in store.rows()] == [False, False, True, True]
+    assert all(row["machine"]["device"] == "cpu" and row["machine"]["torch"] for row in store.rows())
+
+
+def test_a_prompt_is_counted_once_a_point(store, tiny, tiny_task, monkeypatch):
+    calls, once = [], flops._measure_once
+    monkeypatch.setattr(flops, "_measure_once", lambda *given: calls.append(1) or once(*given))
+    found, _ = measured(store, tiny, load_task(tiny_task), Measure(samples=2, times=False))
+    assert len(calls) == 2 * len(POINTS) and all(one["flops"]["agree"] for one in found.values())
+
+
+def test_costs_of_all_tasks_are_their_mean_or_not_there():
+    from _fake_runs import _measures
+
+    tasks = [Point("m", task, "uniform", 64) for task in ("long", "short")]
+    rows = {point.key: [{"sample_id": "0", "point": point.key}] for point in tasks}
+    (whole,), _ = pool_tasks(tasks, rows)
+    one, other = _measures(tasks[0]), _measures(Point("m", "short", "uniform", 16))
+    other["times"].pop("decode")
+    both = {tasks[0].key: one, tasks[1].key: other}
+    tokens = {"visual_tokens": 576, "kept_tokens": 40}
+    found = flat_costs({**tokens, **pool_costs(whole, tasks, both)})
+    parts = [flat_costs({**tokens, **costs}) for costs in (one, other)]
+    for name in ("equivalent_tokens", "gflops_total", "kv_bytes", "prefill_ms", "prefill_ms_q25"):
+        assert found[name] == pytest.approx((parts[0][name] + parts[1][name]) / 2), name
+    assert found["flops_agree"] is True and found["decode_ms"] is None
+    one["flops"]["measured"] = None
+    assert flat_costs({**tokens, **pool_costs(whole, tasks, both)})["gflops_total_measured"] is None
+    for missing in ({tasks[0].key: one}, {tasks[0].key: one, tasks[1].key: {}}):
+        assert pool_costs(whole, tasks, missing) == {}
+
+
+def broken_at(task: Task, *places: int, text_only: bool = False) -> Task:
+    """The task, whose samples at `places` cannot be read; or without its pictures."""
+
+    def load(start: int, stop: int):
+        for place, sample in enumerate(task.load(start, stop), start=start):
+            if place in places:
+                raise OSError("image file is truncated")
+            yield replace(sample, image=()) if text_only else sample
+
+    return replace(task, load=load, size=6)
+
+
+def test_a_text_only_task_has_no_costs_and_says_so(store, tiny, tiny_task):
+    task = broken_at(load_task(tiny_task), text_only=True)
+    found, notes = measured(store, tiny, task)
+    assert list(found.values()) == [{}, {}] and notes == [
+        "There are no times and FLOPs on toy: none of its samples has a picture."
+    ]
+    tokens = {"visual_tokens": 0, "kept_tokens": 0}
+    assert set(flat_costs({**tokens, **found[POINTS[1].key]}).values()) == {None, 0}
+
+
+def test_a_sample_that_cannot_be_read_takes_no_costs_with_it(store, tiny, tiny_task):
+    found, notes = measured(store, tiny, broken_at(load_task(tiny_task), 0, 2), Measure(samples=3, times=False))
+    assert not notes and [one["kv"]["measured"] > 0 for one in found.values()] == [True, True]
+    assert [one["flops"]["agree"] for one in found.values()] == [True, True]
+
+
+def test_an_unreadable_first_sample_stops_no_run(tiny, tiny_task):
+    check_points(tiny, broken_at(load_task(tiny_task), 0), POINTS, 0)
+    with pytest.raises(ValueError, match="takes pictures, and one of its samples is a video"):
+        frames = [next(load_task(tiny_task).load(0, 1)).image] * 4
+        film = replace(next(load_task(tiny_task).load(0, 1)), image=frames)
+        check_points(tiny, replace(load_task(tiny_task), load=lambda *places: iter([film])), POINTS, 0)
