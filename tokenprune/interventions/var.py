@@ -112,7 +112,7 @@ class VAR(Intervention):
 
     def prepare(self, decoder: DecoderFacts) -> tuple[int, ...]:
         layers = super().prepare(decoder)
-        self._search, self._channels, self.discovery = None, (), None
+        self._search, self._channels, self.discovery, self._start = None, (), None, -1
         known = known_channels(decoder) if self.channels is None else None
         if isinstance(self.channels, (list, tuple)):
             if max(self.channels) >= decoder.width:
@@ -128,7 +128,8 @@ class VAR(Intervention):
             return ()
         if not layers:
             self._search = None
-        self._start = layers[0] if layers else -1
+        else:
+            self._start = layers[0]
         return layers
 
     @property
@@ -248,6 +249,8 @@ class VAR(Intervention):
     def summary(self, noted: Mapping[int, Facts]) -> str:
         if self.discovery is not None and self.discovery.reason:
             return f"off: {self.discovery.reason}"
+        if self._start < 0:
+            return "off: p, rho, s_min or layers leave nothing to change"
         if self._search is not None:
             return (
                 f"not acting yet: {self.wants_prompts} more prompts with pictures are needed to discover sink channels"
