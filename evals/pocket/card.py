@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from tokenprune.evals.pocket.measure import BUDGETS, DATA
+from tokenprune.evals.pocket.measure import BUDGETS, DATA, NOT_ASKED
 from tokenprune.evals.readme import between
 
 CONDITIONS = {
@@ -21,12 +22,13 @@ CONDITIONS = {
 }
 
 
-def card_table(result: dict[str, Any], tight: int | float) -> str:
+def card_table(result: dict[str, Any], tight: int | float, not_asked: Collection[str] = ()) -> str:
     """Accuracies in percent by family, and which conditions are met.
 
     Args:
         result: what `measure.conditions` returned.
         tight: the smaller of its two budgets.
+        not_asked: conditions that the model need not meet.
     """
     at = f"{tight} tokens" if isinstance(tight, int) else f"{100 * tight:g} percent of the tokens"
     rows = {"all tokens": "none", f"oracle, {at}": f"oracle@{tight}", f"random, {at}": f"random@{tight}"}
@@ -38,10 +40,9 @@ def card_table(result: dict[str, Any], tight: int | float) -> str:
         found = result["accuracy"][label]
         lines.append(f"| {title} | " + " | ".join(f"{found[name]:.1f}" for name in columns) + " |")
     lines += ["", "What the suite asks of its model (`python -m tokenprune.evals.pocket.measure --help`):", ""]
-    lines += [
-        f"- {'met' if result['conditions'][name]['met'] else '**not met**'}: {text}"
-        for name, text in CONDITIONS.items()
-    ]
+    for name, text in CONDITIONS.items():
+        verdict = "met" if result["conditions"][name]["met"] else "**not met**"
+        lines.append(f"- {verdict}{', and not asked of this model' if name in not_asked else ''}: {text}")
     return "\n".join(lines)
 
 
@@ -52,7 +53,9 @@ def main() -> None:
     model = parser.parse_args().model
     result = json.loads((DATA / f"{model.replace('-', '_')}_conditions.json").read_text(encoding="utf-8"))
     card = Path(__file__).parent / "models" / model / "README.md"
-    text = between(card.read_text(encoding="utf-8"), "conditions", card_table(result, BUDGETS[model][0]))
+    text = between(
+        card.read_text(encoding="utf-8"), "conditions", card_table(result, BUDGETS[model][0], NOT_ASKED.get(model, ()))
+    )
     card.write_text(text, encoding="utf-8")
     print(card)
 
