@@ -59,5 +59,7 @@ def test_cards_show_what_was_measured(model):
 
     card = (ROOT / "evals" / "pocket" / "models" / model / "README.md").read_text(encoding="utf-8")
     result = json.loads((DATA / f"{model.replace('-', '_')}_conditions.json").read_text(encoding="utf-8"))
+    asked = {name: found["met"] for name, found in result["conditions"].items() if name not in NOT_ASKED.get(model, ())}
+    assert all(asked.values()), asked
     table = card_table(result, BUDGETS[model][0], NOT_ASKED.get(model, ()))
     assert between(card, "conditions", table) == card, f"run: python -m tokenprune.evals.pocket.card {model}"

@@ -175,16 +175,20 @@ def test_loading_a_processor_leaves_transformers_as_it_was(folder):
     assert processing_utils.ProcessorMixin.check_argument_for_proper_class is before[1]
 
 
-def test_the_command_line_evaluates_pictures_of_several_sizes_and_a_clip(folder, tmp_path):
-    """A Qwen2.5-VL with its processor, with random weights: what it answers is not looked at."""
+@pytest.mark.pocket
+def test_the_shipped_model_answers_about_pictures_of_several_sizes_and_clips(tmp_path):
     from tokenprune.cli import main
 
-    command = ["eval", "--model", str(folder), "--tasks", "pocket-mixed", "--method", "oracle", "--keep", "0.111"]
-    assert main([*command, "--limit", "8", "--no-timing", "--output", str(tmp_path)]) in (0, None)
+    command = ["eval", "--model", "pocket-qwen", "--tasks", "pocket-mixed", "--method", "oracle", "--keep", "0.111"]
+    assert main([*command, "--limit", "16", "--no-timing", "--output", str(tmp_path)]) in (0, None)
     rows = pq.read_table(tmp_path / "samples.parquet").to_pylist()
-    counts = {row["family"]: (row["visual_tokens"], row["kept_tokens"]) for row in rows if row["method"] == "oracle"}
+    counts = {row["sample_id"]: (row["visual_tokens"], row["kept_tokens"]) for row in rows if row["method"] == "oracle"}
     # 12 x 12 tokens, and two pairs of frames of 8 x 8
-    assert counts["count"] == (144, 16) and counts["video"] == (128, 14)
+    assert counts["test-0000-count"] == (144, 16) and counts["test-clip-0000-video"] == (128, 14)
+    right = {
+        name: sum(row["correct"] for row in rows if row["method"] == name) for name in ("none", "oracle", "random")
+    }
+    assert right["none"] >= 14 and right["oracle"] >= right["random"] + 3, right
 
 
 def test_the_overlay_of_a_clip_shows_a_frame_for_each_raster(folder):
