@@ -112,12 +112,12 @@ def test_the_held_out_half_is_untouched_by_the_search(tmp_path):
 
 def test_trials_draw_that_many_settings_and_the_seed_decides_which(tmp_path):
     tried = []
-    for seed in (0, 0, 1, 2):
+    for seed in (0, 0, 1):
         config = asked_for(tmp_path, 0.03, trials=3, seed=seed)
         found = recommend(config, bench=drawn(0, 800, LADDER), keep_study=False)
         tried.append({row["setting"] for row in found.history})
     assert all(len(own) == 3 for own in tried)
-    assert tried[0] == tried[1] and len({frozenset(own) for own in tried}) > 1
+    assert tried[0] == tried[1] and tried[2] != tried[0]
 
 
 def test_out_of_time_it_decides_on_what_the_first_round_asked(tmp_path):

@@ -129,7 +129,7 @@ def test_batch_size_changes_no_answer(tmp_path, tiny_folder, tiny_task):
 def test_a_run_killed_three_times_ends_as_an_undisturbed_one(tmp_path, tiny_folder, tiny_task):
     sweep = tmp_path / "sweep.yaml"
     settings = {
-        "model": tiny_folder, "tasks": [tiny_task], "methods": ["uniform"], "keep": [9], "limit": 60, "batch_size": 1,
+        "model": tiny_folder, "tasks": [tiny_task], "methods": ["uniform"], "keep": [9], "limit": 24, "batch_size": 1,
         "measure": {"samples": 1, "repeats": 1, "warmup": 0, "decode_tokens": 1}, "overlays": {"samples": 1},
     }  # fmt: skip
     sweep.write_text(json.dumps(settings))
@@ -138,7 +138,7 @@ def test_a_run_killed_three_times_ends_as_an_undisturbed_one(tmp_path, tiny_fold
     done = subprocess.run([*command, "--output", str(tmp_path / "out")], cwd=ROOT, env=env, capture_output=True)
     assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()[-2000:]
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())
-    assert figures["kills"] == 3 and figures["rows"] == 180 == figures["asked_undisturbed"]
+    assert figures["kills"] == 3 and figures["rows"] == 72 == figures["asked_undisturbed"]
     assert figures["equal"] == {"summary.csv": True, "results.jsonl": True, "samples.jsonl": True}
     assert 0 <= figures["asked_again"] <= 3, "a kill costs one batch at most"
 
