@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,45 +190,44 @@ class DecoderSignals:
         self.flops += 2 * query.numel() * places.shape[0]
         return attention_rows(query[None], key[None, :, places], scale)[0, 0]
 
-    def _share_rows(self) -> Iterator[Tensor]:
-        """Query rows `[B, R]` that `_shares` needs, -1 where a prompt has fewer: text that follows all visual tokens
-        leaves nothing for visual rows to see, so that only its own rows count."""
-        batch_size, length = self._given.hidden.shape[:2]
-        device = self._given.hidden.device
-        counts = self._prompt.text_after_visual()
-        whole = self._prompt.text_before_visual()
-        for start in range(0, length if whole else max(counts), _CHUNK):
-            if whole:
-                yield torch.arange(start, min(start + _CHUNK, length), device=device).expand(batch_size, -1)
-                continue
-            back = torch.arange(start, min(start + _CHUNK, max(counts)), device=device)[None]
-            yield (self._ends() - back).where(back < torch.tensor(counts, device=device)[:, None], -1)
-
     @torch.no_grad()
     def _shares(self, name: str) -> Tensor:
-        if name in self._cache:
-            return self._cache[name]
-        batch_size, length = self._given.hidden.shape[:2]
-        device = self._given.hidden.device
-        visual = torch.zeros(batch_size, length, dtype=torch.bool, device=device)
-        first = torch.full((batch_size,), length, device=device)
-        for span, alive in zip(self._prompt.layout.spans, self._prompt.alive):
-            standing = alive.places if alive.placeholders is None else alive.placeholders
-            visual[span.sample, standing] = True
-        at = torch.arange(length, device=device)
+        if name not in self._cache:
+            visual = torch.zeros(self._given.hidden.shape[:2], dtype=torch.bool, device=self._given.hidden.device)
+            for span, alive in zip(self._prompt.layout.spans, self._prompt.alive):
+                standing = alive.places if alive.placeholders is None else alive.placeholders
+                visual[span.sample, standing] = True
+            if self._prompt.text_before_visual():
+                self._shares_of_all(visual)
+            else:
+                self._shares_of_tail(visual)
+        return self._cache[name]
+
+    def _shares_of_tail(self, visual: Tensor) -> None:
+        """Where all text follows all visual tokens: its own rows are all that is needed, and visual rows see none."""
+        own = torch.tensor(self._prompt.text_after_visual(), device=visual.device)[:, None]
+        ends, most = self._ends(), max(self._prompt.text_after_visual())
+        total = torch.zeros(visual.shape[0], device=visual.device)
+        for start in range(0, most, _CHUNK):
+            back = torch.arange(start, min(start + _CHUNK, most), device=visual.device)[None]
+            mass = self._attention((ends - back).clamp(min=0))
+            total += ((mass * visual[:, None]).sum(dim=2) * (back < own)).sum(dim=1)
+        self._cache[TEXT_TO_VISUAL] = total / own[:, 0].clamp(min=1)
+        self._cache[VISUAL_TO_TEXT] = torch.zeros_like(total)
+
+    def _shares_of_all(self, visual: Tensor) -> None:
+        batch_size, length = visual.shape
+        at = torch.arange(length, device=visual.device)
         first = torch.where(visual, at, length).amin(dim=1, keepdim=True)
         text = ~visual & (at > first) & (at < length - self._prompt.drafted)
         if self._given.attended is not None:
             text &= self._given.attended
-        to_visual = torch.zeros(batch_size, device=device)
-        to_text = torch.zeros(batch_size, device=device)
-        for rows in self._share_rows():
-            mass = self._attention(rows.clamp(min=0))
-            counted = rows >= 0
-            on_visual = (mass * visual[:, None]).sum(dim=2)
-            on_text = (mass * text[:, None]).sum(dim=2)
-            to_visual += (on_visual * (text.gather(1, rows.clamp(min=0)) & counted)).sum(dim=1)
-            to_text += (on_text * (visual.gather(1, rows.clamp(min=0)) & counted)).sum(dim=1)
+        to_visual = torch.zeros(batch_size, device=visual.device)
+        to_text = torch.zeros_like(to_visual)
+        for start in range(0, length, _CHUNK):
+            rows = at[start : start + _CHUNK].expand(batch_size, -1)
+            mass = self._attention(rows)
+            to_visual += ((mass * visual[:, None]).sum(dim=2) * text.gather(1, rows)).sum(dim=1)
+            to_text += ((mass * text[:, None]).sum(dim=2) * visual.gather(1, rows)).sum(dim=1)
         self._cache[TEXT_TO_VISUAL] = to_visual / text.sum(dim=1).clamp(min=1)
         self._cache[VISUAL_TO_TEXT] = to_text / visual.sum(dim=1).clamp(min=1)
-        return self._cache[name]
