@@ -191,8 +191,9 @@ def test_the_leaderboard_as_markdown_says_what_the_records_say(folder, tmp_path,
         cells = [cell.strip() for cell in line.split(" | ")]
         assert cells[0].strip("*") == record["series"]
         assert (cells[0][0] == "*") == (kind_of(record["method"]) == "control")
-        assert cells[1].startswith(f"{100 * record['overall']['accuracy']:.1f} (")
-        assert (cells[2] == "") == (record["method"] == "random")
+        assert cells[1] == f"{record['kept_tokens']:.4g}"
+        assert cells[2].startswith(f"{100 * record['overall']['accuracy']:.1f} (")
+        assert (cells[3] == "") == (record["method"] == "random")
 
 
 def test_markdown_sorts_methods_by_what_the_interval_to_random_says(folder, tmp_path):
