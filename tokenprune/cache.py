@@ -143,8 +143,8 @@ class PrunedCacheMixin:
     """Whether a model that knows of the pruning is at work on it."""
     layers: list[Any]
 
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        """As the stock class.
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock class; a model asks once a call, so it is here that one which does not know is stopped.
 
         Raises:
             RuntimeError: the prompt was pruned, and the model that goes on has no method applied.
@@ -154,7 +154,7 @@ class PrunedCacheMixin:
                 "This cache holds a pruned prompt, and the model that goes on from it has no method applied, so masks "
                 "and positions would be wrong. Apply the method again, or run the prompt anew."
             )
-        return super().update(*args, **kwargs)  # type: ignore[misc]
+        return super().get_mask_sizes(*args, **kwargs)  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: tokens that the model was given, pruned ones included."""
