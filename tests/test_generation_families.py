@@ -174,6 +174,7 @@ def works(call, batch) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_a_compiled_forward_generates_the_same():
     """What is compiled is the model as it is applied: our hooks run between its graphs."""
     model, batch = BUILDERS["llava"](), batch_of("llava", "one_left")

@@ -34,6 +34,7 @@ def test_shares_are_the_batches_of_one(tiny_task):
         assert sorted((ids for share in shares for ids in share), key=min) == whole
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one(tmp_path, tiny_folder, tiny_task):
     sweep = tmp_path / "sweep.yaml"
     settings = {"model": tiny_folder, "tasks": [tiny_task], "methods": ["none", "vtc_cls"], "keep": [9], "limit": 10,
@@ -99,6 +100,7 @@ def two_cores():
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_ray_retries_the_point_of_a_dead_worker(tmp_path, tiny_folder, tiny_task, two_cores):
     folder = tmp_path / "ray"
     killed: list[int] = []

@@ -126,6 +126,7 @@ def test_batch_size_changes_no_answer(tmp_path, tiny_folder, tiny_task):
     assert answers[0] == answers[1]
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_ends_as_an_undisturbed_one(tmp_path, tiny_folder, tiny_task):
     sweep = tmp_path / "sweep.yaml"
     settings = {
