@@ -23,14 +23,13 @@ each person left out once.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tokenprune.evals.config import digest
 from tokenprune.evals.tasks import Sample, Task, file_digest
 from tokenprune.notation import read_yaml
 from tokenprune.registry import near
@@ -193,7 +192,7 @@ def fingerprint_of(path: Path, spec: dict[str, Any]) -> str | None:
 def _fingerprint(spec: dict[str, Any], data: str) -> str:
     # a task may be renamed and its file moved
     asked = {key: value for key, value in spec.items() if key not in ("name", "data")}
-    return hashlib.sha256(json.dumps([asked, data], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return digest([asked, data])
 
 
 def _load(path: Path, spec: dict[str, Any]) -> Any:

@@ -134,14 +134,8 @@ class Attending:
         """
         if not self:
             return
-        for layer in self.layers:
-            block = self.adapter.layers[layer]
-            if block.training and getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled():
-                raise ValueError(
-                    f"{self.interventions[self.layers[layer]].name} acts in decoder layer {layer}, which gradient "
-                    "checkpointing runs a second time, after the prompt is forgotten. Switch gradient checkpointing "
-                    "off, or remove the intervention for training."
-                )
+        if torch.is_grad_enabled():
+            self._check_checkpointing()
         batch_size, length, _ = embeds.shape
         attended = None
         if isinstance(mask, Tensor) and mask.dim() == 2 and length > 1:
@@ -168,6 +162,16 @@ class Attending:
             index = wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
             call.rows[number] = index.to(device), wanted.gather(1, index).to(device)
         call.seen = seen | visual.any(1).to(device)
+
+    def _check_checkpointing(self) -> None:
+        for layer in self.layers:
+            block = self.adapter.layers[layer]
+            if block.training and getattr(block, "gradient_checkpointing", False):
+                raise ValueError(
+                    f"{self.interventions[self.layers[layer]].name} acts in decoder layer {layer}, which gradient "
+                    "checkpointing runs a second time, after the prompt is forgotten. Switch gradient checkpointing "
+                    "off, or remove the intervention for training."
+                )
 
     def cut(self, compaction: Compaction, layer: int | None = None) -> None:
         """Tokens left: at the input, or before `layer`."""

@@ -205,8 +205,9 @@ class DecoderSignals:
 
     def _shares_of_tail(self, visual: Tensor) -> None:
         """Where all text follows all visual tokens: its own rows are all that is needed, and visual rows see none."""
-        own = torch.tensor(self._prompt.text_after_visual(), device=visual.device)[:, None]
-        ends, most = self._ends(), max(self._prompt.text_after_visual())
+        counts = self._prompt.text_after_visual()
+        own, most = torch.tensor(counts, device=visual.device)[:, None], max(counts)
+        ends = self._ends()
         total = torch.zeros(visual.shape[0], device=visual.device)
         for start in range(0, most, _CHUNK):
             back = torch.arange(start, min(start + _CHUNK, most), device=visual.device)[None]

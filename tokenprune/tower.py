@@ -29,6 +29,8 @@ Hints = Callable[[str, str, int, int], object]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
     return torch.cat(parts) if parts else torch.empty(0)
 
 
@@ -36,13 +38,10 @@ class TowerRun:
     """One run of the tower over the visuals of one kind.
 
     Pictures are the crops of all visuals in tower order. `alive[p]` says which cells of picture p are left.
-
-    Args:
-        kind: of the visuals.
     """
 
-    def __init__(self, recording: Recording, owner: TowerWatch, kind: str) -> None:
-        self.recording, self._owner, self._kind = recording, owner, kind
+    def __init__(self, recording: Recording, owner: TowerWatch) -> None:
+        self.recording, self._owner = recording, owner
         self._spread: list[Tensor] = []
         self.grids = [grid for visual in recording.visuals for grid in visual.tower_grids]
         self.visual_of = [v for v, visual in enumerate(recording.visuals) for _ in visual.tower_grids]
@@ -127,7 +126,7 @@ class TowerRun:
             features=lambda: vision.states(self.run, args, [picture], count)[0],
             signal=lambda signal: self._signal(signal, picture),
             key=lambda: self.recording.pixel_key(place) + picture - first,
-            hint=lambda name: self._owner.hint(name, self._kind, place, len(self.recording.visuals)),
+            hint=lambda name: self._owner.hint(name, visual.kind, place, len(self.recording.visuals)),
             carry=self.carry[picture],
         )
 
@@ -208,7 +207,8 @@ class TowerWatch:
         adapter: the family.
         stages: those at "pixels" and "vision:L".
         signals: what has to be recorded, for any stage of the method.
-        hint: reads what the caller knows of a visual: (name, its place in tower order).
+        hint: reads what the caller knows of a visual: (name, its kind, its place among that kind in tower order, their
+            number).
     """
 
     def __init__(self, adapter: Adapter, stages: Sequence[Stage], signals: Sequence[Signal], hint: Hints) -> None:
@@ -312,7 +312,7 @@ class TowerWatch:
                     "from several places there (interpolated or pooled). Use a method that cuts at 'input' or at a "
                     "layer."
                 )
-            self._run = TowerRun(recording, self, kind)
+            self._run = TowerRun(recording, self)
             try:
                 for signal in self._signals:
                     if signal.name in PIXEL_SIGNALS:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenprune.budget import read_budget
 from tokenprune.registry import METHODS
 
 COLUMNS = (
@@ -22,7 +23,7 @@ COLUMNS = (
 
 
 def measure(
-    model: str, methods: list[str], budgets: list[int | float], repeats: int, samples: int
+    model: str, methods: list[str], budgets: list[int | float | str], repeats: int, samples: int
 ) -> Iterator[dict[str, Any]]:
     """A row per method and budget; times are medians in milliseconds, ratios medians of the ratios within a round."""
     from tokenprune.evals.config import NONE, Measure, Point
@@ -62,17 +63,17 @@ def measure(
             }
 
 
-def _budget(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="pocket-llava", help="pocket name, folder or hub id (%(default)s)")
     parser.add_argument("--methods", nargs="*", default=METHODS.names(), help="all of them by default")
     parser.add_argument(
-        "--keep", nargs="*", type=_budget, default=[192, 128, 64], help="tokens per image, or kept fractions below 1.0"
+        "--keep",
+        nargs="*",
+        type=read_budget,
+        default=[192, 128, 64],
+        help="tokens per image, or kept fractions below 1.0",
     )
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds per picture (%(default)s)")
     parser.add_argument("--samples", type=int, default=2, help="pictures (%(default)s)")
