@@ -185,26 +185,14 @@ class Adapter:
         """The pixels of each visual, for the seeds of random methods."""
         return list(call[self.pixels[kind]])
 
-    def query_key(self, layer: Any, hidden: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Query `[B, H, R, d]` of some rows and key `[B, Hk, S, d]` of all, before their rotation, that a decoder layer
-        would make of the hidden states `[B, S, D]` that enter it; `rows` `[B, R]` int64, None for all."""
+    def heads(self, layer: Any, hidden: Tensor, part: str) -> Tensor:
+        """Query ("q") `[B, H, S, d]`, key ("k") or value ("v") `[B, Hk, S, d]`, before their rotation, that a decoder
+        layer makes of hidden states `[B, S, D]` that enter it."""
         attention = layer.self_attn
-        normed = layer.input_layernorm(hidden)
-        asked = normed if rows is None else normed.gather(1, rows[..., None].expand(-1, -1, normed.shape[-1]))
-        width = attention.head_dim
-        query = attention.q_proj(asked).unflatten(-1, (-1, width))
-        key = attention.k_proj(normed).unflatten(-1, (-1, width))
-        for name in ("q_norm", "k_norm"):  # Qwen3 normalises each head
-            norm = getattr(attention, name, None)
-            if norm is not None:
-                query, key = (norm(query), key) if name == "q_norm" else (query, norm(key))
-        return query.transpose(1, 2), key.transpose(1, 2)
-
-    def values(self, layer: Any, hidden: Tensor) -> Tensor:
-        """Value vectors `[B, Hk, S, d]` that a decoder layer would make of hidden states `[B, S, D]` that enter it."""
-        attention = layer.self_attn
-        projected = attention.v_proj(layer.input_layernorm(hidden))
-        return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        projected = getattr(attention, f"{part}_proj")(layer.input_layernorm(hidden))
+        projected = projected.unflatten(-1, (-1, attention.head_dim))
+        norm = getattr(attention, f"{part}_norm", None)  # Qwen3 normalises each head of queries and keys
+        return (projected if norm is None else norm(projected)).transpose(1, 2)
 
     def branches(self, layer: Any) -> tuple[nn.Module, nn.Module]:
         """Attention and MLP of a decoder layer: modules called with normalised states, whose output is added to the

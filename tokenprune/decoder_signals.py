@@ -1,8 +1,12 @@
-"""Attention of a few rows in one decoder layer, from its own projections: what stages at "layer:K" may ask for."""
+"""Attention of a few rows in one decoder layer, from its own projections: what stages at "layer:K" may ask for.
+
+Layer K - 1 has run when a stage at "layer:K" chooses, so its keys and values are read from its KV cache where that has
+them; those of layer K, which is yet to run, are projected here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +42,7 @@ class LayerInput:
         attended: `[B, P]` bool, False at padding; None: there is none.
         keys: `[B, Hk, K, d]` keys that the layer's cache held before this call, rotated; None if it held none.
         keys_seen: `[B, K]` bool, False at padding among them.
+        left: keys, rotated, and values `[B, Hk, K + P, d]` that the layer left in its cache; None before it has run.
     """
 
     module: Any
@@ -46,6 +51,23 @@ class LayerInput:
     attended: Tensor | None
     keys: Tensor | None
     keys_seen: Tensor | None
+    left: tuple[Tensor, Tensor] | None = None
+
+    def after(self, cache: Any, layer: int) -> LayerInput:
+        """The same once the layer has run, with what it left in `cache` if that has it whole and as it was: a quantized
+        or offloaded cache has not."""
+        if cache is None:
+            return self
+        length = self.hidden.shape[1] + (0 if self.keys is None else self.keys.shape[2])
+        left = []
+        for name in ("keys", "values"):
+            part = getattr(cache.layers[layer], name, None)
+            if not isinstance(part, Tensor) or part.dim() != 4 or part.shape[2] != length:
+                return self
+            if (part.dtype, part.device) != (self.hidden.dtype, self.hidden.device):
+                return self
+            left.append(part.detach())
+        return replace(self, left=(left[0], left[1]))
 
 
 def rotate(values: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -80,7 +102,6 @@ class DecoderSignals:
 
     def __init__(self, adapter: Adapter, given: LayerInput, prompt: Prompt) -> None:
         self.flops = 0
-        self._scale = 1.0
         self._adapter, self._given, self._prompt = adapter, given, prompt
         self._cache: dict[str, Tensor] = {}
 
@@ -110,34 +131,49 @@ class DecoderSignals:
         past = past if given.keys_seen is None else given.keys_seen
         return torch.cat([past[:, None].expand(-1, rows.shape[1], -1), causal], dim=2)
 
-    def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Query `[B, H, R, d]` of the rows `[B, R]` and key `[B, Hk, P, d]` of this call, rotated, and their scale."""
-        given = self._given
-        hidden = given.hidden.detach()
-        projected = rows.shape[1] if "key" in self._cache else hidden.shape[1]
-        if "key" not in self._cache:
-            query, key = self._adapter.query_key(given.module, hidden, rows)
-            self._cache["key"] = rotate(key, given.rotation)
-        else:  # the keys are there: only these rows are projected
-            asked = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
-            query, _ = self._adapter.query_key(given.module, asked, None)
-        key = self._cache["key"]
-        cos, sin = given.rotation
+    def _project(self, part: str, hidden: Tensor) -> Tensor:
+        """Query, key or value `[B, H, S, d]` of hidden states `[B, S, D]`, counted."""
+        made = self._adapter.heads(self._given.module, hidden, part)
+        self.flops += 2 * made.numel() * hidden.shape[-1]
+        return made
+
+    def _query(self, rows: Tensor) -> Tensor:
+        """`[B, H, R, d]` of the rows `[B, R]`, rotated."""
+        hidden = self._given.hidden.detach()
+        # normalisation and projections know no other row
+        asked = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
+        cos, sin = (part.expand(rows.shape[0], -1, -1) for part in self._given.rotation)
         picked = rows[..., None].expand(-1, -1, cos.shape[-1])
-        turned = tuple(part.expand(rows.shape[0], -1, -1).gather(1, picked) for part in (cos, sin))
-        query = rotate(query, turned)  # type: ignore[arg-type]
-        asking, keeping = (part.shape[1] * part.shape[3] for part in (query, key))
-        self.flops += 2 * rows.shape[0] * hidden.shape[-1] * (rows.shape[1] * asking + projected * keeping)
-        return query, key, float(getattr(given.module.self_attn, "scaling", key.shape[-1] ** -0.5))
+        return rotate(self._project("q", asked), (cos.gather(1, picked), sin.gather(1, picked)))
+
+    def _keys(self) -> Tensor:
+        """`[B, Hk, K + P, d]` of the cache and of this call, rotated."""
+        given = self._given
+        if given.left is not None:
+            return given.left[0]
+        if "key" not in self._cache:
+            key = rotate(self._project("k", given.hidden.detach()), given.rotation)
+            self._cache["key"] = key if given.keys is None else torch.cat([given.keys.to(key.dtype), key], dim=2)
+        return self._cache["key"]
+
+    def _values(self) -> Tensor:
+        """`[B, Hk, P, d]` of this call."""
+        given = self._given
+        if given.left is not None:
+            return given.left[1][:, :, -given.hidden.shape[1] :]
+        if "value" not in self._cache:
+            self._cache["value"] = self._project("v", given.hidden.detach())
+        return self._cache["value"]
+
+    def _scale(self, width: int) -> float:
+        return float(getattr(self._given.module.self_attn, "scaling", width**-0.5))
 
     def _attention(self, rows: Tensor) -> Tensor:
         """`[B, R, P]` fp32: head-mean attention of the query rows `[B, R]` to the tokens of this call."""
-        query, key, scale = self._rows(rows)
-        length = key.shape[2]
-        if self._given.keys is not None:
-            key = torch.cat([self._given.keys.to(key.dtype), key], dim=2)
+        query, key = self._query(rows), self._keys()
         self.flops += 2 * query.numel() * key.shape[2]
-        return attention_rows(query, key, scale, self._allowed(rows))[..., -length:]
+        mass = attention_rows(query, key, self._scale(key.shape[-1]), self._allowed(rows))
+        return mass[..., -self._given.hidden.shape[1] :]
 
     def _ends(self) -> Tensor:
         """`[B, 1]` int64, the last token of each prompt."""
@@ -176,14 +212,11 @@ class DecoderSignals:
         ends = self._ends()
         if name == LAST_VISUAL_ATTENTION:
             if "row" not in self._cache:
-                self._cache["row"], _, self._scale = self._rows(ends)
-            query, key, scale = self._cache["row"][sample], self._cache["key"][sample], self._scale
+                self._cache["row"] = self._query(ends)
+            query, key = self._cache["row"][sample], self._keys()[sample, :, -self._given.hidden.shape[1] :]
+            scale = self._scale(key.shape[-1])
         else:
-            if "value" not in self._cache:
-                hidden = self._given.hidden.detach()
-                self._cache["value"] = self._adapter.values(self._given.module, hidden)
-                self.flops += 2 * self._cache["value"].numel() * hidden.shape[-1]
-            key = self._cache["value"][sample]
+            key = self._values()[sample]
             if name == DECODER_VALUE_NORM:
                 return key[:, places].float().mean(dim=0).abs().sum(dim=-1)
             query, scale = key[:, ends[sample]], key.shape[-1] ** -0.5

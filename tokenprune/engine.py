@@ -341,15 +341,20 @@ class Engine:
         positional = bool(args)
         hidden = args[0] if positional else kwargs["hidden_states"]
         stage = self._layers.get(layer) if prompt is not None else None
-        if prompt is not None and layer in self._read_layers:
+        reads = prompt is not None and layer in self._read_layers
+        if reads and stage is not None:  # what this layer would do, for the stage before it
             fitted = current.arguments(layer, hidden, kwargs) if current.differs(layer) else kwargs
             self._entered[layer] = self._layer_input(layer, module, hidden, fitted, current)
         if stage is not None and prompt is not None:
             with prompt.watch.running(hidden.device):
-                hidden = self._cut_layer(stage, prompt, current, hidden)
-        if not current.differs(layer):
+                hidden = self._cut_layer(stage, prompt, current, hidden, kwargs.get("past_key_values"))
+        differs = current.differs(layer)
+        if differs:
+            kwargs = current.arguments(layer, hidden, kwargs)
+        if reads:  # what it does, for the stage after it
+            self._entered[layer] = self._layer_input(layer, module, hidden, kwargs, current)
+        if not differs:
             return None
-        kwargs = current.arguments(layer, hidden, kwargs)
         if positional:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
@@ -367,13 +372,13 @@ class Engine:
                 seen = torch.cat([slots >= 0, tail], dim=1)
         return LayerInput(module, hidden, kwargs["position_embeddings"], current.attended, keys, seen)
 
-    def _cut_layer(self, stage: Stage, prompt: Prompt, current: DecoderPass, hidden: Tensor) -> Tensor:
+    def _cut_layer(self, stage: Stage, prompt: Prompt, current: DecoderPass, hidden: Tensor, cache: Any) -> Tensor:
         wanted = stage.signals(self.adapter.tower)
-        signals = {
-            signal.layer: DecoderSignals(self.adapter, self._entered[signal.layer], prompt)
-            for signal in wanted
-            if signal.name in DECODER_SIGNALS
-        }
+        signals = {}
+        for layer in {signal.layer for signal in wanted if signal.name in DECODER_SIGNALS}:
+            given = self._entered[layer]
+            given = given.after(cache, layer) if layer < stage.depth else given
+            signals[layer] = DecoderSignals(self.adapter, given, prompt)
         cutter = Cutter(prompt, stage.site, hidden.shape[1])
         hidden = self._rows.choose(stage, prompt, cutter, hidden, signals)
         prompt.flops += sum(computed.flops for computed in signals.values())
