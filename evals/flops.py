@@ -18,6 +18,7 @@ from tokenprune.evals.config import NONE, Point
 from tokenprune.evals.models import LoadedModel
 from tokenprune.evals.runner import pruned
 from tokenprune.evals.tasks import Sample
+from tokenprune.kernels._ops import FORMULAS
 from tokenprune.stopwatch import Stopwatch
 
 PARTS: tuple[str, ...] = ("vision", "projector", "selection", "prefill", "decode")
@@ -30,10 +31,11 @@ def _cpu_attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any 
 
 
 def flop_counter() -> FlopCounterMode:
-    """A FlopCounterMode that also counts the fused attention of CPUs, which torch 2.13 leaves at zero."""
+    """A FlopCounterMode that also counts our own ops, with triton or without, and the fused attention of CPUs, which
+    torch 2.13 leaves at zero."""
     fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     mapping = {} if fused is None else {fused: _cpu_attention}
-    return FlopCounterMode(display=False, custom_mapping=mapping)
+    return FlopCounterMode(display=False, custom_mapping={**FORMULAS, **mapping})
 
 
 class _Tally:

@@ -1,6 +1,7 @@
 """Ops of the namespace `tokenprune` in torch: a reference, a Triton kernel, and what compilers and counters need.
 
-On CPU tensors a call is a call of the reference, whose operations autograd and FLOP counters see for themselves.
+On CPU tensors a call is a call of the reference, whose operations autograd and FLOP counters see for themselves (where
+it multiplies in NumPy, a counter is given the op instead).
 On CUDA tensors, and while torch.compile traces, it is the op `torch.ops.tokenprune.NAME`, which they see as one node
 with a fake implementation and, where it multiplies matrices, a FLOP formula. Where a gradient is asked for, the
 reference runs on every device: the kernels have no backward.
@@ -13,10 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from tokenprune.kernels._triton import HAS_TRITON, runs_triton
 
 _LIBRARY = torch.library.Library("tokenprune", "FRAGMENT")
+
+FORMULAS: dict[Any, Callable[..., int]] = {}
+"""By op, its floating-point operations: a `custom_mapping` for `FlopCounterMode`, registered there too if triton is
+installed."""
 
 
 class Op:
@@ -30,6 +36,7 @@ class Op:
         flops: floating-point operations of its matrix products, from the same arguments; None where it has none.
         direct: what runs in place of the reference where no op is called, if there it may keep something between
             calls that a graph should not see.
+        hidden: whether the reference multiplies outside torch, where no counter sees it.
     """
 
     def __init__(
@@ -40,9 +47,10 @@ class Op:
         fake: Callable[..., Any],
         flops: Callable[..., int] | None = None,
         direct: Callable[..., Any] | None = None,
+        hidden: bool = False,
     ) -> None:
         self.name = schema.partition("(")[0]
-        self.direct = direct or reference
+        self.direct, self.hidden = direct or reference, hidden
         _LIBRARY.define(schema)
 
         def run(first: Tensor, *args: Any) -> Any:
@@ -53,22 +61,28 @@ class Op:
         torch.library.register_fake(f"tokenprune::{self.name}", fake, lib=_LIBRARY)
         packet = getattr(torch.ops.tokenprune, self.name)
         self._op = packet.default
-        # the counter complains on import where triton is missing, and without triton it sees the reference
-        if flops is not None and HAS_TRITON:
-            from torch.utils.flop_counter import register_flop_formula
-
+        if flops is not None:
             formula = flops
 
-            @register_flop_formula(packet, get_raw=True)
             def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
                 return formula(*args, **kwargs)
+
+            count._get_raw = True  # type: ignore[attr-defined]  # the counter hands on tensors, not their shapes
+            FORMULAS[packet] = count
+            # the counter complains on import where triton is missing
+            if HAS_TRITON:
+                from torch.utils.flop_counter import register_flop_formula
+
+                register_flop_formula(packet, get_raw=True)(count)
 
     def __call__(self, first: Tensor, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._op(first, *args)
-        if not runs_triton(first) or _wants_gradient(first, *args):
-            return self.direct(first, *args)
-        return self._op(first, *args)
+        if runs_triton(first):
+            as_op = not _wants_gradient(first, *args)
+        else:
+            as_op = self.hidden and is_in_torch_dispatch_mode()
+        return self._op(first, *args) if as_op else self.direct(first, *args)
 
 
 def _wants_gradient(*args: Any) -> bool:

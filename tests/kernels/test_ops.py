@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokenprune.evals.flops import flop_counter
 from tokenprune.kernels import (
     aot,
     attention_received,
@@ -97,6 +99,26 @@ def test_the_formula_counts_what_the_reference_multiplies(name: str) -> None:
     assert counts[0] == counts[1] > 0
 
 
+def test_products_outside_torch_are_not_hidden_from_a_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the reference multiplies in NumPy: as many numbers as the formula says, and the same choice."""
+    rows: list[int] = []
+    dot = np.dot
+
+    def noted(matrix: Any, vector: Any, out: Any) -> Any:
+        rows.append(matrix.size)
+        return dot(matrix, vector, out=out)
+
+    features, first = torch.randn(3, 200, 12), torch.tensor([1, 0, 199])
+    monkeypatch.setattr(greedy_diversity.np, "dot", noted)
+    plain = greedy_diversity.greedy_diversity(features, 5, "max_sum", first)
+    multiplied = 2 * sum(rows)
+    for counter in (FlopCounterMode(display=False), flop_counter()):
+        with counter:
+            counted = greedy_diversity.greedy_diversity(features, 5, "max_sum", first)
+        assert torch.equal(counted, plain)
+        assert counter.get_total_flops() == multiplied == 2 * 3 * 4 * 200 * 12
+
+
 def test_compiled_code_holds_the_op_and_not_its_parts() -> None:
     graphs: list[torch.fx.GraphModule] = []
 
@@ -122,9 +144,13 @@ import torch
 from tokenprune.kernels import {", ".join(NAMES)}
 print(attention_rows.attention_rows(torch.randn(1, 2, 1, 4), torch.randn(1, 1, 3, 4), 0.5).sum().item())
 print(segmented_topk.segmented_topk(torch.arange(6.0)[None], [6], None, 2).tolist())
+from tokenprune.evals.flops import flop_counter
+with flop_counter() as counter:
+    greedy_diversity.greedy_diversity(torch.randn(1, 200, 12), 5, "max_sum", torch.tensor([7]))
+print(counter.get_total_flops())
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     env.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[1] == "[[4, 5]]"
+    assert done.stdout.split("\n")[1:3] == ["[[4, 5]]", str(2 * 4 * 200 * 12)]
