@@ -49,8 +49,8 @@ class VisionTower:
         """Hook a block so that `done(read)` is called when its attention ran.
 
         `read(run, pictures, count)` gives query, key and value `[m, H, T, d]` of pictures that all have `count` cells
-        left; T counts patches, and a [CLS] token before them if there is one. `run` is what `start` made, None before
-        the first cut.
+        left; T counts patches, and a [CLS] token before them if there is one. Patches stand in the tower's own order,
+        see `in_raster_order`. `run` is what `start` made.
 
         Returns:
             The removable hook handles.
@@ -58,8 +58,8 @@ class VisionTower:
         raise TypeError(f"{type(self).__name__} records no signals.")
 
     def start(self, grids: Sequence[tuple[int, int]]) -> Any:
-        """What `states`, `thin` and `leave` need to know of one run; `grids` are (rows, cols) of cells by picture."""
-        raise TypeError(f"{type(self).__name__} cannot be cut inside.")
+        """What the other calls need to know of one run; `grids` are (rows, cols) of cells by picture."""
+        return None
 
     def states(self, run: Any, args: Any, pictures: Sequence[int], count: int) -> Tensor:
         """Hidden states `[m, count, D]` of pictures that all have `count` cells, mean over the patches of a cell."""
@@ -85,6 +85,10 @@ class VisionTower:
 
     def by_cell(self, values: Tensor) -> Tensor:
         """From `[m, patches]` to `[m, cells]`: the mean over each cell's patches."""
+        return values
+
+    def in_raster_order(self, run: Any, values: Tensor, pictures: Sequence[int]) -> Tensor:
+        """From the order in which the tower has the cells of some pictures, `[m, cells]`, to that of their rasters."""
         return values
 
     def patch_pixels(self, pixels: Tensor, pictures: int) -> Tensor:

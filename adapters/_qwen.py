@@ -27,6 +27,8 @@ from tokenprune.signals import (
     Tower,
 )
 
+_ORDERS = 64  # orders of windows that are kept, by the sizes of a batch
+
 
 class QwenTower(VisionTower):
     """Blocks are called with all patches of a call in one row; each frame attends within itself, or within windows.
@@ -59,6 +61,7 @@ class QwenTower(VisionTower):
             pixel_std=pixels[1],
         )
         self._windows = hasattr(vision, "window_size") and hasattr(vision, "fullatt_block_indexes")
+        self._orders: dict[tuple[tuple[int, int], ...], Tensor] = {}
 
     @property
     def exits(self) -> Sequence[Any]:
@@ -68,9 +71,6 @@ class QwenTower(VisionTower):
         attention = self.blocks[block].attn
         seen: dict[str, Any] = {}
 
-        def on_tower(module: Any, args: Any, kwargs: Any) -> None:
-            seen["grids"] = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
-
         def on_start(module: Any, args: Any, kwargs: Any) -> None:
             seen["rotation"] = kwargs["position_embeddings"]
 
@@ -78,36 +78,32 @@ class QwenTower(VisionTower):
             seen["qkv"] = output.detach()
 
         def on_done(module: Any, args: Any, output: Any) -> None:
-            qkv, rotation, grids = seen.pop("qkv"), seen.pop("rotation"), seen["grids"]
+            parts = self._heads(seen.pop("qkv"), seen.pop("rotation"))
 
             def read(run: Any, pictures: Sequence[int], count: int) -> tuple[Tensor, ...]:
-                present = self._present(grids, run)
-                parts = self._heads(qkv, rotation, present.to(qkv.device))
-                sizes = run["counts"] if run is not None else self._cells(grids)
-                starts = [self.patches_per_cell * sum(sizes[:picture]) for picture in pictures]
                 length = count * self.patches_per_cell
+                if len(pictures) == len(run["counts"]):
+                    return tuple(part.unflatten(1, (-1, length)).transpose(0, 1) for part in parts)
+                starts = [self.patches_per_cell * sum(run["counts"][:picture]) for picture in pictures]
                 return tuple(torch.stack([part[:, at : at + length] for at in starts]) for part in parts)
 
             done(read)
 
         return [
-            self.module.register_forward_pre_hook(on_tower, with_kwargs=True),
             attention.register_forward_pre_hook(on_start, with_kwargs=True),
             attention.qkv.register_forward_hook(on_projected),
             attention.register_forward_hook(on_done),
         ]
 
-    def _cells(self, grids: Tensor) -> list[int]:
-        """Cells of each frame."""
-        sizes = [(frames, rows * cols // self.patches_per_cell) for frames, rows, cols in grids.tolist()]
-        return [size for frames, size in sizes for _ in range(frames)]
+    def in_raster_order(self, run: Any, values: Tensor, pictures: Sequence[int]) -> Tensor:
+        if not self._windows:
+            return values
+        order = run["order"][run["there"]].split(run["counts"])
+        index = torch.stack([order[picture].argsort() for picture in pictures])
+        return values.gather(1, index.to(values.device))
 
-    def _heads(self, qkv: Tensor, rotation: tuple[Tensor, Tensor], present: Tensor) -> tuple[Tensor, ...]:
-        """Query, key and value `[H, patches, d]` of a packed row, rotated, in the order of frames and rasters.
-
-        Args:
-            present: `[cells]` int64, which cell stands at each place of the row.
-        """
+    def _heads(self, qkv: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """Query, key and value `[H, patches, d]` of a packed row, rotated."""
         query, key, value = qkv.unflatten(-1, (3, self.facts.num_heads, -1)).unbind(1)  # [S, H, d]
         cos, sin = (part[:, None].to(query.dtype) for part in rotation)
 
@@ -115,27 +111,18 @@ class QwenTower(VisionTower):
             first, second = values.chunk(2, dim=-1)
             return values * cos + torch.cat([-second, first], dim=-1) * sin
 
-        order, group = present.argsort(), self.patches_per_cell
-        parts = (turned(query), turned(key), value)
-        return tuple(part.unflatten(0, (-1, group))[order].flatten(0, 1).transpose(0, 1) for part in parts)
-
-    def _present(self, grids: Tensor, run: Any) -> Tensor:
-        """`[cells]` int64: which cell, counted over all frames, stands at each place of the row now."""
-        order = self._window_order(grids)
-        return order if run is None else order[run["there"]]
+        return tuple(part.transpose(0, 1) for part in (turned(query), turned(key), value))
 
     # --- cutting: cells leave or stay whole, in the row as it is sorted -----------------------------------------------
 
     def start(self, grids: Sequence[tuple[int, int]]) -> dict[str, Any]:
         counts = [rows * cols for rows, cols in grids]
-        merge = self._vision.spatial_merge_size
         return {
             "counts": counts,
             "starts": [sum(counts[:picture]) for picture in range(len(counts))],
             "alive": [torch.arange(count) for count in counts],
             "there": torch.ones(sum(counts), dtype=torch.bool),
-            # windows lie within a frame, so each frame may stand for a picture of its own
-            "order": self._window_order(torch.tensor([[1, rows * merge, cols * merge] for rows, cols in grids])),
+            "order": self._window_order(tuple(grids)),
         }
 
     def states(self, run: Any, args: Any, pictures: Sequence[int], count: int) -> Tensor:
@@ -167,30 +154,39 @@ class QwenTower(VisionTower):
         return (hidden, *args[1:]), changed
 
     def leave(self, run: Any, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
-        if run is None or output.shape[0] == len(run["there"]):
+        if output.shape[0] == len(run["there"]):
             return output
         full = output.new_zeros(len(run["there"]), output.shape[-1])
         full[run["there"].to(output.device)] = output
         return full
 
-    def _window_order(self, grids: Tensor) -> Tensor:
-        """`[cells]` int64: which cell stands at each place of the full row, which may be sorted by windows."""
+    def _window_order(self, grids: tuple[tuple[int, int], ...]) -> Tensor:
+        """`[cells]` int64: which cell, counted over all pictures, stands at each place of the full row, which may be
+        sorted by windows."""
         if not self._windows:
-            return torch.arange(sum(self._cells(grids)))
+            return torch.arange(sum(rows * cols for rows, cols in grids))
+        if grids in self._orders:
+            return self._orders[grids]
+        merge = self._vision.spatial_merge_size
+        # windows lie within a frame, so each frame may stand for a picture of its own
+        boxes = torch.tensor([[1, rows * merge, cols * merge] for rows, cols in grids])
         own = getattr(self.module, "get_window_index", None)
         if own is not None:
-            index = own(grids)[0]
+            index = own(boxes)[0]
         else:
             from transformers.vision_utils import get_vision_window_index
 
             index = get_vision_window_index(
-                grids,
+                boxes,
                 spatial_merge_size=self._vision.spatial_merge_size,
                 window_size=self._vision.window_size,
                 patch_size=self._vision.patch_size,
                 kwargs={},
             )[0]
-        return torch.as_tensor(index).cpu().long()
+        if len(self._orders) >= _ORDERS:
+            self._orders.pop(next(iter(self._orders)))
+        self._orders[grids] = torch.as_tensor(index).cpu().long()
+        return self._orders[grids]
 
     def resize(self, kind: str, call: Mapping[str, Any], grids: Sequence[tuple[int, int]]) -> Mapping[str, Any]:
         pixels = "pixel_values_videos" if "pixel_values_videos" in call else "pixel_values"

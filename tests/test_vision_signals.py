@@ -216,3 +216,56 @@ def test_every_family_gives_both(name):
 
 def test_a_signal_with_other_settings_is_another_signal():
     assert Signal(SINK_ATTENTION, 3, (1.0,)) != Signal(SINK_ATTENTION, 3, (2.0,))
+
+
+@pytest.mark.parametrize("layout", ["one_left", "ragged_left", "ragged_right"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_received_attention_stands_at_the_token_that_receives_it(name, layout):
+    """Rows of Qwen2.5-VL's tower are sorted by windows. Which patch stands where is read off the patch embeddings."""
+    model, batch = family(name), batch_of(name, layout)
+    tower, seen, found = model.model.visual, {}, []
+    last = len(tower.blocks) - 1
+    signal = Signal(SINK_ATTENTION, last, (0.0,))
+    hooks = [
+        tower.blocks[0].register_forward_pre_hook(lambda m, args, kwargs: seen.update(first=args[0]), with_kwargs=True),
+        tower.blocks[last].attn.register_forward_pre_hook(lambda m, args, kw: seen.update(kw), with_kwargs=True),
+        tower.blocks[last].attn.qkv.register_forward_hook(lambda m, args, output: seen.update(qkv=output)),
+    ]
+    embeds = tower.patch_embed(batch["pixel_values"]) if name != "qwen3_vl" else None
+    try:
+        with tokenprune.applied(model, "holov", 9) as handle, torch.no_grad():
+            cut = handle._engine._cut_input
+
+            def spy(prompt, *rest):
+                done = cut(prompt, *rest)
+                found.extend(recording.signal(signal, row) for recording, row in prompt.sources)
+                return done
+
+            handle._engine._cut_input = spy
+            model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if embeds is None:  # position embeddings were added: rows of this tower are not sorted
+        place = torch.arange(len(seen["first"]))
+    else:
+        same = (seen["first"][:, None] == embeds[None]).all(-1)
+        assert bool((same.sum(1) == 1).all())
+        place = same.int().argmax(1)  # of the row's patches, in the order of the processor
+    assert (name == "qwen2_5_vl") == (not torch.equal(place, torch.arange(len(place))))
+    query, key, _ = (part.double() for part in seen["qkv"].unflatten(-1, (3, 4, -1)).unbind(1))
+    cos, sin = (part[:, None].double() for part in seen["position_embeddings"])
+
+    def turned(x):
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    raster = torch.empty_like(place)
+    raster[place] = torch.arange(len(place))
+    query, key = turned(query)[raster].transpose(0, 1), turned(key)[raster].transpose(0, 1)
+    start = 0
+    for grid, values in zip(batch["image_grid_thw"].tolist(), found, strict=True):
+        part = slice(start, start + math.prod(grid))
+        received = attention_of(query[:, part], key[:, part]).mean(0)
+        assert relative_error(values, received.view(-1, 4).mean(1)) < 1e-5
+        start += math.prod(grid)

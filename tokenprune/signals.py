@@ -13,8 +13,8 @@ CLS_ATTENTION = "cls_attention"
 over heads, the [CLS] column dropped and the rest not renormalised. `[M, N]`."""
 
 MEAN_QUERY_ATTENTION = "mean_query_attention"
-"""Attention of the mean of all patch queries of an image to each of its patches, as above: what stands in for
-`CLS_ATTENTION` on towers without [CLS]. Where the tower merges patches into tokens, their mean. `[M, N]`."""
+"""Attention of the mean of all patch queries of an image to each of its patches, as above. Where the tower merges
+patches into tokens, their mean. `[M, N]`."""
 
 CLS_VALUE_SIMILARITY = "cls_value_similarity"
 """Softmax over [CLS] and patches of the unscaled product of [CLS]'s value vector with each value vector, mean over
@@ -159,10 +159,6 @@ class Tower:
 
 
 def summary_attention(tower: Tower, layer: int) -> Signal:
-    """Which patches a tower's summary looks at: [CLS] attention, or the stand-in on a tower without [CLS]."""
-    return Signal(CLS_ATTENTION if tower.has_cls else MEAN_QUERY_ATTENTION, layer)
-
-
-def stand_in_note(tower: Tower) -> tuple[str, ...]:
-    """The label that results carry where `summary_attention` is a stand-in: an extension of ours, not the paper's."""
-    return () if tower.has_cls else ("extension: no [CLS] in this tower, attention of the mean query stands in",)
+    """Which patches a block of the tower finds important: [CLS] attention, and on a tower without [CLS] the attention
+    that each patch gets from all patches of its picture (the mean of all rows)."""
+    return Signal(CLS_ATTENTION, layer) if tower.has_cls else Signal(SINK_ATTENTION, layer, (0.0,))

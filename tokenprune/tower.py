@@ -49,7 +49,6 @@ class TowerRun:
         self.alive: list[Tensor | None] = [None] * len(self.grids)
         self.carry: list[Mapping[str, Tensor]] = [{} for _ in self.grids]
         self.latest: dict[Signal, list[Tensor]] = {}
-        self.run: Any = None
         self.patches: list[list[int]] = []
         self.first_short = 0
 
@@ -70,20 +69,30 @@ class TowerRun:
             found.setdefault(count, []).append(picture)
         return found
 
-    def record(self, signal: Signal, read: Callable[[Any, Sequence[int], int], tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Compute a signal of the block that just ran, for all pictures."""
+    @functools.cached_property
+    def run(self) -> Any:
+        """What the tower's adapter knows of this run."""
+        return self._owner.adapter.vision.start(self.grids)
+
+    def record(
+        self,
+        signals: Sequence[Signal],
+        read: Callable[[Any, Sequence[int], int], tuple[Tensor, Tensor, Tensor]],
+    ) -> None:
+        """Compute signals of the block that just ran, for all pictures."""
         vision = self._owner.adapter.vision
         before = int(vision.facts.has_cls)
-        values: list[Tensor] = [torch.empty(0)] * len(self.counts)
+        for signal in signals:
+            self.latest[signal] = [torch.empty(0)] * len(self.counts)
         for count, pictures in self.groups().items():
             query, key, value = read(self.run, pictures, count)
-            by_patch, multiplied = vision_signal(signal, query, key, value, before)
-            found = vision.by_cell(by_patch)
-            # rows of every head against keys
-            self.recording.selection_flops += 2 * multiplied * key.shape[0] * query.shape[1] * key.shape[3]
-            for row, picture in enumerate(pictures):
-                values[picture] = found[row]
-        self.latest[signal] = values
+            for signal in signals:
+                by_patch, multiplied = vision_signal(signal, query, key, value, before)
+                found = vision.in_raster_order(self.run, vision.by_cell(by_patch), pictures)
+                # rows of every head against keys
+                self.recording.selection_flops += 2 * multiplied * key.shape[0] * query.shape[1] * key.shape[3]
+                for row, picture in enumerate(pictures):
+                    self.latest[signal][picture] = found[row]
 
     def cut(self, stage: Stage, args: Any) -> list[Tensor] | None:
         """Let a stage choose among the cells after its block; what stays of each picture, among those that were
@@ -259,8 +268,7 @@ class TowerWatch:
     def _record(self, signals: Sequence[Signal], read: Any) -> None:
         if self._run is not None:
             with self._run.recording.watch.running(self._run.recording.device):
-                for signal in signals:
-                    self._run.record(signal, read)
+                self._run.record(signals, read)
 
     def _enter_block(self, block: int, module: Any, args: Any, kwargs: Any) -> Any:
         run, vision = self._run, self.adapter.vision
@@ -268,8 +276,6 @@ class TowerWatch:
             return None
         stage, kept = self._cuts.get(block - 1), None
         if stage is not None:
-            if run.run is None:
-                run.run = vision.start(run.grids)
             with run.recording.watch.running(run.recording.device):
                 kept = run.cut(stage, args)
         if not run.patches:

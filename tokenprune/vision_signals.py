@@ -76,6 +76,8 @@ def sink_attention(query: Tensor, key: Tensor, before: int, threshold: float, to
         return attention_rows(chosen, key, scale)[..., before:]
 
     received = attention_received(patches, key, scale)[:, before:]
+    if threshold == 0:
+        return (received if total else received / count), count
     sinks = received > threshold * received.mean(dim=1, keepdim=True)
     strongest = torch.zeros_like(sinks).scatter(1, received.argmax(dim=1, keepdim=True), True)
     sinks = torch.where(sinks.any(dim=1, keepdim=True), sinks, strongest)

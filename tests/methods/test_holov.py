@@ -8,7 +8,7 @@ from _views import TOWER, make_view
 from torch import Tensor
 
 from tokenprune.methods.holov import HoloV, fit_quotas, similarity_variance, strip_sizes
-from tokenprune.signals import CLS_ATTENTION, MEAN_QUERY_ATTENTION, Signal
+from tokenprune.signals import CLS_ATTENTION, SINK_ATTENTION, Signal
 
 SIGNAL = Signal(CLS_ATTENTION, 4)
 VARIANTS = ["paper", "official"]
@@ -280,8 +280,28 @@ def test_an_official_strip_of_one_token_has_next_to_no_weight() -> None:
 def test_what_it_asks_for() -> None:
     assert HoloV().signals(TOWER) == (SIGNAL,)
     without = dataclasses.replace(TOWER, has_cls=False)
-    assert HoloV().signals(without) == (Signal(MEAN_QUERY_ATTENTION, TOWER.feature_layer),)
+    assert HoloV().signals(without) == (Signal(SINK_ATTENTION, TOWER.feature_layer, (0.0,)),)
     assert "extension" in HoloV().notes(without)[0] and not HoloV().notes(TOWER)
+
+
+def test_strips_without_cls_are_those_of_the_port() -> None:
+    """Card: 5, 8 and 16 at 33.3, 22.2 and 11.1 percent; float truncation can give one less; at least one."""
+    for count, keep, strips in (
+        (576, 192, 5),
+        (576, 128, 8),
+        (576, 64, 16),
+        (1000, 111, 16),
+        (1000, 999, 1),
+        (9, 9, 1),
+    ):
+        assert len(HoloV().strips(count, keep, has_cls=False)) == strips == max(1, int((1024 / 576) * count / keep))
+        assert len(HoloV().strips(count, keep)) == min(16, count)
+        assert HoloV(crops=3).strips(count, keep, has_cls=False) == HoloV(crops=3).strips(count, keep)
+    view = dataclasses.replace(make_view(HoloV(), (20, 20), 100), tower=dataclasses.replace(TOWER, has_cls=False))
+    attention = torch.rand(3, 400) + (torch.arange(400) < 57) * 9.0
+    view = dataclasses.replace(view, signals={Signal(SINK_ATTENTION, TOWER.feature_layer, (0.0,)): attention})
+    assert torch.equal(HoloV().select(view).indices, HoloV(crops=7).select(view).indices)
+    assert not torch.equal(HoloV().select(view).indices, HoloV(crops=16).select(view).indices)
 
 
 def test_unknown_choices_are_refused() -> None:

@@ -6,7 +6,7 @@ import torch
 from _views import TOWER, make_view, pick
 
 from tokenprune.methods.vtc_cls import VtcCls
-from tokenprune.signals import CLS_ATTENTION, MEAN_QUERY_ATTENTION, Signal, Tower
+from tokenprune.signals import CLS_ATTENTION, SINK_ATTENTION, Signal, Tower
 
 CLIP = Tower(num_layers=24, feature_layer=22, has_cls=True, num_heads=16, hidden_size=1024)
 
@@ -73,8 +73,13 @@ def test_other_images_and_features_do_not_matter() -> None:
 
 def test_a_tower_without_cls_gets_the_labelled_stand_in() -> None:
     without = dataclasses.replace(TOWER, has_cls=False)
-    names = {signal.name for signal in VtcCls().signals(without)}
-    assert names == {MEAN_QUERY_ATTENTION} and "extension" in VtcCls().notes(without)[0] and not VtcCls().notes(TOWER)
+    received = [Signal(SINK_ATTENTION, layer, (0.0,)) for layer in range(TOWER.num_layers)]
+    assert VtcCls().signals(without) == (received[TOWER.feature_layer],)
+    assert VtcCls(start_layer=1).signals(without) == tuple(received[1 : TOWER.feature_layer + 1])
+    assert "extension" in VtcCls().notes(without)[0] and not VtcCls().notes(TOWER)
+    rows = torch.rand(3, 30)
+    view = dataclasses.replace(make_view(VtcCls()), tower=without, signals={received[TOWER.feature_layer]: rows})
+    assert torch.equal(VtcCls().select(view).indices, rows.topk(7, dim=1).indices.sort(dim=1).values)
 
 
 def test_start_layers_that_leave_nothing_are_refused() -> None:

@@ -55,18 +55,18 @@ from tokenprune.layout import Visual
 from tokenprune.registry import register_method
 from tokenprune.selection import Selection, refuse_nan
 from tokenprune.signals import (
+    CLS_ATTENTION,
     CLS_PATCH_ATTENTION,
     CLS_PATCH_SIMILARITY,
     CLS_VALUE_SIMILARITY,
     DECODER_VALUE_NORM,
     LAST_VALUE_SIMILARITY,
     LAST_VISUAL_ATTENTION,
+    MEAN_QUERY_ATTENTION,
     MEAN_VALUE_SIMILARITY,
     VALUE_NORM,
     Signal,
     Tower,
-    stand_in_note,
-    summary_attention,
 )
 from tokenprune.stages import Depths, Stage
 
@@ -162,8 +162,9 @@ class FlowCut(Pruner):
 
     def _attending(self, tower: Tower) -> str:
         """The signal behind a."""
-        cls = CLS_PATCH_ATTENTION if self.variant == "paper" and tower.has_cls else None
-        return cls or summary_attention(tower, 0).name
+        if not tower.has_cls:
+            return MEAN_QUERY_ATTENTION
+        return CLS_PATCH_ATTENTION if self.variant == "paper" else CLS_ATTENTION
 
     def _similar(self, tower: Tower) -> str | None:
         """The signal behind m; None where there is no m."""
@@ -172,7 +173,9 @@ class FlowCut(Pruner):
         return CLS_PATCH_SIMILARITY if tower.has_cls else MEAN_VALUE_SIMILARITY
 
     def notes(self, tower: Tower) -> tuple[str, ...]:
-        return stand_in_note(tower)
+        if tower.has_cls:
+            return ()
+        return ("no [CLS] in this tower: the mean query, as in the official Qwen2-VL code (elsewhere an extension)",)
 
     def block_score(self, view: View, block: int) -> Tensor:
         """S after one block, `[M, N]` fp32."""

@@ -13,7 +13,8 @@ in the strip. Strips get quotas in proportion to (mean H)^power, and each keeps 
 
 | | variant="paper" | variant="official" |
 |---|---|---|
-| strips | [1024 / k]; rounded to the nearest, our choice | 16 (hard-coded beside a budget of 64) |
+| strips | [1024 / k]; rounded to the nearest, our choice | 16 (LLaVA, hard-coded beside a budget of 64) |
+| strips without [CLS] | the same | int(1024 / 576 * N / k) (Qwen2.5-VL port) |
 | H | A + gamma V | 1000 A + 0.09 gamma V |
 | rest of rounded-down quotas | to the strip with the highest weight | one each to the strips with the highest weights |
 | best in the strip | highest H | highest A: the variance is not used |
@@ -38,8 +39,10 @@ Deviations, in both variants:
 - Ties go to the lower raster index and the earlier strip.
 - Images, crops and frames are selected each on its own, with their share of the budget; the official code cuts the
   joined sequence of all LLaVA-NeXT crops into strips.
-- Towers without [CLS]: the official Qwen2.5-VL port uses received attention, which is not recorded here; the attention
-  of the mean query stands in, an extension of ours, labelled in reports.
+- Towers without [CLS]: the attention that a patch gets from all patches in the block that gives the features, mean
+  over heads and over the patches of a token (Qwen2.5-VL port; on other towers an extension of ours, labelled in
+  reports). The port leaves these scores in the order of the tower's windows beside tokens in raster order, and lets
+  the token before the picture compete in place of its last one; here every score is its own token's.
 - Visual context refetching (paper, appendix) is left out: it is not in the official code, and its layer, threshold and
   strength are not given.
 """
@@ -56,7 +59,7 @@ from tokenprune.base import Pruner, View
 from tokenprune.kernels.segmented_topk import segmented_topk
 from tokenprune.registry import register_method
 from tokenprune.selection import Selection
-from tokenprune.signals import Signal, Tower, stand_in_note, summary_attention
+from tokenprune.signals import Signal, Tower, summary_attention
 
 VARIANTS = ("paper", "official")
 
@@ -65,6 +68,7 @@ _ATTENTION_SCALE = 1000.0  # official
 _VARIANCE_WEIGHT = 0.09  # official
 _PAPER_BUDGET = 1024  # paper: budget times strips
 _OFFICIAL_STRIPS = 16
+_OFFICIAL_TOKENS = 576  # of LLaVA-1.5, to which the port without [CLS] scales the paper's budget
 _SLACK = 1e-4  # of a token: shares that are whole up to rounding, or up to the code's epsilons, count as whole
 _ROUNDS = 4  # of passing quota on in proportion, before the rest goes by weight
 
@@ -147,7 +151,7 @@ class HoloV(Pruner):
     Attributes:
         variant: "official" or "paper", see the table above.
         crops: C, how many strips, at least 1 and at most the number of tokens (more are cut to it). None is the
-            variant's own: 16 for "official", [1024 / k] for "paper".
+            variant's own, see the table above.
         power: exponent of the strips' weights (tau of the paper, which gives no value; 1 in the code). Higher ones
             sharpen the differences between strips.
     """
@@ -171,14 +175,20 @@ class HoloV(Pruner):
         return (summary_attention(tower, tower.feature_layer),)
 
     def notes(self, tower: Tower) -> tuple[str, ...]:
-        return stand_in_note(tower)
+        if tower.has_cls:
+            return ()
+        return ("no [CLS] in this tower: received attention, as the official Qwen2.5-VL port (elsewhere an extension)",)
 
-    def strips(self, num_tokens: int, budget: int) -> list[int]:
+    def strips(self, num_tokens: int, budget: int, has_cls: bool = True) -> list[int]:
         """Sizes of the strips that N tokens are cut into for this budget."""
         if self.crops is not None:
             crops = self.crops
+        elif self.variant == "paper":
+            crops = max(1, round(_PAPER_BUDGET / budget))
+        elif has_cls:
+            crops = _OFFICIAL_STRIPS
         else:
-            crops = _OFFICIAL_STRIPS if self.variant == "official" else max(1, round(_PAPER_BUDGET / budget))
+            crops = max(1, int(_PAPER_BUDGET / _OFFICIAL_TOKENS * num_tokens / budget))
         return strip_sizes(num_tokens, min(crops, num_tokens))
 
     def scores(self, features: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,10 +240,9 @@ class HoloV(Pruner):
 
     def select(self, view: View) -> Selection:
         num_tokens, budget = view.num_tokens, view.budget
-        sizes = self.strips(num_tokens, budget)
-        attention = view.signal(
-            summary_attention(view.tower, view.tower.feature_layer).name, view.tower.feature_layer
-        ).float()
+        sizes = self.strips(num_tokens, budget, view.tower.has_cls)
+        (wanted,) = self.signals(view.tower)
+        attention = view.signal(wanted.name, wanted.layer, *wanted.settings).float()
         # at most two sizes occur: strips of one size are one batch
         groups = [(m, sizes.count(m)) for m in sorted(set(sizes), reverse=True)]
         holistic, means, start = [], [], 0
@@ -256,5 +265,5 @@ class HoloV(Pruner):
 
     def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: Tower) -> int:
         official = self.variant == "official"
-        pairs = sum(m * m for m in self.strips(num_tokens, keep) if not (official and m == 1))
+        pairs = sum(m * m for m in self.strips(num_tokens, keep, tower.has_cls) if not (official and m == 1))
         return 2 * num_images * width * pairs

@@ -13,7 +13,9 @@ Deviations:
   are the same up to float error; the projector's cost on the dropped ones is not saved.
 - Ties go to the lower raster index; the official code leaves them to torch.topk (our choice).
 - Batches are selected per image; the official helper is right for one image only.
-- Without [CLS] (SigLIP, Qwen) the attention of the mean query stands in: an extension of ours, labelled in reports.
+- Without [CLS] (SigLIP, Qwen) the attention that a patch gets from all patches stands in, by default in the feature
+  layer alone: an extension of ours, labelled in reports. Sums over blocks count blocks whose windows keep most patches
+  apart; they cost N^2 products each, and do worse than the single block on pocket-qwen.
 - Crops and frames are ranked each on its own, with their share of the budget.
 The start layer behind the published tables is unverified: the README lets the user choose, 16 is the code's default.
 """
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from tokenprune.base import Pruner, View
 from tokenprune.registry import register_method
-from tokenprune.signals import Signal, Tower, stand_in_note, summary_attention
+from tokenprune.signals import Signal, Tower, summary_attention
 
 
 @register_method("vtc_cls")
@@ -38,7 +40,8 @@ class VtcCls(Pruner):
     Attributes:
         start_layer: first vision block of the sum, 0-based; the last one is the tower's feature layer. None means two
             thirds of the depth, floor(2 L / 3), at most the feature layer: the official default 16 at L = 24, and our
-            choice at other depths. The feature layer itself gives the ranking of a single block.
+            choice at other depths; without [CLS] the feature layer. The feature layer itself gives the ranking of a
+            single block.
     """
 
     published: ClassVar[str] = "arXiv 2412.05819, THU-MIG/VTC-CLS"
@@ -56,7 +59,9 @@ class VtcCls(Pruner):
         Raises:
             ValueError: the start layer lies behind the feature layer, so there is nothing to sum.
         """
-        if self.start_layer is None:
+        if self.start_layer is None and not tower.has_cls:
+            start = tower.feature_layer
+        elif self.start_layer is None:
             start = min(2 * tower.num_layers // 3, tower.feature_layer)
         else:
             start = self.start_layer
@@ -71,12 +76,12 @@ class VtcCls(Pruner):
         return tuple(summary_attention(tower, layer) for layer in self.layers(tower))
 
     def notes(self, tower: Tower) -> tuple[str, ...]:
-        return stand_in_note(tower)
+        if tower.has_cls:
+            return ()
+        return ("extension: no [CLS] in this tower, the attention that patches receive stands in",)
 
     def score(self, view: View) -> Tensor:
-        first, *rest = (
-            view.signal(summary_attention(view.tower, layer).name, layer).float() for layer in self.layers(view.tower)
-        )
+        first, *rest = (view.signal(s.name, s.layer, *s.settings).float() for s in self.signals(view.tower))
         total = first
         for rows in rest:
             total = total + rows
