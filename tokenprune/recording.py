@@ -18,6 +18,7 @@ from tokenprune.signals import Signal
 from tokenprune.stopwatch import Stopwatch
 
 _TAG = "_tokenprune_source"
+_WIDTH = 1024  # of the table that pixels are laid out in to be added up
 
 
 @dataclass
@@ -105,9 +106,16 @@ class Recording:
     def pixel_key(self, row: int) -> Tensor:
         """`[]` int64: a sum over the bits of a visual's pixels, the same in any batch and on any device."""
         bits = self._pixels[row].detach().float().contiguous().view(torch.int32).flatten().to(torch.int64)
-        # weights by place, so that a shifted picture has another key; int64 overflow wraps the same way everywhere
-        weights = torch.arange(1, bits.shape[0] + 1, device=bits.device) * 2654435761
-        return (bits * weights).sum()
+        # weights by place (1, 2, 3, ...), so that a shifted picture has another key; int64 overflow wraps the same way
+        # everywhere. They are applied to sums of rows and columns: pixels are many, and so are read twice and no more
+        whole = len(bits) // _WIDTH * _WIDTH
+        table = bits[:whole].view(-1, _WIDTH)
+        column, first, tail = (
+            torch.arange(*ends, device=bits.device)
+            for ends in ((1, _WIDTH + 1), (0, whole, _WIDTH), (whole + 1, len(bits) + 1))
+        )
+        total = (table.sum(0) * column).sum() + (table.sum(1) * first).sum() + (bits[whole:] * tail).sum()
+        return total * 2654435761
 
     def signal(self, signal: Signal, row: int) -> Tensor:
         """`[N]` fp32: a signal of one visual, by its own tokens."""

@@ -1,9 +1,11 @@
 import dataclasses
 
+import pytest
 import torch
 from _views import make_view
 
 from tokenprune.methods.random import Random, _mix, _signed, hash_tokens
+from tokenprune.recording import Recording
 
 BITS = (1 << 64) - 1
 
@@ -70,3 +72,14 @@ def test_larger_budgets_keep_what_smaller_ones_kept() -> None:
     view = make_view(Random(), (6, 6))
     kept = [set(Random().select(dataclasses.replace(view, budget=k)).indices[0].tolist()) for k in range(1, 36)]
     assert all(small < large for small, large in zip(kept, kept[1:]))
+
+
+@pytest.mark.parametrize("shape", [(3, 42, 42), (600, 96), (7,), (1024,), (2, 1025)])
+def test_the_key_of_a_picture_is_the_weighted_sum_of_its_bits(shape: tuple[int, ...]) -> None:
+    """Seeds of published runs rest on it: the same number however it is added up, modulo 2^64."""
+    pixels = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    bits = pixels.view(torch.int32).flatten().tolist()
+    total = sum(bit * place for place, bit in enumerate(bits, 1)) * 2654435761 % 2**64
+    key = int(Recording([], pixels, [pixels]).pixel_key(0))
+    assert key % 2**64 == total
+    assert key == int(Recording([], pixels, [pixels.flatten()]).pixel_key(0))
