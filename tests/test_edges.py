@@ -13,10 +13,12 @@ import pytest
 import torch
 from _families import VIDEO, _qwen_batch, batch_of, family
 from _tiny import IMAGE, TEXT, prompts, tiny_llava
+from oracle import relative_error
 from torch import Tensor
 
 import tokenprune
 from tokenprune.base import Pruner, View
+from tokenprune.methods.todre import Fade, ToDRE
 from tokenprune.methods.transprune import TransPrune
 from tokenprune.methods.vtc_cls import VtcCls
 from tokenprune.selection import Selection, grid_places
@@ -123,6 +125,145 @@ def test_history_goes_on_where_sinks_are_kept_out(monkeypatch):
             kept.append(handle.kept[0][0].tolist())
         assert kept[0] == kept[1]
     assert carried["rank"] == carried["keep"] and ["transprune"] in carried["keep"]
+
+
+def test_sinks_that_were_kept_out_of_a_ranking_keep_their_history(monkeypatch):
+    before: list[dict[int, float]] = []  # by cut: the history that the ranked tokens came with
+    after: list[dict[int, float]] = []  # and what was made of it
+    stock = TransPrune.accumulated
+
+    def accumulated(self, view):
+        found = stock(self, view)
+        tokens = list(range(view.num_tokens)) if view.tokens is None else view.tokens[0].tolist()
+        had = view.carry.get("transprune", torch.zeros_like(found))
+        before.append(dict(zip(tokens, had[0].tolist())))
+        after.append(dict(zip(tokens, found[0].tolist())))
+        return found
+
+    monkeypatch.setattr(TransPrune, "accumulated", accumulated)
+    kept_out = 0
+    for seed in range(8):
+        before.clear(), after.clear()
+        var = "var(channels=[3,11],tau=2.6,rho=0.0,s_min=0,layers=[2,3,4,5,6],visual_sinks=keep)"
+        method = {"prune": TransPrune(layers=[2, 4, 6], schedule=[4, 2, 1]), "keep": 6}
+        handle, _ = run(tiny_llava(layers=8), prompts([1], seed=seed), [method, var])
+        assert len(after) == len(handle.stages) == 3
+        for token, value in before[2].items():
+            if token in after[1]:
+                assert value == after[1][token], "ranked at layer 4"
+            elif token in after[0]:
+                assert value == after[0][token] > 0, "ranked at layer 2, kept out at layer 4"
+                kept_out += 1
+    assert kept_out
+
+
+def test_signals_from_between_two_cuts_of_the_tower_reach_later_stages():
+    """VTC-CLS behind FlowCut: its sum has every block, each for the patches that were there."""
+    model, batch, seen = tiny_llava(vision_layers=12), prompts([1]), []
+
+    @dataclass
+    class Watched(VtcCls):
+        name: ClassVar[str] = "vtc_cls"
+
+        def select(self, view):
+            seen.append((view.tokens, view.signals))
+            return super().select(view)
+
+    plan = ["flowcut@12", {"at": "input", "prune": Watched(start_layer=4), "keep": 6}]
+    with tokenprune.applied(model, plan) as handle, torch.no_grad():
+        model(**batch)
+        cuts = handle._engine.last.tower[0].cuts
+    ((tokens, signals),) = seen
+    assert sorted(signal.layer for signal in signals) == list(range(4, 11)) and len(cuts) > 2
+    # the tower run again, cut alike: block by block, what [CLS] pays to the patches of that block
+    from transformers.models.clip.modeling_clip import eager_attention_forward
+
+    tower = model.model.vision_tower
+    states = tower.pre_layrnorm(tower.embeddings(batch["pixel_values"]))
+    alive = torch.arange(36)
+    for block, layer in enumerate(tower.encoder.layers[:11]):
+        attention = layer.self_attn
+        normed = layer.layer_norm1(states)
+        query, key, value = (
+            getattr(attention, name)(normed).unflatten(-1, (4, -1)).transpose(1, 2)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        mixed, weights = eager_attention_forward(attention, query, key, value, None, attention.scale)
+        states = states + attention.out_proj(mixed.flatten(2))
+        states = states + layer.mlp(layer.layer_norm2(states))
+        (found,) = [values for signal, values in signals.items() if signal.layer == block] or [None]
+        if found is not None:
+            row = torch.zeros(36).index_copy(0, alive, weights[0, :, 0, 1:].mean(0))
+            assert relative_error(found[0], row[tokens[0]]) < 1e-5 and bool((found > 0).all())
+        for _, (left,) in [cut for cut in cuts if cut[0] == block]:
+            same = torch.isin(alive, left).nonzero()[:, 0]
+            states, alive = torch.cat([states[:, :1], states[:, 1:][:, same]], dim=1), left
+
+
+@pytest.mark.parametrize("keep", [1, 5, 20])
+@pytest.mark.parametrize("site", ["vision:0", "vision:1", "vision:2", "vision:5"])
+def test_flowcut_at_a_site_of_ones_own_keeps_its_budget(site, keep):
+    model = tiny_llava(vision_layers=8)
+    handle, _ = run(model, prompts([1, 2]), {"at": site, "prune": "flowcut", "keep": keep})
+    assert {len(kept) for row in handle.kept for kept in row} == {keep} and len(handle.stages) == 1
+    with pytest.raises(ValueError, match="has no meaning beside at="):
+        tokenprune.apply(model, {"at": site, "prune": "flowcut", "text_stage": False, "keep": keep})
+
+
+def test_todre_takes_its_pivot_from_the_thumbnail_behind_a_cut_too():
+    model, pivots, spared = family("llava_next"), 0, 0
+
+    @dataclass
+    class Watched(ToDRE):
+        name: ClassVar[str] = "todre"
+
+        def first(self, view):
+            nonlocal pivots, spared
+            found = super().first(view)
+            if view.rasters[0].kind == "thumbnail":
+                (scores,) = view.signals.values()
+                for row, tokens in enumerate(view.tokens):
+                    inside = tokens < view.rasters[0].num_tokens
+                    best = scores[row].masked_fill(~inside, -1).argmax()
+                    pivots += 1
+                    spared += int(scores[row].argmax() != best)
+                    assert int(found[row]) == int(best)
+            return found
+
+    for seed in range(6):
+        plan = [{"at": "vision:1", "prune": "random", "keep": 0.7}, {"at": "input", "prune": Watched(), "keep": 6}]
+        run(model, batch_of("llava_next", "ragged_left", seed), plan)
+    assert pivots > 10 and spared > 3
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_todre_asks_the_last_token_where_no_text_follows_the_pictures(before):
+    """Its attention to the picture is far above tau, so that nothing leaves; of no rows the share would be 0."""
+    batch = prompts([2])
+    end = int((batch["input_ids"] == IMAGE).nonzero()[-1, 1]) + 1
+    batch = {**batch, "input_ids": batch["input_ids"][:, :end], "attention_mask": batch["attention_mask"][:, :end]}
+    if not before:  # one picture, so that no text stands between pictures either
+        batch = prompts([1])
+        end = int((batch["input_ids"] == IMAGE).nonzero()[-1, 1]) + 1
+        batch = {**batch, "input_ids": batch["input_ids"][:, :end], "attention_mask": batch["attention_mask"][:, :end]}
+    handle, _ = run(tiny_llava(), batch, "todre@9")
+    assert {len(kept) for kept in handle.kept[0]} == {9}
+    with torch.no_grad():
+        matrix = tiny_llava(attention="eager")(**batch, output_attentions=True).attentions[2].mean(1)[0]
+    visual = batch["input_ids"][0] == IMAGE
+    seen: list[dict[str, float]] = []
+
+    @dataclass
+    class Watched(Fade):
+        def select(self, view):
+            seen.append({signal.name: float(values[0]) for signal, values in view.signals.items()})
+            return super().select(view)
+
+    run(tiny_llava(), batch, [{"at": "layer:3", "prune": Watched(tau=0.0), "keep": 1.0}])
+    text = ~visual & (torch.arange(len(visual)) > int(visual.nonzero()[0]))
+    rows = matrix[text] if bool(text.any()) else matrix[-1:]
+    assert seen[0]["text_to_visual"] == pytest.approx(float(rows[:, visual].sum(1).mean()), rel=1e-5) and rows.numel()
+    assert bool(text.any()) == before
 
 
 def test_each_cut_is_filed_under_the_site_that_left_it():

@@ -104,8 +104,11 @@ class RowChooser:
             chosen = open_to if answer is None else open_to[answer.indices.to(open_to.device)]
             kept = left.index_fill(0, chosen, True).nonzero()[:, 0]
             given = {} if answer is None else answer.carry
-            # tokens that were not ranked get zeros
-            wide = {name: v.new_zeros(alive.count).index_copy(0, open_to.to(v.device), v) for name, v in given.items()}
+            # tokens that were not ranked keep what they had, or get zeros
+            wide = {}
+            for name, values in given.items():
+                had = alive.carry.get(name, values.new_zeros(alive.count))
+                wide[name] = had.to(values.dtype).index_copy(0, open_to.to(had.device), values.to(had.device))
             carry = {**alive.carry, **wide}
             if kept.shape[0] < alive.count:
                 cutter.keep(index, kept, carry)

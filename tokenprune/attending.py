@@ -61,20 +61,29 @@ class Attending:
     Args:
         adapter: the model's family.
         interventions: objects of this model alone.
+        cuts: K of the stages at "layer:K" beside them.
 
     Raises:
-        ValueError: two act in one layer, or a layer's attention cannot be reached.
+        ValueError: two act in one layer, a layer's attention cannot be reached, or an option has nothing to act on.
     """
 
-    def __init__(self, adapter: Adapter, interventions: Sequence[Intervention]) -> None:
+    def __init__(self, adapter: Adapter, interventions: Sequence[Intervention], cuts: Sequence[int] = ()) -> None:
         self.adapter, self.interventions = adapter, tuple(interventions)
         config = adapter.language_model.config
         decoder = DecoderFacts(
-            adapter.name, config.model_type, config.hidden_size, len(adapter.layers), config.num_attention_heads
+            adapter.name,
+            config.model_type,
+            config.hidden_size,
+            len(adapter.layers),
+            config.num_attention_heads,
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         )
         self.layers: dict[int, int] = {}  # which intervention acts in which layer
         for number, one in enumerate(self.interventions):
-            for layer in one.prepare(decoder):
+            own = one.prepare(decoder)
+            if own:
+                one.check_cuts(own, cuts)
+            for layer in own:
                 if layer in self.layers:
                     other = self.interventions[self.layers[layer]].name
                     raise ValueError(
@@ -274,8 +283,8 @@ class Attending:
         if not held:
             return new
         old = new.new_zeros(new.shape[0], held)
-        if before is not None:
-            known = before.values[name]
+        known = None if before is None else before.values.get(name)
+        if known is not None:
             old[:, : known.shape[1]] = known.to(new.device)
         return torch.cat([old, new], dim=1)
 

@@ -145,6 +145,10 @@ class Pruner:
         """The cuts that make up the method, for a model of these depths; one cut at `site` by default."""
         return (Stage(self.site, self, budget),)
 
+    def stage_at(self, site: str, budget: Budget) -> Stage:
+        """The one cut at a site of the user's own (`at`)."""
+        return Stage(site, self, budget)
+
     @classmethod
     def search_space(cls, mean: float, depths: Depths) -> Mapping[str, Range | Choice]:
         """Options that `tokenprune tune` searches, by name; empty for a method without any.

@@ -238,7 +238,7 @@ class DecoderSignals:
 
     def _shares_of_tail(self, visual: Tensor) -> None:
         """Where all text follows all visual tokens: its own rows are all that is needed, and visual rows see none."""
-        counts = self._prompt.text_after_visual()
+        counts = [max(count, 1) for count in self._prompt.text_after_visual()]
         own, most = torch.tensor(counts, device=visual.device)[:, None], max(counts)
         ends = self._ends()
         total = torch.zeros(visual.shape[0], device=visual.device)
@@ -246,7 +246,7 @@ class DecoderSignals:
             back = torch.arange(start, min(start + _CHUNK, most), device=visual.device)[None]
             mass = self._attention((ends - back).clamp(min=0))
             total += ((mass * visual[:, None]).sum(dim=2) * (back < own)).sum(dim=1)
-        self._cache[TEXT_TO_VISUAL] = total / own[:, 0].clamp(min=1)
+        self._cache[TEXT_TO_VISUAL] = total / own[:, 0]
         self._cache[VISUAL_TO_TEXT] = torch.zeros_like(total)
 
     def _shares_of_all(self, visual: Tensor) -> None:
@@ -256,12 +256,14 @@ class DecoderSignals:
         text = ~visual & (at > first) & (at < length - self._prompt.drafted)
         if self._given.attended is not None:
             text &= self._given.attended
+        last = at == self._ends()
+        asking = torch.where(text.any(dim=1, keepdim=True), text, last)
         to_visual = torch.zeros(batch_size, device=visual.device)
         to_text = torch.zeros_like(to_visual)
         for start in range(0, length, _CHUNK):
             rows = at[start : start + _CHUNK].expand(batch_size, -1)
             mass = self._attention(rows)
-            to_visual += ((mass * visual[:, None]).sum(dim=2) * text.gather(1, rows)).sum(dim=1)
+            to_visual += ((mass * visual[:, None]).sum(dim=2) * asking.gather(1, rows)).sum(dim=1)
             to_text += ((mass * text[:, None]).sum(dim=2) * visual.gather(1, rows)).sum(dim=1)
-        self._cache[TEXT_TO_VISUAL] = to_visual / text.sum(dim=1).clamp(min=1)
+        self._cache[TEXT_TO_VISUAL] = to_visual / asking.sum(dim=1)
         self._cache[VISUAL_TO_TEXT] = to_text / visual.sum(dim=1).clamp(min=1)

@@ -50,7 +50,7 @@ class Engine:
         self.stages = tuple(stages)
         self.hints: dict[str, list[Any]] = {}
         self.last: Prompt | None = None
-        self.attending = Attending(adapter, interventions)
+        self.attending = Attending(adapter, interventions, [s.depth for s in stages if s.place == "layer"])
         self._input = next((stage for stage in stages if stage.place == "input"), None)
         # tokens that left before the projector leave the rows here too, under their own method's policy
         self._first_cut = self._input or next((stage for stage in stages if stage.place != "layer"), None)

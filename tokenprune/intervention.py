@@ -29,6 +29,7 @@ class DecoderFacts:
         width: D, of the hidden states.
         layers: L.
         heads: query heads of a layer.
+        key_heads: key heads of a layer.
     """
 
     family: str
@@ -36,6 +37,7 @@ class DecoderFacts:
     width: int
     layers: int
     heads: int
+    key_heads: int
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,17 @@ class Intervention:
                     f"{self.name} shall act in layer {layer}, and this decoder has layers 0 to {decoder.layers - 1}."
                 )
         return tuple(sorted(set(chosen)))
+
+    def check_cuts(self, layers: Sequence[int], cuts: Sequence[int]) -> None:
+        """Say whether options fit the stages beside it.
+
+        Args:
+            layers: what `prepare` returned.
+            cuts: K of the stages at "layer:K".
+
+        Raises:
+            ValueError: an option has nothing to act on there.
+        """
 
     def rows(self, visual: Tensor, attended: Tensor, before: Tensor) -> Tensor:
         """`[B, S]` bool on the CPU: query rows of a prompt whose output it may replace; in later calls it is asked

@@ -69,7 +69,8 @@ in fp32, mean over heads. At "layer:K", layer K - 1 is read as it ran and layer 
 
 TEXT_TO_VISUAL = "text_to_visual"
 """Share of the attention of a prompt's text tokens after its first visual token that goes to its visual tokens, in one
-decoder layer, mean over heads. `[M]`, the same for all images of a prompt."""
+decoder layer, mean over heads; its last token stands in where there is no such text. `[M]`, the same for all images of
+a prompt."""
 
 VISUAL_TO_TEXT = "visual_to_text"
 """Share of the attention of a prompt's visual tokens that goes to text between or after its visual tokens, in one

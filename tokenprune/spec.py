@@ -101,10 +101,7 @@ class Spec:
             if pruner.positions is None:
                 pruner = with_positions(pruner, positions or pruner.published_positions)
             keep = entry.keep if entry.keep is not None else self._solve(pruner, entry, depths, num_tokens)
-            if entry.site is None:
-                stages += pruner.stages(Budget(keep), depths)
-            else:
-                stages.append(Stage(entry.site, pruner, Budget(keep)))
+            stages += _stages(pruner, entry.site, keep, depths)
         return check_plan(stages, depths)
 
     def _solve(self, pruner: Pruner, entry: Entry, depths: Depths, num_tokens: int | None) -> int | float:
@@ -122,19 +119,22 @@ class Spec:
         others: list[Stage] = []
         for other in self.entries:
             if other is not entry:
-                budget = Budget(1 if other.keep is None else other.keep)
-                own = other.pruner.stages(budget, depths)
-                others += own if other.site is None else [Stage(other.site, other.pruner, budget)]
+                others += _stages(other.pruner, other.site, 1 if other.keep is None else other.keep, depths)
 
         def mean(keep: int) -> float:
-            own = pruner.stages(Budget(keep), depths)
-            stages = own if entry.site is None else (Stage(entry.site, pruner, Budget(keep)),)
+            stages = _stages(pruner, entry.site, keep, depths)
             lengths = visual_lengths(check_plan([*others, *stages], depths), nominal, depths.decoder)
             return sum(lengths) / len(lengths)
 
         wanted = average if isinstance(average, int) else average * nominal
         keep = solve_average(pruner.name, mean, wanted, nominal)
         return keep if isinstance(average, int) else keep / nominal
+
+
+def _stages(pruner: Pruner, site: str | None, keep: int | float, depths: Depths) -> tuple[Stage, ...]:
+    """The cuts of one entry: the method's own plan, or one cut where the user wants it."""
+    budget = Budget(keep)
+    return pruner.stages(budget, depths) if site is None else (pruner.stage_at(site, budget),)
 
 
 def _intervention_label(one: Intervention) -> str:

@@ -49,6 +49,7 @@ class TowerRun:
         self.alive: list[Tensor | None] = [None] * len(self.grids)
         self.carry: list[Mapping[str, Tensor]] = [{} for _ in self.grids]
         self.latest: dict[Signal, list[Tensor]] = {}
+        self.among: dict[Signal, list[Tensor | None]] = {}  # cells that were there when a signal was recorded
         self.patches: list[list[int]] = []
         self.first_short = 0
 
@@ -84,6 +85,7 @@ class TowerRun:
         before = int(vision.facts.has_cls)
         for signal in signals:
             self.latest[signal] = [torch.empty(0)] * len(self.counts)
+            self.among[signal] = list(self.alive)
         for count, pictures in self.groups().items():
             query, key, value = read(self.run, pictures, count)
             for signal in signals:
@@ -140,13 +142,10 @@ class TowerRun:
         )
 
     def _signal(self, signal: Signal, picture: int) -> Tensor:
-        found = self.latest[signal][picture]
-        if found.shape[0] == self.counts[picture]:
+        found, alive = self.latest[signal][picture], self.alive[picture]
+        if found.shape[0] == self.counts[picture] or alive is None:
             return found
-        raise ValueError(
-            f"{signal.name} of block {signal.layer} was recorded before tokens left; a stage inside the vision tower "
-            "reads signals of blocks after the cut before it."
-        )
+        return self._full(signal, picture)[alive]
 
     def read_pixels(self, signal: Signal, pixels: Sequence[Tensor]) -> None:
         """Compute a signal of the pixels of each visual."""
@@ -157,6 +156,7 @@ class TowerRun:
             entropy = grey_entropy(grey_levels(patches, colours[:3], colours[3:]), base)
             values += vision.by_cell(entropy.softmax(dim=1))
         self.latest[signal] = values
+        self.among[signal] = [None] * len(values)
 
     def finish(self) -> None:
         """Hand signals and survivors to the recording."""
@@ -167,7 +167,7 @@ class TowerRun:
         for signal, values in self.latest.items():
             # signals of the pixels are those of the picture as it came
             large = bool(self._spread) and signal.name in PIXEL_SIGNALS
-            full = values if large else [self._full(picture, value) for picture, value in enumerate(values)]
+            full = values if large else [self._full(signal, picture) for picture in range(len(values))]
             joined = [_joined([full[p] for p in pictures]) for pictures in by_visual]
             recording.signals[signal] = self._spread_out(joined) if self._spread and not large else joined
         if all(alive is None for alive in self.alive):
@@ -184,14 +184,13 @@ class TowerRun:
             for visual, value, index in zip(self.recording.visuals, values, self._spread)
         ]
 
-    def _full(self, picture: int, value: Tensor) -> Tensor:
-        rows, cols = self.grids[picture]
-        if value.shape[0] == rows * cols:
+    def _full(self, signal: Signal, picture: int) -> Tensor:
+        """A signal of all cells of a picture: zeros at those that had left when it was recorded."""
+        value, there = self.latest[signal][picture], self.among[signal][picture]
+        if there is None:
             return value
-        alive = self.alive[picture]
-        if alive is None or value.shape[0] != alive.shape[0]:
-            return value.new_zeros(rows * cols)  # recorded between two cuts: of no use to later stages
-        return value.new_zeros(rows * cols).index_copy(0, alive, value)
+        rows, cols = self.grids[picture]
+        return value.new_zeros(rows * cols).index_copy(0, there, value)
 
     def _survivors(self, visual: Visual, pictures: list[int]) -> Survivors:
         cells = [self.grids[p][0] * self.grids[p][1] for p in pictures]

@@ -155,12 +155,13 @@ def test_a_discovered_var_equals_the_explicit_matrix():
 
 
 def test_the_table_is_read_by_family_and_sizes():
-    llava = DecoderFacts("llava", "llama", 4096, 32, 32)
+    llava = DecoderFacts("llava", "llama", 4096, 32, 32, 32)
     known = known_channels(llava)
     assert known is not None and known.channels == (1415, 2533) and "code" in known.evidence
-    assert known_channels(DecoderFacts("llava_next", "mistral", 5120, 40, 40)) is None
-    assert known_channels(DecoderFacts("qwen2_5_vl", "qwen2_5_vl_text", 3584, 28, 28)).channels == (458, 2570)
-    assert known_channels(DecoderFacts("llava", "llama", 48, 4, 4)) is None
+    assert known_channels(DecoderFacts("llava_next", "mistral", 5120, 40, 40, 40)) is None
+    assert known_channels(DecoderFacts("qwen2_5_vl", "qwen2_5_vl_text", 3584, 28, 28, 4)).channels == (458, 2570)
+    assert known_channels(DecoderFacts("llava", "llama", 48, 4, 4, 4)) is None
+    assert known_channels(DecoderFacts("llava", "llama", 4096, 32, 32, 8)) is None, "Llama 3 is no Vicuna"
 
 
 def test_a_model_of_the_table_is_reported_with_its_evidence(monkeypatch):
@@ -176,3 +177,18 @@ def test_a_model_of_the_table_is_reported_with_its_evidence(monkeypatch):
     with torch.no_grad(), tokenprune.applied(model, "var(channels=discover)") as handle:
         model(**prompts([1]))
         assert "not acting yet" in str(handle.report())
+
+
+@pytest.mark.parametrize("method", ["fastv@20", "transprune@20", "pyramiddrop@20", "todre(tau=9)@100"])
+def test_discovery_beside_a_stage_that_cuts_where_it_listens(method):
+    """It looks before the cut and listens after it: attention is that of the tokens that are left."""
+    var = "var(channels=discover,calibrate=4,rho=0.1,s_min=0.0)"
+    found = []
+    for plan in ([var], [method, var]):
+        with tokenprune.applied(big(planted()), plan) as handle, torch.no_grad():
+            for _ in range(3):
+                handle.model(**batch([1, 1]))
+            found.append(handle.interventions[0].discovery)
+    alone, beside = found
+    assert alone is not None and alone.channels == beside.channels == (CHANNEL,)
+    assert not alone.reason and not beside.reason and beside.ratio > 3

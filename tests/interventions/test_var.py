@@ -289,6 +289,15 @@ def test_sinks_are_kept_out_of_a_ranking_inside_the_decoder(stay):
         compare(run, batch, TOLERANCE)
 
 
+@pytest.mark.parametrize("method", [[], ["vtc_cls@9"], ["fastv(layer=1)@9"], ["todre@9"]])
+@pytest.mark.parametrize("stay", ["keep", "drop"])
+def test_keeping_sinks_out_of_rankings_that_are_none_of_its_own_is_refused(method, stay):
+    var = f"var(channels=[3],layers=[2],visual_sinks={stay})"
+    with pytest.raises(ValueError, match="K being one of var's layers"):
+        tokenprune.apply(model(), [*method, var])
+    tokenprune.apply(model(), [*method, f"var(channels=[3],layers=[],visual_sinks={stay})"]).remove()
+
+
 def test_report_names_layers_channels_evidence_and_sinks():
     with tokenprune.applied(model(), ["vtc_cls@9", "var(channels=[3, 11], tau=2.2)"]) as handle, torch.no_grad():
         model()(**prompts([1, 2]))

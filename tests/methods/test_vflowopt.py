@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 
@@ -278,7 +279,10 @@ def test_variants_differ_in_their_signals_only():
     assert entropy.name == natural.name == GREY_ENTROPY
     assert entropy.settings == (2.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5) and natural.settings[0] == math.e
     assert len(VFlowOpt().signals_at(TOWER, "input", 0)) == 1, "alpha = 0: the pixels are not looked at"
-    assert official.notes(TOWER) and not VFlowOpt(alpha=0.5, mean=[0.1] * 3, std=[0.2] * 3).notes(TOWER)
+    assert any("grey levels" in note for note in official.notes(TOWER))
+    own = VFlowOpt(threshold=3.0, alpha=0.5, mean=[0.1] * 3, std=[0.2] * 3)
+    assert not own.notes(TOWER) and "tune vflowopt" in dataclasses.replace(own, threshold=None).notes(TOWER)[0]
+    assert not dataclasses.replace(own, threshold=None).notes(dataclasses.replace(TOWER, has_cls=False))
 
 
 def test_pictures_in_crops_take_one_budget_and_their_own_cells():

@@ -37,7 +37,8 @@ def known_channels(decoder: DecoderFacts) -> Known | None:
     rows = yaml.safe_load(Path(__file__).with_name("var_channels.yaml").read_text(encoding="utf-8"))
     for row in rows:
         sizes = (row["family"], row["width"], row["layers"])
-        if sizes == (decoder.family, decoder.width, decoder.layers) and row.get("text", decoder.text) == decoder.text:
+        fits = all(row.get(name, getattr(decoder, name)) == getattr(decoder, name) for name in ("text", "key_heads"))
+        if fits and sizes == (decoder.family, decoder.width, decoder.layers):
             return Known(row["model"], tuple(row["channels"]), row["evidence"])
     return None
 
@@ -91,7 +92,8 @@ class Discovery:
 @dataclass
 class _Record:
     """One prompt in one layer: flags `[D]` of the first token and of text tokens by the two rules, the largest channels
-    of its image tokens `[N, 8]`, and the attention that these get from text `[N]`."""
+    of its image tokens `[N, 8]`, which of these were still there when the layer ran `[n]`, and the attention that they
+    got from text `[n]`."""
 
     first: tuple[Tensor, Tensor]
     text: tuple[Tensor, Tensor]
@@ -99,6 +101,7 @@ class _Record:
     values: Tensor
     indices: Tensor
     picture: int
+    there: Tensor | None = None
     attention: Tensor | None = None
 
 
@@ -136,12 +139,15 @@ class SinkSearch:
                 values.cpu(), indices.cpu(), keys[row],
             )  # fmt: skip
 
-    def listen(self, layer: int, received: Tensor, visual: Tensor) -> None:
-        """Remember the attention that keys get from text rows, `[B, P]`; `visual` `[B, P]` bool."""
+    def listen(self, layer: int, received: Tensor, places: Tensor) -> None:
+        """Remember the attention that keys get from text rows, `[B, P]`; `places` `[B, P]` int counts image tokens as
+        they were when looked at, from 1; 0 at other keys."""
         for prompt, row in self._now:
             record = self._records.get((prompt, layer))
             if record is not None:
-                record.attention = received[row][visual[row]].cpu()
+                visual = places[row] > 0
+                record.there = places[row][visual].long().cpu() - 1
+                record.attention = received[row][visual].cpu()
 
     # --- the decision -----------------------------------------------------------------------------------------------
 
@@ -219,11 +225,13 @@ def _threshold(scores: Tensor) -> float:
 
 
 def _ratio(records: list[_Record], flagged: list[Tensor]) -> float:
-    found = [
-        float(record.attention[own].mean() / record.attention.mean())
-        for record, own in zip(records, flagged)
-        if record.attention is not None and bool(own.any()) and float(record.attention.mean()) > 0
-    ]
+    found = []
+    for record, own in zip(records, flagged):
+        if record.attention is None or record.there is None:
+            continue
+        left = own[record.there]
+        if bool(left.any()) and float(record.attention.mean()) > 0:
+            found.append(float(record.attention[left].mean() / record.attention.mean()))
     return sum(found) / len(found) if found else 0.0
 
 

@@ -132,6 +132,14 @@ class VAR(Intervention):
             self._start = layers[0]
         return layers
 
+    def check_cuts(self, layers: Sequence[int], cuts: Sequence[int]) -> None:
+        if self.visual_sinks != "rank" and not set(layers) & set(cuts):
+            raise ValueError(
+                f"visual_sinks={self.visual_sinks!r} says what stages at 'layer:K' do with sinks, K being one of var's "
+                f"layers ({layers[0]} to {layers[-1]}), and the method cuts at "
+                f"{', '.join(f'layer:{cut}' for cut in cuts) or 'no layer'}. Cut there, or leave the option out."
+            )
+
     @property
     def _share(self) -> float:
         return _DEFAULTS[self.variant]["p"] if self.p is None else self.p
@@ -182,7 +190,9 @@ class VAR(Intervention):
                 self._search.look(entering)
         visual, hidden = entering.visual, entering.hidden
         if not self._channels:
-            return {"groups": visual.to(torch.int8) * VISUAL}
+            # places count from 1: where tokens leave before this layer runs, they say whose attention it is
+            places = visual.cumsum(1, dtype=torch.int32) * visual
+            return {"groups": visual.to(torch.int8) * VISUAL, "places": places}
         if self._index.device != hidden.device or self._index.shape[0] != len(self._channels):
             self._index = torch.tensor(self._channels, device=hidden.device)
         phi = sink_score(hidden, self._index)
@@ -203,7 +213,7 @@ class VAR(Intervention):
         groups = given.facts["groups"]
         if not self._channels:
             if self._search is not None and given.prompt:
-                self._search.listen(given.layer, self._received(given)[:, : groups.shape[1]], groups == VISUAL)
+                self._search.listen(given.layer, self._received(given)[:, : groups.shape[1]], given.facts["places"])
             return None
         gate = None
         if self.require_visual_sink and given.prompt and given.allowed is not None:

@@ -28,13 +28,16 @@ Deviations:
 - P is computed for each image. The official code takes the maximum over the batch, so that an image's result depends on
   its batch mates.
 - The entropy is computed in fp32 with 0 ln 0 = 0; the official code gives NaN where fp16 underflows.
-- Frames of a video share 2 T in proportion to their patches (our choice; no code was released).
+- Frames of a video share 2 T in proportion to their patches: that the tower keeps twice as much of videos, too, is our
+  choice; the paper gives 32 tokens for each of 8 frames, and no code was released.
 - Towers without [CLS]: mean-query attention stands in for a, as in the official Qwen2-VL code. On SigLIP towers this is
   an extension of ours.
-- Qwen towers: the 2 x 2 patches of a visual token leave or stay together, by the mean of their scores; the official
-  code drops single patches, so that the merger joins four survivors that need not be neighbours. The last cut is before
-  the last block; officially it is after it. Survivors keep their own 3-D positions, where the official code gives the
-  decoder the first 2 T of the grid.
+- Qwen towers: the 2 x 2 patches of a visual token leave or stay together. Their score is the product of their mean a
+  and their mean d, and the entropy is over such groups; the official code scores and drops single patches, so that the
+  merger joins four survivors that need not be neighbours. The last cut is before the last block; officially it is after
+  it. Survivors keep their own 3-D positions, where the official code gives the decoder the first 2 T of the grid. The
+  official code is for Qwen2-VL; that the method suits the windows of Qwen2.5-VL's tower is unverified.
+- One cut at a site of the user's own (`at="vision:L"`) scores all blocks so far and leaves T.
 - In the decoder each image or video keeps its own T; the official code takes all images of a prompt for one. Families
   that add visual features inside the decoder are cut behind the last layer that does.
 - Ties go to the lower raster index.
@@ -43,7 +46,7 @@ Deviations:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -121,6 +124,7 @@ class FlowCut(Pruner):
 
     site: ClassVar[str] = "vision"
     adaptive: ClassVar[bool] = True
+    plan_options: ClassVar[tuple[str, ...]] = ("interval", "text_stage")
     published: ClassVar[str] = "arXiv 2505.19536, TungChintao/FlowCut"
 
     history: float = 0.5
@@ -149,10 +153,17 @@ class FlowCut(Pruner):
             stages.append(Stage(f"layer:{layer}", TextCut(positions=self.positions), budget))
         return tuple(stages)
 
+    def stage_at(self, site: str, budget: Budget) -> Stage:
+        return Stage(site, OneCut(**{field.name: getattr(self, field.name) for field in fields(self)}), budget)
+
     def blocks(self, depth: int, tower: Tower) -> range:
         """Blocks that are scored at the cut after block `depth`: those since the cut before it."""
         first = (tower.feature_layer - 1) % self.interval
         return range(0 if depth == first else depth - self.interval + 1, depth + 1)
+
+    def blocks_left(self, depth: int, tower: Tower) -> int:
+        """R, blocks behind the cut after block `depth` before the patches must be down to T."""
+        return tower.feature_layer - 1 - depth
 
     def signals_at(self, tower: Tower, place: str, depth: int) -> tuple[Signal, ...]:
         if place != "vision":
@@ -200,7 +211,7 @@ class FlowCut(Pruner):
         if score is None:
             raise ValueError(f"flowcut scored no block at {view.site!r}.")
         refuse_nan(score)
-        left = view.tower.feature_layer - 1 - depth
+        left = self.blocks_left(depth, view.tower)
         ratios = entropy_ratio(self._attention(view, depth)).tolist() if left else [0.0] * view.num_images
         counts = [num_tokens - drop_count(num_tokens, target, left, ratio) for ratio in ratios]
         order = torch.sort(score, dim=1, descending=True, stable=True).indices
@@ -208,6 +219,17 @@ class FlowCut(Pruner):
         stays = rank < torch.tensor(counts, device=order.device)[:, None]
         kept = torch.where(stays, everything, num_tokens).sort(dim=1).values[:, : max(counts)]
         return Selection(kept, counts=counts, carry={_HISTORY: score})
+
+
+@dataclass
+class OneCut(FlowCut):
+    """All of the way to T `[M, T]` at one place, by the running score of the blocks so far."""
+
+    def blocks(self, depth: int, tower: Tower) -> range:
+        return range(depth + 1)
+
+    def blocks_left(self, depth: int, tower: Tower) -> int:
+        return 0
 
 
 @dataclass

@@ -28,6 +28,7 @@ Since gamma rescales V to the strip's mean attention, mean H is the same multipl
 has no say in the quotas of either variant. It matters only for the choice inside the strips of "paper".
 
 Deviations, in both variants:
+- A budget in percent is rounded to the nearest token; the Qwen2.5-VL port rounds it down.
 - Exactly k tokens stay. Quota above a strip's size is passed on in "official" too, where the code keeps fewer tokens
   and fills up with all-zero embeddings. How the paper rounds is unspecified: shares are rounded down, for at most four
   rounds, and what is left goes to the strips with room by weight (our choice).
@@ -37,8 +38,8 @@ Deviations, in both variants:
 - Quotas are computed in fp64. Shares less than 1e-4 below a whole number count as whole, so that even attention gives
   even quotas; in the code the epsilons let them fall to the next lower one (our choice).
 - Ties go to the lower raster index and the earlier strip.
-- Images, crops and frames are selected each on its own, with their share of the budget; the official code cuts the
-  joined sequence of all LLaVA-NeXT crops into strips.
+- Images, thumbnails, mosaics of crops and frames are selected each on its own, with their share of the budget; the
+  official code cuts the joined sequence of a LLaVA-NeXT image's thumbnail and mosaic into strips.
 - Towers without [CLS]: the attention that a patch gets from all patches in the block that gives the features, mean
   over heads and over the patches of a token (Qwen2.5-VL port; on other towers an extension of ours, labelled in
   reports). The port leaves these scores in the order of the tower's windows beside tokens in raster order, and lets

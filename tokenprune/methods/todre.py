@@ -19,11 +19,14 @@ Our choices, where the paper is silent:
 - [CLS] attention per head with softmax over [CLS] and patches, then the mean over heads (the paper writes one head).
 - Towers without [CLS]: the paper allows a random pivot; the default here is the token nearest the mean of the
   normalised embeddings, by cosine, which the paper's ablation ("center") finds nearly equal and needs no seed.
-- The kept tokens are sorted into raster order; ties go to the lower raster index.
+- The kept tokens are sorted into raster order; ties go to the lower raster index (copies of a token need not tie: their
+  similarities may be rounded otherwise).
 - Stage 2 measures in layer number floor(7 L / 8), counted from 1, and visual tokens leave its output: the cut is
   "layer:K" with K = floor(7 L / 8) counted from 0. Text is what follows the first visual token of the prompt: what
   stands before it is taken for the system prompt, which the paper leaves out. All text that follows all visual tokens
   makes the second share zero under a causal mask, so that the first one decides alone.
+- A prompt without text behind its pictures is judged by its last token, whatever that is.
+- A budget in percent is rounded to the nearest token, as for every method here.
 - Positions at stage 2 stay as they are. With keep=1.0 there is no stage 2, as nothing may leave.
 
 Several crops and the frames of a video are selected jointly, with the pivot from the thumbnail where there is one
@@ -116,12 +119,21 @@ class ToDRE(Pruner):
             scores = hash_tokens(view.keys(), view.num_tokens, self.seed)
         elif self.pivot == "cls" and view.tower.has_cls:
             scores = view.signal(CLS_ATTENTION, view.tower.num_layers - 1)
-            if view.rasters[0].kind == "thumbnail" and view.tokens is None:
-                scores = scores[:, : view.rasters[0].num_tokens]
+            if view.rasters[0].kind == "thumbnail":
+                scores = self._in_thumbnail(view, scores)
         else:
             unit = normalize(view.features.float(), dim=2)
             scores = (unit @ unit.mean(dim=1).unsqueeze(2)).squeeze(2)
         return topk_indices(scores, 1).squeeze(1)
+
+    @staticmethod
+    def _in_thumbnail(view: View, scores: Tensor) -> Tensor:
+        count = view.rasters[0].num_tokens
+        if view.tokens is None:
+            return scores[:, :count]
+        inside = view.tokens.to(scores.device) < count
+        # where an earlier cut left none of the thumbnail, all tokens compete
+        return scores.masked_fill(~inside & inside.any(dim=1, keepdim=True), -torch.inf)
 
     def select(self, view: View) -> Selection:
         chosen = greedy_diversity(view.features, view.budget, self.objective, self.first(view))

@@ -32,6 +32,10 @@ Our choices, and deviations:
 - Each image or video has its own budget and its own sums; the official code tracks the first image only. The
   instruction is the text behind the last of them; where there is none, the last token stands in.
 - The official code computes transitions at each decoded token too, where nothing is made of them; here at prefill only.
+- Row-end tokens of LLaVA-NeXT neither compete nor count, and leave with the first cut, as everywhere here; in the
+  official code they are tokens like any other.
+- Tokens that an intervention keeps out of a ranking (VAR's sinks) keep the history that they had, without what layers
+  before that ranking did to them since.
 - Counts are rounded down, also for a fraction (code). Ties go to the lower raster index.
 """
 

@@ -288,9 +288,12 @@ class VFlowOpt(Pruner):
         return (attention, Signal(GREY_ENTROPY, 0, (base, *map(float, colours))))
 
     def notes(self, tower: Tower) -> tuple[str, ...]:
+        found = []
+        if self.threshold is None and tower.has_cls:
+            found.append("knobs as shipped for LLaVA-OneVision's SigLIP; other towers want `tokenprune tune vflowopt`")
         if self.alpha != 0 and (self.mean is None or self.std is None):
-            return ("grey levels by the pixel normalisation of the family's published processors",)
-        return ()
+            found.append("grey levels by the pixel normalisation of the family's published processors")
+        return tuple(found)
 
     def score(self, view: View) -> Tensor:
         """I, `[M, N]` fp32."""

@@ -16,7 +16,7 @@ Deviations:
 - Without [CLS] (SigLIP, Qwen) the attention that a patch gets from all patches stands in, by default in the feature
   layer alone: an extension of ours, labelled in reports. Sums over blocks count blocks whose windows keep most patches
   apart; they cost N^2 products each, and do worse than the single block on pocket-qwen.
-- Crops and frames are ranked each on its own, with their share of the budget.
+- Thumbnails, mosaics of crops and frames are ranked each on its own, with their share of the budget.
 The start layer behind the published tables is unverified: the README lets the user choose, 16 is the code's default.
 """
 
