@@ -54,12 +54,12 @@ def test_the_first_example_runs_as_written(capsys):
 @pytest.mark.parametrize("model", ["pocket-llava", "pocket-qwen"])
 def test_cards_show_what_was_measured(model):
     from tokenprune.evals.pocket.card import card_table
-    from tokenprune.evals.pocket.measure import BUDGETS, DATA, NOT_ASKED
+    from tokenprune.evals.pocket.measure import BUDGETS, DATA
     from tokenprune.evals.readme import between
 
     card = (ROOT / "evals" / "pocket" / "models" / model / "README.md").read_text(encoding="utf-8")
     result = json.loads((DATA / f"{model.replace('-', '_')}_conditions.json").read_text(encoding="utf-8"))
-    asked = {name: found["met"] for name, found in result["conditions"].items() if name not in NOT_ASKED.get(model, ())}
-    assert all(asked.values()), asked
-    table = card_table(result, BUDGETS[model][0], NOT_ASKED.get(model, ()))
+    met = {name: found["met"] for name, found in result["conditions"].items()}
+    assert all(met.values()), met
+    table = card_table(result, BUDGETS[model][0])
     assert between(card, "conditions", table) == card, f"run: python -m tokenprune.evals.pocket.card {model}"

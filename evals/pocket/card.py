@@ -7,28 +7,26 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from tokenprune.evals.pocket.measure import BUDGETS, DATA, NOT_ASKED
+from tokenprune.evals.pocket.measure import BUDGETS, DATA
 from tokenprune.evals.readme import between
 
 CONDITIONS = {
     "1_answers": "it answers: at least 90 percent overall and 80 in each local family, and not without the picture",
     "2_headroom": "there is headroom: random selection loses, the oracle hardly",
-    "3_cls": "methods by [CLS] attention beat random",
+    "3_cls": "methods by [CLS] attention (without [CLS]: received attention) beat random",
     "4_stable": "two halves of the questions rank the methods alike",
 }
 
 
-def card_table(result: dict[str, Any], tight: int | float, not_asked: Collection[str] = ()) -> str:
+def card_table(result: dict[str, Any], tight: int | float) -> str:
     """Accuracies in percent by family, and which conditions are met.
 
     Args:
         result: what `measure.conditions` returned.
         tight: the smaller of its two budgets.
-        not_asked: conditions that the model need not meet.
     """
     at = f"{tight} tokens" if isinstance(tight, int) else f"{100 * tight:g} percent of the tokens"
     rows = {"all tokens": "none", f"oracle, {at}": f"oracle@{tight}", f"random, {at}": f"random@{tight}"}
@@ -42,7 +40,7 @@ def card_table(result: dict[str, Any], tight: int | float, not_asked: Collection
     lines += ["", "What the suite asks of its model (`python -m tokenprune.evals.pocket.measure --help`):", ""]
     for name, text in CONDITIONS.items():
         verdict = "met" if result["conditions"][name]["met"] else "**not met**"
-        lines.append(f"- {verdict}{', and not asked of this model' if name in not_asked else ''}: {text}")
+        lines.append(f"- {verdict}: {text}")
     return "\n".join(lines)
 
 
@@ -53,9 +51,7 @@ def main() -> None:
     model = parser.parse_args().model
     result = json.loads((DATA / f"{model.replace('-', '_')}_conditions.json").read_text(encoding="utf-8"))
     card = Path(__file__).parent / "models" / model / "README.md"
-    text = between(
-        card.read_text(encoding="utf-8"), "conditions", card_table(result, BUDGETS[model][0], NOT_ASKED.get(model, ()))
-    )
+    text = between(card.read_text(encoding="utf-8"), "conditions", card_table(result, BUDGETS[model][0]))
     card.write_text(text, encoding="utf-8")
     print(card)
 
