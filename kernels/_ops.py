@@ -10,6 +10,7 @@ reference runs on every device: the kernels have no backward.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ class Op:
         _LIBRARY.define(schema)
 
         def run(first: Tensor, *args: Any) -> Any:
-            return launch(first, *args) if runs_triton(first) else reference(first, *args)
+            with _exact(first):
+                return launch(first, *args) if runs_triton(first) else reference(first, *args)
 
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(self.name, run, key)
@@ -76,13 +78,22 @@ class Op:
                 register_flop_formula(packet, get_raw=True)(count)
 
     def __call__(self, first: Tensor, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self._op(first, *args)
-        if runs_triton(first):
+        if torch.compiler.is_compiling() or runs_triton(first):
             as_op = not _wants_gradient(first, *args)
         else:
             as_op = self.hidden and is_in_torch_dispatch_mode()
-        return self._op(first, *args) if as_op else self.direct(first, *args)
+        if as_op:
+            return self._op(first, *args)
+        with _exact(first):
+            return self.direct(first, *args)
+
+
+def _exact(first: Tensor) -> AbstractContextManager[object]:
+    """Where ops compute in the precision that they promise, also under autocast."""
+    kind = first.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def _wants_gradient(*args: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -58,7 +58,14 @@ class Kernel:
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., Any]:
         noted = Kernel.noted
         if noted is None:
-            return self.compiled[tuple(grid)]
+            launched = self.compiled[tuple(grid)]
+
+            def launch(*args: Any, **options: Any) -> None:
+                # triton launches on the current device, whatever device the tensors are on
+                with torch.cuda.device_of(args[0]) if args[0].is_cuda else nullcontext():
+                    launched(*args, **options)
+
+            return launch
 
         def note(*args: Any, num_warps: int = 4, num_stages: int = 3) -> None:
             noted.append(Launch(self, args, {"num_warps": num_warps, "num_stages": num_stages}))
@@ -94,7 +101,7 @@ def ceil_div(count: int, size: int) -> int:
 def must_widen(*dtypes: torch.dtype) -> bool:
     """Whether factors of these dtypes have to become fp32 before `tl.dot`: where they differ, and bf16 in the
     interpreter, which multiplies its bits as if they were integers (triton 3.6 to 3.9)."""
-    return len(set(dtypes)) > 1 or (INTERPRETED and dtypes[0] == torch.bfloat16)
+    return len(set(dtypes)) > 1 or dtypes[0] == torch.float64 or (INTERPRETED and dtypes[0] == torch.bfloat16)
 
 
 def on_device(values: Sequence[int], device: torch.device) -> Tensor:

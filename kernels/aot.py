@@ -138,6 +138,8 @@ CASES = (
     Case("token_transition", "4096 wide", _transition),
     Case("redistribute_attention", "decode, Llama-7B", _redistribute(32, 32, 1, 700, 128)),
     Case("redistribute_attention", "48 text rows, Llama-7B", _redistribute(32, 32, 48, 700, 128)),
+    Case("redistribute_attention", "decode, Qwen2-7B", _redistribute(28, 4, 1, 3000, 128)),
+    Case("redistribute_attention", "48 text rows, Qwen2-7B", _redistribute(28, 4, 48, 3000, 128)),
 )
 
 

@@ -52,6 +52,9 @@ def reference(query: Tensor, key: Tensor, scale: float, lengths: Tensor | None) 
     """`attention_received` in PyTorch: some rows at a time."""
     batch, heads, rows, width = query.shape
     key_heads, count = key.shape[1:3]
+    if batch > 1 and key.device.type == "cpu":  # as in attention_rows
+        sizes = [None] * batch if lengths is None else lengths.split(1)
+        return torch.cat([reference(q, k, scale, n) for q, k, n in zip(query.split(1), key.split(1), sizes)])
     grouped = (query.float() * scale).reshape(batch, key_heads, heads // key_heads, rows, width)
     keys = key.float().transpose(2, 3)
     seen = None if lengths is None else torch.arange(count, device=key.device) < lengths[:, None]
@@ -74,6 +77,7 @@ def launch(query: Tensor, key: Tensor, scale: float, lengths: Tensor | None) -> 
     lse = query.new_empty(batch, heads, rows, dtype=torch.float32)
     received = query.new_empty(batch, heads, count, dtype=torch.float32)
     ragged = lengths is not None
+    lengths = lengths.contiguous() if ragged else None
     shared = (query, key, lengths if ragged else query, lse, received, scale, heads, heads // key.shape[1], rows, count)
     blocks = (width, *query.stride(), *key.stride(), ragged, must_widen(query.dtype, key.dtype), 64, 64)
     blocks = (*blocks, block_of_width(width, query.dtype, key.dtype))

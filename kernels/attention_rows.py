@@ -34,9 +34,12 @@ def attention_rows(query: Tensor, key: Tensor, scale: float, mask: Tensor | None
         `[B, R, N]` fp32; every row sums to 1, with zeros at keys that it does not see.
 
     Raises:
-        ValueError: the shapes do not fit each other.
+        ValueError: the shapes do not fit each other, or the mask is no bool tensor of its shape.
     """
     check_heads("attention_rows", query, key)
+    wanted = (query.shape[0], query.shape[2], key.shape[2])
+    if mask is not None and (mask.shape != wanted or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be bool {list(wanted)}, got {mask.dtype} {list(mask.shape)}.")
     return _OP(query, key, scale, mask)
 
 
@@ -59,6 +62,9 @@ def reference(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> 
     """`attention_rows` in PyTorch."""
     batch, heads, rows, width = query.shape
     key_heads, count = key.shape[1:3]
+    if batch > 1 and key.device.type == "cpu":  # one product for all would first copy the keys of all
+        masks = [None] * batch if mask is None else mask.split(1)
+        return torch.cat([reference(q, k, scale, m) for q, k, m in zip(query.split(1), key.split(1), masks)])
     # the query heads of one key head become more rows of it, so no key is copied
     grouped = (query.float() * scale).reshape(batch, key_heads, heads // key_heads * rows, width)
     logits = torch.matmul(grouped, key.float().transpose(2, 3))
@@ -116,9 +122,9 @@ def logits_kernel(
         b_s += tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3")
     seen = there[:, None] & (o_n < count)[None]
     if MASKED:
-        seen = seen & tl.load(p_mask + batch * m_b + row[:, None] * m_r + o_n[None] * m_n, mask=seen, other=0).to(
-            tl.int1
-        )
+        # a mask of rows x keys is the one tensor here that can have more than 2^31 entries in a batch
+        at = batch * m_b + row.to(tl.int64)[:, None] * m_r + o_n.to(tl.int64)[None] * m_n
+        seen = seen & tl.load(p_mask + at, mask=seen, other=0).to(tl.int1)
     b_s = tl.where(seen, b_s * scale, float("-inf"))
     peak = tl.max(b_s, axis=1)
     power = tl.exp(b_s - tl.where(peak == float("-inf"), 0.0, peak)[:, None])

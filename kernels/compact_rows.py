@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 _AT_ONCE = 4  # tensors a launch
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: what a row holds is not read
 
 
 def compact_rows(index: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -42,7 +43,7 @@ def compact_rows(index: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 def reference(index: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     """`compact_rows` in PyTorch."""
     batch = torch.arange(index.shape[0], device=index.device)[:, None]
-    if index.device.type == "cpu" and not bool((index < 0).any()):
+    if index.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((index < 0).any()):
         return [tensor[batch, index] for tensor in tensors]
     missing, index = index < 0, index.clamp(min=0)
     return [
@@ -57,7 +58,7 @@ def launch(index: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     moved = []
     for start in range(0, len(tensors), _AT_ONCE):
         given = tensors[start : start + _AT_ONCE]
-        rows = [tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor for tensor in given]
+        rows = [tensor.view(_BITS[tensor.element_size()]) for tensor in given]
         rows = [row.unsqueeze(2) if row.dim() == 2 else row.flatten(2) for row in rows]
         out = [row.new_empty(batch, places, row.shape[2]) for row in rows]
         widest = max(row.shape[2] for row in rows)

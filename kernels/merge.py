@@ -41,6 +41,11 @@ def merge(features: Tensor, target: Tensor, count: int, weights: Tensor | None =
 def reference(features: Tensor, target: Tensor, count: int, weights: Tensor | None) -> Tensor:
     """`merge` in PyTorch."""
     num_images, _, width = features.shape
+    if not count:
+        return features.new_empty(num_images, 0, width)
+    if num_images > 1 and features.device.type == "cpu":  # what stands between is as large as the features
+        parts = zip(features.split(1), target.split(1), [None] * num_images if weights is None else weights.split(1))
+        return torch.cat([reference(f, t, count, w) for f, t, w in parts])
     first = torch.arange(0, num_images * count, max(count, 1), device=target.device)[:, None]
     # what is left out goes to a spare last target
     place = torch.where(target < 0, num_images * count, target + first).flatten()
@@ -57,12 +62,13 @@ def launch(features: Tensor, target: Tensor, count: int, weights: Tensor | None)
     # sorted by target, the members of each stand together: no atomic additions, whose order is open
     ordered = target.sort(dim=1, stable=True)
     targets = torch.arange(count + 1, device=target.device).expand(num_images, -1).contiguous()
-    starts = torch.searchsorted(ordered.values, targets)
+    # sort keeps the strides of its input
+    starts, order = torch.searchsorted(ordered.values.contiguous(), targets), ordered.indices.contiguous()
     merged = features.new_empty(num_images, count, width)
     block = power_of_two(width, 16, 512)
     weight = features if weights is None else weights.contiguous()
     members_kernel[(count, ceil_div(width, block), num_images)](
-        features, weight, ordered.indices, starts, merged, num_tokens, count, width, *features.stride(),
+        features, weight, order, starts, merged, num_tokens, count, width, *features.stride(),
         weights is not None, block,
     )  # fmt: skip
     return merged

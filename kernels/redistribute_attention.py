@@ -13,7 +13,7 @@ and for O make one read of keys and values enough; parts of the keys are reduced
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -134,7 +134,7 @@ def _block(
     batch, heads, rows, width = query.shape
     kv, count = key.shape[1], key.shape[2]
     # the query heads of one key head become more rows of it, so no key is copied
-    grouped = query.reshape(batch * kv, -1, width)
+    grouped = query.reshape(batch * kv, heads // kv * rows, width)
     keys = key.reshape(batch * kv, count, width).transpose(1, 2)
     scores = torch.baddbmm(query.new_empty(1, 1, 1), grouped, keys, beta=0, alpha=scale).float()
     if allowed is not None:
@@ -151,8 +151,10 @@ def _block(
     gain = freed / normal.clamp(min=torch.finfo(normal.dtype).tiny)
     changed = torch.addcmul(known, known, torch.addcmul(plan.loss, gain, plan.gain))
     weights = torch.cat([torch.where(active, changed, known), weights[..., end:]], dim=-1)
-    values = value.reshape(batch * kv, count, -1)
-    return torch.bmm(weights.view(batch * kv, -1, count).to(value.dtype), values).view(batch, heads, rows, -1)
+    out_width = value.shape[3]
+    values = value.reshape(batch * kv, count, out_width)
+    mixed = torch.bmm(weights.view(batch * kv, heads // kv * rows, count).to(value.dtype), values)
+    return mixed.view(batch, heads, rows, out_width)
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ class _Plan:
     least: Tensor
     gain: Tensor
     loss: Tensor
+    version: int | None = None  # of the groups that it was made for; tensors of inference mode have none
 
 
 def _plan(groups: Tensor, share: float, least_mass: float, most_sink: float, slack: float) -> _Plan:
@@ -189,8 +192,11 @@ def _kept_plan(groups: Tensor, share: float, least_mass: float, most_sink: float
     if is_in_torch_dispatch_mode():  # a plan of fake or traced tensors is of use to nobody else
         return _plan(groups, share, least_mass, most_sink, slack)
     found: _Plan | None = getattr(groups, "_plan", None)
-    if found is None or found.settings != (share, least_mass, most_sink, slack):
-        found = _plan(groups, share, least_mass, most_sink, slack)
+    version = None if groups.is_inference() else groups._version
+    if found is None or found.settings != (share, least_mass, most_sink, slack) or found.version != version:
+        # a plan of inference mode would be of no use to autograd
+        with torch.inference_mode(False):
+            found = replace(_plan(groups, share, least_mass, most_sink, slack), version=version)
         groups._plan = found  # type: ignore[attr-defined]
     return found
 
@@ -203,6 +209,8 @@ def launch(
     _check(query, key, value, groups, allowed, gate)
     batch, heads, rows, width = query.shape
     key_heads, count, out_width = value.shape[1:]
+    if not query.numel() or not count:
+        return value.new_zeros(batch, heads, rows, out_width)
     group = heads // key_heads
     block_r, block_n, block_v = 16, 32, power_of_two(out_width, 16)
     blocks, tiles = ceil_div(group * rows, block_r), ceil_div(count, block_n)
@@ -269,9 +277,8 @@ def groups_kernel(
             b_s += tl.dot(b_q, b_k, input_precision="tf32x3")
         seen = there[:, None] & m_n_[None]
         if MASKED:
-            seen = seen & tl.load(p_mask + batch * m_b + row[:, None] * m_r + o_n[None] * m_n, mask=seen, other=0).to(
-                tl.int1
-            )
+            at = batch * m_b + row.to(tl.int64)[:, None] * m_r + o_n.to(tl.int64)[None] * m_n
+            seen = seen & tl.load(p_mask + at, mask=seen, other=0).to(tl.int1)
         b_s = tl.where(seen, b_s * scale, float("-inf"))
         higher = tl.maximum(peak, tl.max(b_s, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)

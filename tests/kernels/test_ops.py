@@ -154,3 +154,85 @@ print(counter.get_total_flops())
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[1:3] == ["[[4, 5]]", str(2 * 4 * 200 * 12)]
+
+
+GRADIENTS: dict[str, Any] = {
+    "attention_rows": lambda x: attention_rows.attention_rows(x[:, :, :2], x, 0.3) @ x[:, 0],
+    "attention_received": lambda x: attention_received.attention_received(x, x, 0.3)[:, None, :, None] * x,
+    "compact_rows": lambda x: compact_rows.compact_rows(torch.tensor([[0, 2], [1, -1]]), [x])[0],
+    "merge": lambda x: merge.merge(x[:, 0], torch.tensor([[0, 1, 1, -1, 0]] * 2), 2),
+    "token_transition": lambda x: torch.cat(
+        token_transition.token_transition(x[:, 0], x[:, 1], x[:, 2], x[:, 3])
+    )[..., None],
+    "redistribute_attention": lambda x: redistribute_attention.redistribute_attention(
+        x[:, :, :2], x, x, torch.tensor([[1, 2, 1, 1, 3]] * 2, dtype=torch.int8), None, None,
+        share=0.6, least_mass=0.1, most_sink=0.9, slack=1e-3, scale=0.3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(GRADIENTS))
+def test_gradients_of_compiled_code_are_those_of_the_reference(name: str) -> None:
+    """Ops have no backward, so where a gradient is asked for no op may be in the graph."""
+    function, given = GRADIENTS[name], torch.randn(2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    grads = []
+    for call in (function, torch.compile(function, backend="aot_eager")):
+        x = given.clone().requires_grad_()
+        (call(x) * torch.arange(1, 9)).sum().backward()
+        assert x.grad is not None
+        grads.append(x.grad)
+    assert float(grads[0].norm()) > 0 and float((grads[1] - grads[0]).norm() / grads[0].norm()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_changes_nothing(name: str, dtype: torch.dtype) -> None:
+    """Scores are promised in fp32; choices in bf16 would be others than those made without autocast."""
+    module, args = examples()[name]
+    for call in (module._OP, module._OP._op):
+        plain = leaves(call(*args))
+        with torch.autocast("cpu", dtype):
+            cast = leaves(call(*args))
+        for one, other in zip(plain, cast, strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_a_mask_of_another_shape_is_refused() -> None:
+    query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 9, 8)
+    for mask in (torch.ones(1, 3, 9, dtype=torch.bool), torch.ones(2, 1, 9, dtype=torch.bool), torch.ones(2, 3, 9)):
+        with pytest.raises(ValueError, match=r"mask must be bool \[2, 3, 9\]"):
+            attention_rows.attention_rows(query, key, 1.0, mask)
+
+
+def test_strides_of_scores_are_not_those_of_the_choice() -> None:
+    """A compiler trusts the fake implementation."""
+    scores = torch.randn(7, 3).t()
+    op = segmented_topk._OP._op
+    torch.library.opcheck(op, (scores, [7], None, 2), test_utils=("test_schema", "test_faketensor"))
+    assert op(scores, [7], None, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_nothing_to_do_is_done(batch: int) -> None:
+    x, groups = torch.randn(batch, 2, 0, 4), torch.zeros(batch, 3, dtype=torch.int8)
+    keys = torch.randn(batch, 1, 3, 4)
+    settings = (None, None, 0.6, 0.1, 0.9, 0.0, 0.5)
+    assert redistribute_attention._OP(x, keys, keys, groups, *settings).shape == (batch, 2, 0, 4)
+    none = torch.randn(batch, 2, 3, 4)[:0]
+    assert redistribute_attention._OP(none, keys[:0], keys[:0], groups[:0], *settings).shape == (0, 2, 3, 4)
+    assert greedy_diversity._OP(torch.randn(0, 5, 4), 2, "k_center", None, None).shape == (0, 2)
+    assert merge._OP(torch.randn(batch, 5, 4), torch.full((batch, 5), -1), 0, None).shape == (batch, 0, 4)
+
+
+def test_a_batch_has_the_bits_of_its_parts() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 9, 4, 8).transpose(1, 2)
+    rows = attention_rows.attention_rows(x[:, :, :2], x, 0.3)
+    received = attention_received.attention_received(x, x, 0.3)
+    target = torch.randint(-1, 3, (3, 9))
+    merged = merge.merge(x[:, 0], target, 3)
+    for one in range(3):
+        own = x[one : one + 1]
+        assert torch.equal(rows[one], attention_rows.attention_rows(own[:, :, :2], own, 0.3)[0])
+        assert torch.equal(received[one], attention_received.attention_received(own, own, 0.3)[0])
+        assert torch.equal(merged[one], merge.merge(own[:, 0], target[one : one + 1], 3)[0])

@@ -168,3 +168,24 @@ def test_shapes_that_do_not_fit_are_named_before_a_launch(place, change, said):
     with aot.noting() as noted, pytest.raises(ValueError, match=said):
         module.launch(*inputs, *SIZES.values(), 0.5)
     assert not noted
+
+
+def test_what_is_kept_for_groups_is_of_the_groups_as_they_are() -> None:
+    query, key, value, groups, *_ = case(0, 2, 2, 2, 3, 20, 4, masked=False)
+    rule = {**SIZES, "least_mass": 0.0, "most_sink": 1.0, "scale": 0.4}
+    before = redistribute_attention(query, key, value, groups, None, None, **rule)
+    groups.zero_()
+    after = redistribute_attention(query, key, value, groups, None, None, **rule)
+    assert torch.equal(after, redistribute_attention(query, key, value, groups.clone(), None, None, **rule))
+    assert not torch.equal(after, before)
+
+
+def test_what_inference_mode_left_serves_a_gradient_too() -> None:
+    query, key, value, groups, *_ = case(0, 2, 2, 2, 3, 20, 4, masked=False)
+    rule = {**SIZES, "least_mass": 0.0, "most_sink": 1.0, "scale": 0.4}
+    with torch.inference_mode():
+        plain = redistribute_attention(query, key, value, groups, None, None, **rule)
+    value.requires_grad_()
+    redistribute_attention(query, key, value, groups, None, None, **rule).sum().backward()
+    assert value.grad is not None and float(value.grad.norm()) > 0
+    assert torch.equal(plain, redistribute_attention(query, key, value.detach(), groups, None, None, **rule))

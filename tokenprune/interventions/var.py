@@ -243,8 +243,11 @@ class VAR(Intervention):
         if allowed is not None:
             allowed = allowed.expand(given.query.shape[0], -1, -1)
         weights = attention_rows(given.query, given.key, given.scale, allowed)
-        real = torch.ones_like(weights[..., 0]) if given.real is None else given.real.to(weights.dtype)
-        return (weights * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+        if given.real is None:
+            return weights.mean(1)
+        # a place that stands for no row may be padding, which sees no key
+        weights = weights.masked_fill(~given.real[..., None], 0.0)
+        return weights.sum(1) / given.real.sum(1, keepdim=True).clamp(min=1)
 
     def kept_out(self, facts: Facts) -> tuple[Tensor, bool] | None:
         if self.visual_sinks == "rank" or not self._channels:
