@@ -192,3 +192,16 @@ def test_discovery_beside_a_stage_that_cuts_where_it_listens(method):
     alone, beside = found
     assert alone is not None and alone.channels == beside.channels == (CHANNEL,)
     assert not alone.reason and not beside.reason and beside.ratio > 3
+
+
+def test_discovery_hears_padded_prompts_too():
+    """The rows that fill up a batch may be padding, which sees no key: nothing of them counts, not even 0 * NaN."""
+    given = batch([1, 2, 1])
+    assert int(given["attention_mask"].min()) == 0
+    with tokenprune.applied(big(planted()), "var(channels=discover,calibrate=9)") as handle, torch.no_grad():
+        handle.model(**given)
+        records = handle.interventions[0]._search._records.values()
+    assert len(records) == 3 * 2, "three prompts in layers 2 and 3 of 5"
+    for record in records:
+        assert record.attention is not None and bool(record.attention.isfinite().all())
+        assert float(record.attention.sum()) > 0
