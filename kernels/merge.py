@@ -27,7 +27,7 @@ def merge(features: Tensor, target: Tensor, count: int, weights: Tensor | None =
         `[M, K, D]` of the dtype of the features; zeros for a target whose weights sum to zero.
 
     Raises:
-        ValueError: the shapes do not fit each other.
+        ValueError: the shapes do not fit each other, or (CPU tensors, where looking is free) a target is not there.
     """
     shape = features.shape[:2]
     if features.dim() != 3 or target.shape != shape or (weights is not None and weights.shape != shape):
@@ -35,6 +35,9 @@ def merge(features: Tensor, target: Tensor, count: int, weights: Tensor | None =
             f"merge needs features [M, N, D], target and weights [M, N], got {tuple(features.shape)}, "
             f"{tuple(target.shape)} and {None if weights is None else tuple(weights.shape)}."
         )
+    looks = target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling()
+    if looks and int(target.max()) >= count:
+        raise ValueError(f"Targets must be in [-1, {count}), got {int(target.max())}.")
     return _OP(features, target, count, weights)
 
 

@@ -204,6 +204,11 @@ def test_a_mask_of_another_shape_is_refused() -> None:
             attention_rows.attention_rows(query, key, 1.0, mask)
 
 
+def test_a_target_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Targets must be in \[-1, 3\), got 3"):
+        merge.merge(torch.randn(2, 4, 5), torch.tensor([[0, 1, 2, -1], [0, 3, 1, 1]]), 3)
+
+
 def test_strides_of_scores_are_not_those_of_the_choice() -> None:
     """A compiler trusts the fake implementation."""
     scores = torch.randn(7, 3).t()
