@@ -123,8 +123,8 @@ def logits_kernel(
     seen = there[:, None] & (o_n < count)[None]
     if MASKED:
         # a mask of rows x keys is the one tensor here that can have more than 2^31 entries in a batch
-        at = batch * m_b + row.to(tl.int64)[:, None] * m_r + o_n.to(tl.int64)[None] * m_n
-        seen = seen & tl.load(p_mask + at, mask=seen, other=0).to(tl.int1)
+        p_mask += batch * m_b + row.to(tl.int64) * m_r
+        seen = seen & tl.load(p_mask[:, None] + o_n[None] * m_n, mask=seen, other=0).to(tl.int1)
     b_s = tl.where(seen, b_s * scale, float("-inf"))
     peak = tl.max(b_s, axis=1)
     power = tl.exp(b_s - tl.where(peak == float("-inf"), 0.0, peak)[:, None])

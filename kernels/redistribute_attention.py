@@ -89,6 +89,9 @@ def _check(
         raise ValueError(f"groups must be [{batch}, P] here with P at most {count}, got {[*groups.shape]}.")
     if allowed is not None and allowed.shape not in ((batch, rows, count), (1, rows, count)):
         raise ValueError(f"allowed must be {[batch, rows, count]} or 1 in place of {batch}, got {[*allowed.shape]}.")
+    # the kernel's offsets into it are 32-bit: it has no register to spare
+    if allowed is not None and (rows - 1) * allowed.stride(1) + (count - 1) * allowed.stride(2) >= 2**31:
+        raise ValueError(f"allowed of {rows} rows and {count} keys is too large for one call; hand in fewer rows.")
     if gate is not None and gate.shape != (batch, rows):
         raise ValueError(f"gate must be {[batch, rows]} here, got {[*gate.shape]}.")
 
@@ -277,8 +280,9 @@ def groups_kernel(
             b_s += tl.dot(b_q, b_k, input_precision="tf32x3")
         seen = there[:, None] & m_n_[None]
         if MASKED:
-            at = batch * m_b + row.to(tl.int64)[:, None] * m_r + o_n.to(tl.int64)[None] * m_n
-            seen = seen & tl.load(p_mask + at, mask=seen, other=0).to(tl.int1)
+            seen = seen & tl.load(p_mask + batch * m_b + row[:, None] * m_r + o_n[None] * m_n, mask=seen, other=0).to(
+                tl.int1
+            )
         b_s = tl.where(seen, b_s * scale, float("-inf"))
         higher = tl.maximum(peak, tl.max(b_s, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)

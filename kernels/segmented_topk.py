@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,32 +74,28 @@ def launch(scores: Tensor, sizes: list[int], quotas: Tensor | None, total: int) 
     chosen = torch.full((num_rows, total), -1, dtype=torch.int64, device=scores.device)
     if not chosen.numel() or not sizes:
         return chosen
-    starts, several = chosen, len(sizes) > 1
-    if several:
-        bounds = [0]
-        for size in sizes:
-            bounds.append(bounds[-1] + size)
-        starts = on_device(bounds, scores.device)
+    if len(sizes) == 1:  # made there, so that nothing is copied
+        starts = torch.arange(0, sizes[0] + 1, sizes[0], device=scores.device)
+    else:
+        starts = on_device([0, *accumulate(sizes)], scores.device)
     block = power_of_two(max(sizes), 16)
     segment_kernel[(len(sizes), num_rows)](
         scores, starts, chosen if quotas is None else quotas.contiguous(), chosen,
-        sizes[0], len(sizes), total, *scores.stride(),
-        several, quotas is not None, power_of_two(len(sizes)), block, num_warps=power_of_two(block // 256, 1, 16),
+        len(sizes), total, *scores.stride(),
+        quotas is not None, power_of_two(len(sizes)), block, num_warps=power_of_two(block // 256, 1, 16),
     )  # fmt: skip
     return chosen
 
 
 @Kernel
 def segment_kernel(
-    p_scores, p_starts, p_quotas, p_chosen, size, segments, total, s_m, s_n,
-    SEVERAL: tl.constexpr, QUOTAS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+    p_scores, p_starts, p_quotas, p_chosen, segments, total, s_m, s_n,
+    QUOTAS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One segment of one row: finds the score of rank `quota` bit by bit, and writes who is above it in order."""
     segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    begin = 0
-    if SEVERAL:
-        begin = tl.load(p_starts + segment).to(tl.int32)
-        size = tl.load(p_starts + segment + 1).to(tl.int32) - begin
+    begin = tl.load(p_starts + segment).to(tl.int32)
+    size = tl.load(p_starts + segment + 1).to(tl.int32) - begin
     quota, before = total, 0
     if QUOTAS:
         o_s = tl.arange(0, BLOCK_S)
