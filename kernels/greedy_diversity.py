@@ -129,7 +129,7 @@ def _one_by_one(unit: Tensor, k: int, objective: str, first: Tensor | None, size
         if has_gram:
             torch.mm(x, x.T, out=gram)
         if first is None:
-            place = int(gram.fill_diagonal_(-torch.inf).amax(dim=1).argmin())
+            place = int(_nearest(gram.fill_diagonal_(-torch.inf)).argmin())
         else:
             place = int(first[image])
         if has_gram:
@@ -155,10 +155,17 @@ def _similarities(unit: Tensor, first: Tensor | None, lengths: Tensor | None) ->
         return table, first
     table.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     if lengths is None:
-        return table, table.amax(dim=2).argmin(dim=1)
+        return table, _nearest(table).argmin(dim=1)
     padding = _padding(unit, lengths)
     table.masked_fill_(padding[:, None], -torch.inf)
-    return table, table.amax(dim=2).masked_fill_(padding, torch.inf).argmin(dim=1)
+    table.masked_fill_(padding[:, :, None], -torch.inf)
+    return table, _nearest(table).masked_fill_(padding, torch.inf).argmin(dim=1)
+
+
+def _nearest(table: Tensor) -> Tensor:
+    """`[..., N]`: similarity of each token to the one nearest to it; the same for two that are each other's nearest,
+    though a product may round them apart."""
+    return torch.maximum(table.amax(dim=-1), table.amax(dim=-2))
 
 
 def _batched(unit: Tensor, k: int, objective: str, first: Tensor | None, lengths: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenprune.adapters._base import Adapter
 from tokenprune.engine import Engine
+from tokenprune.guards import Guards
 from tokenprune.handle import Handle
 from tokenprune.ledger import Ledger
 from tokenprune.registry import MODELS, near
@@ -72,10 +73,10 @@ def apply(
         ValueError: a bad budget, a tower that lacks what the method needs, a layer that the decoder does not have, or a
             method is applied already.
     """
-    present = _applied.get(model)
+    adapter = adapter_for(model)
+    present = _applied.get(adapter.entry)  # which several wrappers may share
     if present is not None:
         raise ValueError(f"{present} is at work on this model already; call its remove() first.")
-    adapter = adapter_for(model)
     spec = parse_method(method, keep, average, **options)
     stages = plan_for(adapter, spec)
     if adapter.mrope and any(stage.pruner.positions == "compact" for stage in stages):
@@ -85,16 +86,18 @@ def apply(
         )
     ledger = Ledger()
     engine = Engine(adapter, stages, spec.interventions)
+    inside = any(stage.place in ("vision", "layer") for stage in stages)
     try:
+        Guards(adapter, spec.label, inside, bool(engine.attending)).install(ledger)
         engine.install(ledger)
     except BaseException:
         ledger.undo()
         raise
     handle = Handle(model, engine, ledger, spec.label)
-    _applied[model] = repr(handle)
+    _applied[adapter.entry] = repr(handle)
 
     def forget() -> None:
-        _applied.pop(model, None)
+        _applied.pop(adapter.entry, None)
 
     ledger.add(forget)
     return handle

@@ -256,7 +256,24 @@ class Attending:
         pictures = functools.partial(_picture_keys, call.prompt, hidden.shape[0])
         entering = Entering(layer, hidden.detach(), visual, call.attended, call.first, pictures)
         with torch.no_grad():
-            call.noted[layer] = self.interventions[self.layers[layer]].note(entering)
+            noted = self.interventions[self.layers[layer]].note(entering)
+        new = self._new(call, hidden)
+        call.noted[layer] = noted if new is None else {name: v.masked_fill(~new, 0) for name, v in noted.items()}
+
+    @staticmethod
+    def _new(call: _Call, hidden: Tensor) -> Tensor | None:
+        """`[B, S]` bool: tokens on which facts are kept; None: all. What a draft proposed is no part of the prompt, and
+        a row that gets no picture in a later turn is as if it were alone."""
+        prompt = call.prompt
+        if prompt is None or (call.first and not prompt.drafted):
+            return None
+        rows = torch.ones(hidden.shape[0], 1, dtype=torch.bool)
+        if not call.first:
+            rows[:] = False
+            rows[[span.sample for span in prompt.layout.spans]] = True
+        new = rows.repeat(1, hidden.shape[1])
+        new[:, hidden.shape[1] - prompt.drafted :] = False
+        return new.to(hidden.device)
 
     @staticmethod
     def _visual(prompt: Prompt | None, hidden: Tensor) -> Tensor:

@@ -211,6 +211,10 @@ class PrunedCacheMixin:
             lengths = {layer: self.get_query_offset(layer) for layer in self.tokenprune_facts.layers}
             self.tokenprune_facts = self.tokenprune_facts.cropped(lengths)
 
+    def __reduce__(self) -> Any:
+        # this class has no name that a pickle could find
+        return _revived, (type(self).__mro__[2],), dict(vars(self))
+
     def reset(self) -> None:
         """Empty the cache; it is an ordinary one again."""
         super().reset()  # type: ignore[misc]
@@ -242,6 +246,13 @@ def mark_facts(cache: Any, facts: KeyFacts) -> None:
     """Make `cache` carry `facts`, in the same way."""
     _subclass(cache)
     cache.tokenprune_facts = facts
+
+
+def _revived(cls: type) -> Any:
+    """An empty cache of this stock class that can carry our bookkeeping; a pickle fills it."""
+    cache = object.__new__(cls)
+    _subclass(cache)
+    return cache
 
 
 def _subclass(cache: Any) -> None:

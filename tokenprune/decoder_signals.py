@@ -177,12 +177,12 @@ class DecoderSignals:
 
     def _ends(self) -> Tensor:
         """`[B, 1]` int64, the last token of each prompt."""
-        batch_size, length = self._given.hidden.shape[:2]
+        batch_size = self._given.hidden.shape[0]
         device = self._given.hidden.device
+        length = self._given.hidden.shape[1] - self._prompt.drafted  # drafted tokens stand last, behind any padding
         if self._given.attended is None:
-            return torch.full((batch_size, 1), length - 1 - self._prompt.drafted, device=device)
-        ends = (torch.arange(length, device=device) * self._given.attended).amax(dim=1, keepdim=True)
-        return ends - self._prompt.drafted
+            return torch.full((batch_size, 1), length - 1, device=device)
+        return (torch.arange(length, device=device) * self._given.attended[:, :length]).amax(dim=1, keepdim=True)
 
     @torch.no_grad()
     def _last(self) -> Tensor:

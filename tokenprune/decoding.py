@@ -43,6 +43,7 @@ class DecoderPass:
         self.closed: Tensor | int = 0  # [B, P] what positions shrink by since the base
         self.shift: Tensor | None = None  # [B] what later positions shrink by, of this pass alone
         self.segments: list[Segment] = []
+        self._given_mask: Tensor | None = None
         self._masks: dict[tuple[int, int], Any] = {}
         self._rotations: dict[tuple[int, int], Any] = {}
         self._cuts = 0
@@ -57,6 +58,7 @@ class DecoderPass:
     ) -> dict[str, Any]:
         """Arguments for the decoder: shortened rows, and the mask and positions that fit them."""
         past, length = self.past, self.length
+        self._given_mask = mask
         if positions is None:
             positions = torch.arange(past, past + length, device=embeds.device)[None]
         first = self.before.segments[0] if self.before else None
@@ -77,7 +79,9 @@ class DecoderPass:
         if first is not None:
             positions = positions - first.shift.to(positions.device)[:, None]
         self._note(0)
-        if mask is None and old_mask is None and new_mask is None:
+        # without mask and cache, transformers takes gaps in position ids for the ends of packed sequences
+        gaps = compaction is not None and policy == "keep"
+        if mask is None and old_mask is None and new_mask is None and not gaps:
             return {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": None}
         old_length = past - (self.before.hidden() if self.before else 0)
         kind = {"device": embeds.device, "dtype": torch.int64 if mask is None else mask.dtype}
@@ -122,6 +126,14 @@ class DecoderPass:
     def differs(self, layer: int) -> bool:
         """Whether this layer needs other arguments than the base."""
         return self._cuts > 0 or (self.before is not None and self.before.segment(layer).first_layer > 0)
+
+    def seen(self, layer: int) -> Tensor | None:
+        """`[B, K]` bool: which of the keys that a layer's cache held before this call are no padding; None: all."""
+        mask, before = self._given_mask, self.before
+        found = None if mask is None else mask[:, : self.past]
+        if before is not None:
+            found = before.segment(layer).mask(mask, before.length, self.past)
+        return None if found is None else found.to(torch.bool)
 
     def arguments(self, layer: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a layer, from those that were made for the base."""

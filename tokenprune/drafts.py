@@ -16,6 +16,17 @@ from tokenprune.ledger import Ledger
 _NAMES = ("inputs", "input_ids", "inputs_embeds")
 
 
+def _length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Tokens of the conversation when `generate` is called with these arguments; None if they do not say."""
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.shape[1]  # it covers the cache too, where ids may be those of the new turn alone
+    given = [args[0] if args else None, *(kwargs.get(name) for name in _NAMES)]
+    lengths = [value.shape[1] for value in given if isinstance(value, Tensor) and value.dim() >= 2]
+    longest, held = max(lengths, default=None), 0 if cache is None else cache.get_seq_length()
+    return longest + held if longest is not None and longest <= held else longest
+
+
 class Drafts:
     """Knows the length of the prompt while `generate` runs on one model."""
 
@@ -28,9 +39,7 @@ class Drafts:
 
         @functools.wraps(generate)
         def noting(*args: Any, **kwargs: Any) -> Any:
-            given = [args[0] if args else None, *(kwargs.get(name) for name in _NAMES)]
-            lengths = [value.shape[1] for value in given if isinstance(value, Tensor) and value.dim() >= 2]
-            before, self._length = self._length, max(lengths, default=None)
+            before, self._length = self._length, _length(args, kwargs)
             try:
                 return generate(*args, **kwargs)
             finally:

@@ -30,7 +30,7 @@ from tokenprune.opaque import opaque
 from tokenprune.prompt import Cutter, Prompt
 from tokenprune.recording import Recording, sources_of
 from tokenprune.signals import DECODER_SIGNALS
-from tokenprune.stages import Stage
+from tokenprune.stages import Stage, check_vision_signal
 from tokenprune.tower import TowerWatch
 from tokenprune.training import LossAfterPruning
 from tokenprune.transitions import Transitions
@@ -59,6 +59,7 @@ class Engine:
         for stage in stages:
             for signal in stage.signals(adapter.tower):
                 check_decoder_signal(signal, stage.site, stage.depth if stage.place == "layer" else -2)
+                check_vision_signal(signal, stage)
         self._tower = TowerWatch(adapter, stages, tuple(dict.fromkeys(signals)), self._tower_hint)
         self._read_layers = {signal.layer for signal in signals if signal.name in DECODER_SIGNALS}
         self._transitions = Transitions(adapter, signals, self._now)
@@ -82,14 +83,20 @@ class Engine:
         ledger.hook(decoder.register_forward_pre_hook(opaque(self._before_decoder), with_kwargs=True))
         ledger.hook(decoder.register_forward_hook(opaque(self._after_decoder)))
         self.attending.install(ledger)
+        self._ledger, self._hooked = ledger, len(adapter.layers)
         if self._layers:
-            for layer in range(min({*self._layers, *self._read_layers}), len(adapter.layers)):
-                hook = opaque(functools.partial(self._enter_layer, layer))
-                ledger.hook(adapter.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
+            self._hook_layers(min({*self._layers, *self._read_layers}))
         LossAfterPruning(lambda: self._compaction).install(adapter.model, ledger)
         self._tower.install(ledger)
         self._drafts.install(adapter.model, ledger)
         self._transitions.install(ledger)
+
+    def _hook_layers(self, first: int) -> None:
+        """Watch all decoder layers from `first` on."""
+        for layer in range(first, self._hooked):
+            hook = opaque(functools.partial(self._enter_layer, layer))
+            self._ledger.hook(self.adapter.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
+        self._hooked = min(self._hooked, first)
 
     # --- the prompt -------------------------------------------------------------------------------------------------
 
@@ -128,11 +135,11 @@ class Engine:
         prompt.lengths = [layout.length] * layout.batch_size
         if isinstance(mask, Tensor) and mask.dim() == 2:
             own = mask[:, -layout.length :].cpu()
-            prompt.lengths = own.sum(1).tolist()
             prompt.attended = own.to(torch.bool)
+            prompt.lengths = prompt.attended.sum(1).tolist()
             self._check_attended(layout, prompt.attended)
             # padding on the right shows as a last column that is not all ones
-            prompt.pad_left = bool(own[:, -1].bool().all())
+            prompt.pad_left = bool(prompt.attended[:, -1].all())
         self._prompt = prompt
 
     @staticmethod
@@ -208,15 +215,18 @@ class Engine:
         if prompt is None and past == 0:
             self.last = Prompt(Layout((), embeds.shape[0], embeds.shape[1]))
         mask = kwargs.get("attention_mask")
+        if prompt is not None:
+            prompt.drafted = self._drafts.proposed(past + embeds.shape[1])
         self.attending.begin(cache, past, prompt, embeds, mask)
         if prompt is None and before is None:
             return None
+        if before is not None and len(before.segments) > 1:  # another method cut it inside the decoder
+            self._hook_layers(before.segments[1].first_layer)
         self._check_mask(mask, past + embeds.shape[1])
         self._check_window(past + embeds.shape[1])
         self._serve(None if before is None else cache)
         compaction = None
         if prompt is not None:
-            prompt.drafted = self._drafts.proposed(past + embeds.shape[1])
             embeds, compaction = self._cut_input(prompt, embeds, mask)
             self.last = prompt
             if compaction is not None:
@@ -365,11 +375,13 @@ class Engine:
         cache, keys, seen = kwargs.get("past_key_values"), None, None
         if current.past and cache is not None:
             held = current.past - (current.before.hidden(layer) if current.before else 0)
-            keys = cache.layers[layer].keys[:, :, :held]
-            if current.before is not None and current.before.segment(layer).padded:
-                slots = current.before.segment(layer).slots
-                tail = torch.ones(slots.shape[0], held - slots.shape[1], dtype=torch.bool, device=slots.device)
-                seen = torch.cat([slots >= 0, tail], dim=1)
+            keys, seen = cache.layers[layer].keys, current.seen(layer)
+            if keys.dim() != 4 or keys.shape[2] != held:
+                raise ValueError(
+                    f"A stage here looks at the attention of decoder layer {layer} to earlier turns, and this cache "
+                    f"({type(cache.layers[layer]).__name__}) does not hold their keys as they were. Use the default "
+                    "cache, or a method that cuts at 'input'."
+                )
         return LayerInput(module, hidden, kwargs["position_embeddings"], current.attended, keys, seen)
 
     def _cut_layer(self, stage: Stage, prompt: Prompt, current: DecoderPass, hidden: Tensor, cache: Any) -> Tensor:

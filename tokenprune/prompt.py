@@ -99,8 +99,11 @@ class Prompt:
         """For each row, tokens after its last visual token, padding not counted; 0 for a row without visuals."""
         counts = [0] * self.layout.batch_size
         for span in self.layout.spans:  # row by row and left to right, so the last of a row counts
-            end = self.layout.length if self.pad_left else self.lengths[span.sample]
-            counts[span.sample] = end - 1 - int(span.places[-1]) - self.drafted
+            after = int(span.places[-1]) + 1
+            text = self.layout.length - after
+            if self.attended is not None:
+                text = int(self.attended[span.sample, after:].sum())
+            counts[span.sample] = text - self.drafted
         return counts
 
     def place_of(self, index: int) -> int:
@@ -171,6 +174,12 @@ class Cutter:
         prompt = self._prompt
         if not self._gone:
             return None
+        if min(self._lengths) < 1:
+            row = self._lengths.index(min(self._lengths))
+            raise ValueError(
+                f"Every token of row {row} would leave at {self._site!r}: this prompt is pictures alone, and the "
+                "method keeps nothing of them. Add text, or keep some of their tokens."
+            )
         keep = torch.ones(batch_size, self._length, dtype=torch.bool, device=self._gone[0][1].device)
         keep[_pairs(self._gone)] = False
         keep[_pairs(list(self._kept.values()))] = True

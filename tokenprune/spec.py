@@ -108,14 +108,19 @@ class Spec:
         average = self.average
         if average is None:
             raise ValueError(f"Say how many visual tokens {pruner.name} shall keep.")
-        nominal = 1000
-        if isinstance(average, int):
-            if num_tokens is None:
-                raise ValueError(
-                    f"average={average} is a number of tokens, and pictures of this family have no fixed number; give "
-                    "the average as a fraction, like average=0.25."
-                )
-            nominal = num_tokens
+        counted = [other.keep for other in self.entries if isinstance(other.keep, int)]
+        if isinstance(average, float) and num_tokens is None and counted:
+            raise ValueError(
+                f"average={average} is a fraction and keep={counted[0]} a number of tokens, and pictures of this "
+                "family have no fixed number; give both as fractions."
+            )
+        if isinstance(average, int) and num_tokens is None:
+            raise ValueError(
+                f"average={average} is a number of tokens, and pictures of this family have no fixed number; give "
+                "the average as a fraction, like average=0.25."
+            )
+        # counts of tokens hold for a picture of N; fractions are solved on a finer scale
+        nominal = num_tokens if num_tokens is not None and (counted or isinstance(average, int)) else 1000
         others: list[Stage] = []
         for other in self.entries:
             if other is not entry:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.budget import Budget
+from tokenprune.signals import VISION_SIGNALS
 
 if TYPE_CHECKING:
     from tokenprune.base import Pruner
@@ -72,6 +73,16 @@ class Depths:
     one_size: bool = True
 
 
+def check_vision_signal(signal: Signal, stage: Stage) -> None:
+    """Raise ValueError if a stage inside the vision tower asks for what the tower computes behind its cut."""
+    if stage.place != "vision" or signal.name not in VISION_SIGNALS or signal.layer <= stage.depth:
+        return
+    raise ValueError(
+        f"{stage.pruner.name} reads block {signal.layer} of the vision tower, and {stage.site!r} comes before that has "
+        f"run. Cut at 'vision:{signal.layer}' or later, or at 'input'."
+    )
+
+
 def check_site(site: Any, numbered: bool = True) -> str:
     """Return `site` if it is one; with `numbered=False` also "vision" and "layer", of which a method knows the depths.
 
@@ -99,6 +110,21 @@ def check_plan(stages: Sequence[Stage], depths: Depths) -> tuple[Stage, ...]:
         if before.site == after.site:
             raise ValueError(f"Two stages act at {before.site!r}; give each its own site.")
     for stage in ordered:
+        if (stage.place == "pixels") != (stage.pruner.site == "pixels"):
+            raise ValueError(
+                f"{stage.pruner.name} acts at {stage.pruner.site!r}, not at {stage.site!r}: smaller pictures and fewer "
+                "tokens are different things."
+            )
+        if stage.pruner.needs_grid and stage is not ordered[0]:
+            raise ValueError(
+                f"{stage.pruner.name} works on a whole grid of tokens, so nothing may leave before it, and "
+                f"{ordered[0].pruner.name} cuts at {ordered[0].site!r}."
+            )
+        if stage.pruner.merges and stage.place == "vision":
+            raise ValueError(
+                f"{stage.pruner.name} merges tokens, and what it merges has no place inside the vision tower (at "
+                f"{stage.site!r}). Cut at 'input'."
+            )
         if stage.place == "pixels" and not depths.resizable:
             raise ValueError(
                 f"{stage.pruner.name} gives the vision tower smaller pictures, and this family's tower takes pictures "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -33,11 +34,12 @@ class LossAfterPruning:
         ledger.hook(model.register_forward_hook(opaque(self._give_loss)))
 
     def _take_labels(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._labels = kwargs.get("labels")
+        call = {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs}
+        self._labels = call.get("labels")
         if self._labels is None:
             return None
-        self._arguments = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
-        return args, {**kwargs, "labels": None}
+        self._arguments = {name: call[name] for name in ("num_items_in_batch", "shift_labels") if name in call}
+        return (), {**call, "labels": None}
 
     def _give_loss(self, module: Any, args: Any, output: Any) -> Any:
         labels, self._labels = self._labels, None
@@ -45,6 +47,11 @@ class LossAfterPruning:
             return None
         compaction = self._compaction()
         if compaction is not None:
+            if self._arguments.get("shift_labels") is not None:
+                raise ValueError(
+                    "shift_labels are by place, and pruning moves tokens, so that a label may lose the one that it was "
+                    "shifted to. Pass labels alone."
+                )
             labels = compaction.labels(labels)
         is_tuple = isinstance(output, tuple)
         logits = output[0] if is_tuple else output.logits

@@ -46,10 +46,15 @@ def test_the_record_holds_every_kernel_in_every_dtype_for_both_architectures() -
     assert sorted(wanted - rows) == [], "run python -m tokenprune.kernels.aot --out docs/bench/kernels-aot-DATE.csv"
 
 
-def test_nothing_spills_on_sm_90_but_the_longest_rows() -> None:
-    """A row of 16384 scores is 32 of them a thread, and their flags and running counts fill its 128 registers."""
-    spilled = {(row["op"], row["case"]) for row in recorded() if row["arch"] == "sm_90" and row["spill_bytes"] != "0"}
-    assert spilled <= {("segmented_topk", "one of 16384")}
+def test_little_spills_on_sm_90_and_docs_say_what() -> None:
+    """A row of 16384 scores is 32 of them a thread; text rows of seven heads keep four sums and three vectors each."""
+    spilled = {
+        (row["op"], row["case"]): int(row["spill_bytes"])
+        for row in recorded()
+        if row["arch"] == "sm_90" and row["spill_bytes"] != "0"
+    }
+    assert set(spilled) <= {("segmented_topk", "one of 16384"), ("redistribute_attention", "48 text rows, Qwen2-7B")}
+    assert max(spilled.values()) <= 24
 
 
 def test_every_kernel_is_among_the_cases() -> None:

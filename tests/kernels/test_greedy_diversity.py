@@ -148,6 +148,14 @@ def test_the_pivotless_start_is_the_most_isolated_token() -> None:
     assert greedy_diversity(features, 2, "k_center").tolist() == [[3, 5]]
 
 
+def test_two_that_are_each_others_nearest_tie_though_a_product_rounds_them_apart() -> None:
+    above = torch.nextafter(torch.tensor(0.375), torch.tensor(1.0))
+    table = torch.tensor([[-torch.inf, 0.25, 0.5], [0.25, -torch.inf, 0.375], [0.5, float(above), -torch.inf]])
+    assert module._nearest(table).tolist() == module._nearest(table.T).tolist() == [0.5, float(above), 0.5]
+    pair = torch.tensor([[-torch.inf, 0.375], [float(above), -torch.inf]])
+    assert int(module._nearest(pair).argmin()) == int(module._nearest(pair.T).argmin()) == 0
+
+
 def test_a_sparse_choice_costs_k_rows_and_a_dense_one_a_gram_product() -> None:
     first = torch.zeros(2, dtype=torch.int64)
     for n, k, pivot in ((200, 5, first), (200, 150, first), (200, 5, None), (40, 40, first), (40, 1, first)):

@@ -99,7 +99,7 @@ class ToDRE(Pruner):
     def stages(self, budget: Budget, depths: Depths) -> tuple[Stage, ...]:
         first = Stage("input", self, budget)
         layer = int(self.depth * depths.decoder)
-        if not self.fade or layer < depths.first_cut or budget.keep == 1.0:
+        if not self.fade or layer < depths.first_cut or (isinstance(budget.keep, float) and budget.keep == 1.0):
             return (first,)
         return (first, Stage(f"layer:{layer}", Fade(tau=self.tau), Budget(1.0)))
 
