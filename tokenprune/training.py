@@ -25,16 +25,18 @@ class LossAfterPruning:
 
     def __init__(self, compaction: Callable[[], Compaction | None]) -> None:
         self._compaction = compaction
+        self._parameters: list[str] = []
         self._labels: Tensor | None = None
         self._arguments: dict[str, Any] = {}
 
     def install(self, model: Any, ledger: Ledger) -> None:
         """Hook the model that computes the loss."""
+        self._parameters = list(inspect.signature(model.forward).parameters)
         ledger.hook(model.register_forward_pre_hook(opaque(self._take_labels), with_kwargs=True))
         ledger.hook(model.register_forward_hook(opaque(self._give_loss)))
 
     def _take_labels(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs}
+        call = {**dict(zip(self._parameters, args)), **kwargs}
         self._labels = call.get("labels")
         if self._labels is None:
             return None
