@@ -171,8 +171,7 @@ class RunConfig:
         for name, value in switches.items():
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be true or false, got {value!r}.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed must be an integer, got {self.seed!r}.")
+        check_seed(self.seed)
         _check_seeds(self.seeds)
         check_dtype(self.dtype)
         for model in self.models:
@@ -212,10 +211,18 @@ def _positive(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
 
 
+def check_seed(seed: Any) -> None:
+    """Raise ValueError unless every generator of random numbers takes this seed."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer from 0 to {2**32 - 1}, got {seed!r}.")
+
+
 def _check_seeds(seeds: Any) -> None:
     whole = isinstance(seeds, list) and all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds)
     if not whole or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be a list of integers, each once, got {seeds!r}.")
+    for seed in seeds:
+        check_seed(seed)
 
 
 def digest(data: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import islice
 from typing import Any
 
 from tokenprune.evals.answering import Answered
@@ -51,6 +50,7 @@ def measure(
     where = clocked_on(loaded.model)
     machine = digest(where)
     samples: list[Sample] | None = None
+    unread = 0
     for point in points:
         key = measure_key(config, settings, point, machine)
         if key not in store:
@@ -58,7 +58,7 @@ def measure(
             failure = None
             try:
                 if samples is None:
-                    samples = _pictured(task, config.measure.samples)
+                    samples, unread = _pictured(task, config.measure.samples)
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always", UserWarning)
                     if samples:
@@ -72,16 +72,24 @@ def measure(
             if failure is not None:
                 release_memory(failure)
                 row.update(failure.as_dict())
-            store.append([row])
+            if samples or failure is not None or not unread:
+                store.append([row])  # else the pictures may be there the next time
         on_progress(point.label)
     return machine
 
 
-def _pictured(task: Task, wanted: int) -> list[Sample]:
-    """The first samples that can be read and have a picture: a text alone costs the same pruned."""
-    places = range(task.size)
-    read = (sample for place in places for sample in read_batch(task, place, place + 1).samples if sample.visuals)
-    return list(islice(read, wanted))
+def _pictured(task: Task, wanted: int) -> tuple[list[Sample], int]:
+    """The first samples that can be read and have a picture (a text alone costs the same pruned), and how many could
+    not be read on the way."""
+    found: list[Sample] = []
+    unread = 0
+    for place in range(task.size):
+        batch = read_batch(task, place, place + 1)
+        unread += len(batch.unread)
+        found += [sample for sample in batch.samples if sample.visuals]
+        if len(found) >= wanted:
+            break
+    return found[:wanted], unread
 
 
 def read_costs(

@@ -156,6 +156,7 @@ def file_task(path: Path) -> Task:
             "Leave the column out to number them."
         )
     if not isinstance(data.features[columns["image"]], ImageFeature):
+        data = _beside(data, columns["image"], path.parent / str(spec["data"]))
         data = data.cast(Features({**data.features, columns["image"]: ImageFeature()}))
 
     def load(start: int, stop: int) -> Iterator[Sample]:
@@ -204,6 +205,21 @@ def _load(path: Path, spec: dict[str, Any]) -> Any:
         return load_dataset(kind, data_files=str(source), split="train")
     name = str(source) if source.is_dir() else str(spec["data"])
     return load_dataset(name, spec.get("subset"), split=spec.get("split", "test"))
+
+
+def _beside(data: Any, column: str, source: Path) -> Any:
+    """`data` whose relative paths of pictures are looked for beside their data file first."""
+    from datasets import Value
+
+    if not source.is_file() or data.features[column] != Value("string"):
+        return data
+
+    def found(name: str | None) -> str | None:
+        own = source.parent / (name or "")
+        return str(own) if name and own.is_file() else name
+
+    names = [found(name) for name in data[column]]
+    return data.remove_columns(column).add_column(column, names)
 
 
 def _choices(row: dict[str, Any], where: Any) -> dict[str, str]:

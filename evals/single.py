@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tokenprune.api import applied
@@ -42,7 +43,6 @@ def run_single(
         FileNotFoundError: no such picture.
         ValueError: the method needs hints that a picture of one's own does not have, or there is no such sample.
     """
-    from PIL import Image
     from transformers.utils import logging
 
     with refusing():
@@ -52,39 +52,54 @@ def run_single(
         if image is not None and any("boxes" in pruner.hints for pruner in pruners):
             raise ValueError(f"{method} needs boxes that suffice for the answer; leave --image out.")
         if image is not None:
-            asked = Sample("picture", "all", str(question), None, Image.open(image))
+            asked = Sample("picture", "all", str(question), None, _opened(image))
         else:
             task = load_task(default_task(model))
             if not 0 <= sample < task.size:
                 raise ValueError(f"--sample must be in 0 to {task.size - 1}, got {sample}.")
             asked = next(task.load(sample, sample + 1))
     logging.disable_progress_bar()
+    target = Path(output)
     with refusing():
+        target.parent.mkdir(parents=True, exist_ok=True)
         loaded = load_model(model, dtype, device)
+        inputs = dict(loaded.inputs([asked.question], [asked.image]))
     point = Point(model, "pocket", method, keep, tuple(sorted(options.items())))
-    inputs = dict(loaded.inputs([asked.question], [asked.image]))
     before = visual_tokens(loaded, inputs)[0]
     plain, _, _ = answer_batch(loaded, Point(model, "pocket", NONE, None), [asked], inputs, 0, max_new_tokens)
     said = _settle(loaded, point, asked, inputs)
     pruned, counts, kept = answer_batch(loaded, point, [asked], inputs, 0, max_new_tokens)
 
     console = Console()
-    console.print(f"question  {asked.question}", highlight=False)
+    console.print(f"question  {asked.question}", highlight=False, markup=False)
     if asked.answer is not None:
-        console.print(f"expected  {asked.answer}", highlight=False)
+        console.print(f"expected  {asked.answer}", highlight=False, markup=False)
     table = Table(box=None, pad_edge=False)
     for head in ("", "visual tokens", "answer"):
         table.add_column(head, justify="right" if head == "visual tokens" else "left")
-    table.add_row("unpruned", str(before), plain[0])
-    table.add_row(method_of(point, 0).label, str(counts[0]), pruned[0])
+    table.add_row("unpruned", str(before), escape(plain[0]))
+    table.add_row(escape(method_of(point, 0).label), str(counts[0]), escape(pruned[0]))
     console.print(table)
     for line in said:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-    target = Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
     draw_kept(seen_views(loaded, inputs, asked.visuals[0]), point, kept[0]).save(target, optimize=True)
-    console.print(f"overlay   {target}", soft_wrap=True, highlight=False)
+    console.print(f"overlay   {target}", soft_wrap=True, highlight=False, markup=False)
     return 0
+
+
+def _opened(path: str) -> Any:
+    """The picture in a file, turned as its camera says, as the pictures of tasks are.
+
+    Raises:
+        ValueError: the file holds none, or half of one.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as found:
+            return ImageOps.exif_transpose(found)
+    except Exception as error:  # decoders raise what they like
+        raise ValueError(f"{path} cannot be read as a picture ({error}). Give a PNG, a JPEG or the like.") from error
 
 
 def _settle(loaded: LoadedModel, point: Point, asked: Sample, inputs: dict[str, Any]) -> tuple[str, ...]:

@@ -107,7 +107,7 @@ class ModelWork:
             task = self.tasks[name]
             count = task.count(self.config.limit)
             limited = f", the first {count} of {task.size} samples" if self.config.limit else ""
-            self.console.print(f"{self.loaded.name} on {task.name}: {len(own)} points{limited}")
+            self.console.print(f"{self.loaded.name} on {task.name}: {len(own)} points{limited}", markup=False)
             with show_progress(self.console) as progress:
                 places = range(count)
                 size = self.config.batch_size

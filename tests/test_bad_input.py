@@ -155,3 +155,27 @@ def test_features_computed_before_apply_are_refused():
         features = model().get_image_features(batch.pop("pixel_values"), return_dict=True)
         with tokenprune.applied(model(), "uniform@9"), pytest.raises(ValueError, match="before tokenprune was applied"):
             model()(**batch, mm_encoder_outputs={"image": features})
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ({"method": "holov", "power": "a"}, "power of holov must be a number, got 'a'"),
+        ({"method": "holov", "crops": 2.5}, "crops of holov must be an integer, got 2.5"),
+        ({"method": "vtc_cls", "start_layer": 1.5}, "start_layer of vtc_cls must be an integer, got 1.5"),
+        ({"method": "todre", "fade": "maybe"}, "fade of todre must be true or false, got 'maybe'"),
+        ({"method": "todre", "tau": True}, "tau of todre must be a number, got True"),
+        ({"method": "random", "seed": "a"}, "seed of random must be an integer, got 'a'"),
+        ({"method": "var", "p": "a"}, "p of var must be a number, got 'a'"),
+        ({"method": "holov", "variant": 3}, "variant of holov must be a text, got 3"),
+    ],
+)
+def test_options_of_another_kind_are_refused(method, says):
+    budget = {} if method["method"] == "var" else {"keep": 8}
+    with pytest.raises(TypeError, match=says):
+        tokenprune.apply(tiny_llava(), {**method, **budget})
+
+
+def test_options_may_be_none_and_numbers_of_any_kind():
+    for method in ({"method": "holov", "crops": None, "power": 1}, {"method": "todre", "tau": 1}):
+        tokenprune.apply(tiny_llava(), {**method, "keep": 8}).remove()

@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tokenprune: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where it was.", file=sys.stderr)
+        goes_on = args.command in ("eval", "sweep", "demo", "tune", "recommend")
+        print("\nStopped." + " The same command goes on where it was." * goes_on, file=sys.stderr)
         return 130
 
 

@@ -59,7 +59,7 @@ class Engine:
         for stage in stages:
             for signal in stage.signals(adapter.tower):
                 check_decoder_signal(signal, stage.site, stage.depth if stage.place == "layer" else -2)
-                check_vision_signal(signal, stage)
+                check_vision_signal(signal, stage, adapter.tower.feature_layer)
         self._tower = TowerWatch(adapter, stages, tuple(dict.fromkeys(signals)), self._tower_hint)
         self._read_layers = {signal.layer for signal in signals if signal.name in DECODER_SIGNALS}
         self._transitions = Transitions(adapter, signals, self._now)

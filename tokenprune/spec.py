@@ -7,6 +7,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,27 @@ def _make(kind: str, cls: Any, name: str, options: Mapping[str, Any]) -> Any:
             raise TypeError(
                 f"{kind} {name!r} has no option {option!r}.{near(option, known)} Its options: {', '.join(known)}."
             )
+    for field in dataclasses.fields(cls):
+        if field.name in options:
+            _check_kind(name, field, options[field.name])
     return cls(**options)
+
+
+_KINDS = {"int": (Integral, "an integer"), "float": (Real, "a number"), "bool": (bool, "true or false"),
+          "str": (str, "a text")}  # fmt: skip
+
+
+def _check_kind(name: str, field: dataclasses.Field[Any], value: Any) -> None:
+    """Raise TypeError unless a value is what the field's annotation says; annotations of other kinds say nothing."""
+    wanted = [part.strip() for part in str(field.type).split("|")]
+    kinds = [_KINDS[part] for part in wanted if part in _KINDS]
+    if len(kinds) < len(set(wanted) - {"None"}) or (value is None and "None" in wanted):
+        return
+    classes = tuple(cls for cls, _ in kinds)
+    # True is an int to Python, and to nobody who writes an option
+    if not isinstance(value, classes) or (isinstance(value, bool) and bool not in classes):
+        expected = " or ".join(dict.fromkeys(text for _, text in kinds))
+        raise TypeError(f"{field.name} of {name} must be {expected}, got {value!r}.")
 
 
 @dataclass(frozen=True)

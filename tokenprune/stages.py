@@ -73,13 +73,15 @@ class Depths:
     one_size: bool = True
 
 
-def check_vision_signal(signal: Signal, stage: Stage) -> None:
-    """Raise ValueError if a stage inside the vision tower asks for what the tower computes behind its cut."""
+def check_vision_signal(signal: Signal, stage: Stage, feature: int) -> None:
+    """Raise ValueError if a stage inside the vision tower asks for what the tower computes behind its cut; `feature` is
+    the block that makes the visual tokens, before which the last cut can be."""
     if stage.place != "vision" or signal.name not in VISION_SIGNALS or signal.layer <= stage.depth:
         return
+    instead = f"'vision:{signal.layer}' or later, or at " if signal.layer < feature else ""
     raise ValueError(
         f"{stage.pruner.name} reads block {signal.layer} of the vision tower, and {stage.site!r} comes before that has "
-        f"run. Cut at 'vision:{signal.layer}' or later, or at 'input'."
+        f"run. Cut at {instead}'input'."
     )
 
 

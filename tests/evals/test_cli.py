@@ -44,6 +44,11 @@ def test_starts_without_torch():
     [
         (["eval", "--method", "uniform"], "Say how many visual tokens uniform keeps"),
         (["eval", "--method", "none", "--keep", "4"], "leave --keep out"),
+        (["eval", "--method", "uniform@9", "--keep", "4"], "says its own budget, uniform@9; leave --keep 4 out"),
+        (["run", "--method", "uniform@9", "--keep", "4"], "says its own budget, uniform@9; leave --keep 4 out"),
+        (["eval", "--method", "uniform@9", "--seed", "-1"], "seed must be an integer from 0 to"),
+        (["eval", "--method", "uniform@9", "--seed", str(2**32)], "seed must be an integer from 0 to"),
+        (["eval", "--method", "holov@9", "--set", "power=a"], "power of holov must be a number, got 'a'"),
         (["eval", "--method", "uniform", "--keep", "1.5"], "must be in"),
         (["eval", "--method", "uniform", "--keep", "4", "--set", "positions"], "OPTION=VALUE"),
         (["eval", "--method", "uniform", "--keep", "4", "--set", "position=keep"], "Did you mean 'positions'"),
@@ -170,3 +175,37 @@ def test_two_evals_that_differ_have_two_default_folders(tiny_folder, tiny_task):
     others = [folder(*change) for change in changes]
     assert len({plain, *others}) == 1 + len(changes) and all(name.startswith(f"{plain}-") for name in others)
     assert folder("--limit", "3") == others[3]
+
+
+def test_run_takes_text_as_it_is_and_pictures_as_cameras_mean_them(tiny_folder, tmp_path, capsys, monkeypatch):
+    from PIL import Image
+
+    from tokenprune.evals import single
+
+    turned = Image.new("RGB", (60, 30), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert single._opened(str(tmp_path / "turned.jpg")).size == (30, 60)
+    argv = ["run", "--model", tiny_folder, "--method", "uniform@9", "--max-new-tokens", "2"]
+    question = "is [red]this[/red] a box [/foo]"
+    monkeypatch.setattr(single, "answer_batch", lambda *args: (["[b]so[/c]"], [9], [range(9)]))
+    monkeypatch.setattr(single, "draw_kept", lambda *args: turned)
+    output = str(tmp_path / "[b]" / "o.png")
+    assert main([*argv, "--image", str(tmp_path / "turned.jpg"), "--question", question, "--output", output]) == 0
+    said = capsys.readouterr().out
+    assert question in said and said.count("[b]so[/c]") == 2 and output in said.replace("\n", "")
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n truncated"])
+def test_run_refuses_what_is_no_picture(content, tiny_folder, tmp_path, capsys):
+    (tmp_path / "x.png").write_bytes(content)
+    argv = ["run", "--model", tiny_folder, "--method", "uniform@9", "--image", str(tmp_path / "x.png")]
+    assert main([*argv, "--question", "what"]) == 2
+    assert "cannot be read as a picture" in capsys.readouterr().err
+
+
+def test_run_refuses_an_output_before_it_answers(tiny_folder, tmp_path, capsys):
+    (tmp_path / "file.png").write_bytes(b"")
+    argv = ["run", "--model", tiny_folder, "--method", "uniform@9", "--output", str(tmp_path / "file.png" / "o.png")]
+    assert main(argv) == 2 and "file.png" in capsys.readouterr().err

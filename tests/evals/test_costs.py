@@ -105,3 +105,11 @@ def test_an_unreadable_first_sample_stops_no_run(tiny, tiny_task):
         frames = [next(load_task(tiny_task).load(0, 1)).image] * 4
         film = replace(next(load_task(tiny_task).load(0, 1)), image=frames)
         check_points(tiny, replace(load_task(tiny_task), load=lambda *places: iter([film])), POINTS, 0)
+
+
+def test_costs_come_once_pictures_that_could_not_be_read_are_there(store, tiny, tiny_task):
+    task = load_task(tiny_task)
+    found, notes = measured(store, tiny, broken_at(task, *range(6)), Measure(samples=1, times=False))
+    assert not found and all("are measured again when the run is started again" in note for note in notes)
+    found, notes = measured(store, tiny, broken_at(task), Measure(samples=1, times=False))
+    assert not notes and [one["kv"]["measured"] > 0 for one in found.values()] == [True, True]

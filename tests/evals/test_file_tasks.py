@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,20 @@ def test_an_id_that_is_there_twice_is_refused_before_the_work(tmp_path):
     (tmp_path / "t.yaml").write_text("data: rows.parquet\ncolumns: {id: key}\n")
     with pytest.raises(ValueError, match="the column 'key' has '3' twice"):
         load_task(str(tmp_path / "t.yaml"))
+
+
+def test_pictures_are_looked_for_beside_their_data_file(tmp_path, monkeypatch):
+    inside, here = tmp_path / "sub", tmp_path / "here"
+    (inside / "pics").mkdir(parents=True)
+    here.mkdir()
+    Picture.new("RGB", (42, 42), "red").save(inside / "pics" / "a.png")
+    Picture.new("RGB", (42, 42), "blue").save(here / "b.png")
+    rows = [{"image": name, "question": "what", "answer": "red"} for name in ("pics/a.png", "b.png")]
+    rows.append({"image": None, "question": "what", "answer": "red"})
+    (inside / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (inside / "mine.yaml").write_text("data: d.jsonl\n")
+    monkeypatch.chdir(here)
+    found = list(load_task(str(inside / "mine.yaml")).load(0, 3))
+    assert [sample.image.getpixel((0, 0)) if sample.visuals else None for sample in found] == [
+        (255, 0, 0), (0, 0, 255), None,
+    ]  # fmt: skip

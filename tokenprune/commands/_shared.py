@@ -49,6 +49,9 @@ def check_keep(method: str, keep: Any) -> None:
 
     if needs_budget(method) and keep is None:
         raise ValueError(f"Say how many visual tokens {method} keeps: --keep 64 or --keep 0.25.")
+    said = [part for part in pruner_parts(method) if "@" in part]
+    if keep is not None and said:
+        raise ValueError(f"{method} says its own budget, {said[0]}; leave --keep {keep} out.")
     if keep is not None and method != NONE and not pruner_parts(method):
         raise ValueError(f"{method} changes attention and keeps every token; leave --keep out.")
 
@@ -87,8 +90,8 @@ def execute(config: Any, executor: Any = None) -> int:
     if cut_short(config.all_tasks, config.limit):
         console.print(f"A limit of {config.limit} samples was set: these are not the numbers of the whole task.")
     for note in done.warnings:
-        console.print(f"[yellow]{note}[/yellow]")
+        console.print(note, style="yellow", markup=False)
     console.print(f"{done.seconds:.0f} s. Written:")
     for file in done.files:
-        console.print(f"  {file}", soft_wrap=True, highlight=False)
+        console.print(f"  {file}", soft_wrap=True, highlight=False, markup=False)
     return 0

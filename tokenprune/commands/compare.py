@@ -36,7 +36,7 @@ def _compare(args: argparse.Namespace) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=160)
     for task in dict.fromkeys(each.task for each in found):
         own = [each for each in found if each.task == task]
-        console.print(f"\n{task}: A = {args.first}, B = {args.second}", highlight=False)
+        console.print(f"\n{task}: A = {args.first}, B = {args.second}", highlight=False, markup=False)
         if len(own) == 1:
             rows = [
                 (family, own[0].accuracies[family], comparison, None) for family, comparison in own[0].families.items()

@@ -61,12 +61,12 @@ def _recommend(args: argparse.Namespace) -> int:
     files = write(config, found)
     console.print(table(config, found))
     for line in sentences(config, found):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
     for label, why in found.left_out.items():
-        console.print(f"Not searched: {label}: {why}", highlight=False)
+        console.print(f"Not searched: {label}: {why}", highlight=False, markup=False)
     console.print(f"{found.seconds:.0f} s. Written:")
     for file in files:
-        console.print(f"  {file}", soft_wrap=True, highlight=False)
+        console.print(f"  {file}", soft_wrap=True, highlight=False, markup=False)
     return 0 if found.chosen is not None else NOT_FOUND
 
 
