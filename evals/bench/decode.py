@@ -8,7 +8,10 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+COLUMNS = ("model", "method", "steps", "samples", "stock_ms", "changed_ms", "ratio")
 
 
 def measure(model: str, method: str, steps: int, samples: int) -> dict[str, float]:
@@ -45,15 +48,25 @@ def measure(model: str, method: str, steps: int, samples: int) -> dict[str, floa
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+    """Measure, print and, where asked, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="pocket-llava", help="pocket name, folder or hub id (%(default)s)")
     parser.add_argument("--method", default="var(channels=[47, 75, 250], tau=4.8)", help="what to apply (%(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="decode steps per prompt (%(default)s)")
     parser.add_argument("--samples", type=int, default=3, help="prompts (%(default)s)")
+    parser.add_argument("--runs", type=int, default=1, help="how often, each with models loaded anew (%(default)s)")
+    parser.add_argument("--out", type=Path, help="a CSV to write, with hardware, versions, commit and date")
     options = parser.parse_args(argv)
-    found = measure(options.model, options.method, options.steps, options.samples)
-    print(f"stock {found['stock'] * 1e3:.2f} ms, changed {found['changed'] * 1e3:.2f} ms, ratio {found['ratio']:.3f}")
+    from tokenprune.evals.bench.table import Table
+
+    table = None if options.out is None else Table(options.out, COLUMNS)
+    asked = {name: getattr(options, name) for name in ("model", "method", "steps", "samples")}
+    for _ in range(options.runs):
+        found = measure(**asked)
+        stock, changed = found["stock"] * 1e3, found["changed"] * 1e3
+        print(f"stock {stock:.2f} ms, changed {changed:.2f} ms, ratio {found['ratio']:.3f}")
+        if table is not None:
+            table.add({**asked, "stock_ms": stock, "changed_ms": changed, "ratio": found["ratio"]})
 
 
 if __name__ == "__main__":

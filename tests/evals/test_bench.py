@@ -139,7 +139,9 @@ def test_kernels_are_held_against_the_floor(tmp_path):
 
 
 @pytest.mark.pocket
-def test_decode_says_what_was_applied(capsys):
-    decode.main(["--steps", "2", "--samples", "1"])
+def test_decode_says_what_was_applied(capsys, tmp_path):
+    decode.main(["--steps", "2", "--samples", "1", "--runs", "2", "--out", str(tmp_path / "decode.csv")])
+    rows = list(csv.DictReader((tmp_path / "decode.csv").open()))
+    assert len(rows) == 2 and all(float(row["changed_ms"]) > 0 and row["commit"] for row in rows)
     said = capsys.readouterr().out
     assert "var" in said and "ratio" in said
