@@ -86,7 +86,7 @@ def make_plan(config: RunConfig) -> Plan:
     from tokenprune.evals.runner import settings_digest
 
     notes: list[str] = []
-    rows, broken = _finished(config.folder)
+    rows, torn, broken = _finished(config.folder)
     models: dict[str, Outline | None] = {}
     settings: dict[str, str] = {}
     for name in config.models:
@@ -115,8 +115,10 @@ def make_plan(config: RunConfig) -> Plan:
         notes.append(
             f"{others} rows of the run folder belong to other points, weights, code or settings; none counts here."
         )
+    if torn:
+        notes.append(f"{torn} lines in the run folder are torn at their end and would be written anew.")
     if broken:
-        notes.append(f"{broken} lines in the run folder are torn and would be written anew.")
+        notes.append(f"{broken} lines in the run folder are no JSON rows; the run refuses them until they are removed.")
     return Plan(config, planned, notes)
 
 
@@ -158,20 +160,22 @@ def _needs(point: Point, cost: Estimate | None) -> tuple[str, ...]:
     return (*hub, *task_needs(point.task), *hints)
 
 
-def _finished(folder: Path) -> tuple[dict[tuple[str, str], set[str]], int]:
-    """Ids of answered samples by settings and point, and the number of torn lines; nothing is written or mended."""
+def _finished(folder: Path) -> tuple[dict[tuple[str, str], set[str]], int, int]:
+    """Ids of answered samples by settings and point, the number of torn last lines and that of others that are no rows;
+    nothing is written or mended."""
     found: dict[tuple[str, str], set[str]] = {}
-    broken = 0
-    lines = (line for path in sorted(folder.glob("samples*.jsonl")) for line in path.read_bytes().split(b"\n"))
-    for line in lines:
-        try:
-            row: Any = json.loads(line) if line.strip() else None
-        except ValueError:
-            broken += 1
-            continue
-        if row is not None and not row.get("error"):
-            found.setdefault((row["settings"], row["point"]), set()).add(row["sample_id"])
-    return found, broken
+    torn = broken = 0
+    for path in sorted(folder.glob("samples*.jsonl")):
+        *lines, last = path.read_bytes().split(b"\n")
+        torn += bool(last)
+        for line in lines:
+            try:
+                row: Any = json.loads(line)
+                if not row.get("error"):
+                    found.setdefault((row["settings"], row["point"]), set()).add(row["sample_id"])
+            except (ValueError, KeyError, AttributeError):
+                broken += 1
+    return found, torn, broken
 
 
 def plan_tables(plan: Plan) -> list[Table]:

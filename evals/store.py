@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tokenprune.evals.config import Refused
 from tokenprune.evals.files import DiskRefuses
 
 
@@ -51,7 +52,7 @@ class RowStore:
                     row = json.loads(line)
                     self._take(row)
                 except (ValueError, TypeError, KeyError):
-                    raise ValueError(
+                    raise Refused(
                         f"Line {number} of {path} is no JSON row. Remove that line, or the file, to run again."
                     ) from None
 

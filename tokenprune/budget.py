@@ -78,7 +78,7 @@ def read_budget(text: str) -> int | float | str:
     Raises:
         ValueError: no number.
     """
-    if text.startswith(AVERAGE):
+    if text.startswith(AVERAGE) and text != AVERAGE:
         return f"{AVERAGE}{Budget(read_number(text[len(AVERAGE) :].lstrip(':'))).keep}"
     return read_number(text)
 

@@ -219,6 +219,8 @@ def parse_method(method: Any, keep: Any = None, average: Any = None, **options: 
     open_entries = [entry for entry in entries if entry.keep is None]
     if average is None and open_entries:
         name = open_entries[0].pruner.name or "name"
+        if len(entries) > 1:
+            raise ValueError(f"Each of several stages needs a budget of its own; {name} has none: {name}@128.")
         raise ValueError(f"Say how many visual tokens to keep: keep=128, keep=0.25 or {name}@128.")
     if average is not None:
         Budget(average)

@@ -169,7 +169,12 @@ def test_a_started_run_shows_how_much_is_done(tmp_path, tiny_folder, tiny_task):
     assert sum(one.done for one in plan.points) == len(lines) - 2
     assert {one.samples for one in plan.points} == {8}
     assert "1 lines in the run folder are torn" in "\n".join(plan_lines(plan))
+    assert "no JSON rows" not in "\n".join(plan_lines(plan))
     assert file.read_bytes() == before
+    file.write_text("{oops\n" + "".join(lines))
+    notes = "\n".join(plan_lines(make_plan(config(tmp_path, tiny_folder, limit=8, **settings))))
+    assert "1 lines in the run folder are no JSON rows; the run refuses them" in notes and "torn" not in notes
+    file.write_bytes(before)
     # another process of the run may have answered the rest
     (tmp_path / "samples.rank1.jsonl").write_text(lines[-1] + lines[0])
     assert sum(one.done for one in make_plan(config(tmp_path, tiny_folder, **settings)).points) == len(lines) - 1

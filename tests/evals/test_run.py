@@ -155,7 +155,7 @@ def test_store_drops_a_torn_line_and_refuses_a_broken_one(tmp_path):
     assert [row["id"] for row in again.rows()] == [1, 2, 3] and again.get((2,)) == {"id": 2}
     assert path.read_bytes().endswith(b"\n")
     path.write_bytes(b"no json\n" + path.read_bytes())
-    with pytest.raises(ValueError, match="Line 1 of .* is no JSON"):
+    with pytest.raises(Refused, match="Line 1 of .* is no JSON"):
         RowStore(path, ("id",))
 
 
