@@ -51,6 +51,8 @@ def segmented_topk(scores: Tensor, sizes: Sequence[int], quotas: Tensor | None, 
 
 def reference(scores: Tensor, sizes: list[int], quotas: Tensor | None, total: int) -> Tensor:
     """`segmented_topk` in PyTorch."""
+    if quotas is None and total == 1:
+        return scores.argmax(dim=1, keepdim=True)  # documented to be the first of equal ones, and NaN is the largest
     # torch.topk leaves the order of ties open; a stable sort does not
     by_score = torch.sort(scores, dim=1, descending=True, stable=True).indices
     if quotas is None:

@@ -111,7 +111,8 @@ def choose(stage: Stage, tower: Tower, asked: Sequence[Asked]) -> tuple[list[Ans
 def make_view(stage: Stage, tower: Tower, items: Sequence[Asked]) -> View:
     """The view of items of one shape."""
     pruner, first = stage.pruner, items[0]
-    features = torch.stack([item.features() for item in items])
+    found = [item.features() for item in items]
+    features = found[0][None] if len(found) == 1 else torch.stack(found)  # they are copies already
     device = features.device
     return View(
         features=features,

@@ -52,10 +52,11 @@ class Selection:
                 f"got {tuple(self.features.shape)}."
             )
         if indices.device.type == "cpu":
-            counts = torch.tensor(self.counts or [indices.shape[1]] * count)[:, None]
-            read = torch.arange(indices.shape[1]) < counts
-            in_range = bool(((indices >= 0) & (indices < num_tokens) | ~read).all())
-            if not in_range or not bool(((indices.diff(dim=1) > 0) | ~read[:, 1:]).all()):
+            increasing, inside = indices.diff(dim=1) > 0, (indices >= 0) & (indices < num_tokens)
+            if self.counts is not None:
+                unread = torch.arange(indices.shape[1]) >= torch.tensor(self.counts)[:, None]
+                increasing, inside = increasing | unread[:, 1:], inside | unread
+            if not bool(inside.all()) or not bool(increasing.all()):
                 raise ValueError(
                     f"Selected indices must be strictly increasing and in [0, {num_tokens}); got {indices.tolist()}."
                 )
