@@ -18,13 +18,11 @@ class _OfThisObject:
     def __init__(self, label: str) -> None:
         self._label = label
 
-    def _refuse(self, *args: Any) -> NoReturn:
+    def __deepcopy__(self, memo: Any) -> NoReturn:
         raise TypeError(
-            f"{self._label} is at work on this model object, and neither a copy nor a pickle of it would work alike. "
-            "Call the handle's remove() first, or save its weights with save_pretrained() or state_dict()."
+            f"{self._label} is at work on this model object, and a copy of it would not work alike. Call the handle's "
+            "remove() first, or save its weights with save_pretrained() or state_dict()."
         )
-
-    __deepcopy__ = __reduce__ = _refuse
 
 
 class Guards:
