@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.ledger import Ledger
+from tokenprune.seams import cache_of
 
 _NAMES = ("inputs", "input_ids", "inputs_embeds")
 
 
 def _length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """Tokens of the conversation when `generate` is called with these arguments; None if they do not say."""
-    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask.shape[1]  # it covers the cache too, where ids may be those of the new turn alone
     given = [args[0] if args else None, *(kwargs.get(name) for name in _NAMES)]

@@ -29,6 +29,7 @@ from tokenprune.ledger import Ledger
 from tokenprune.opaque import opaque
 from tokenprune.prompt import Cutter, Prompt
 from tokenprune.recording import Recording, sources_of
+from tokenprune.seams import cache_in, cache_of
 from tokenprune.signals import DECODER_SIGNALS
 from tokenprune.stages import Stage, check_vision_signal
 from tokenprune.tower import TowerWatch
@@ -113,7 +114,7 @@ class Engine:
         }
         if not any(given.values()):
             return
-        if getattr(call.get("past_key_values"), "is_compileable", False):
+        if getattr(cache_of(call), "is_compileable", False):
             raise ValueError(
                 "A static cache has one fixed length for all layers and rows, so it cannot hold a pruned prompt, and "
                 "its keys cannot be kept track of. "
@@ -205,7 +206,7 @@ class Engine:
     # --- the decoder ------------------------------------------------------------------------------------------------
 
     def _before_decoder(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         before, prompt = pruned_prompt(cache), self._prompt
         embeds = kwargs.get("inputs_embeds")
         self._pass = None
@@ -277,7 +278,7 @@ class Engine:
     def _after_decoder(self, module: Any, args: Any, output: Any) -> None:
         current, self._pass = self._pass, None
         self._serve(None)
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_in(output)
         self.attending.finish(cache)
         if current is None:
             return
@@ -357,7 +358,7 @@ class Engine:
             self._entered[layer] = self._layer_input(layer, module, hidden, fitted, current)
         if stage is not None and prompt is not None:
             with prompt.watch.running(hidden.device):
-                hidden = self._cut_layer(stage, prompt, current, hidden, kwargs.get("past_key_values"))
+                hidden = self._cut_layer(stage, prompt, current, hidden, cache_of(kwargs))
         differs = current.differs(layer)
         if differs:
             kwargs = current.arguments(layer, hidden, kwargs)
@@ -372,7 +373,7 @@ class Engine:
     def _layer_input(
         self, layer: int, module: Any, hidden: Tensor, kwargs: dict[str, Any], current: DecoderPass
     ) -> LayerInput:
-        cache, keys, seen = kwargs.get("past_key_values"), None, None
+        cache, keys, seen = cache_of(kwargs), None, None
         if current.past and cache is not None:
             held = current.past - (current.before.hidden(layer) if current.before else 0)
             keys, seen = cache.layers[layer].keys, current.seen(layer)

@@ -1,0 +1,18 @@
+"""What differs between releases of transformers: the names of arguments and outputs, read here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_CACHE = ("cache", "past_key_values")  # the newer name, since 5.24, and the older one, which goes with 5.40
+
+
+def cache_of(kwargs: Mapping[str, Any]) -> Any:
+    """The KV cache among the arguments of a model, decoder or layer; None if there is none."""
+    return next((kwargs[name] for name in _CACHE if kwargs.get(name) is not None), None)
+
+
+def cache_in(output: Any) -> Any:
+    """The KV cache in the output of a model or decoder; None if there is none."""
+    return next((found for name in _CACHE if (found := getattr(output, name, None)) is not None), None)
