@@ -14,6 +14,7 @@ from torch import Tensor
 from tokenprune.adapters._base import Adapter, VisionTower, decoder_of
 from tokenprune.adapters._cost import text_sizes
 from tokenprune.adapters._vit import CLIP_PIXELS
+from tokenprune.calls import Scratch
 from tokenprune.cost import ModelShape, tower_flops
 from tokenprune.layout import Raster, Visual
 from tokenprune.recording import TowerWork
@@ -69,16 +70,16 @@ class QwenTower(VisionTower):
 
     def watch(self, block: int, done: Callable[[Any], None]) -> list[Any]:
         attention = self.blocks[block].attn
-        seen: dict[str, Any] = {}
+        seen = Scratch()
 
         def on_start(module: Any, args: Any, kwargs: Any) -> None:
-            seen["rotation"] = kwargs["position_embeddings"]
+            seen.values["rotation"] = kwargs["position_embeddings"]
 
         def on_projected(module: Any, args: Any, output: Tensor) -> None:
-            seen["qkv"] = output.detach()
+            seen.values["qkv"] = output.detach()
 
         def on_done(module: Any, args: Any, output: Any) -> None:
-            parts = self._heads(seen.pop("qkv"), seen.pop("rotation"))
+            parts = self._heads(*seen.take("qkv", "rotation"))
 
             def read(run: Any, pictures: Sequence[int], count: int) -> tuple[Tensor, ...]:
                 length = count * self.patches_per_cell

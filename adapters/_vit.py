@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.adapters._base import VisionTower
+from tokenprune.calls import Scratch
 from tokenprune.cost import ModelShape
 from tokenprune.recording import TowerWork
 from tokenprune.signals import (
@@ -67,19 +68,19 @@ class Vit(VisionTower):
         block_module = self.blocks[block]
         attention = getattr(block_module, "self_attn", None) or block_module.attention
         patches = self.patches_per_cell
-        seen: dict[str, Tensor] = {}
+        seen = Scratch()
 
         def heads(projected: Tensor) -> Tensor:
             return projected.detach().unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [M, H, T, d]
 
         def keep(name: str) -> Callable[..., None]:
             def hook(module: Any, args: Any, output: Tensor) -> None:
-                seen[name] = heads(output)
+                seen.values[name] = heads(output)
 
             return hook
 
         def on_done(module: Any, args: Any, output: Any) -> None:
-            found = tuple(seen.pop(name) for name in ("query", "key", "value"))
+            found = seen.take("query", "key", "value")
 
             def read(run: Any, pictures: Sequence[int], count: int) -> tuple[Tensor, ...]:
                 whole = len(pictures) == found[0].shape[0]

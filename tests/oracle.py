@@ -285,8 +285,10 @@ def run_pruned(model: Any, method: Any, keep: Any, batch: dict[str, Tensor], tok
         with decoder_inputs(adapter) as calls:
             output = model(**batch, **given)
         prompt, report = handle._engine.last, handle.report()
-        compaction = handle._engine._compaction
-        real = batch["attention_mask"].bool() if compaction is None else compaction.real
+        stays = handle.stays & batch["attention_mask"].bool()
+        # full-length rows, or those of the tokens that stay, which end where the full ones end
+        short = torch.arange(output.logits.shape[1]) >= output.logits.shape[1] - stays.sum(1, keepdim=True)
+        real = stays if output.logits.shape[1] == stays.shape[1] else short
         cuts = [(cut.site, list(cut.tokens)) for cut in prompt.cuts]
         kept = handle.kept
         fed = calls[0]

@@ -273,11 +273,12 @@ def test_attention_matrices_beside_an_intervention_are_refused() -> None:
             assert len(model(**batch, output_attentions=True).attentions) == len(stock.attentions)
 
 
-def test_logits_by_place_are_refused_where_places_move() -> None:
+def test_logits_by_place_are_those_of_the_callers_places() -> None:
     model, batch = tiny_llava(), prompts([1])
-    with tokenprune.applied(model, "random@8"), torch.no_grad():
-        with pytest.raises(ValueError, match="logits_to_keep names places"):
-            model(**batch, logits_to_keep=torch.tensor([43]))
+    with tokenprune.applied(model, "random@8") as handle, torch.no_grad():
+        by_place = model(**batch, logits_to_keep=torch.tensor([1, 40, 43])).logits
+        masked = masked_by(handle.adapter, batch, handle.kept, "compact")
+        assert relative_error(by_place[0], model.lm_head(masked.hidden())[0, [1, 40, 43]]) < 1e-5
         text = torch.randint(8, 64, (1, 9))
         kept = model(input_ids=text, logits_to_keep=torch.tensor([3])).logits
         assert relative_error(kept[:, 0], model(input_ids=text).logits[:, 3]) < 1e-6
@@ -318,8 +319,13 @@ def test_labels_by_place_and_by_position() -> None:
         stock = model(**batch, labels=labels, shift_labels=shifted).loss
         with tokenprune.applied(model, "random", keep=1.0):
             assert torch.equal(model(**batch, labels=labels, shift_labels=shifted).loss, stock)
-        with tokenprune.applied(model, "random@8"), pytest.raises(ValueError, match="shift_labels are by place"):
-            model(**batch, labels=labels, shift_labels=shifted)
+        with tokenprune.applied(model, "random@8"):
+            # labels of tokens that left are struck out, and the caller's own tensors stay as they are
+            before = labels.clone(), shifted.clone()
+            struck = model(**batch, labels=labels, shift_labels=shifted)
+            assert torch.equal(labels, before[0]) and torch.equal(shifted, before[1])
+            truth = model.loss_function(struck.logits, None, vocab_size=64, shift_labels=shifted)
+            assert torch.equal(struck.loss, truth) and not torch.equal(model(**batch, labels=labels).loss, truth)
         if "labels" in names:
             order = names[: names.index("labels") + 1]
             given = [{**batch, "labels": labels}.get(name) for name in order]

@@ -33,11 +33,8 @@ def test_rows_positions_labels_and_padding_follow_one_index(batch, policy):
     lengths = stays.sum(1).tolist()
     plan = plan_compaction(keep, attended, lengths, left)
     values, ids = torch.randn(*keep.shape, 3), torch.arange(keep.shape[1]) + 7
-    moved, places, labels = (
-        plan.rows(values),
-        plan.positions(ids[None], policy),
-        plan.labels(torch.arange(keep.numel()).view(keep.shape)),
-    )
+    moved, places = plan.rows(values), plan.positions(ids[None], policy)
+    restored, counted = plan.restore(moved), plan.counted()
     assert plan.index.shape == (len(lengths), max(lengths)) and plan.padded == (len(set(lengths)) > 1)
     for row, count in enumerate(lengths):
         kept = [i for i in range(keep.shape[1]) if stays[row, i]]
@@ -47,8 +44,13 @@ def test_rows_positions_labels_and_padding_follow_one_index(batch, policy):
         assert torch.equal(moved[row, real], values[row, kept])
         gone = [sum(not bool(k) for k in keep[row, :i]) for i in kept]
         assert places[row, real].tolist() == [7 + i - (g if policy == "compact" else 0) for i, g in zip(kept, gone)]
-        assert labels[row, real].tolist() == [row * keep.shape[1] + i for i in kept]
-        assert (labels[row][~plan.real[row]] == -100).all()
+        assert torch.equal(restored[row, kept], values[row, kept])
+        for place in range(kept[0], keep.shape[1]):  # what left is stood for by the last before it that stayed
+            before = max(i for i in kept if i <= place)
+            padding = left is False and place > kept[-1] and not bool(plan.real[row, -1])
+            assert torch.equal(restored[row, place], moved[row, -1] if padding else values[row, before])
+        first = [] if not bool(plan.real[row, 0]) else kept[:1]  # nothing is left to predict it from
+        assert counted[row].nonzero()[:, 0].tolist() == [i for i in kept if i not in first]
         assert int(plan.removed[row]) == sum(not bool(k) for k in keep[row])
 
 

@@ -12,9 +12,11 @@ from tokenprune.engine import Engine
 from tokenprune.guards import Guards
 from tokenprune.handle import Handle
 from tokenprune.ledger import Ledger
+from tokenprune.outputs import OUTPUTS
 from tokenprune.registry import MODELS, near
 from tokenprune.spec import Spec, parse_method
 from tokenprune.stages import Stage
+from tokenprune.wrappers import unwrap
 
 # text, not handles: those hold the model, which would then never be freed
 _applied: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
@@ -48,13 +50,18 @@ def plan_for(adapter: Adapter, spec: Spec) -> tuple[Stage, ...]:
 
 
 def apply(
-    model: Any, method: Any, keep: int | float | str | None = None, average: int | float | None = None, **options: Any
+    model: Any,
+    method: Any,
+    keep: int | float | str | None = None,
+    average: int | float | None = None,
+    outputs: str = "auto",
+    **options: Any,
 ) -> Handle:
     """Prune the visual tokens of every prompt that `model` gets from now on, or change how they are attended to.
 
     Args:
         model: a supported Hugging Face vision-language model (see `list_models()`), used as before: `generate()`,
-            `forward()`, training.
+            `forward()`, training. What `torch.compile`, peft, DDP or FSDP wrapped around it is looked through.
         method: a name ("holov", "var"), a name with its options and budget ("holov@64", "var(p=0.4)"), a mapping, a
             list of stages and interventions (["vtc_cls@128", "var"]), a YAML path, or a `Pruner` or `Intervention`
             object.
@@ -62,6 +69,11 @@ def apply(
             (0, 1] is the kept fraction of those it had, a text like "avg64" the same as `average=64`.
         average: in place of `keep`, visual tokens of an image averaged over all decoder layers (int), or their
             fraction (float); the method's cuts are solved for it.
+        outputs: rows of logits and hidden states of a pruned prompt. "kept": the tokens that stayed, `[B, P, ...]`,
+            their right ends where the caller's are. "full": `[B, S, ...]`, with the last kept token before it at each
+            place that left. "auto" takes "full" where the caller may count otherwise than from the right end (labels,
+            hidden states, several or chosen `logits_to_keep`, `use_cache=False`, training, padding on the right), and
+            "kept" elsewhere.
         options: options of the method.
 
     Returns:
@@ -73,7 +85,9 @@ def apply(
         ValueError: a bad budget, a tower that lacks what the method needs, a layer that the decoder does not have, or a
             method is applied already.
     """
-    adapter = adapter_for(model)
+    if outputs not in OUTPUTS:
+        raise ValueError(f"outputs must be one of {', '.join(map(repr, OUTPUTS))}, got {outputs!r}.")
+    adapter = adapter_for(unwrap(model))
     present = _applied.get(adapter.entry)  # which several wrappers may share
     if present is not None:
         raise ValueError(f"{present} is at work on this model already; call its remove() first.")
@@ -85,7 +99,7 @@ def apply(
             "which gaps are no counts of tokens. Leave positions alone, or pass positions='keep'."
         )
     ledger = Ledger()
-    engine = Engine(adapter, stages, spec.interventions)
+    engine = Engine(adapter, stages, spec.interventions, outputs)
     inside = any(stage.place in ("vision", "layer") for stage in stages)
     try:
         Guards(adapter, spec.label, inside, bool(engine.attending)).install(ledger)
@@ -105,10 +119,15 @@ def apply(
 
 @contextmanager
 def applied(
-    model: Any, method: Any, keep: int | float | str | None = None, average: int | float | None = None, **options: Any
+    model: Any,
+    method: Any,
+    keep: int | float | str | None = None,
+    average: int | float | None = None,
+    outputs: str = "auto",
+    **options: Any,
 ) -> Iterator[Handle]:
     """`apply` for the length of a `with` block; the model is restored also after an exception."""
-    handle = apply(model, method, keep, average, **options)
+    handle = apply(model, method, keep, average, outputs, **options)
     try:
         yield handle
     finally:

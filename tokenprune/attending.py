@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tokenprune.adapters._base import Adapter
 from tokenprune.cache import KeyFacts, LayerFacts, key_facts, mark_facts
+from tokenprune.calls import Calls
 from tokenprune.compaction import Compaction
 from tokenprune.intervention import Attended, DecoderFacts, Entering, Facts, Intervention
 from tokenprune.ledger import Ledger
@@ -61,14 +62,17 @@ class Attending:
     Args:
         adapter: the model's family.
         interventions: objects of this model alone.
+        calls: the calls at work.
         cuts: K of the stages at "layer:K" beside them.
 
     Raises:
         ValueError: two act in one layer, a layer's attention cannot be reached, or an option has nothing to act on.
     """
 
-    def __init__(self, adapter: Adapter, interventions: Sequence[Intervention], cuts: Sequence[int] = ()) -> None:
-        self.adapter, self.interventions = adapter, tuple(interventions)
+    def __init__(
+        self, adapter: Adapter, interventions: Sequence[Intervention], calls: Calls, cuts: Sequence[int] = ()
+    ) -> None:
+        self.adapter, self.interventions, self._calls = adapter, tuple(interventions), calls
         config = adapter.language_model.config
         decoder = DecoderFacts(
             adapter.name,
@@ -100,7 +104,15 @@ class Attending:
         self._places: dict[Any, int] = {adapter.layers[layer].self_attn: layer for layer in self.layers}
         self._stock: dict[int, tuple[Any, Any]] = {}  # the layer's own config, and its eager function
         self._interfaces: Any = None
-        self._call: _Call | None = None
+
+    @property
+    def _call(self) -> _Call | None:
+        return None if self._calls.now is None else self._calls.now.attention
+
+    @property
+    def learns(self) -> bool:
+        """Whether an intervention still learns from the prompts that it sees, so that they must come one by one."""
+        return any(one.wants_prompts for one in self.interventions)
 
     def __bool__(self) -> bool:
         return bool(self.layers)
@@ -141,7 +153,7 @@ class Attending:
             embeds: `[B, S, D]`, before any cut.
             mask: the call's attention mask, `[B, past + S]` or another form.
         """
-        if not self:
+        if not self or self._calls.now is None:
             return
         if torch.is_grad_enabled():
             self._check_checkpointing()
@@ -156,7 +168,7 @@ class Attending:
         else:
             seen = before.visual
         noting = prompt is not None or (past == 0 and not getattr(cache, "is_compileable", False))
-        call = self._call = _Call(before, prompt, noting, past == 0, seen, attended)
+        call = self._calls.now.attention = _Call(before, prompt, noting, past == 0, seen, attended)
         if prompt is None:
             return
         device = self.adapter.language_model.device
@@ -209,8 +221,11 @@ class Attending:
 
     def finish(self, cache: Any) -> None:
         """The call is over; facts go with the cache."""
-        call, self._call = self._call, None
-        if call is None or not call.noting or not call.joined:
+        call = self._call
+        if call is None or self._calls.now is None:
+            return
+        self._calls.now.attention = None
+        if not call.noting or not call.joined:
             return
         applies = torch.stack([facts.applies.to(call.seen.device) for facts in call.joined.values()]).cpu()
         layers = {
@@ -221,10 +236,6 @@ class Attending:
             call.prompt.noted = self.by_intervention({layer: facts.values for layer, facts in layers.items()})
         if cache is not None:
             mark_facts(cache, KeyFacts(layers, call.seen))
-
-    def forget(self) -> None:
-        """A call ended, perhaps with an exception."""
-        self._call = None
 
     def by_intervention(self, layers: Mapping[int, Facts]) -> list[dict[int, Facts]]:
         """Facts by layer, for each intervention."""

@@ -52,9 +52,34 @@ class Compaction:
         removed = self.removed + earlier.removed
         return Compaction(index, real, removed_before, removed, self.padded, target)
 
-    def labels(self, labels: Tensor, ignore_index: int = -100) -> Tensor:
-        """Move `[B, S]` training labels to `[B, P]`; padding gets `ignore_index`."""
-        return self.rows(labels).masked_fill(~self.real.to(labels.device), ignore_index)
+    def stays(self) -> Tensor:
+        """`[B, S]` bool: places whose tokens are in the shortened rows, padding not among them."""
+        count = torch.zeros(self.target.shape, dtype=torch.int64, device=self.index.device)
+        return count.scatter_add(1, self.index, self.real.to(torch.int64)) > 0
+
+    def standing(self) -> Tensor:
+        """`[B, S]` int64: for each full-length place, the shortened place that stands for it.
+
+        A token that stays is there itself; one that left, the last before it that stayed. Padding on the left is there
+        as the first column, padding on the right as the last one, where the rows kept any.
+        """
+        length = self.index.shape[1]
+        places = torch.where(self.stays(), self.target, 0).cummax(dim=1).values  # [B, S]
+        last = torch.where(self.real, self.index, -1).amax(dim=1, keepdim=True)
+        behind = torch.arange(places.shape[1], device=places.device) > last
+        return places.masked_fill(behind & ~self.real[:, -1:], length - 1)
+
+    def restore(self, values: Tensor) -> Tensor:
+        """Move `[B, P, ...]` back to `[B, S, ...]`, see `standing`."""
+        places = self.standing().to(values.device)
+        return values[torch.arange(places.shape[0], device=values.device)[:, None], places]
+
+    def counted(self) -> Tensor:
+        """`[B, S]` bool: places that a loss counts. Not tokens that left, nor padding, nor a first token that nothing
+        is left to predict from."""
+        stays = self.stays()
+        first = stays & (stays.cumsum(1) == 1)
+        return stays & ~(first & self.real[:, :1])
 
     def positions(self, position_ids: Tensor, policy: str) -> Tensor:
         """Move position ids `[..., B, S]` to `[..., B, P]`.

@@ -43,6 +43,8 @@ class DecoderPass:
         self.closed: Tensor | int = 0  # [B, P] what positions shrink by since the base
         self.shift: Tensor | None = None  # [B] what later positions shrink by, of this pass alone
         self.segments: list[Segment] = []
+        # the layer before which rows were shortened, and how they stand to the full rows from then on
+        self.moves: list[tuple[int, Compaction]] = []
         self._given_mask: Tensor | None = None
         self._masks: dict[tuple[int, int], Any] = {}
         self._rotations: dict[tuple[int, int], Any] = {}
@@ -74,6 +76,7 @@ class DecoderPass:
             new_mask = compaction.real.to(torch.int64 if mask is None else mask.dtype) if compaction.padded else None
             self.real = self.attended = compaction.real if compaction.padded else None
             self.compaction = compaction
+            self.moves.append((0, compaction))
             if policy == "compact":
                 self.shift = compaction.removed
         if first is not None:
@@ -121,6 +124,7 @@ class DecoderPass:
         self.closed = closed
         self.real = self.attended = compaction.real if compaction.padded else None
         self.compaction = compaction.after(self.compaction)
+        self.moves.append((layer, self.compaction))
         self._note(layer)
 
     def differs(self, layer: int) -> bool:

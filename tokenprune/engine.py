@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,22 +20,25 @@ from tokenprune.adapters._base import Adapter
 from tokenprune.asking import RowChooser
 from tokenprune.attending import Attending
 from tokenprune.cache import mark_pruned, pruned_prompt
+from tokenprune.calls import Calls, ForwardCall, Generation
 from tokenprune.compaction import Compaction
 from tokenprune.decoder_signals import DecoderSignals, LayerInput, check_decoder_signal
 from tokenprune.decoding import DecoderPass
 from tokenprune.drafts import Drafts
 from tokenprune.intervention import Intervention
-from tokenprune.layout import Layout, build_layout
+from tokenprune.layout import Layout
 from tokenprune.ledger import Ledger
 from tokenprune.opaque import opaque
+from tokenprune.outputs import Outputs, restore, strike_out
 from tokenprune.prompt import Cutter, Prompt
-from tokenprune.recording import Recording, sources_of
+from tokenprune.prompt_reader import PromptReader
+from tokenprune.recording import Recording
 from tokenprune.seams import cache_in, cache_of
-from tokenprune.signals import DECODER_SIGNALS
+from tokenprune.signals import DECODER_SIGNALS, TRANSITION_SIGNALS
 from tokenprune.stages import Stage, check_vision_signal
 from tokenprune.tower import TowerWatch
-from tokenprune.training import LossAfterPruning
 from tokenprune.transitions import Transitions
+from tokenprune.wrappers import Links, drop_graphs
 
 
 class Engine:
@@ -44,14 +48,23 @@ class Engine:
         adapter: the model's family.
         stages: in the order in which they run, see `check_plan`.
         interventions: what changes attention in the decoder.
+        outputs: "auto", "full" or "kept", see `Outputs`.
     """
 
-    def __init__(self, adapter: Adapter, stages: Sequence[Stage], interventions: Sequence[Intervention] = ()) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        stages: Sequence[Stage],
+        interventions: Sequence[Intervention] = (),
+        outputs: str = "auto",
+    ) -> None:
         self.adapter = adapter
         self.stages = tuple(stages)
-        self.hints: dict[str, list[Any]] = {}
+        self.hints: dict[str, list[Any]] = {}  # of threads that gave none of their own
         self.last: Prompt | None = None
-        self.attending = Attending(adapter, interventions, [s.depth for s in stages if s.place == "layer"])
+        self.calls = Calls()
+        cuts = [stage.depth for stage in stages if stage.place == "layer"]
+        self.attending = Attending(adapter, interventions, self.calls, cuts)
         self._input = next((stage for stage in stages if stage.place == "input"), None)
         # tokens that left before the projector leave the rows here too, under their own method's policy
         self._first_cut = self._input or next((stage for stage in stages if stage.place != "layer"), None)
@@ -61,16 +74,18 @@ class Engine:
             for signal in stage.signals(adapter.tower):
                 check_decoder_signal(signal, stage.site, stage.depth if stage.place == "layer" else -2)
                 check_vision_signal(signal, stage, adapter.tower.feature_layer)
-        self._tower = TowerWatch(adapter, stages, tuple(dict.fromkeys(signals)), self._tower_hint)
+        self._reader = PromptReader(adapter)
+        self._tower = TowerWatch(adapter, stages, tuple(dict.fromkeys(signals)), self._tower_hint, self.calls)
         self._read_layers = {signal.layer for signal in signals if signal.name in DECODER_SIGNALS}
-        self._transitions = Transitions(adapter, signals, self._now)
-        self._drafts = Drafts()
+        self._text_aware = any(signal.name in (*DECODER_SIGNALS, *TRANSITION_SIGNALS) for signal in signals)
+        self._text_aware |= bool(self.attending)
+        self._transitions = Transitions(adapter, signals, self.calls)
+        self._drafts = Drafts(self.calls)
+        self._outputs = Outputs(self.calls, outputs)
         self._rows = RowChooser(adapter.tower, self._transitions, self.attending, self._hint)
-        self._prompt: Prompt | None = None
-        self._pass: DecoderPass | None = None
-        self._entered: dict[int, LayerInput] = {}
-        self._compaction: Compaction | None = None
-        self._served: Any = None
+        self._last_of: Generation | None = None  # the `generate` call that `last` is of
+        self._learning = threading.RLock()
+        self._hooking = threading.Lock()
         self._window = _window(adapter.language_model.config)
         self._cut_site = next((stage.site for stage in reversed(stages) if stage.place != "layer"), "input")
         self._parameters = list(inspect.signature(adapter.entry.forward).parameters)
@@ -78,146 +93,93 @@ class Engine:
     def install(self, ledger: Ledger) -> None:
         """Place every hook; `ledger` takes them away."""
         adapter = self.adapter
+        drop_graphs(ledger)
+        before = _hooks(adapter.model)
+        self._outputs.install(adapter.model, ledger)
         ledger.hook(adapter.entry.register_forward_pre_hook(opaque(self._enter), with_kwargs=True))
         ledger.hook(adapter.entry.register_forward_hook(opaque(self._leave), always_call=True))
         decoder = adapter.language_model
         ledger.hook(decoder.register_forward_pre_hook(opaque(self._before_decoder), with_kwargs=True))
         ledger.hook(decoder.register_forward_hook(opaque(self._after_decoder)))
+        ledger.hook(decoder.register_forward_hook(opaque(self._leave_decoder), always_call=True))
         self.attending.install(ledger)
         self._ledger, self._hooked = ledger, len(adapter.layers)
         if self._layers:
             self._hook_layers(min({*self._layers, *self._read_layers}))
-        LossAfterPruning(lambda: self._compaction).install(adapter.model, ledger)
         self._tower.install(ledger)
         self._drafts.install(adapter.model, ledger)
         self._transitions.install(ledger)
+        hooked = [module for module, count in _hooks(adapter.model).items() if count != before.get(module)]
+        self._links = Links(adapter.model, [*hooked, *adapter.layers, *adapter.vision.blocks, *adapter.vision.exits])
 
     def _hook_layers(self, first: int) -> None:
         """Watch all decoder layers from `first` on."""
-        for layer in range(first, self._hooked):
-            hook = opaque(functools.partial(self._enter_layer, layer))
-            self._ledger.hook(self.adapter.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
-        self._hooked = min(self._hooked, first)
+        with self._hooking:
+            for layer in range(first, self._hooked):
+                hook = opaque(functools.partial(self._enter_layer, layer))
+                self._ledger.hook(self.adapter.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
+            self._hooked = min(self._hooked, first)
 
-    # --- the prompt -------------------------------------------------------------------------------------------------
+    # --- a call -----------------------------------------------------------------------------------------------------
 
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._forget()
-        self._tower.within = True
-        self._compaction = None
-        call = {**dict(zip(self._parameters, args)), **kwargs}
-        encoded = call.get("mm_encoder_outputs") or {}
-        adapter = self.adapter
-        given = {
-            kind: encoded.get(kind) is not None or call.get(adapter.pixels[kind]) is not None
-            for kind in adapter.features
-        }
-        if not any(given.values()):
-            return
-        if getattr(cache_of(call), "is_compileable", False):
-            raise ValueError(
-                "A static cache has one fixed length for all layers and rows, so it cannot hold a pruned prompt, and "
-                "its keys cannot be kept track of. "
-                "Use the default dynamic cache (leave cache_implementation and past_key_values alone)."
+        if module is not self.adapter.entry:
+            raise RuntimeError(
+                "A replica of the wrapped model was called (DataParallel makes them), and the method is at work on the "
+                "original. Use DistributedDataParallel, one process a device, and apply the method in each."
             )
-        sources: dict[str, list[tuple[Recording, int]]] = {}
-        visuals = {}
-        for kind in adapter.features:
-            if encoded.get(kind) is not None:
-                sources[kind] = self._sources(encoded[kind])
-                visuals[kind] = [recording.visuals[row] for recording, row in sources[kind]]
-            elif given[kind]:
-                visuals[kind] = adapter.visuals(kind, call)
-        layout = build_layout(self._placeholders(call), visuals)
-        prompt = Prompt(layout)
-        if sources:
-            prompt.sources = [sources[span.visual.kind][o] for span, o in zip(layout.spans, layout.order)]
-        mask = call.get("attention_mask")
-        prompt.lengths = [layout.length] * layout.batch_size
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            own = mask[:, -layout.length :].cpu()
-            prompt.attended = own.to(torch.bool)
-            prompt.lengths = prompt.attended.sum(1).tolist()
-            self._check_attended(layout, prompt.attended)
-            # padding on the right shows as a last column that is not all ones
-            prompt.pad_left = bool(prompt.attended[:, -1].all())
-        self._prompt = prompt
-
-    @staticmethod
-    def _check_attended(layout: Layout, attended: Tensor) -> None:
-        for span in layout.spans:
-            hidden = int((~attended[span.sample, span.places]).sum())
-            if hidden:
-                raise ValueError(
-                    f"The attention mask hides {hidden} of the {len(span.places)} visual tokens of a picture in row "
-                    f"{span.sample}; a method would choose among tokens that nothing attends to. Mask padding only, or "
-                    "leave the picture out of the prompt."
-                )
-
-    @staticmethod
-    def _sources(encoded: Any) -> list[tuple[Recording, int]]:
-        found = sources_of(encoded)
-        if found is None:
-            raise ValueError(
-                "mm_encoder_outputs holds image features that were computed before tokenprune was applied to the "
-                "model, or that were cut up since (prefill_chunk_size does that). Compute them again, pass "
-                "pixel_values, or leave the prompt in one piece."
-            )
-        return found
-
-    def _placeholders(self, call: dict[str, Any]) -> dict[str, Tensor]:
-        ids = {kind: number for kind, number in self.adapter.placeholder_ids.items() if kind in self.adapter.features}
-        input_ids = call.get("input_ids")
-        if input_ids is not None:
-            on_host = input_ids.cpu()
-            return {kind: on_host == number for kind, number in ids.items()}
-        embeds = call["inputs_embeds"]
-        table = self.adapter.model.get_input_embeddings()
-        found = {}
-        for kind, number in ids.items():
-            one = table(torch.tensor(number, device=table.weight.device)).to(embeds.device)
-            found[kind] = (embeds == one).all(-1).cpu()
-        return found
+        arguments = {**dict(zip(self._parameters, args)), **kwargs}
+        call = self.calls.now
+        if call is None or call.module is not self.adapter.model or call.entered:
+            call = self.calls.begin(module)
+            call.arguments = arguments
+        call.entered, call.drafted = True, self._drafts.proposed(arguments, self._text_aware)
+        given = next((arguments[n] for n in ("input_ids", "inputs_embeds") if arguments.get(n) is not None), None)
+        if given is not None and given.shape[1] > 1:
+            self._links.check()
+        self._tower.check_planned(arguments)
+        call.prompt = self._reader.read(arguments)
+        if call.prompt is not None:
+            call.prompt.drafted = call.drafted
+            if self.attending.learns:
+                self._learning.acquire()
+                call.learning = True
 
     def _leave(self, module: Any, args: Any, output: Any) -> None:
         # runs after an exception too, so that a failed call leaves nothing behind
-        self._forget()
+        call = self.calls.now
+        if call is None or not call.entered:
+            return
+        if call.prompt is not None:
+            call.prompt.sources = []  # pixels and signals; what reports need was written down
+        if call.learning:
+            self._learning.release()
+        self._serve(call, None)
+        call.clear()
+        self.calls.end(module)
 
-    def _forget(self) -> None:
-        if self._prompt is not None:
-            self._prompt.sources = []  # pixels and signals; what reports need was written down
-        self._prompt, self._pass, self._entered = None, None, {}
-        self._serve(None)
-        self._tower.forget()
-        self._transitions.forget()
-        self.attending.forget()
-
-    def _serve(self, cache: Any) -> None:
+    def _serve(self, call: ForwardCall, cache: Any) -> None:
         """Let the pruned `cache` take keys until this is called again."""
-        if self._served is not None:
-            self._served.tokenprune_served = False
+        if call.served is not None:
+            call.served.tokenprune_served = False
         if cache is not None:
             cache.tokenprune_served = True
-        self._served = cache
-
-    def _now(self) -> tuple[Prompt, Tensor | None] | None:
-        return None if self._prompt is None or self._pass is None else (self._prompt, self._pass.attended)
+        call.served = cache
 
     # --- the decoder ------------------------------------------------------------------------------------------------
 
     def _before_decoder(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cache = cache_of(kwargs)
-        before, prompt = pruned_prompt(cache), self._prompt
         embeds = kwargs.get("inputs_embeds")
-        self._pass = None
+        call = self.calls.now or self.calls.begin(module)  # a caller may go on from a cache with the decoder alone
+        call.decoder = None
         if embeds is None:
             return None
+        cache, prompt = cache_of(kwargs), call.prompt
+        before = pruned_prompt(cache)
         past = cache.get_seq_length() if cache is not None else 0
         if prompt is None and past == 0:
-            self.last = Prompt(Layout((), embeds.shape[0], embeds.shape[1]))
+            self._remember(Prompt(Layout((), embeds.shape[0], embeds.shape[1])))
         mask = kwargs.get("attention_mask")
-        if prompt is not None:
-            prompt.drafted = self._drafts.proposed(past + embeds.shape[1])
         self.attending.begin(cache, past, prompt, embeds, mask)
         if prompt is None and before is None:
             return None
@@ -225,11 +187,11 @@ class Engine:
             self._hook_layers(before.segments[1].first_layer)
         self._check_mask(mask, past + embeds.shape[1])
         self._check_window(past + embeds.shape[1])
-        self._serve(None if before is None else cache)
+        self._serve(call, None if before is None else cache)
         compaction = None
         if prompt is not None:
             embeds, compaction = self._cut_input(prompt, embeds, mask)
-            self.last = prompt
+            self._remember(prompt)
             if compaction is not None:
                 self.attending.cut(compaction)
         if compaction is None and before is None and not self._layers:
@@ -237,9 +199,42 @@ class Engine:
         current = DecoderPass(self.adapter, before, past, embeds.shape[0], embeds.shape[1], embeds.device)
         policy = self._policy(self._first_cut)
         changed = current.begin(compaction, policy, embeds, mask, kwargs.get("position_ids"))
-        self._compaction, self._pass = compaction, current
+        call.compaction, call.decoder = compaction, current
         changed |= self._beside(kwargs, compaction)
         return args, {**kwargs, **changed}
+
+    def _after_decoder(self, module: Any, args: Any, output: Any) -> None:
+        call = self.calls.now
+        if call is None:
+            return
+        current, call.decoder = call.decoder, None
+        self._serve(call, None)
+        cache = cache_in(output)
+        self.attending.finish(cache)
+        if current is None:
+            return
+        after = current.result()
+        if after is not None and cache is not None:
+            mark_pruned(cache, after)
+        if not current.moves:
+            return
+        if call.labels is not None:
+            strike_out(call.labels, current.moves[-1][1])
+        if self._outputs.full_length(call, self.adapter.model):
+            restore(output, current.moves)
+
+    def _leave_decoder(self, module: Any, args: Any, output: Any) -> None:
+        self.calls.end(module)
+
+    def _remember(self, prompt: Prompt) -> None:
+        """`prompt` is the last one; but text alone, within a `generate` call that had pictures, hides none."""
+        generation, last = self.calls.generation, self.last
+        text_alone = not prompt.layout.spans and last is not None and len(last.layout.spans) > 0
+        if text_alone and generation is not None and self._last_of is generation:
+            return
+        self.last, self._last_of = prompt, generation
+        for passes in self.calls.passes:
+            passes.append(prompt)
 
     @staticmethod
     def _policy(stage: Stage | None) -> str:
@@ -275,17 +270,6 @@ class Engine:
                 "prompts shorter, or load a model without a sliding window."
             )
 
-    def _after_decoder(self, module: Any, args: Any, output: Any) -> None:
-        current, self._pass = self._pass, None
-        self._serve(None)
-        cache = cache_in(output)
-        self.attending.finish(cache)
-        if current is None:
-            return
-        after = current.result()
-        if after is not None and cache is not None:
-            mark_pruned(cache, after)
-
     # --- cuts -------------------------------------------------------------------------------------------------------
 
     def _cut_input(self, prompt: Prompt, embeds: Tensor, mask: Tensor | None) -> tuple[Tensor, Compaction | None]:
@@ -311,30 +295,33 @@ class Engine:
 
     def _recorded(self, layout: Layout) -> list[tuple[Recording, int]]:
         """Recording and row of each span, from the features calls of this very forward."""
+        recorded = {} if self.calls.now is None else self.calls.now.recordings
         by_kind = {
             kind: [(recording, row) for recording in recordings for row in range(len(recording.visuals))]
-            for kind, recordings in self._tower.recordings.items()
+            for kind, recordings in recorded.items()
         }
         return [by_kind[span.visual.kind][order] for span, order in zip(layout.spans, layout.order)]
 
     def _hint(self, name: str, row: int) -> object:
-        if name not in self.hints:
+        hints = self.calls.hints if name in self.calls.hints else self.hints
+        if name not in hints:
             method = next((s.pruner.name for s in self.stages if name in s.pruner.hints), "")
             raise ValueError(
                 f"Method {method!r} needs {name!r} of each image: call handle.set_hints({name}=[...]) first."
             )
-        values = self.hints[name]
+        values = hints[name]
         if row >= len(values):
             raise ValueError(f"set_hints({name}=...) gave {len(values)} value(s) for {row + 1} images or more.")
         return values[row]
 
     def _tower_hint(self, name: str, kind: str, place: int, count: int) -> object:
         """The hint of a visual that the tower counts apart from those of other kinds: number `place` of `count`."""
-        if self._prompt is not None:
-            layout = self._prompt.layout
+        prompt = None if self.calls.now is None else self.calls.now.prompt
+        if prompt is not None:
+            layout = prompt.layout
             seen = dict.fromkeys((span.visual.kind, order) for span, order in zip(layout.spans, layout.order))
             return self._hint(name, list(seen).index((kind, place)))
-        given = len(self.hints.get(name, ()))
+        given = len(self.calls.hints.get(name, self.hints.get(name, ())))
         if len(self.adapter.features) > 1 and given not in (0, count):
             raise ValueError(
                 f"set_hints({name}=...) gave {given} values, and the vision tower runs on {count} visuals of kind "
@@ -346,24 +333,25 @@ class Engine:
     # --- a decoder layer --------------------------------------------------------------------------------------------
 
     def _enter_layer(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        current, prompt = self._pass, self._prompt
-        if current is None:
+        call = self.calls.now
+        if call is None or call.decoder is None:
             return None
+        current, prompt = call.decoder, call.prompt
         positional = bool(args)
         hidden = args[0] if positional else kwargs["hidden_states"]
         stage = self._layers.get(layer) if prompt is not None else None
         reads = prompt is not None and layer in self._read_layers
         if reads and stage is not None:  # what this layer would do, for the stage before it
             fitted = current.arguments(layer, hidden, kwargs) if current.differs(layer) else kwargs
-            self._entered[layer] = self._layer_input(layer, module, hidden, fitted, current)
+            call.inputs[layer] = self._layer_input(layer, module, hidden, fitted, current)
         if stage is not None and prompt is not None:
             with prompt.watch.running(hidden.device):
-                hidden = self._cut_layer(stage, prompt, current, hidden, cache_of(kwargs))
+                hidden = self._cut_layer(stage, call, current, hidden, cache_of(kwargs))
         differs = current.differs(layer)
         if differs:
             kwargs = current.arguments(layer, hidden, kwargs)
         if reads:  # what it does, for the stage after it
-            self._entered[layer] = self._layer_input(layer, module, hidden, kwargs, current)
+            call.inputs[layer] = self._layer_input(layer, module, hidden, kwargs, current)
         if not differs:
             return None
         if positional:
@@ -385,11 +373,14 @@ class Engine:
                 )
         return LayerInput(module, hidden, kwargs["position_embeddings"], current.attended, keys, seen)
 
-    def _cut_layer(self, stage: Stage, prompt: Prompt, current: DecoderPass, hidden: Tensor, cache: Any) -> Tensor:
+    def _cut_layer(self, stage: Stage, call: ForwardCall, current: DecoderPass, hidden: Tensor, cache: Any) -> Tensor:
+        prompt = call.prompt
+        if prompt is None:
+            return hidden
         wanted = stage.signals(self.adapter.tower)
         signals = {}
         for layer in {signal.layer for signal in wanted if signal.name in DECODER_SIGNALS}:
-            given = self._entered[layer]
+            given = call.inputs[layer]
             given = given.after(cache, layer) if layer < stage.depth else given
             signals[layer] = DecoderSignals(self.adapter, given, prompt)
         cutter = Cutter(prompt, stage.site, hidden.shape[1])
@@ -401,8 +392,13 @@ class Engine:
         current.cut(stage.depth, compaction, self._policy(stage))
         self._transitions.move(compaction)
         self.attending.cut(compaction, stage.depth)
-        self._compaction = current.compaction
+        call.compaction = current.compaction
         return compaction.rows(hidden)
+
+
+def _hooks(model: Any) -> dict[Any, int]:
+    """How many hooks each module of a model has."""
+    return {module: len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()}
 
 
 def _window(config: Any) -> int | None:

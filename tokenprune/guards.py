@@ -5,24 +5,22 @@ from __future__ import annotations
 import inspect
 from typing import Any, NoReturn
 
-from torch import Tensor
-
 from tokenprune.adapters._base import Adapter
 from tokenprune.ledger import Ledger
 from tokenprune.opaque import opaque
 
 
-class _OfThisObject:
-    """Stands on a wrapped model, a copy of which would call the original's methods, for ever."""
+def _refuse_copies(label: str) -> Any:
+    """What stands on a wrapped model in place of its copying and pickling: a copy would call the original's methods,
+    for ever."""
 
-    def __init__(self, label: str) -> None:
-        self._label = label
-
-    def __deepcopy__(self, memo: Any) -> NoReturn:
+    def refuse(*args: Any) -> NoReturn:
         raise TypeError(
-            f"{self._label} is at work on this model object, and a copy of it would not work alike. Call the handle's "
-            "remove() first, or save its weights with save_pretrained() or state_dict()."
+            f"{label} is at work on this model object, and a copy or a pickle of it would not work alike. Call the "
+            "handle's remove() first, or save its weights with save_pretrained() or state_dict()."
         )
+
+    return refuse
 
 
 class Guards:
@@ -42,17 +40,12 @@ class Guards:
     def install(self, ledger: Ledger) -> None:
         """Place the hooks; `ledger` takes them away."""
         model = self._adapter.model
-        for module in (model, self._adapter.entry):
-            ledger.set(module, "_tokenprune_applied", _OfThisObject(self._label))
+        for module in (model, self._adapter.entry, self._adapter.language_model):
+            for name in ("__deepcopy__", "__reduce_ex__"):
+                ledger.set(module, name, _refuse_copies(self._label))
         ledger.hook(model.register_forward_pre_hook(opaque(self._check), with_kwargs=True))
 
     def _check(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        prompt = any(kwargs.get(name) is not None for name in (*self._adapter.pixels.values(), "mm_encoder_outputs"))
-        if prompt and isinstance(kwargs.get("logits_to_keep"), Tensor):
-            raise ValueError(
-                "logits_to_keep names places of the prompt, and pruning moves its tokens. Pass how many of the last "
-                "logits to keep (an int), or none and pick among them."
-            )
         wanted = kwargs.get("output_attentions")
         config = self._adapter.language_model.config
         if self._changes_attention and (getattr(config, "output_attentions", False) if wanted is None else wanted):

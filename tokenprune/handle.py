@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokenprune.base import Pruner
 from tokenprune.engine import Engine
 from tokenprune.intervention import Intervention
 from tokenprune.ledger import Ledger
-from tokenprune.prompt import Prompt
-from tokenprune.report import Report, make_report, visual_by_layer
+from tokenprune.prompt_view import PromptView
+from tokenprune.report import Report
 
 
 class Handle:
@@ -34,6 +36,7 @@ class Handle:
         self.label = label
         self._engine = engine
         self._ledger = ledger
+        self._thread = threading.get_ident()
 
     @property
     def method(self) -> Pruner | Intervention:
@@ -57,6 +60,9 @@ class Handle:
     def set_hints(self, **hints: list[Any]) -> None:
         """Tell the method what it cannot see, one value per image or video in batch order; holds until set again.
 
+        What a thread sets holds for its own calls. Threads that set nothing see what the thread that applied the method
+        has set.
+
         Args:
             hints: for example `boxes=[...]` for the oracle of the pocket suite.
 
@@ -67,7 +73,9 @@ class Handle:
         for name in hints:
             if name not in used:
                 raise ValueError(f"{self.label} uses no hint {name!r}; it uses: {', '.join(used) or 'none'}.")
-        self._engine.hints.update(hints)
+        self._engine.calls.hints.update(hints)
+        if threading.get_ident() == self._thread:
+            self._engine.hints.update(hints)
 
     @property
     def kept(self) -> list[list[Tensor]]:
@@ -75,14 +83,13 @@ class Handle:
         its images and videos, the indices in that visual's own raster order (crops or frames one after the other),
         sorted, `[k]` int64 on the CPU.
 
+        The last batch is that of any thread; where several run on one model, see `watch`. Within one call of
+        `generate`, a pass of text alone (as guidance makes) takes nothing away from the one with pictures.
+
         Raises:
             RuntimeError: no prompt has run yet.
         """
-        prompt = self._last()
-        kept: list[list[Tensor]] = [[] for _ in range(prompt.layout.batch_size)]
-        for span, alive in zip(prompt.layout.spans, prompt.alive):
-            kept[span.sample].append(torch.arange(span.num_tokens) if alive.tokens is None else alive.tokens.cpu())
-        return kept
+        return self._last().kept
 
     @property
     def visual_by_layer(self) -> list[list[int]]:
@@ -91,7 +98,7 @@ class Handle:
         Raises:
             RuntimeError: no prompt has run yet.
         """
-        return visual_by_layer(self._last(), len(self.adapter.layers))
+        return self._last().visual_by_layer
 
     @property
     def stays(self) -> Tensor:
@@ -101,31 +108,28 @@ class Handle:
         Raises:
             RuntimeError: no prompt has run yet.
         """
-        prompt = self._last()
-        stays = torch.ones(prompt.layout.batch_size, prompt.layout.length, dtype=torch.bool)
-        for span, alive in zip(prompt.layout.spans, prompt.alive):
-            if alive.tokens is not None:
-                places = span.places if span.visual.offsets is None else span.places[span.visual.offsets]
-                stays[span.sample, span.places] = False
-                stays[span.sample, places[alive.tokens.cpu()]] = True
-        return stays
+        return self._last().stays
 
     @property
     def kept_at(self) -> dict[str, list[list[Tensor]]]:
         """As `kept`, after each site at which something left, in the order in which they ran."""
-        prompt = self._last()
-        found: dict[str, list[list[Tensor]]] = {}
-        for cut in prompt.cuts:
-            rows: list[list[Tensor]] = [[] for _ in range(prompt.layout.batch_size)]
-            for span, tokens in zip(prompt.layout.spans, cut.tokens):
-                rows[span.sample].append(torch.arange(span.num_tokens) if tokens is None else tokens.cpu())
-            found[cut.site] = rows
-        return found
+        return self._last().kept_at
 
-    def _last(self) -> Prompt:
+    @contextmanager
+    def watch(self) -> Iterator[list[PromptView]]:
+        """Collect every batch of prompts that this thread runs inside the `with` block, in order: a view of each, with
+        `kept`, `stays`, `kept_at`, `visual_by_layer` and `report()`. Other threads' prompts are not among them."""
+        passes: list[Any] = _Views(self._engine, self.label)
+        self._engine.calls.passes.append(passes)
+        try:
+            yield passes
+        finally:
+            self._engine.calls.passes[:] = [own for own in self._engine.calls.passes if own is not passes]
+
+    def _last(self) -> PromptView:
         if self._engine.last is None:
             raise RuntimeError("No prompt has run since the method was applied; call model.generate(...) first.")
-        return self._engine.last
+        return PromptView(self._engine.last, self._engine, self.label)
 
     def report(self) -> Report:
         """Tokens, FLOPs, KV bytes and selection time of the last batch of prompts.
@@ -133,4 +137,15 @@ class Handle:
         Raises:
             RuntimeError: no prompt has run yet.
         """
-        return make_report(self._last(), self.label, self.stages, self.adapter, self._engine.attending)
+        return self._last().report()
+
+
+class _Views(list[Any]):
+    """Views of the prompts that are appended to it."""
+
+    def __init__(self, engine: Engine, label: str) -> None:
+        super().__init__()
+        self._engine, self._label = engine, label
+
+    def append(self, prompt: Any) -> None:
+        super().append(PromptView(prompt, self._engine, self._label))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+CANDIDATE_GENERATOR = "_get_candidate_generator"  # the method of a model that makes what proposes drafts
 _CACHE = ("cache", "past_key_values")  # the newer name, since 5.24, and the older one, which goes with 5.40
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapters._base import Adapter
+from tokenprune.calls import Calls
 from tokenprune.choosing import Asked, choose
 from tokenprune.layout import Raster, Visual
 from tokenprune.ledger import Ledger
@@ -24,6 +25,8 @@ from tokenprune.selection import grid_places
 from tokenprune.signals import PIXEL_SIGNALS, VISION_SIGNALS, Signal
 from tokenprune.stages import Stage
 from tokenprune.vision_signals import grey_entropy, grey_levels, vision_signal
+
+_OF_ANY_CALL = {"return_dict", "output_attentions", "output_hidden_states", "use_cache"}
 
 Hints = Callable[[str, str, int, int], object]
 
@@ -208,6 +211,14 @@ class TowerRun:
         return Survivors(tokens.to(self.recording.device), tokens.shape[0], {})
 
 
+def _in_config(adapter: Adapter) -> dict[str, Any]:
+    """Arguments of the features calls that stand in the model's config too, with their values there."""
+    config, entry = adapter.model.config, type(adapter.entry)
+    methods = [getattr(entry, name) for name in adapter.features.values()]
+    names = {name for method in methods for name in inspect.signature(method).parameters} - _OF_ANY_CALL
+    return {name: getattr(config, name) for name in sorted(names) if hasattr(config, name)}
+
+
 class TowerWatch:
     """Wraps the calls that run the vision tower.
 
@@ -217,20 +228,37 @@ class TowerWatch:
         signals: what has to be recorded, for any stage of the method.
         hint: reads what the caller knows of a visual: (name, its kind, its place among that kind in tower order, their
             number).
+        calls: the calls at work.
     """
 
-    def __init__(self, adapter: Adapter, stages: Sequence[Stage], signals: Sequence[Signal], hint: Hints) -> None:
-        self.adapter, self.hint = adapter, hint
+    def __init__(
+        self, adapter: Adapter, stages: Sequence[Stage], signals: Sequence[Signal], hint: Hints, calls: Calls
+    ) -> None:
+        self.adapter, self.hint, self._calls = adapter, hint, calls
         self._signals = [signal for signal in signals if signal.name in VISION_SIGNALS]
+        self._planned = _in_config(adapter)
         self._shrink = next((stage for stage in stages if stage.place == "pixels"), None)
         self._cuts = {stage.depth: stage for stage in stages if stage.place == "vision"}
-        self._run: TowerRun | None = None
-        self.within = False  # whether a forward of the model is at work
-        self.recordings: dict[str, list[Recording]] = {}
 
-    def forget(self) -> None:
-        """A new call of the model begins, or one has ended."""
-        self._run, self.within, self.recordings = None, False, {}
+    def check_planned(self, call: Mapping[str, Any]) -> None:
+        """Raise ValueError where a call, or the config since, asks for visual features other than those that the method
+        was planned for.
+
+        Args:
+            call: its arguments, by name.
+        """
+        for name, planned in self._planned.items():
+            given = call.get(name)
+            given = getattr(self.adapter.model.config, name) if given is None else given
+            if given != planned:
+                raise ValueError(
+                    f"{name} is {given!r} in this call, and was {planned!r} in the model's config when the method was "
+                    f"applied. Call the handle's remove(), set model.config.{name}, and apply the method again."
+                )
+
+    @property
+    def _run(self) -> TowerRun | None:
+        return self._calls.tower
 
     def install(self, ledger: Ledger) -> None:
         """Place the hooks and wrap the calls; `ledger` takes them away."""
@@ -304,6 +332,7 @@ class TowerWatch:
             if self._run is not None:  # one features call may make use of the other
                 return original(*args, **kwargs)
             call = {**dict(zip(parameters, args)), **kwargs}
+            self.check_planned(call)
             name = self.adapter.pixels[kind]
             # transformers before 5.20 calls the pixels of videos by the name of those of images
             named = call if name in call else {**call, name: call["pixel_values"]}
@@ -317,30 +346,30 @@ class TowerWatch:
                     "from several places there (interpolated or pooled). Use a method that cuts at 'input' or at a "
                     "layer."
                 )
-            self._run = TowerRun(recording, self)
+            run = self._calls.tower = TowerRun(recording, self)
             try:
                 for signal in self._signals:
                     if signal.name in PIXEL_SIGNALS:
                         with recording.watch.running(recording.device):
-                            self._run.read_pixels(signal, pixels)
+                            run.read_pixels(signal, pixels)
                 if self._shrink is not None:
-                    output = self._small(kind, original, call, recording)
+                    output = self._small(kind, original, call, run)
                 else:
                     output = original(**call)
-                self._run.finish()
+                run.finish()
             finally:
-                self._run = None
+                self._calls.tower = None
             tag(output, recording)
-            if self.within:
-                self.recordings.setdefault(kind, []).append(recording)
+            if self._calls.now is not None and self._calls.now.entered:
+                self._calls.now.recordings.setdefault(kind, []).append(recording)
             return output
 
         return opaque(features)
 
-    def _small(self, kind: str, original: Callable[..., Any], call: dict[str, Any], recording: Recording) -> Any:
+    def _small(self, kind: str, original: Callable[..., Any], call: dict[str, Any], run: TowerRun) -> Any:
         """Run the tower on fewer pixels; its tokens stand at their cells' centres, zeros elsewhere (they leave)."""
-        stage = self._shrink
-        if stage is None or self._run is None:
+        stage, recording = self._shrink, run.recording
+        if stage is None:
             raise ValueError("No stage acts at 'pixels'.")
         grids = [visual.rasters[0].grid for visual in recording.visuals]
         budgets = [stage.budget.tokens(v.num_tokens) // len(v.rasters) for v in recording.visuals]
@@ -351,7 +380,7 @@ class TowerWatch:
         for visual, grid, own in zip(recording.visuals, grids, small):
             step = torch.arange(len(visual.rasters))[:, None] * (grid[0] * grid[1])
             places.append((step + torch.tensor(grid_places(grid, own))).flatten().to(recording.device))
-        self._run.shrink(small, places)
+        run.shrink(small, places)
         output = original(**{**self.adapter.vision.resize(kind, call, small), "return_dict": True})
         recording.shrunk = small
         recording.kept = [Survivors(index, index.shape[0], {}) for index in places]

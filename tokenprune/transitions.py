@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenprune.adapters._base import Adapter
+from tokenprune.calls import Calls, ForwardCall
 from tokenprune.compaction import Compaction
 from tokenprune.kernels.token_transition import token_transition
 from tokenprune.ledger import Ledger
 from tokenprune.opaque import opaque
-from tokenprune.prompt import Prompt
 from tokenprune.signals import (
     ATTENTION_COSINE,
     ATTENTION_GAIN,
@@ -28,8 +28,6 @@ from tokenprune.signals import (
 
 _NAMES = ((ATTENTION_GAIN, ATTENTION_COSINE, ATTENTION_TURN), (MLP_GAIN, MLP_COSINE, MLP_TURN))
 
-Now = Callable[[], "tuple[Prompt, Tensor | None] | None"]
-
 
 class Transitions:
     """Records transition signals of one pass over a prompt, by place in the rows as they stand now.
@@ -37,18 +35,15 @@ class Transitions:
     Args:
         adapter: the family.
         wanted: signals that any stage asked for.
-        now: the prompt that runs and which places of its rows are no padding (`[B, S]` bool, None: all); None while
-            there is nothing to record, as in decoding.
+        calls: the calls at work; there is nothing to record without a prompt, as in decoding.
     """
 
-    def __init__(self, adapter: Adapter, wanted: Sequence[Signal], now: Now) -> None:
-        self._adapter, self._now = adapter, now
+    def __init__(self, adapter: Adapter, wanted: Sequence[Signal], calls: Calls) -> None:
+        self._adapter, self._calls = adapter, calls
         self._wanted: dict[int, set[str]] = {}
         for signal in wanted:
             if signal.name in TRANSITION_SIGNALS:
                 self._wanted.setdefault(signal.layer, set()).add(signal.name)
-        self._entered: tuple[Tensor, Tensor] | None = None
-        self._values: dict[Signal, Tensor] = {}
 
     def install(self, ledger: Ledger) -> None:
         """Hook both branches of each layer that was asked for; `ledger` takes the hooks away."""
@@ -58,28 +53,34 @@ class Transitions:
             after_mlp = opaque(functools.partial(self._after_mlp, layer))
             ledger.hook(mlp.register_forward_hook(after_mlp, with_kwargs=True))
 
-    def forget(self) -> None:
-        """A new call begins, or one has ended."""
-        self._entered, self._values = None, {}
+    def _at_work(self) -> ForwardCall | None:
+        call = self._calls.now
+        return None if call is None or call.prompt is None or call.decoder is None else call
 
     def move(self, compaction: Compaction) -> None:
         """Tokens left the rows."""
-        self._values = dict(zip(self._values, compaction.move(list(self._values.values()))))
+        call = self._at_work()
+        if call is not None:
+            call.transitions = dict(zip(call.transitions, compaction.move(list(call.transitions.values()))))
 
     def value(self, signal: Signal, sample: int, places: Tensor) -> Tensor:
         """A signal of the tokens that stand at `places` `[n]` of a row now, `[n]` fp32."""
-        return self._values[signal][sample, places]
+        call = self._at_work()
+        if call is None:
+            raise ValueError(f"{signal.name} is there while a prompt passes through the decoder, and none does.")
+        return call.transitions[signal][sample, places]
 
     def _after_attention(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        if self._now() is not None:
-            self._entered = _first(args, kwargs), output[0] if isinstance(output, tuple) else output
+        call = self._at_work()
+        if call is not None:
+            call.branch = _first(args, kwargs), output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
     def _after_mlp(self, layer: int, module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
-        now, entered, self._entered = self._now(), self._entered, None
-        if now is None or entered is None:
+        call = self._at_work()
+        if call is None or call.branch is None or call.prompt is None or call.decoder is None:
             return
-        prompt, attended = now
+        (prompt, attended), entered, call.branch = (call.prompt, call.decoder.attended), call.branch, None
         with prompt.watch.running(output.device):
             gains, cosines = token_transition(*entered, _first(args, kwargs), output)
             for names, gain, cosine in zip(_NAMES, gains, cosines):
@@ -90,7 +91,7 @@ class Transitions:
                     turn[:, -prompt.drafted :] = -torch.inf
                 for name, values in zip(names, (gain, cosine, turn.softmax(dim=1))):
                     if name in self._wanted[layer]:
-                        self._values[Signal(name, layer)] = values
+                        call.transitions[Signal(name, layer)] = values
 
 
 def _first(args: Any, kwargs: Any) -> Tensor:

@@ -1,0 +1,70 @@
+"""A batch of prompts that ran, as a caller looks at it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tokenprune.report import Report, make_report, visual_by_layer
+
+if TYPE_CHECKING:
+    from tokenprune.engine import Engine
+    from tokenprune.prompt import Prompt
+
+
+class PromptView:
+    """One batch of prompts: what was kept, and what it cost.
+
+    Args:
+        prompt: the prompts.
+        engine: what pruned them.
+        label: the method with its budget, for tables.
+    """
+
+    def __init__(self, prompt: Prompt, engine: Engine, label: str) -> None:
+        self._prompt, self._engine, self._label = prompt, engine, label
+
+    @property
+    def kept(self) -> list[list[Tensor]]:
+        """See `Handle.kept`."""
+        prompt = self._prompt
+        kept: list[list[Tensor]] = [[] for _ in range(prompt.layout.batch_size)]
+        for span, alive in zip(prompt.layout.spans, prompt.alive):
+            kept[span.sample].append(torch.arange(span.num_tokens) if alive.tokens is None else alive.tokens.cpu())
+        return kept
+
+    @property
+    def visual_by_layer(self) -> list[list[int]]:
+        """See `Handle.visual_by_layer`."""
+        return visual_by_layer(self._prompt, len(self._engine.adapter.layers))
+
+    @property
+    def stays(self) -> Tensor:
+        """See `Handle.stays`."""
+        prompt = self._prompt
+        stays = torch.ones(prompt.layout.batch_size, prompt.layout.length, dtype=torch.bool)
+        for span, alive in zip(prompt.layout.spans, prompt.alive):
+            if alive.tokens is not None:
+                places = span.places if span.visual.offsets is None else span.places[span.visual.offsets]
+                stays[span.sample, span.places] = False
+                stays[span.sample, places[alive.tokens.cpu()]] = True
+        return stays
+
+    @property
+    def kept_at(self) -> dict[str, list[list[Tensor]]]:
+        """See `Handle.kept_at`."""
+        prompt = self._prompt
+        by_site: dict[str, list[list[Tensor]]] = {}
+        for cut in prompt.cuts:
+            rows: list[list[Tensor]] = [[] for _ in range(prompt.layout.batch_size)]
+            for span, tokens in zip(prompt.layout.spans, cut.tokens):
+                rows[span.sample].append(torch.arange(span.num_tokens) if tokens is None else tokens.cpu())
+            by_site[cut.site] = rows
+        return by_site
+
+    def report(self) -> Report:
+        """Tokens, FLOPs, KV bytes and selection time."""
+        engine = self._engine
+        return make_report(self._prompt, self._label, engine.stages, engine.adapter, engine.attending)
