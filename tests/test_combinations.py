@@ -10,7 +10,7 @@ import pytest
 import torch
 from _families import batch_of, family
 from _tiny import IMAGE, PAD, prompts, tiny_llava
-from oracle import relative_error
+from oracle import masked_by, relative_error
 from torch import Tensor
 from transformers.cache_utils import Cache, QuantizedLayer
 
@@ -320,7 +320,6 @@ def test_labels_by_place_and_by_position() -> None:
         with tokenprune.applied(model, "random", keep=1.0):
             assert torch.equal(model(**batch, labels=labels, shift_labels=shifted).loss, stock)
         with tokenprune.applied(model, "random@8"):
-            # labels of tokens that left are struck out, and the caller's own tensors stay as they are
             before = labels.clone(), shifted.clone()
             struck = model(**batch, labels=labels, shift_labels=shifted)
             assert torch.equal(labels, before[0]) and torch.equal(shifted, before[1])

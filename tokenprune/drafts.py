@@ -79,15 +79,11 @@ class Drafts:
         """
         drafted, self._calls.drafted = self._calls.drafted, 0
         generation = self._calls.generation
-        if (
-            text_aware
-            and generation is not None
-            and generation.prompt_length is None
-            and call.get("use_cache") is False
-        ):
+        unknown = generation is not None and generation.prompt_length is None
+        if text_aware and unknown and call.get("use_cache") is False:
             raise ValueError(
                 "generate() without a cache hands the model prompt and answer in one, and here its inputs are prepared "
-                "by a wrapper (prompt tuning does that), so that the two cannot be told apart, and this method looks at "
-                "the text. Generate with a cache (use_cache=True), or use a method that does not look at the text."
+                "by a wrapper (prompt tuning does that), so that the two cannot be told apart, and this method looks "
+                "at the text. Generate with a cache (use_cache=True), or use a method that does not look at the text."
             )
         return drafted
