@@ -228,13 +228,13 @@ class Engine:
 
     def _remember(self, prompt: Prompt) -> None:
         """`prompt` is the last one; but text alone, within a `generate` call that had pictures, hides none."""
+        for passes in self.calls.passes:
+            passes.append(prompt)
         generation, last = self.calls.generation, self.last
         text_alone = not prompt.layout.spans and last is not None and len(last.layout.spans) > 0
         if text_alone and generation is not None and self._last_of is generation:
             return
         self.last, self._last_of = prompt, generation
-        for passes in self.calls.passes:
-            passes.append(prompt)
 
     @staticmethod
     def _policy(stage: Stage | None) -> str:

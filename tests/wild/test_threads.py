@@ -1,0 +1,113 @@
+"""Requests that run at the same time on one wrapped model know nothing of each other."""
+
+from __future__ import annotations
+
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from _families import batch_of, family
+from _tiny import prompts, tiny_llava
+
+import tokenprune
+
+VAR = "var(channels=[1, 2], tau=0.1)"
+LAYOUTS = [(layout, seed) for layout in ("one_left", "ragged_left", "ragged_right") for seed in (1, 2, 3)]
+
+
+def ask(model: Any, handle: Any, batch: dict[str, Any], **more: Any) -> tuple[Any, ...]:
+    """Tokens, logits and kept indices of one request."""
+    with handle.watch() as passes, torch.no_grad():
+        output = model.generate(
+            **batch, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True, **more
+        )
+    kept = [[tokens.tolist() for tokens in row] for row in passes[0].kept]
+    return output.sequences.tolist(), torch.stack(output.logits), kept
+
+
+def at_once(function: Any, jobs: list[Any], threads: int = 8) -> list[Any]:
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, jobs))
+
+
+@pytest.mark.parametrize(
+    ("name", "methods", "requests"),
+    [
+        ("llava", ["uniform@9", "fastv@9"], 200),
+        ("llava", ["vtc_cls@9", "flowcut@9", "transprune@9", "vflowopt@9", ["todre@12", VAR]], 48),
+        ("qwen2_5_vl", ["fastv@9", "flowcut@9", "holov@9", ["random@12", VAR]], 48),
+        ("smolvlm", ["todre@9"], 48),
+    ],
+    ids=["llava-200", "llava", "qwen2_5_vl", "smolvlm"],
+)
+def test_concurrent_requests_equal_sequential_ones(name: str, methods: list[Any], requests: int) -> None:
+    model = family(name)
+    batches = [batch_of(name, layout, seed) for layout, seed in LAYOUTS]
+    for method in methods:
+        with tokenprune.applied(model, method) as handle:
+            alone = [ask(model, handle, batch) for batch in batches]
+            jobs = random.Random(0).choices(range(len(batches)), k=requests)
+            for job, found in zip(jobs, at_once(lambda job, h=handle: ask(model, h, batches[job]), jobs)):
+                assert found[0] == alone[job][0] and found[2] == alone[job][2], (method, LAYOUTS[job])
+                assert torch.equal(found[1], alone[job][1]), (method, LAYOUTS[job])
+
+
+def test_drafts_beams_and_failures_of_one_thread_are_not_anothers() -> None:
+    model = tiny_llava()
+    batches = [prompts([1], seed=seed) for seed in range(4)]
+    ways = [{}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}, {"use_cache": False}]
+
+    def request(job: int) -> Any:
+        if job % 7 == 6:  # a malformed picture
+            with pytest.raises(ValueError, match="image tokens"):
+                model(**{**batches[0], "pixel_values": batches[0]["pixel_values"][:0]})
+            return None
+        output = model.generate(**batches[job % 4], max_new_tokens=6, do_sample=False, **ways[job % 3])
+        return output.tolist()
+
+    with tokenprune.applied(model, "fastv@9"), torch.no_grad():
+        alone = [request(job) for job in range(84)]
+        assert at_once(request, list(range(84))) == alone
+
+
+def test_hints_are_the_threads_own_and_the_appliers_for_those_without() -> None:
+    model, batch = tiny_llava(), prompts([1])
+    boxes = [[[0.0, 0.0, 0.5, 0.5]], [[0.5, 0.5, 1.0, 1.0]]]
+    with tokenprune.applied(model, "oracle@9") as handle:
+
+        def kept(box: Any) -> list[int]:
+            if box is not None:
+                handle.set_hints(boxes=[box])
+            barrier.wait(30)
+            return ask(model, handle, batch)[2][0][0]
+
+        barrier = threading.Barrier(1)
+        alone = [kept(box) for box in boxes]
+        handle.set_hints(boxes=[boxes[0]])
+        barrier = threading.Barrier(3)
+        assert at_once(kept, [*boxes, None], 3) == [*alone, alone[0]]
+
+
+def test_an_intervention_that_still_learns_sees_prompts_one_by_one() -> None:
+    model = tiny_llava()
+    batches = [prompts([1], seed=seed) for seed in range(8)]
+    with tokenprune.applied(model, "var(calibrate=6)") as handle:
+        at_once(lambda batch: ask(model, handle, batch), batches)
+        assert handle.method.wants_prompts == 0
+        learned = handle.method.discovery
+    assert learned is not None and learned.prompts == 6
+
+
+def test_a_thread_sees_its_own_passes_and_the_handle_the_last_of_any() -> None:
+    model = tiny_llava()
+    with tokenprune.applied(model, "uniform@9") as handle:
+        with handle.watch() as mine:
+            ask(model, handle, prompts([1]))
+            at_once(lambda count: ask(model, handle, prompts([count])), [3], 1)
+        assert [len(view.kept[0]) for view in mine] == [1] and len(handle.kept[0]) == 3
+        assert mine[0].report().visual_tokens == 36 and handle.report().visual_tokens == 108
+        ask(model, handle, prompts([2]))
+    assert len(mine) == 1 and not handle._engine.calls.passes
