@@ -27,14 +27,14 @@ def logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
 
 def plain(method: Any, batch: dict[str, Any]) -> torch.Tensor:
-    with tokenprune.applied(tiny_llava(), method) as handle:
+    with tokenprune.applied(tiny_llava(layers=2), method) as handle:
         return logits(handle.model, batch)
 
 
-@pytest.mark.parametrize("method", ["uniform@9", "fastv@9", "vtc_cls@9", "flowcut@9"])
+@pytest.mark.parametrize("method", ["uniform@9", "flowcut@9"])
 def test_a_model_that_ran_compiled_before(method: str) -> None:
     batch = prompts([1])
-    pruned, model = plain(method, batch), tiny_llava()
+    pruned, model = plain(method, batch), tiny_llava(layers=2)
     model.compile(backend="eager")
     whole = logits(model, batch)
     handle = tokenprune.apply(model, method)
@@ -47,7 +47,7 @@ def test_a_model_that_ran_compiled_before(method: str) -> None:
 
 
 def test_another_object_of_the_class_that_ran_compiled_before_and_after() -> None:
-    batch, other, model = prompts([1]), tiny_llava(), tiny_llava()
+    batch, other, model = prompts([1]), tiny_llava(layers=2), tiny_llava(layers=2)
     pruned, whole = plain("uniform@9", batch), logits(other, batch)
     other.compile(backend="eager")
     model.compile(backend="eager")
@@ -59,11 +59,12 @@ def test_another_object_of_the_class_that_ran_compiled_before_and_after() -> Non
     torch.testing.assert_close(logits(model, batch), whole, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("part", ["vision_tower", "language_model", "multi_modal_projector"])
-@pytest.mark.parametrize("how", ["in place", "wrapped"])
+@pytest.mark.parametrize(
+    ("part", "how"), [("vision_tower", "in place"), ("vision_tower", "wrapped"), ("language_model", "wrapped")]
+)
 def test_a_part_that_ran_compiled_before(part: str, how: str) -> None:
-    batch, model = prompts([1]), tiny_llava()
-    pruned = plain(["flowcut@12", "fastv@9"], batch) if False else plain("flowcut@9", batch)
+    batch, model = prompts([1]), tiny_llava(layers=2)
+    pruned = plain("flowcut@9", batch)
     if how == "in place":
         getattr(model.model, part).compile(backend="eager")
     else:
@@ -91,7 +92,7 @@ def test_the_setting_of_dynamo_is_given_back() -> None:
     import torch._dynamo
 
     before = torch._dynamo.config.skip_nnmodule_hook_guards
-    one, two = tokenprune.apply(tiny_llava(), "uniform@9"), tokenprune.apply(tiny_llava(), "uniform@9")
+    one, two = tokenprune.apply(tiny_llava(layers=2), "uniform@9"), tokenprune.apply(tiny_llava(layers=2), "uniform@9")
     one.remove()
     assert torch._dynamo.config.skip_nnmodule_hook_guards is False
     two.remove()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from _families import batch_of, family
-from _tiny import prompts, tiny_llava
+from _tiny import IMAGE, prompts, tiny_llava
 
 import tokenprune
 
@@ -22,7 +22,7 @@ def ask(model: Any, handle: Any, batch: dict[str, Any], **more: Any) -> tuple[An
     """Tokens, logits and kept indices of one request."""
     with handle.watch() as passes, torch.no_grad():
         output = model.generate(
-            **batch, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True, **more
+            **batch, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True, **more
         )
     kept = [[tokens.tolist() for tokens in row] for row in passes[0].kept]
     return output.sequences.tolist(), torch.stack(output.logits), kept
@@ -58,19 +58,20 @@ def test_concurrent_requests_equal_sequential_ones(name: str, methods: list[Any]
 def test_drafts_beams_and_failures_of_one_thread_are_not_anothers() -> None:
     model = tiny_llava()
     batches = [prompts([1], seed=seed) for seed in range(4)]
-    ways = [{}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}, {"use_cache": False}]
+    # an image token in the answer is refused by the stock model where it has no cache
+    ways = [{}, {"num_beams": 2}, {"use_cache": False, "suppress_tokens": [IMAGE]}]
 
     def request(job: int) -> Any:
         if job % 7 == 6:  # a malformed picture
             with pytest.raises(ValueError, match="image tokens"):
                 model(**{**batches[0], "pixel_values": batches[0]["pixel_values"][:0]})
             return None
-        output = model.generate(**batches[job % 4], max_new_tokens=6, do_sample=False, **ways[job % 3])
+        output = model.generate(**batches[job % 4], max_new_tokens=4, do_sample=False, **ways[job % 3])
         return output.tolist()
 
     with tokenprune.applied(model, "fastv@9"), torch.no_grad():
-        alone = [request(job) for job in range(84)]
-        assert at_once(request, list(range(84))) == alone
+        alone = [request(job) for job in range(42)]
+        assert at_once(request, list(range(42))) == alone
 
 
 def test_hints_are_the_threads_own_and_the_appliers_for_those_without() -> None:
