@@ -60,12 +60,11 @@ def spoken_for(stays: Tensor, attended: Tensor) -> list[list[int]]:
 
 
 def unpredicted(stays: Tensor, attended: Tensor) -> Tensor:
-    """`[B, S]` bool: places that no loss may count, as they left or nothing is left to predict them from."""
+    """`[B, S]` bool: places that no loss may count. They left, or no token is before them to predict them from."""
     out = ~stays
     for row in range(stays.shape[0]):
         real = (stays[row] & attended[row]).nonzero()[:, 0]
-        if len(real) and not stays[row, : int(real[0])].all():
-            out[row, real[0]] = True
+        out[row, real[:1]] = True
     return out
 
 
@@ -87,21 +86,25 @@ def masked(model: Any, adapter: Any, passes: Sequence[Any], policies: dict[str, 
     def next_one() -> _Hidden:
         return _Hidden(coming.pop(0)._prompt, policies, len(layers))
 
-    def enter(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def attended(kwargs: dict[str, Any]) -> Tensor:
+        mask = kwargs.get("attention_mask")
+        return torch.ones_like(kwargs["input_ids"]).bool() if mask is None else mask.bool()
+
+    def take_labels(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("labels") is None or kwargs.get("pixel_values") is None:
+            return None
+        there = attended(kwargs)
+        stays, _ = _Hidden(coming[0]._prompt, policies, len(layers)).longer(-1, there.shape[1])
+        return args, {**kwargs, "labels": kwargs["labels"].masked_fill(unpredicted(stays, there), -100)}
+
+    def enter(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         assert not args
         if kwargs.get("pixel_values") is None and kwargs.get("mm_encoder_outputs") is None:
             now["hidden"] = None
-            return None
+            return
         if not now["generating"]:
             now["hidden"] = next_one()
-        ids = kwargs["input_ids"]
-        mask = kwargs.get("attention_mask")
-        now["attended"] = torch.ones_like(ids).bool() if mask is None else mask.bool()
-        if kwargs.get("labels") is None:
-            return None
-        stays, _ = now["hidden"].longer(-1, ids.shape[1])
-        labels = kwargs["labels"].masked_fill(unpredicted(stays, now["attended"]), -100)
-        return args, {**kwargs, "labels": labels}
+        now["attended"] = attended(kwargs)
 
     def enter_decoder(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if now["hidden"] is None:
@@ -118,6 +121,7 @@ def masked(model: Any, adapter: Any, passes: Sequence[Any], policies: dict[str, 
         length = x.shape[1]
         stays, closed = now["hidden"].longer(layer, length)
         allowed = torch.ones(length, length, dtype=torch.bool).tril() & (stays & now["attended"])[:, None]
+        # padding, and tokens that left before all others, see themselves: a softmax needs a key
         allowed = allowed | (torch.eye(length, dtype=torch.bool) & ~allowed.any(-1, keepdim=True))
         changed = {**kwargs, "attention_mask": allowed[:, None]}
         if not torch.equal(closed, now["hidden"].longer(0, length)[1]):
@@ -143,7 +147,8 @@ def masked(model: Any, adapter: Any, passes: Sequence[Any], policies: dict[str, 
             now["hidden"], now["generating"] = None, False
 
     model.generate = generating
-    handles.append(model.register_forward_pre_hook(enter, with_kwargs=True))
+    handles.append(model.register_forward_pre_hook(take_labels, with_kwargs=True))
+    handles.append(adapter.entry.register_forward_pre_hook(enter, with_kwargs=True))
     handles.append(adapter.language_model.register_forward_pre_hook(enter_decoder, with_kwargs=True))
     for number, layer in enumerate(layers):
         handles.append(
