@@ -75,11 +75,10 @@ class Compaction:
         return values[torch.arange(places.shape[0], device=values.device)[:, None], places]
 
     def counted(self) -> Tensor:
-        """`[B, S]` bool: places that a loss counts. Not tokens that left, nor padding, nor a first token that nothing
-        is left to predict from."""
+        """`[B, S]` bool: places that a loss counts. Not tokens that left, nor padding, nor the first token of a row:
+        what stands before it is padding, or left, and predicts nothing."""
         stays = self.stays()
-        first = stays & (stays.cumsum(1) == 1)
-        return stays & ~(first & self.real[:, :1])
+        return stays & (stays.cumsum(1) > 1)
 
     def positions(self, position_ids: Tensor, policy: str) -> Tensor:
         """Move position ids `[..., B, S]` to `[..., B, P]`.
