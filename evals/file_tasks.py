@@ -138,6 +138,8 @@ def file_task(path: Path) -> Task:
     from datasets import Features
     from datasets import Image as ImageFeature
 
+    from tokenprune.evals.reading import read_picture
+
     spec = read_spec(path)
     columns = {**{key: key for key in ("image", "question", "answer")}, **(spec.get("columns") or {})}
     data = _load(path, spec)
@@ -157,18 +159,19 @@ def file_task(path: Path) -> Task:
         )
     if not isinstance(data.features[columns["image"]], ImageFeature):
         data = _beside(data, columns["image"], path.parent / str(spec["data"]))
-        data = data.cast(Features({**data.features, columns["image"]: ImageFeature()}))
+    # as stored: what decodes a picture is the one reader, which knows its bits and its name
+    data = data.cast(Features({**data.features, columns["image"]: ImageFeature(decode=False)}))
 
     def load(start: int, stop: int) -> Iterator[Sample]:
         for index, row in enumerate(data.select(range(start, stop)), start=start):
             choices = _choices(row, columns.get("choices"))
-            image = row[columns["image"]]
+            image, sample_id = row[columns["image"]], str(row[columns["id"]] if "id" in columns else index)
             yield Sample(
-                sample_id=str(row[columns["id"]] if "id" in columns else index),
+                sample_id=sample_id,
                 family=str(row[columns["family"]]) if "family" in columns else "all",
                 question=_question(str(spec.get("prompt", "{question}")), row, columns, choices),
                 answer=_answer(row[columns["answer"]], choices),
-                image=() if image is None else image,
+                image=() if image is None else read_picture(image, _called(image, sample_id, path)),
                 boxes=row[columns["boxes"]] if "boxes" in columns else None,
             )
 
@@ -181,6 +184,12 @@ def file_task(path: Path) -> Task:
         has_boxes="boxes" in columns,
         fingerprint=fingerprint_of(path, spec) or _fingerprint(spec, made_of),
     )
+
+
+def _called(stored: dict[str, Any], sample_id: str, path: Path) -> str:
+    """What an error calls a picture of a task file."""
+    named = stored.get("path")
+    return f"{named} (sample {sample_id} of {path})" if named else f"The picture of sample {sample_id} of {path}"
 
 
 def fingerprint_of(path: Path, spec: dict[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ from PIL import Image
 from tokenprune.api import adapter_for
 from tokenprune.evals.config import NONE, Point
 from tokenprune.evals.models import LoadedModel
+from tokenprune.evals.reading import read_picture
 from tokenprune.layout import Raster
 
 DIM = 0.22
@@ -43,7 +44,7 @@ def square_grid(num_tokens: int, size: tuple[int, int]) -> tuple[int, int]:
 
 def dim_dropped(picture: Image.Image, kept: list[int], grid: tuple[int, int]) -> Image.Image:
     """`picture` with the patches that are not in `kept` (raster indices) darkened and drained of colour."""
-    pixels = np.asarray(picture.convert("RGB")).astype(np.float32)
+    pixels = np.asarray(read_picture(picture)).astype(np.float32)
     height, width = pixels.shape[:2]
     stays = np.zeros(grid[0] * grid[1], dtype=bool)
     stays[kept] = True
@@ -101,7 +102,7 @@ def seen_views(loaded: LoadedModel, inputs: Mapping[str, Any], image: Image.Imag
 
 def _drawn(picture: Image.Image, raster: Raster) -> Image.Image:
     size = (raster.grid[1] * _SCALE, raster.grid[0] * _SCALE)
-    return picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    return read_picture(picture).resize(size, Image.Resampling.BICUBIC)
 
 
 def draw_kept(views: Sequence[View], point: Point, images: list[list[int]]) -> Image.Image:

@@ -63,7 +63,7 @@ def _picture(loaded: LoadedModel, task: Task, number: int, target: Path) -> Reco
         stem = f"{Path(loaded.name).name}-{task.name}-{sample.sample_id}-{place}"
         file = re.sub(r"[^\w.@-]+", "_", stem) + ".jpg"
         with replaced(target / file) as partial:
-            picture.convert("RGB").save(partial, format="JPEG", quality=88, optimize=True)
+            picture.save(partial, format="JPEG", quality=88, optimize=True)
         rows, cols = raster.grid
         views.append(
             {"file": file, "rows": rows, "cols": cols, "start": raster.start, "kind": raster.kind, "visual": visual}

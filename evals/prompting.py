@@ -72,12 +72,14 @@ def prompt_text(processor: Any, messages: list[Message]) -> str:
 
 def pack(processor: Any, conversations: list[list[Message]]) -> Any:
     """Processor output for a batch of conversations, left padded if the tokenizer is."""
+    from tokenprune.evals.reading import read_frames, read_picture
+
     by_prompt = [[part for message in messages for part in message["content"]] for messages in conversations]
     # one list a prompt: some processors take a flat list for the pictures of a single prompt
-    nested = [[part["image"].convert("RGB") for part in parts if part["type"] == "image"] for parts in by_prompt]
+    nested = [[read_picture(part["image"]) for part in parts if part["type"] == "image"] for parts in by_prompt]
     pictures = nested if all(nested) else [picture for own in nested for picture in own]
     clips = [part["video"] for parts in by_prompt for part in parts if part["type"] == "video"]
-    videos = [[frame.convert("RGB") for frame in clip] for clip in clips]
+    videos = [read_frames(clip) for clip in clips]
     metadata = [_metadata(len(clip), getattr(clip, "fps", FPS)) for clip in clips]
     return processor(
         text=[prompt_text(processor, messages) for messages in conversations],

@@ -28,7 +28,7 @@ FINGERPRINTED = ("methods", "interventions", "adapters", "kernels", ".")
 """Folders whose files decide an answer."""
 ASKING = (
     "answering.py", "batches.py", "failing.py", "file_tasks.py", "lmms/*.py", "models.py", "pocket/qwen/suite.py",
-    "pocket/suite.py", "pocket/tasks.py", "processing.py", "prompting.py", "runner.py", "tasks.py",
+    "pocket/suite.py", "pocket/tasks.py", "processing.py", "prompting.py", "reading.py", "runner.py", "tasks.py",
 )  # fmt: skip
 """Files beside this one, and in folders beside it, that decide an answer or its score."""
 

@@ -14,6 +14,7 @@ from tokenprune.api import applied
 from tokenprune.evals.config import NONE, Point, refusing
 from tokenprune.evals.models import LoadedModel, load_model
 from tokenprune.evals.overlay import draw_kept, seen_views
+from tokenprune.evals.reading import read_picture
 from tokenprune.evals.runner import answer_batch, give_boxes, method_of, settle, visual_tokens
 from tokenprune.evals.tasks import Sample, default_task, load_task
 from tokenprune.notation import pruner_parts, split_name
@@ -52,7 +53,7 @@ def run_single(
         if image is not None and any("boxes" in pruner.hints for pruner in pruners):
             raise ValueError(f"{method} needs boxes that suffice for the answer; leave --image out.")
         if image is not None:
-            asked = Sample("picture", "all", str(question), None, _opened(image))
+            asked = Sample("picture", "all", str(question), None, read_picture(image))
         else:
             task = load_task(default_task(model))
             if not 0 <= sample < task.size:
@@ -85,21 +86,6 @@ def run_single(
     draw_kept(seen_views(loaded, inputs, asked.visuals[0]), point, kept[0]).save(target, optimize=True)
     console.print(f"overlay   {target}", soft_wrap=True, highlight=False, markup=False)
     return 0
-
-
-def _opened(path: str) -> Any:
-    """The picture in a file, turned as its camera says, as the pictures of tasks are.
-
-    Raises:
-        ValueError: the file holds none, or half of one.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as found:
-            return ImageOps.exif_transpose(found)
-    except Exception as error:  # decoders raise what they like
-        raise ValueError(f"{path} cannot be read as a picture ({error}). Give a PNG, a JPEG or the like.") from error
 
 
 def _settle(loaded: LoadedModel, point: Point, asked: Sample, inputs: dict[str, Any]) -> tuple[str, ...]:

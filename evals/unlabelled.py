@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.evals.files import read_lines
+from tokenprune.evals.reading import read_frames, read_picture
 from tokenprune.evals.tasks import check_task, load_task, task_names
 
 QUESTIONS = "questions.jsonl"
@@ -43,12 +44,10 @@ def _candidates(data: str, scenes: int, seed: int) -> Iterator[Asked]:
     draw = random.Random(seed)
     folder = Path(data).expanduser()
     if folder.is_dir():
-        from PIL import Image
-
         lines = read_lines(folder / QUESTIONS)
         for number in draw.sample(range(len(lines)), len(lines)):
             line = lines[number]
-            yield Asked(str(number), str(line["question"]), Image.open(folder / line["image"]).convert("RGB"))
+            yield Asked(str(number), str(line["question"]), read_picture(folder / line["image"]))
     elif data in task_names():
         rows: dict[str, list[Any]] = {}
         suite, _, family = data.partition(":")
@@ -70,7 +69,7 @@ def _square_scenes(family: str, scenes: int) -> Iterator[dict[str, Any]]:
 
     rows: Any = suite.load("val", scenes)
     for row in rows:
-        yield {**row, "image": partial(row.__getitem__, "image")}
+        yield {**row, "image": partial(read_picture, row["image"])}
 
 
 def _mixed_scenes(family: str, scenes: int) -> Iterator[dict[str, Any]]:
@@ -90,8 +89,8 @@ _VALIDATION: dict[str, Callable[[str, int], Iterator[dict[str, Any]]]] = {
 
 def _hash(image: Any) -> str:
     """The same for equal pictures, or equal videos."""
-    frames = image if isinstance(image, list) else [image]
-    return hashlib.sha256(b"".join(frame.convert("RGB").tobytes() for frame in frames)).hexdigest()
+    frames = read_frames(image if isinstance(image, list) else [image])
+    return hashlib.sha256(b"".join(frame.tobytes() for frame in frames)).hexdigest()
 
 
 def draw_samples(data: str, samples: int, held_out: int, seed: int) -> tuple[list[Asked], list[Asked]]:

@@ -5,14 +5,18 @@ Imports nothing of lmms-eval.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from tokenprune.evals.prompting import FPS, Clip, Message, Part, interleave, visual_part
+from tokenprune.evals.reading import BadPicture, read_frames, read_picture
 
-_PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tiff", ".webp")
+_PICTURES = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 _SOUNDS = (".wav", ".mp3", ".m4a", ".aac", ".flac", ".ogg", ".opus")
 
 
@@ -66,10 +70,9 @@ class Media:
         from PIL import Image
 
         if isinstance(visual, Image.Image):
-            return visual_part(visual)
+            return visual_part(read_picture(visual))
         if isinstance(visual, (str, Path)) and Path(visual).suffix.lower() in _PICTURES:
-            with Image.open(visual) as picture:
-                return visual_part(picture.convert("RGB"))
+            return visual_part(read_picture(visual))
         if isinstance(visual, Mapping) and visual.get("type", "video") == "video":
             source = visual.get("url") or visual.get("path") or visual.get("video")
             if source is not None:
@@ -84,14 +87,45 @@ class Media:
             if Path(source).suffix.lower() in _SOUNDS:
                 raise ValueError(f"tokenprune takes pictures and videos, and {source} is sound.")
             return read_clip(str(source), self.fps, self.max_frames, start, end)
-        from PIL import Image
-
         if isinstance(source, (list, tuple)) or getattr(source, "ndim", 0) == 4:
-            frames = [one if isinstance(one, Image.Image) else Image.fromarray(one) for one in source]
-            step = max(1.0, len(frames) / self.max_frames)
-            taken = [frames[int(i * step)] for i in range(min(len(frames), self.max_frames))]
-            return Clip(taken, self.fps)
+            step = max(1.0, len(source) / self.max_frames)
+            taken = [source[int(i * step)] for i in range(min(len(source), self.max_frames))]
+            return Clip(read_frames(taken), self.fps)
         raise ValueError(f"A task handed over a {type(source).__name__}; tokenprune takes pictures and videos.")
+
+
+def document(docs: Any, number: int, task: str) -> Any:
+    """A document of a task of lmms-eval.
+
+    Tasks convert pictures themselves, in Pillow's way, which cuts levels of more than eight bits off: those pictures
+    are read before the task sees them, all others are left to it.
+
+    Raises:
+        BadPicture: it holds a picture that cannot be read.
+    """
+    with naming_document(number, task):
+        return _readable(docs[number])
+
+
+@contextmanager
+def naming_document(number: int, task: str) -> Iterator[None]:
+    """Errors of what reads pictures for a task do not say whose; this says it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise  # names its file
+    except (OSError, SyntaxError) as error:
+        raise BadPicture(f"Document {number} of {task} holds a picture that cannot be read ({error}).") from error
+
+
+def _readable(value: Any) -> Any:
+    from PIL import Image
+
+    if isinstance(value, Image.Image):
+        return read_picture(value) if value.mode.startswith(("I", "F")) else value
+    if isinstance(value, dict):
+        return {name: _readable(own) for name, own in value.items()}
+    return [_readable(one) for one in value] if isinstance(value, list) else value
 
 
 def flat(visuals: Any) -> list[Any]:
@@ -127,7 +161,6 @@ def read_clip(path: str, fps: float, most: int, start: float | None = None, end:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no video {path}.")
-    from PIL import Image
     from transformers.utils.import_utils import is_av_available
     from transformers.video_utils import load_video
 
@@ -144,4 +177,4 @@ def read_clip(path: str, fps: float, most: int, start: float | None = None, end:
 
     frames, _ = load_video(cast(Any, path), backend="pyav", sample_indices_fn=places)
     step = (seen["places"][-1] - seen["places"][0]) / max(1, len(seen["places"]) - 1)
-    return Clip([Image.fromarray(frame) for frame in frames], seen["rate"] / step if step else fps)
+    return Clip(read_frames(frames, path), seen["rate"] / step if step else fps)

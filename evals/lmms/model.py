@@ -24,7 +24,7 @@ from tokenprune import cost
 from tokenprune.api import applied
 from tokenprune.evals.lmms.arguments import read_arguments
 from tokenprune.evals.lmms.generation import Generation, read_generation
-from tokenprune.evals.lmms.media import Media
+from tokenprune.evals.lmms.media import Media, document, naming_document
 from tokenprune.evals.models import load_model
 from tokenprune.evals.prompting import Message
 from tokenprune.evals.runner import visual_tokens
@@ -82,7 +82,7 @@ class _Tokenprune(lmms):
         raise NotImplementedError
 
     def _doc(self, task: str, split: str, doc_id: int) -> Any:
-        return self.task_dict[task][split][doc_id]
+        return document(self.task_dict[task][split], doc_id, task)
 
     def generate_until(self, requests: list[Any]) -> list[Any]:
         """Answers in the order of `requests`, with how many tokens went in (before pruning) and out."""
@@ -187,7 +187,9 @@ class Chat(_Tokenprune):
 
     def _request(self, arguments: tuple[Any, ...]) -> tuple[list[Message], Any]:
         _, to_messages, settings, doc_id, task, split = arguments
-        return self._media.messages(to_messages(self._doc(task, split, doc_id))), settings
+        doc = self._doc(task, split, doc_id)
+        with naming_document(doc_id, task):
+            return self._media.messages(to_messages(doc)), settings
 
     def _settings(self, arguments: tuple[Any, ...]) -> Any:
         return arguments[2]
@@ -200,7 +202,9 @@ class Simple(_Tokenprune):
 
     def _request(self, arguments: tuple[Any, ...]) -> tuple[list[Message], Any]:
         text, settings, to_visual, doc_id, task, split = arguments
-        visuals = to_visual(self._doc(task, split, doc_id)) if to_visual is not None else None
+        doc = self._doc(task, split, doc_id) if to_visual is not None else None
+        with naming_document(doc_id, task):
+            visuals = to_visual(doc) if to_visual is not None else None
         return self._media.conversation(text, visuals), settings
 
     def _settings(self, arguments: tuple[Any, ...]) -> Any:

@@ -130,10 +130,13 @@ def _members(manager: Any, group: str) -> list[str]:
 
 
 def _samples(task: Any, start: int, stop: int) -> Iterator[Sample]:
-    docs = task.eval_docs
+    from tokenprune.evals.lmms.media import document, naming_document
+
+    docs, name = task.eval_docs, f"{LMMS}{task.task_name}"
     for number in range(start, stop):
-        doc = docs[number]
-        question, visuals = _asked(task, doc)
+        doc = document(docs, number, name)
+        with naming_document(number, name):
+            question, visuals = _asked(task, doc)
         target = task.doc_to_target(doc)
         target = target if isinstance(target, (str, int, float, list)) else str(target)
         image = visuals[0] if len(visuals) == 1 else tuple(visuals)

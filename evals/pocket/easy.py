@@ -14,6 +14,7 @@ from PIL import Image
 
 from tokenprune.evals.pocket.questions import Question
 from tokenprune.evals.pocket.vision import EASY_COLOURS, EASY_SHAPES
+from tokenprune.evals.reading import read_picture
 
 
 class EasyVQA:
@@ -36,7 +37,7 @@ class EasyVQA:
         else:
             raise ValueError(f"easy-vqa has the splits train and test, not {split!r}.")
         self.names = sorted(paths)
-        self.images = np.stack([np.array(Image.open(paths[name]).convert("RGB")) for name in self.names])
+        self.images = np.stack([np.array(read_picture(paths[name])) for name in self.names])
         self.questions: list[list[tuple[str, str]]] = [[] for _ in self.names]
         place = {name: i for i, name in enumerate(self.names)}
         self.shape = np.full(len(self.names), -100, np.int64)

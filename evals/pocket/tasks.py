@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tokenprune.evals.pocket import suite
+from tokenprune.evals.reading import read_picture
 from tokenprune.evals.tasks import SUITES, Sample, Task, suite_fingerprint
 
 FRAME = 336  # pixels: side of the square in which the suite `pocket` gives its boxes
@@ -39,7 +40,7 @@ def pocket_task(name: str) -> Task:
 
 def _square() -> _Rows:
     rows: Any = suite.load("test")
-    return rows, rows["family"], lambda image: image, FRAME
+    return rows, rows["family"], read_picture, FRAME
 
 
 def _mixed() -> _Rows:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from tokenprune.evals.config import NONE, Measure, Overlays, Point, Refused, RunConfig, digest, refusing
+from tokenprune.evals.reading import read_picture
 from tokenprune.evals.recommend.config import SHARES, RecommendConfig
 from tokenprune.evals.tasks import Sample, Task, load_task
 from tokenprune.registry import METHODS
@@ -191,5 +192,5 @@ def default_budgets(num_tokens: int | None) -> list[int | float]:
 def _picture(sample: Sample) -> str:
     hasher = hashlib.sha256()
     for frame in sample.frames:
-        hasher.update(repr(frame.size).encode() + frame.convert("RGB").tobytes())
+        hasher.update(repr(frame.size).encode() + read_picture(frame).tobytes())
     return hasher.hexdigest()[:16]

@@ -71,7 +71,7 @@ def take(running: Any, page_file: Path, shots: tuple[Shot, ...], folder: Path) -
     Raises:
         RuntimeError: a script of the page failed.
     """
-    from PIL import Image
+    from tokenprune.evals.reading import read_picture
 
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -95,7 +95,7 @@ def take(running: Any, page_file: Path, shots: tuple[Shot, ...], folder: Path) -
         page.close()
         if errors:
             raise RuntimeError(f"A script of {page_file} failed: {errors[0]}")
-        Image.open(file).convert("RGB").save(file, optimize=True)
+        read_picture(file).save(file, optimize=True)
         files.append(file)
     return files
 

@@ -181,12 +181,13 @@ def test_run_takes_text_as_it_is_and_pictures_as_cameras_mean_them(tiny_folder, 
     from PIL import Image
 
     from tokenprune.evals import single
+    from tokenprune.evals.reading import read_picture
 
     turned = Image.new("RGB", (60, 30), "red")
     exif = turned.getexif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert single._opened(str(tmp_path / "turned.jpg")).size == (30, 60)
+    assert read_picture(tmp_path / "turned.jpg").size == (30, 60)
     argv = ["run", "--model", tiny_folder, "--method", "uniform@9", "--max-new-tokens", "2"]
     question = "is [red]this[/red] a box [/foo]"
     monkeypatch.setattr(single, "answer_batch", lambda *args: (["[b]so[/c]"], [9], [range(9)]))

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageSequence
+from PIL import Image
 
 from tokenprune.evals.pocket.easy import easy_split
 from tokenprune.evals.pocket.questions import FAMILIES, Question, ask
 from tokenprune.evals.pocket.qwen.clips import SCALE, ask_clip, make_clip
 from tokenprune.evals.pocket.scenes import PATCH, SPLIT_SEED, make_scene
 from tokenprune.evals.pocket.suite import png
+from tokenprune.evals.reading import read_frames
 
 TEST_FILE = Path(__file__).parents[1] / "data" / "test_mixed.parquet"
 # columns and rows of 28-pixel tokens; 140 to 400 of them
@@ -33,10 +34,8 @@ _SEED = 500_000_000  # within the split's range: scenes that no other suite and 
 
 def decode(image: bytes) -> Image.Image | list[Image.Image]:
     """A picture, or the frames of a clip (an animated PNG)."""
-    opened = Image.open(io.BytesIO(image))
-    if getattr(opened, "n_frames", 1) == 1:
-        return opened.convert("RGB")
-    return [frame.convert("RGB") for frame in ImageSequence.Iterator(opened)]
+    frames = read_frames(image)
+    return frames if len(frames) > 1 else frames[0]
 
 
 def load_rows() -> list[dict]:
