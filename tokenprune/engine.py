@@ -128,6 +128,7 @@ class Engine:
                 visuals[kind] = [recording.visuals[row] for recording, row in sources[kind]]
             elif given[kind]:
                 visuals[kind] = adapter.visuals(kind, call)
+                self._tower.laid_out[kind] = call[adapter.pixels[kind]], visuals[kind]
         layout = build_layout(self._placeholders(call), visuals)
         prompt = Prompt(layout)
         if sources:
