@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,8 +48,9 @@ def anyres_visual(pack: Pack, crops: int, side: int) -> Visual:
     )
 
 
-def split_crops(pixels: Tensor, crops: list[int]) -> list[Tensor]:
+def split_crops(pixels: Tensor, visuals: Sequence[Visual]) -> list[Tensor]:
     """The crops of each picture, from `[images, most crops, C, H, W]` or `[all crops, C, H, W]`."""
+    crops = [len(visual.tower_grids) for visual in visuals]
     if pixels.dim() == 5:
         return [own[:count] for own, count in zip(pixels, crops)]
     return list(pixels.split(crops))

@@ -106,9 +106,11 @@ class VisionTower:
         pictures = [rows * cols * self.patches_per_cell for rows, cols in work.grids]
         return tower_flops(shape, pictures, work.blocks, work.first)
 
-    def resize(self, kind: str, call: Mapping[str, Any], grids: Sequence[tuple[int, int]]) -> Mapping[str, Any]:
-        """Arguments of the features call with each picture (each frame of a video) shrunk so that the tower makes a
-        raster of `grids` tokens of it."""
+    def resize(
+        self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual], grids: Sequence[tuple[int, int]]
+    ) -> Mapping[str, Any]:
+        """Arguments of the features call with each picture (each frame of a video) of `visuals` shrunk so that the
+        tower makes a raster of `grids` tokens of it."""
         raise TypeError(f"{type(self).__name__} cannot run at another size.")
 
 
@@ -182,7 +184,10 @@ class Adapter:
         return None
 
     def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
-        """How each image or video of a call is laid out, in tower order; `call` holds the arguments by name."""
+        """How each image or video of a call is laid out, in tower order; `call` holds the arguments by name.
+
+        The one place that reads sizes off the device, and once: `pixel_rows` and `VisionTower.resize` are told them by
+        the visuals."""
         raise TypeError(f"{type(self).__name__} defines no visuals().")
 
     def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:

@@ -124,6 +124,7 @@ class QwenTower(VisionTower):
             "alive": [torch.arange(count) for count in counts],
             "there": torch.ones(sum(counts), dtype=torch.bool),
             "order": self._window_order(tuple(grids)),
+            "bounds": {},
         }
 
     def states(self, run: Any, args: Any, pictures: Sequence[int], count: int) -> Tensor:
@@ -137,29 +138,38 @@ class QwenTower(VisionTower):
         hidden, group = args[0], self.patches_per_cell
         if kept is not None:
             before = run["there"]
-            run["alive"] = [alive[index.cpu()] for alive, index in zip(run["alive"], kept)]
+            chosen = torch.cat(list(kept)).cpu().split([index.shape[0] for index in kept])  # one read for all
+            run["alive"] = [alive[index] for alive, index in zip(run["alive"], chosen)]
             run["counts"] = [len(alive) for alive in run["alive"]]
             stays = torch.zeros(len(before), dtype=torch.bool)
             stays[torch.cat([start + alive for start, alive in zip(run["starts"], run["alive"])])] = True
             run["there"] = there = stays[run["order"]]
-            run["patches"] = there.repeat_interleave(group).to(hidden.device)
+            patches = there.repeat_interleave(group)
+            # numbers of places, made on the host: to index by a mask is to wait for the device
+            run["patches"] = _places(patches, hidden.device)
             # how many patches are left before each place of the full row: boundaries of frames and windows follow it
-            run["before"] = torch.cat([torch.zeros(1, dtype=torch.int64), run["patches"].cpu().cumsum(0)])
-            hidden = hidden[there[before].repeat_interleave(group).to(hidden.device)]
-        bounds = kwargs["cu_seqlens"]
-        short = run["before"][bounds.cpu().long()].unique_consecutive().to(bounds)
-        changed = {**kwargs, "cu_seqlens": short}
+            run["before"] = torch.cat([torch.zeros(1, dtype=torch.int64), patches.cumsum(0)])
+            hidden = hidden[_places(there[before].repeat_interleave(group), hidden.device)]
+        short = run["before"][self._bounds(run, kwargs["cu_seqlens"])].unique_consecutive()
+        changed = {**kwargs, "cu_seqlens": short.to(kwargs["cu_seqlens"])}
         if kwargs.get("max_seqlen") is not None:
             changed["max_seqlen"] = int(short.diff().max())
         changed["position_embeddings"] = tuple(part[run["patches"]] for part in kwargs["position_embeddings"])
         return (hidden, *args[1:]), changed
 
+    @staticmethod
+    def _bounds(run: Any, bounds: Tensor) -> Tensor:
+        """Boundaries of frames or windows on the CPU; all blocks of a run are given one or the other tensor."""
+        known = run["bounds"].get(id(bounds))
+        if known is None:  # the tensor is kept, so that no other one gets its number
+            known = run["bounds"][id(bounds)] = bounds, bounds.cpu().long()
+        return known[1]
+
     def leave(self, run: Any, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
         if output.shape[0] == len(run["there"]):
             return output
         full = output.new_zeros(len(run["there"]), output.shape[-1])
-        full[run["there"].to(output.device)] = output
-        return full
+        return full.index_copy(0, _places(run["there"], output.device), output)
 
     def _window_order(self, grids: tuple[tuple[int, int], ...]) -> Tensor:
         """`[cells]` int64: which cell, counted over all pictures, stands at each place of the full row, which may be
@@ -189,24 +199,27 @@ class QwenTower(VisionTower):
         self._orders[grids] = torch.as_tensor(index).cpu().long()
         return self._orders[grids]
 
-    def resize(self, kind: str, call: Mapping[str, Any], grids: Sequence[tuple[int, int]]) -> Mapping[str, Any]:
+    def resize(
+        self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual], grids: Sequence[tuple[int, int]]
+    ) -> Mapping[str, Any]:
         pixels = "pixel_values_videos" if "pixel_values_videos" in call else "pixel_values"
         name = f"{kind}_grid_thw" if f"{kind}_grid_thw" in call else "image_grid_thw"
-        before: list[list[int]] = call[name].tolist()
         merge, patch = self._vision.spatial_merge_size, self._vision.patch_size
+        cells = [(len(visual.rasters), *visual.rasters[0].grid) for visual in visuals]
+        before = [(frames, rows * merge, cols * merge) for frames, rows, cols in cells]
         parts, after = [], []
         for own, (frames, rows, cols), (small_rows, small_cols) in zip(
             call[pixels].split([t * h * w for t, h, w in before]), before, grids
         ):
             # patches come as (frame, cell row, cell column, row and column in it) x (channel and time, row, column)
-            cells = own.view(frames, rows // merge, cols // merge, merge, merge, -1, patch, patch)
-            picture = cells.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(frames, -1, rows * patch, cols * patch)
+            patches = own.view(frames, rows // merge, cols // merge, merge, merge, -1, patch, patch)
+            picture = patches.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(frames, -1, rows * patch, cols * patch)
             size = (small_rows * merge * patch, small_cols * merge * patch)
             small = torch.nn.functional.interpolate(
                 picture.float(), size=size, mode="bicubic", antialias=True, align_corners=False
             )
-            cells = small.view(frames, -1, small_rows, merge, patch, small_cols, merge, patch)
-            parts.append(cells.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, own.shape[-1]).to(own.dtype))
+            patches = small.view(frames, -1, small_rows, merge, patch, small_cols, merge, patch)
+            parts.append(patches.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, own.shape[-1]).to(own.dtype))
             after.append([frames, small_rows * merge, small_cols * merge])
         return {**call, pixels: torch.cat(parts), name: call[name].new_tensor(after)}
 
@@ -244,6 +257,11 @@ class QwenTower(VisionTower):
         return total
 
 
+def _places(mask: Tensor, device: torch.device) -> Tensor:
+    """Where a mask `[S]` on the CPU is True, on the device."""
+    return mask.nonzero()[:, 0].to(device)
+
+
 class QwenVL(Adapter):
     """What the families have in common; they differ in their tower's details and in what they add in the decoder."""
 
@@ -265,15 +283,12 @@ class QwenVL(Adapter):
         """Blocks of the tower behind which mergers run, beside the one at its end."""
         return ()
 
-    def _grids(self, kind: str, call: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
         names = ("image_grid_thw",) if kind == "image" else ("video_grid_thw", "image_grid_thw")
         grids = next(call[name] for name in names if call.get(name) is not None)
-        return [tuple(grid) for grid in grids.tolist()]
-
-    def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
         merge = self.model.config.vision_config.spatial_merge_size
         found = []
-        for frames, rows, cols in self._grids(kind, call):
+        for frames, rows, cols in grids.tolist():  # read here and nowhere else
             grid = (rows // merge, cols // merge)
             count = grid[0] * grid[1]
             name = "image" if kind == "image" else "frame"
@@ -282,7 +297,7 @@ class QwenVL(Adapter):
         return found
 
     def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
-        sizes = [frames * rows * cols for frames, rows, cols in self._grids(kind, call)]
+        sizes = [visual.num_tokens * self.vision.patches_per_cell for visual in visuals]
         return list(call[self.pixels[kind]].split(sizes))
 
     def cost_shape(self) -> ModelShape:

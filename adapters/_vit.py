@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tokenprune.adapters._base import VisionTower
 from tokenprune.calls import Scratch
 from tokenprune.cost import ModelShape
+from tokenprune.layout import Visual
 from tokenprune.recording import TowerWork
 from tokenprune.signals import (
     CLS_ATTENTION,
@@ -157,7 +158,9 @@ class Vit(VisionTower):
             full[row, places] = output[row, : places.shape[0]]
         return full
 
-    def resize(self, kind: str, call: Mapping[str, Any], grids: Sequence[tuple[int, int]]) -> Mapping[str, Any]:
+    def resize(
+        self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual], grids: Sequence[tuple[int, int]]
+    ) -> Mapping[str, Any]:
         pixels, grid = call["pixel_values"], grids[0]
         size = (grid[0] * self._patch, grid[1] * self._patch)
         small = torch.nn.functional.interpolate(

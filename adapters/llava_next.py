@@ -34,18 +34,12 @@ class AnyRes(Adapter):
         self.vision = Vit(tower, decoder_of(tower, "encoder.layers"), self.projector, facts, vision.patch_size)
         self._side = vision.image_size // vision.patch_size
 
-    def _crops(self, call: Mapping[str, Any]) -> list[int]:
+    def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-        config = self.model.config
-        return [
-            image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-            for size in call["image_sizes"]
-        ]
-
-    def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
-        found = []
-        for size, crops in zip(call["image_sizes"], self._crops(call)):
+        found, config = [], self.model.config
+        for size in call["image_sizes"].cpu():  # read here and nowhere else
+            crops = image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
             def pack(values: Tensor, newline: Tensor, size: Tensor = size) -> Tensor:
                 packed, _ = self.entry.pack_image_features(
@@ -57,7 +51,7 @@ class AnyRes(Adapter):
         return found
 
     def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
-        return split_crops(call["pixel_values"], self._crops(call))
+        return split_crops(call["pixel_values"], visuals)
 
     def cost_shape(self) -> ModelShape:
         return llava_shape(self.model.config, has_cls=True)

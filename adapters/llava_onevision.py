@@ -39,11 +39,13 @@ class LlavaOnevision(Adapter):
         self.vision = Vit(tower, blocks, self.projector, facts, vision.patch_size, pooling_head=head)
         self._side = vision.image_size // vision.patch_size
 
-    def _crops(self, call: Mapping[str, Any]) -> list[int]:
+    def _crops(self, sizes: Tensor, numbers: Any) -> list[int]:
+        """Crops of each picture of `sizes` `[M, 2]`, on the CPU; `numbers`: pictures of each prompt, or None."""
         from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
-        config, sizes = self.model.config, call["image_sizes"]
-        numbers = call.get("batch_num_images")
+        config = self.model.config
+        if isinstance(numbers, Tensor):
+            numbers = numbers.tolist()
         tiled = [True] * len(sizes) if numbers is None else [n == 1 for n in numbers for _ in range(n)]
         return [
             image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) if own else 1
@@ -55,8 +57,8 @@ class LlavaOnevision(Adapter):
             videos, frames = call["pixel_values_videos"].shape[:2]
             return [pooled_video(frames, self._side, self.entry.apply_pooling, separators=1)] * videos
         ratio = call.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
-        found = []
-        for size, crops in zip(call["image_sizes"], self._crops(call)):
+        found, sizes = [], call["image_sizes"].cpu()  # read here and nowhere else
+        for size, crops in zip(sizes, self._crops(sizes, call.get("batch_num_images"))):
 
             def pack(values: Tensor, newline: Tensor, size: Tensor = size) -> Tensor:
                 packed, _ = self.entry.pack_image_features(
@@ -70,7 +72,7 @@ class LlavaOnevision(Adapter):
     def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         if kind == "video":
             return list(call["pixel_values_videos"])
-        return split_crops(call["pixel_values"], self._crops(call))
+        return split_crops(call["pixel_values"], visuals)
 
     def cost_shape(self) -> ModelShape:
         return llava_shape(self.model.config, has_cls=False)

@@ -45,7 +45,7 @@ class SmolVLM(Adapter):
 
     def _tiles(self, call: Mapping[str, Any]) -> list[int]:
         """Tiles of each prompt; the processor fills up with pictures of zeros, which the model leaves out."""
-        real = (call["pixel_values"] != 0).flatten(2).any(dim=2)
+        real = (call["pixel_values"] != 0).flatten(2).any(dim=2).cpu()
         if not bool(real.any()):
             real[0, 0] = True
         return real.sum(dim=1).tolist()
@@ -58,7 +58,7 @@ class SmolVLM(Adapter):
         ]
 
     def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
-        return [own[:tiles] for own, tiles in zip(call["pixel_values"], self._tiles(call))]
+        return [own[: len(visual.rasters)] for own, visual in zip(call["pixel_values"], visuals)]
 
     def cost_shape(self) -> ModelShape:
         config = self.model.config

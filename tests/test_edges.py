@@ -82,7 +82,7 @@ def test_signals_of_a_smaller_picture_reach_the_stage_behind_it():
     plan = ["downsample@16", {"method": Watched(), "keep": 4}]
     handle, _ = run(model, batch, plan)
     # the same picture, shrunk by hand
-    small = handle.adapter.vision.resize("image", {"pixel_values": batch["pixel_values"]}, [(4, 4)])
+    small = handle.adapter.vision.resize("image", {"pixel_values": batch["pixel_values"]}, [], [(4, 4)])
     tower = model.model.vision_tower
     tower.set_attn_implementation("eager")
     with torch.no_grad():

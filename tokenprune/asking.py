@@ -88,9 +88,11 @@ class RowChooser:
                 f"{stage.pruner.name} merges tokens, so an intervention cannot keep any out of its ranking."
             )
         asked, ranked = [], []
-        for index, span in enumerate(prompt.layout.spans):
-            alive = prompt.alive[index]
-            open_to = (~out[span.sample, alive.places]).nonzero()[:, 0]
+        spans = prompt.layout.spans
+        beside = [out[span.sample, alive.places] for span, alive in zip(spans, prompt.alive)]
+        on_host = torch.cat(beside).cpu().split([alive.count for alive in prompt.alive])  # one read for all
+        for index, span in enumerate(spans):
+            open_to = (~on_host[index]).nonzero()[:, 0].to(out.device)
             (whole,) = self._ask(stage, prompt, index, hidden, signals, together=True)
             asked.append(whole.only(open_to, stage.budget.tokens(span.num_tokens)))
             ranked.append(open_to)
@@ -102,7 +104,10 @@ class RowChooser:
             if stay:
                 left = ~left.index_fill(0, open_to, True)
             chosen = open_to if answer is None else open_to[answer.indices.to(open_to.device)]
-            kept = left.index_fill(0, chosen, True).nonzero()[:, 0]
+            # those that stay are counted on the host already, and a stable sort leaves them in order
+            count = chosen.shape[0] + (alive.count - open_to.shape[0] if stay else 0)
+            left = left.index_fill(0, chosen, True).to(torch.int8)
+            kept = left.argsort(descending=True, stable=True)[:count]
             given = {} if answer is None else answer.carry
             # tokens that were not ranked keep what they had, or get zeros
             wide = {}

@@ -197,13 +197,13 @@ class PrunedCacheMixin:
         if prompt is not None and inside > 0:
             # assisted decoding runs prompt and first candidates in one call, and crops the rejected ones
             tail = torch.arange(prompt.length - inside, prompt.length)
-            for segment in prompt.segments:
-                slots = segment.slots
-                if inside > slots.shape[1] or not bool((slots[:, -inside:] == tail.to(slots.device)).all()):
-                    raise ValueError(
-                        f"Cannot crop {removed} tokens: that reaches into pictures or padding of the pruned prompt, of "
-                        f"{prompt.length} tokens. Run the prompt again instead."
-                    )
+            held = min(segment.slots.shape[1] for segment in prompt.segments)
+            ends = [segment.slots[:, -inside:] for segment in prompt.segments]
+            if inside > held or not bool((torch.stack(ends) == tail.to(ends[0].device)).all()):
+                raise ValueError(
+                    f"Cannot crop {removed} tokens: that reaches into pictures or padding of the pruned prompt, of "
+                    f"{prompt.length} tokens. Run the prompt again instead."
+                )
             shorter = tuple(replace(segment, slots=segment.slots[:, :-inside]) for segment in prompt.segments)
             self.tokenprune = PrunedPrompt(shorter, prompt.length - inside)
         super().crop(-removed)  # type: ignore[misc]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tokenprune.compaction import Compaction
     from tokenprune.decoder_signals import LayerInput
     from tokenprune.decoding import DecoderPass
+    from tokenprune.layout import Visual
     from tokenprune.prompt import Prompt
     from tokenprune.recording import Recording
     from tokenprune.signals import Signal
@@ -35,6 +36,7 @@ class ForwardCall:
         decoder: the pass through the decoder, while it is at work on rows that differ from what it was given.
         inputs: by layer, what entered it, where a stage reads its attention.
         compaction: how the rows were shortened; None if they were not.
+        laid_out: by kind, pixels of this call and how they are laid out, so that sizes are read once.
         recordings: by kind, runs of the vision tower inside this call.
         transitions: signals of decoder layers that were read on the way, by place in the rows as they stand.
         branch: what entered a layer's attention, and what came out, until its MLP has run.
@@ -53,6 +55,7 @@ class ForwardCall:
     decoder: DecoderPass | None = None
     inputs: dict[int, LayerInput] = field(default_factory=dict)
     compaction: Compaction | None = None
+    laid_out: dict[str, tuple[Tensor, list[Visual]]] = field(default_factory=dict)
     recordings: dict[str, list[Recording]] = field(default_factory=dict)
     transitions: dict[Signal, Tensor] = field(default_factory=dict)
     branch: tuple[Tensor, Tensor] | None = None
@@ -64,7 +67,7 @@ class ForwardCall:
     def clear(self) -> None:
         """Let go of all that is needed only while the module that merges text and pictures is at work."""
         self.prompt, self.decoder, self.branch, self.attention = None, None, None, None
-        self.inputs, self.recordings, self.transitions = {}, {}, {}
+        self.inputs, self.laid_out, self.recordings, self.transitions = {}, {}, {}, {}
         self.learning = False
 
 

@@ -138,7 +138,7 @@ class Engine:
         if given is not None and given.shape[1] > 1:
             self._links.check()
         self._tower.check_planned(arguments)
-        call.prompt = self._reader.read(arguments)
+        call.prompt = self._reader.read(arguments, call.laid_out)
         if call.prompt is not None:
             call.prompt.drafted = call.drafted
             if self.attending.learns:

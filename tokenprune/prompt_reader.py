@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapters._base import Adapter
-from tokenprune.layout import Layout, build_layout
+from tokenprune.layout import Layout, Visual, build_layout
 from tokenprune.prompt import Prompt
 from tokenprune.recording import Recording, sources_of
 from tokenprune.seams import cache_of
@@ -28,11 +28,12 @@ class PromptReader:
     def __init__(self, adapter: Adapter) -> None:
         self._adapter = adapter
 
-    def read(self, call: Mapping[str, Any]) -> Prompt | None:
+    def read(self, call: Mapping[str, Any], laid_out: dict[str, tuple[Tensor, list[Visual]]]) -> Prompt | None:
         """The prompts of a call, or None where it brings no pictures.
 
         Args:
             call: arguments of `Adapter.entry`, by name.
+            laid_out: takes, by kind, the pixels and how they are laid out, so that sizes are read once.
 
         Raises:
             ValueError: the prompts are of a kind that cannot be pruned right; the message says which.
@@ -60,6 +61,7 @@ class PromptReader:
                 visuals[kind] = [recording.visuals[row] for recording, row in sources[kind]]
             elif given[kind]:
                 visuals[kind] = adapter.visuals(kind, call)
+                laid_out[kind] = call[adapter.pixels[kind]], visuals[kind]
         layout = build_layout(self._placeholders(call), visuals)
         prompt = Prompt(layout)
         if sources:

@@ -152,10 +152,6 @@ def sources_of(output: Any) -> list[tuple[Recording, int]] | None:
         return None
     if original is features:
         return [(recording, row) for row in range(len(original))]
-    rows = []
-    for tensor in features:
-        same = (tensor == original).flatten(1).all(1).nonzero()
-        if len(same) == 0:
-            return None
-        rows.append((recording, int(same[0])))
-    return rows
+    # one tensor at a time, so that no [beams, pictures, ...] is formed; one read for all
+    same = torch.stack([(tensor == original).flatten(1).all(1) for tensor in features]).tolist()
+    return [(recording, row.index(True)) for row in same] if all(map(any, same)) else None

@@ -195,6 +195,13 @@ class TowerRun:
         rows, cols = self.grids[picture]
         return value.new_zeros(rows * cols).index_copy(0, there, value)
 
+    @functools.cached_property
+    def _alive_on_host(self) -> list[Tensor | None]:
+        """`alive` behind the last cut, of all pictures in one read."""
+        there = [alive for alive in self.alive if alive is not None]
+        parts = iter(torch.cat(there).cpu().split([alive.shape[0] for alive in there]))
+        return [None if alive is None else next(parts) for alive in self.alive]
+
     def _survivors(self, visual: Visual, pictures: list[int]) -> Survivors:
         cells = [self.grids[p][0] * self.grids[p][1] for p in pictures]
         if visual.sources is None and len(pictures) == 1:
@@ -203,9 +210,9 @@ class TowerRun:
             return Survivors(tokens, self.counts[pictures[0]], dict(self.carry[pictures[0]]))
         there = []
         for picture, count in zip(pictures, cells):
-            alive = self.alive[picture]
+            alive = self._alive_on_host[picture]
             mask = torch.ones(count, dtype=torch.bool) if alive is None else torch.zeros(count, dtype=torch.bool)
-            there.append(mask if alive is None else mask.index_fill(0, alive.cpu(), True))
+            there.append(mask if alive is None else mask.index_fill(0, alive, True))
         mask = torch.cat(there)
         tokens = (mask if visual.sources is None else mask[visual.sources]).nonzero()[:, 0]
         return Survivors(tokens.to(self.recording.device), tokens.shape[0], {})
@@ -336,7 +343,9 @@ class TowerWatch:
             name = self.adapter.pixels[kind]
             # transformers before 5.20 calls the pixels of videos by the name of those of images
             named = call if name in call else {**call, name: call["pixel_values"]}
-            visuals = self.adapter.visuals(kind, named)
+            laid_out = None if self._calls.now is None else self._calls.now.laid_out.get(kind)
+            same = laid_out is not None and laid_out[0] is named[name]
+            visuals = laid_out[1] if same else self.adapter.visuals(kind, named)
             pixels = self.adapter.pixel_rows(kind, named, visuals)
             recording = Recording(visuals, named[name], pixels)
             cuts = list(self._cuts.values())
@@ -381,7 +390,7 @@ class TowerWatch:
             step = torch.arange(len(visual.rasters))[:, None] * (grid[0] * grid[1])
             places.append((step + torch.tensor(grid_places(grid, own))).flatten().to(recording.device))
         run.shrink(small, places)
-        output = original(**{**self.adapter.vision.resize(kind, call, small), "return_dict": True})
+        output = original(**{**self.adapter.vision.resize(kind, call, recording.visuals, small), "return_dict": True})
         recording.shrunk = small
         recording.kept = [Survivors(index, index.shape[0], {}) for index in places]
 
