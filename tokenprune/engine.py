@@ -63,12 +63,14 @@ class Engine:
                 check_vision_signal(signal, stage, adapter.tower.feature_layer)
         self._tower = TowerWatch(adapter, stages, tuple(dict.fromkeys(signals)), self._tower_hint)
         self._read_layers = {signal.layer for signal in signals if signal.name in DECODER_SIGNALS}
+        self._read_after = {stage.depth - 1: stage for stage in stages if _reads_before(stage, adapter.tower)}
         self._transitions = Transitions(adapter, signals, self._now)
         self._drafts = Drafts()
         self._rows = RowChooser(adapter.tower, self._transitions, self.attending, self._hint)
         self._prompt: Prompt | None = None
         self._pass: DecoderPass | None = None
         self._entered: dict[int, LayerInput] = {}
+        self._read: dict[int, DecoderSignals] = {}
         self._compaction: Compaction | None = None
         self._served: Any = None
         self._window = _window(adapter.language_model.config)
@@ -87,6 +89,10 @@ class Engine:
         self._ledger, self._hooked = ledger, len(adapter.layers)
         if self._layers:
             self._hook_layers(min({*self._layers, *self._read_layers}))
+        for layer in self._read_after:
+            hook = opaque(functools.partial(self._after_attention, layer))
+            # first, while what shards or offloads weights still has those of this layer here
+            ledger.hook(adapter.attention(adapter.layers[layer]).register_forward_hook(hook, prepend=True))
         LossAfterPruning(lambda: self._compaction).install(adapter.model, ledger)
         self._tower.install(ledger)
         self._drafts.install(adapter.model, ledger)
@@ -175,7 +181,9 @@ class Engine:
         table = self.adapter.model.get_input_embeddings()
         found = {}
         for kind, number in ids.items():
-            one = table(torch.tensor(number, device=table.weight.device)).to(embeds.device)
+            # weights that accelerate brings when they are needed are on the meta device now
+            device = embeds.device if table.weight.is_meta else table.weight.device
+            one = table(torch.tensor(number, device=device)).to(embeds.device)
             found[kind] = (embeds == one).all(-1).cpu()
         return found
 
@@ -186,7 +194,7 @@ class Engine:
     def _forget(self) -> None:
         if self._prompt is not None:
             self._prompt.sources = []  # pixels and signals; what reports need was written down
-        self._prompt, self._pass, self._entered = None, None, {}
+        self._prompt, self._pass, self._entered, self._read = None, None, {}, {}
         self._serve(None)
         self._tower.forget()
         self._transitions.forget()
@@ -358,7 +366,7 @@ class Engine:
             self._entered[layer] = self._layer_input(layer, module, hidden, fitted, current)
         if stage is not None and prompt is not None:
             with prompt.watch.running(hidden.device):
-                hidden = self._cut_layer(stage, prompt, current, hidden, cache_of(kwargs))
+                hidden = self._cut_layer(stage, prompt, current, hidden)
         differs = current.differs(layer)
         if differs:
             kwargs = current.arguments(layer, hidden, kwargs)
@@ -383,15 +391,27 @@ class Engine:
                     f"({type(cache.layers[layer]).__name__}) does not hold their keys as they were. Use the default "
                     "cache, or a method that cuts at 'input'."
                 )
-        return LayerInput(module, hidden, kwargs["position_embeddings"], current.attended, keys, seen)
+        return LayerInput(module, hidden, kwargs["position_embeddings"], current.attended, keys, seen, cache=cache)
 
-    def _cut_layer(self, stage: Stage, prompt: Prompt, current: DecoderPass, hidden: Tensor, cache: Any) -> Tensor:
+    def _after_attention(self, layer: int, module: Any, args: Any, output: Any) -> None:
+        """Read for the stage after this layer what that one wants to know, while the layer runs."""
+        prompt, given, stage = self._prompt, self._entered.pop(layer, None), self._read_after[layer]
+        if prompt is None or given is None:
+            return
+        self._read[layer] = signals = DecoderSignals(self.adapter, given.after(layer), prompt)
+        budgets = [stage.budget.tokens(span.num_tokens) for span in prompt.layout.spans]
+        cuts = [0 < budget < alive.count for budget, alive in zip(budgets, prompt.alive)]
+        if any(cuts) or (stage.pruner.adaptive and any(alive.count for alive in prompt.alive)):
+            with prompt.watch.running(given.hidden.device):
+                wanted = stage.signals(self.adapter.tower)
+                signals.prepare([signal.name for signal in wanted if signal.layer == layer])
+
+    def _cut_layer(self, stage: Stage, prompt: Prompt, current: DecoderPass, hidden: Tensor) -> Tensor:
         wanted = stage.signals(self.adapter.tower)
         signals = {}
         for layer in {signal.layer for signal in wanted if signal.name in DECODER_SIGNALS}:
-            given = self._entered[layer]
-            given = given.after(cache, layer) if layer < stage.depth else given
-            signals[layer] = DecoderSignals(self.adapter, given, prompt)
+            ran = layer < stage.depth
+            signals[layer] = self._read[layer] if ran else DecoderSignals(self.adapter, self._entered[layer], prompt)
         cutter = Cutter(prompt, stage.site, hidden.shape[1])
         hidden = self._rows.choose(stage, prompt, cutter, hidden, signals)
         prompt.flops += sum(computed.flops for computed in signals.values())
@@ -403,6 +423,12 @@ class Engine:
         self.attending.cut(compaction, stage.depth)
         self._compaction = current.compaction
         return compaction.rows(hidden)
+
+
+def _reads_before(stage: Stage, tower: Any) -> bool:
+    """Whether a stage asks for what the layer before its cut did."""
+    wanted = stage.signals(tower) if stage.place == "layer" else ()
+    return any(signal.name in DECODER_SIGNALS and signal.layer < stage.depth for signal in wanted)
 
 
 def _window(config: Any) -> int | None:
