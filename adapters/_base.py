@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from tokenprune.adapters._attention import AttentionReading, attention_of, mlp_of, read_attention
 from tokenprune.cost import ModelShape, tower_flops
 from tokenprune.layout import Visual
 from tokenprune.recording import TowerWork
@@ -166,8 +168,19 @@ class Adapter:
 
     @property
     def layers(self) -> Sequence[Any]:
-        """The decoder's layers."""
-        return self.language_model.layers
+        """The decoder's layers.
+
+        Raises:
+            ValueError: it has none where they are looked for.
+        """
+        found = getattr(self.language_model, "layers", None)
+        if found is None:
+            raise ValueError(
+                f"The decoder {type(self.language_model).__name__} has no list of layers at `layers`, where those of "
+                "Llama and its relatives have theirs, so tokens cannot be taken out of it. Use a model with another "
+                "decoder."
+            )
+        return found
 
     @property
     def depths(self) -> Depths:
@@ -197,20 +210,32 @@ class Adapter:
     def heads(self, layer: Any, hidden: Tensor, part: str) -> Tensor:
         """Query ("q") `[B, H, S, d]`, key ("k") or value ("v") `[B, Hk, S, d]`, before their rotation, that a decoder
         layer makes of hidden states `[B, S, D]` that enter it."""
-        attention = layer.self_attn
-        projected = getattr(attention, f"{part}_proj")(layer.input_layernorm(hidden))
-        projected = projected.unflatten(-1, (-1, attention.head_dim))
-        norm = getattr(attention, f"{part}_norm", None)  # Qwen3 normalises each head of queries and keys
-        return (projected if norm is None else norm(projected)).transpose(1, 2)
+        return self.reading(layer).heads(hidden, part)
+
+    def reading(self, layer: Any) -> AttentionReading:
+        """How queries, keys and values of a decoder layer are made, how they are rotated and scaled."""
+        return read_attention(layer)
+
+    def attention(self, layer: Any) -> nn.Module:
+        """Attention of a decoder layer."""
+        return attention_of(layer)
 
     def branches(self, layer: Any) -> tuple[nn.Module, nn.Module]:
         """Attention and MLP of a decoder layer: modules called with normalised states, whose output is added to the
         residual as it is."""
-        return decoder_of(layer, "self_attn"), decoder_of(layer, "mlp")
+        return attention_of(layer), mlp_of(layer)
 
-    def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin `[B, S, d]` for position ids as the decoder layers get them."""
-        return self.language_model.rotary_emb(hidden, position_ids)
+    def layer_kind(self, layer: int) -> str:
+        """Decoder layers of one kind get the same masks and rotations; "" where all are alike."""
+        kinds = getattr(self.language_model.config, "layer_types", None)
+        return str(kinds[layer]) if kinds else ""
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """cos and sin `[B, S, d]` for position ids as that decoder layer gets them."""
+        rotary = self.language_model.rotary_emb
+        if "layer_type" in inspect.signature(rotary.forward).parameters:  # Gemma 3: each kind has its own base
+            return rotary(hidden, position_ids, self.layer_kind(layer))
+        return rotary(hidden, position_ids)
 
     def expand_features(self, output: Any, expand: Callable[[Sequence[Tensor]], list[Tensor]]) -> None:
         """Put what a features call made of smaller pictures at full length, in place: all of its per-visual tensors."""

@@ -237,7 +237,7 @@ class MaskedModel:
             if not torch.equal(closing(layer), closing(0)):
                 hidden = args[0] if args else kwargs["hidden_states"]
                 changed["position_ids"] = positions - closing(layer)
-                changed["position_embeddings"] = self.adapter.rotary(hidden, changed["position_ids"])
+                changed["position_embeddings"] = self.adapter.rotary(hidden, changed["position_ids"], layer)
             return args, changed
 
         handles = [

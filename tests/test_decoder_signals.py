@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,11 +99,14 @@ def test_a_cache_that_holds_something_else_is_not_read(change: Any) -> None:
     class Cache:
         layers = [None, Layer()]
 
-    given = LayerInput(None, torch.zeros(1, 5, 8), (torch.ones(1), torch.ones(1)), None, torch.zeros(1, 2, 4, 4), None)
-    left = given.after(Cache, 1).left
+    given = LayerInput(
+        None, torch.zeros(1, 5, 8), (torch.ones(1), torch.ones(1)), None, torch.zeros(1, 2, 4, 4), None, cache=Cache
+    )
+    left = given.after(1).left
     assert left is not None and torch.equal(left[1], Layer.values)
     Layer.values = change(Layer.values)
-    assert given.after(Cache, 1) is given and given.after(None, 1) is given
+    alone = dataclasses.replace(given, cache=None)
+    assert given.after(1) is given and alone.after(1) is alone
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -11,6 +11,7 @@ from tokenprune.adapters._base import Adapter
 from tokenprune.engine import Engine
 from tokenprune.guards import Guards
 from tokenprune.handle import Handle
+from tokenprune.layer_check import check_decoder_reads
 from tokenprune.ledger import Ledger
 from tokenprune.outputs import OUTPUTS
 from tokenprune.registry import MODELS, near
@@ -100,6 +101,7 @@ def apply(
         )
     ledger = Ledger()
     engine = Engine(adapter, stages, spec.interventions, outputs)
+    check_decoder_reads(adapter, stages, tuple(engine.attending.layers))
     inside = any(stage.place in ("vision", "layer") for stage in stages)
     try:
         Guards(adapter, spec.label, inside, bool(engine.attending)).install(ledger)

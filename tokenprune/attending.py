@@ -101,7 +101,7 @@ class Attending:
                 f"Interventions read the mask of a layer, and {kind!r} has none that can be read. Load the model with "
                 "attn_implementation='sdpa', 'eager' or a flash attention."
             )
-        self._places: dict[Any, int] = {adapter.layers[layer].self_attn: layer for layer in self.layers}
+        self._places: dict[Any, int] = {adapter.attention(adapter.layers[layer]): layer for layer in self.layers}
         self._stock: dict[int, tuple[Any, Any]] = {}  # the layer's own config, and its eager function
         self._interfaces: Any = None
 
@@ -260,7 +260,7 @@ class Attending:
         if call is None or not call.noting:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
-        layer = self._places[module.self_attn]
+        layer = self._places[self.adapter.attention(module)]
         if call.visual is None:
             call.visual = self._visual(call.prompt, hidden)
         visual = call.visual.to(hidden.device)

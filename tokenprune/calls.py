@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tokenprune.compaction import Compaction
-    from tokenprune.decoder_signals import LayerInput
+    from tokenprune.decoder_signals import DecoderSignals, LayerInput
     from tokenprune.decoding import DecoderPass
     from tokenprune.layout import Visual
     from tokenprune.prompt import Prompt
@@ -35,7 +34,7 @@ class ForwardCall:
         prompt: the prompts with pictures, laid out; None without pictures.
         decoder: the pass through the decoder, while it is at work on rows that differ from what it was given.
         inputs: by layer, what entered it, where a stage reads its attention.
-        compaction: how the rows were shortened; None if they were not.
+        read: by layer, what was read of its attention for the stage behind it.
         laid_out: by kind, pixels of this call and how they are laid out, so that sizes are read once.
         recordings: by kind, runs of the vision tower inside this call.
         transitions: signals of decoder layers that were read on the way, by place in the rows as they stand.
@@ -54,7 +53,7 @@ class ForwardCall:
     prompt: Prompt | None = None
     decoder: DecoderPass | None = None
     inputs: dict[int, LayerInput] = field(default_factory=dict)
-    compaction: Compaction | None = None
+    read: dict[int, DecoderSignals] = field(default_factory=dict)
     laid_out: dict[str, tuple[Tensor, list[Visual]]] = field(default_factory=dict)
     recordings: dict[str, list[Recording]] = field(default_factory=dict)
     transitions: dict[Signal, Tensor] = field(default_factory=dict)
@@ -67,7 +66,7 @@ class ForwardCall:
     def clear(self) -> None:
         """Let go of all that is needed only while the module that merges text and pictures is at work."""
         self.prompt, self.decoder, self.branch, self.attention = None, None, None, None
-        self.inputs, self.laid_out, self.recordings, self.transitions = {}, {}, {}, {}
+        self.inputs, self.read, self.laid_out, self.recordings, self.transitions = {}, {}, {}, {}, {}
         self.learning = False
 
 

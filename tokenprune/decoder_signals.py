@@ -6,6 +6,7 @@ them; those of layer K, which is yet to run, are projected here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,6 +44,7 @@ class LayerInput:
         keys: `[B, Hk, K, d]` keys that the layer's cache held before this call, rotated; None if it held none.
         keys_seen: `[B, K]` bool, False at padding among them.
         left: keys, rotated, and values `[B, Hk, K + P, d]` that the layer left in its cache; None before it has run.
+        cache: the KV cache that it runs with; None if there is none.
     """
 
     module: Any
@@ -52,29 +54,23 @@ class LayerInput:
     keys: Tensor | None
     keys_seen: Tensor | None
     left: tuple[Tensor, Tensor] | None = None
+    cache: Any = None
 
-    def after(self, cache: Any, layer: int) -> LayerInput:
-        """The same once the layer has run, with what it left in `cache` if that has it whole and as it was: a quantized
-        or offloaded cache has not."""
-        if cache is None:
+    def after(self, layer: int) -> LayerInput:
+        """The same once the layer's attention has run, with what it left in the cache if that has it whole and as it
+        was: a quantized or offloaded cache has not."""
+        if self.cache is None:
             return self
         length = self.hidden.shape[1] + (0 if self.keys is None else self.keys.shape[2])
         left = []
         for name in ("keys", "values"):
-            part = getattr(cache.layers[layer], name, None)
+            part = getattr(self.cache.layers[layer], name, None)
             if not isinstance(part, Tensor) or part.dim() != 4 or part.shape[2] != length:
                 return self
             if (part.dtype, part.device) != (self.hidden.dtype, self.hidden.device):
                 return self
             left.append(part.detach())
         return replace(self, left=(left[0], left[1]))
-
-
-def rotate(values: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of `[B, H, P, d]` by cos and sin `[1 or B, P, d]`: halves, as in Llama and its descendants."""
-    cos, sin = (part[:, None].to(values.dtype) for part in rotation)
-    first, second = values.chunk(2, dim=-1)
-    return values * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def check_decoder_signal(signal: Signal, site: str, depth: int) -> None:
@@ -103,7 +99,25 @@ class DecoderSignals:
     def __init__(self, adapter: Adapter, given: LayerInput, prompt: Prompt) -> None:
         self.flops = 0
         self._adapter, self._given, self._prompt = adapter, given, prompt
+        self._reading = adapter.reading(given.module)
         self._cache: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def prepare(self, names: Sequence[str]) -> None:
+        """Compute what signals of these names need of the layer's weights, which may be elsewhere (sharded, offloaded)
+        once it has run."""
+        for name in names:
+            if name == LAST_ATTENTION:
+                self._last()
+            elif name == INSTRUCTION_ATTENTION:
+                self._instruction()
+            elif name == LAST_VISUAL_ATTENTION:
+                self._last_query()
+                self._keys()
+            elif name in (LAST_VALUE_SIMILARITY, DECODER_VALUE_NORM):
+                self._values()
+            else:
+                self._shares(name)
 
     def value(self, name: str, span: int, places: Tensor) -> Tensor:
         """A signal for one span whose tokens stand at `places` of what entered the layer."""
@@ -133,6 +147,13 @@ class DecoderSignals:
 
     def _project(self, part: str, hidden: Tensor) -> Tensor:
         """Query, key or value `[B, H, S, d]` of hidden states `[B, S, D]`, counted."""
+        absent = self._reading.absent()
+        if absent is not None:
+            raise ValueError(
+                f"The weights of a decoder layer that a stage reads are {absent} where it reads them, outside of the "
+                "layer's own forward. Methods that cut at 'input' read none of them; sharding or offloading whole "
+                "layers goes with methods that read the layer before their cut (fastv, todre)."
+            )
         made = self._adapter.heads(self._given.module, hidden, part)
         self.flops += 2 * made.numel() * hidden.shape[-1]
         return made
@@ -144,7 +165,7 @@ class DecoderSignals:
         asked = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
         cos, sin = (part.expand(rows.shape[0], -1, -1) for part in self._given.rotation)
         picked = rows[..., None].expand(-1, -1, cos.shape[-1])
-        return rotate(self._project("q", asked), (cos.gather(1, picked), sin.gather(1, picked)))
+        return self._reading.rotate(self._project("q", asked), (cos.gather(1, picked), sin.gather(1, picked)))
 
     def _keys(self) -> Tensor:
         """`[B, Hk, K + P, d]` of the cache and of this call, rotated."""
@@ -152,7 +173,7 @@ class DecoderSignals:
         if given.left is not None:
             return given.left[0]
         if "key" not in self._cache:
-            key = rotate(self._project("k", given.hidden.detach()), given.rotation)
+            key = self._reading.rotate(self._project("k", given.hidden.detach()), given.rotation)
             self._cache["key"] = key if given.keys is None else torch.cat([given.keys.to(key.dtype), key], dim=2)
         return self._cache["key"]
 
@@ -165,14 +186,11 @@ class DecoderSignals:
             self._cache["value"] = self._project("v", given.hidden.detach())
         return self._cache["value"]
 
-    def _scale(self, width: int) -> float:
-        return float(getattr(self._given.module.self_attn, "scaling", width**-0.5))
-
     def _attention(self, rows: Tensor) -> Tensor:
         """`[B, R, P]` fp32: head-mean attention of the query rows `[B, R]` to the tokens of this call."""
         query, key = self._query(rows), self._keys()
         self.flops += 2 * query.numel() * key.shape[2]
-        mass = attention_rows(query, key, self._scale(key.shape[-1]), self._allowed(rows))
+        mass = attention_rows(query, key, self._reading.scale, self._allowed(rows))
         return mass[..., -self._given.hidden.shape[1] :]
 
     def _ends(self) -> Tensor:
@@ -183,6 +201,13 @@ class DecoderSignals:
         if self._given.attended is None:
             return torch.full((batch_size, 1), length - 1, device=device)
         return (torch.arange(length, device=device) * self._given.attended[:, :length]).amax(dim=1, keepdim=True)
+
+    @torch.no_grad()
+    def _last_query(self) -> Tensor:
+        """`[B, H, 1, d]`."""
+        if "row" not in self._cache:
+            self._cache["row"] = self._query(self._ends())
+        return self._cache["row"]
 
     @torch.no_grad()
     def _last(self) -> Tensor:
@@ -211,10 +236,8 @@ class DecoderSignals:
         """`[n]` fp32: how the tokens at `places` `[n]` of a row compare among each other, seen from its last token."""
         ends = self._ends()
         if name == LAST_VISUAL_ATTENTION:
-            if "row" not in self._cache:
-                self._cache["row"] = self._query(ends)
-            query, key = self._cache["row"][sample], self._keys()[sample, :, -self._given.hidden.shape[1] :]
-            scale = self._scale(key.shape[-1])
+            query, key = self._last_query()[sample], self._keys()[sample, :, -self._given.hidden.shape[1] :]
+            scale = self._reading.scale
         else:
             key = self._values()[sample]
             if name == DECODER_VALUE_NORM:

@@ -46,8 +46,8 @@ class DecoderPass:
         # the layer before which rows were shortened, and how they stand to the full rows from then on
         self.moves: list[tuple[int, Compaction]] = []
         self._given_mask: Tensor | None = None
-        self._masks: dict[tuple[int, int], Any] = {}
-        self._rotations: dict[tuple[int, int], Any] = {}
+        self._masks: dict[tuple[int, int, str], Any] = {}
+        self._rotations: dict[tuple[int, int, str], Any] = {}
         self._cuts = 0
         self._moved = False
         config = adapter.language_model.config
@@ -141,11 +141,13 @@ class DecoderPass:
 
     def arguments(self, layer: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a layer, from those that were made for the base."""
-        key = (self._cuts, self.before.segment(layer).first_layer if self.before else 0)
+        first = self.before.segment(layer).first_layer if self.before else 0
+        key = (self._cuts, first, self.adapter.layer_kind(layer))
         changed = dict(kwargs)
         if "attention_mask" in kwargs:
             if key not in self._masks:
-                self._masks[key] = self._mask(layer, hidden, kwargs["attention_mask"])
+                made = self._anew if self._made_short(layer) else self._mask
+                self._masks[key] = made(layer, hidden, kwargs["attention_mask"])
             changed["attention_mask"] = self._masks[key]
         if key not in self._rotations:
             self._rotations[key] = self._rotation(layer, hidden, kwargs)
@@ -173,7 +175,7 @@ class DecoderPass:
                         "This model's decoder layers get no position ids, so positions cannot be closed up at a layer; "
                         "use positions='keep'."
                     )
-                found["position_embeddings"] = self.adapter.rotary(hidden, positions)
+                found["position_embeddings"] = self.adapter.rotary(hidden, positions, layer)
             else:
                 found["position_embeddings"] = tuple(self._take(part, -2) for part in rotation)
         return found
@@ -220,6 +222,36 @@ class DecoderPass:
         if mask.dtype == torch.bool:
             return _see_something(mask & ~hidden_keys, past)
         return mask.masked_fill(hidden_keys, torch.finfo(mask.dtype).min)
+
+    def _made_short(self, layer: int) -> bool:
+        """Whether the masks of this layer's kind were made for fewer keys than the base's: the first layer of the kind
+        comes after a cut of an earlier call."""
+        if self.before is None:
+            return False
+        kind = self.adapter.layer_kind(layer)
+        first = next(other for other in range(layer + 1) if self.adapter.layer_kind(other) == kind)
+        return self.before.segment(first).first_layer > 0
+
+    def _anew(self, layer: int, hidden: Tensor, mask: Any) -> Tensor:
+        """A causal mask over the keys that this layer holds, in the form of `mask`."""
+        old = self.seen(layer)
+        if old is None:
+            held = self.past - (self.before.hidden(layer) if self.before else 0)
+            old = torch.ones(self.batch_size, held, dtype=torch.bool, device=hidden.device)
+        new = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        if self.attended is not None:
+            new = self.attended.to(hidden.device)
+        seen = torch.cat([old.to(hidden.device), new], dim=1)
+        if self._flash or (isinstance(mask, Tensor) and mask.dim() == 2):
+            return seen.to(torch.int64)
+        past = old.shape[1]
+        causal = torch.ones(hidden.shape[1], seen.shape[1], dtype=torch.bool, device=hidden.device).tril(past)
+        allowed = _see_something((causal & seen[:, None])[:, None], past)
+        if not isinstance(mask, Tensor) or mask.dtype == torch.bool:
+            return allowed
+        return torch.zeros(allowed.shape, dtype=mask.dtype, device=mask.device).masked_fill(
+            ~allowed, torch.finfo(mask.dtype).min
+        )
 
     def _columns(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """Which of the base's keys this layer holds, `[B, K]`, and which of them are real (None: all)."""

@@ -77,6 +77,7 @@ class Engine:
         self._reader = PromptReader(adapter)
         self._tower = TowerWatch(adapter, stages, tuple(dict.fromkeys(signals)), self._tower_hint, self.calls)
         self._read_layers = {signal.layer for signal in signals if signal.name in DECODER_SIGNALS}
+        self._read_after = {stage.depth - 1: stage for stage in stages if _reads_before(stage, adapter.tower)}
         self._text_aware = any(signal.name in (*DECODER_SIGNALS, *TRANSITION_SIGNALS) for signal in signals)
         self._text_aware |= bool(self.attending)
         self._transitions = Transitions(adapter, signals, self.calls)
@@ -106,6 +107,10 @@ class Engine:
         self._ledger, self._hooked = ledger, len(adapter.layers)
         if self._layers:
             self._hook_layers(min({*self._layers, *self._read_layers}))
+        for layer in self._read_after:
+            hook = opaque(functools.partial(self._after_attention, layer))
+            # first, while what shards or offloads weights still has those of this layer here
+            ledger.hook(adapter.attention(adapter.layers[layer]).register_forward_hook(hook, prepend=True))
         self._tower.install(ledger)
         self._drafts.install(adapter.model, ledger)
         self._transitions.install(ledger)
@@ -199,7 +204,7 @@ class Engine:
         current = DecoderPass(self.adapter, before, past, embeds.shape[0], embeds.shape[1], embeds.device)
         policy = self._policy(self._first_cut)
         changed = current.begin(compaction, policy, embeds, mask, kwargs.get("position_ids"))
-        call.compaction, call.decoder = compaction, current
+        call.decoder = current
         changed |= self._beside(kwargs, compaction)
         return args, {**kwargs, **changed}
 
@@ -346,7 +351,7 @@ class Engine:
             call.inputs[layer] = self._layer_input(layer, module, hidden, fitted, current)
         if stage is not None and prompt is not None:
             with prompt.watch.running(hidden.device):
-                hidden = self._cut_layer(stage, call, current, hidden, cache_of(kwargs))
+                hidden = self._cut_layer(stage, call, prompt, current, hidden)
         differs = current.differs(layer)
         if differs:
             kwargs = current.arguments(layer, hidden, kwargs)
@@ -371,18 +376,30 @@ class Engine:
                     f"({type(cache.layers[layer]).__name__}) does not hold their keys as they were. Use the default "
                     "cache, or a method that cuts at 'input'."
                 )
-        return LayerInput(module, hidden, kwargs["position_embeddings"], current.attended, keys, seen)
+        return LayerInput(module, hidden, kwargs["position_embeddings"], current.attended, keys, seen, cache=cache)
 
-    def _cut_layer(self, stage: Stage, call: ForwardCall, current: DecoderPass, hidden: Tensor, cache: Any) -> Tensor:
-        prompt = call.prompt
-        if prompt is None:
-            return hidden
+    def _after_attention(self, layer: int, module: Any, args: Any, output: Any) -> None:
+        """Read for the stage after this layer what that one wants to know, while the layer runs."""
+        call = self.calls.now
+        if call is None or call.prompt is None or layer not in call.inputs:
+            return
+        prompt, given, stage = call.prompt, call.inputs.pop(layer), self._read_after[layer]
+        call.read[layer] = signals = DecoderSignals(self.adapter, given.after(layer), prompt)
+        budgets = [stage.budget.tokens(span.num_tokens) for span in prompt.layout.spans]
+        cuts = [0 < budget < alive.count for budget, alive in zip(budgets, prompt.alive)]
+        if any(cuts) or (stage.pruner.adaptive and any(alive.count for alive in prompt.alive)):
+            with prompt.watch.running(given.hidden.device):
+                wanted = stage.signals(self.adapter.tower)
+                signals.prepare([signal.name for signal in wanted if signal.layer == layer])
+
+    def _cut_layer(
+        self, stage: Stage, call: ForwardCall, prompt: Prompt, current: DecoderPass, hidden: Tensor
+    ) -> Tensor:
         wanted = stage.signals(self.adapter.tower)
         signals = {}
         for layer in {signal.layer for signal in wanted if signal.name in DECODER_SIGNALS}:
-            given = call.inputs[layer]
-            given = given.after(cache, layer) if layer < stage.depth else given
-            signals[layer] = DecoderSignals(self.adapter, given, prompt)
+            ran = layer < stage.depth
+            signals[layer] = call.read[layer] if ran else DecoderSignals(self.adapter, call.inputs[layer], prompt)
         cutter = Cutter(prompt, stage.site, hidden.shape[1])
         hidden = self._rows.choose(stage, prompt, cutter, hidden, signals)
         prompt.flops += sum(computed.flops for computed in signals.values())
@@ -392,8 +409,13 @@ class Engine:
         current.cut(stage.depth, compaction, self._policy(stage))
         self._transitions.move(compaction)
         self.attending.cut(compaction, stage.depth)
-        call.compaction = current.compaction
         return compaction.rows(hidden)
+
+
+def _reads_before(stage: Stage, tower: Any) -> bool:
+    """Whether a stage asks for what the layer before its cut did."""
+    wanted = stage.signals(tower) if stage.place == "layer" else ()
+    return any(signal.name in DECODER_SIGNALS and signal.layer < stage.depth for signal in wanted)
 
 
 def _hooks(model: Any) -> dict[Any, int]:

@@ -88,7 +88,9 @@ class PromptReader:
             return {kind: on_host == number for kind, number in ids.items()}
         embeds = call["inputs_embeds"]
         table = self._adapter.model.get_input_embeddings()
-        wanted = torch.tensor(list(ids.values()), device=table.weight.device)
+        # weights that accelerate brings when they are needed are on the meta device now
+        device = embeds.device if table.weight.is_meta else table.weight.device
+        wanted = torch.tensor(list(ids.values()), device=device)
         rows = table(wanted).to(embeds.device)  # [kinds, D]
         same = (embeds[None] == rows[:, None, None]).all(-1).cpu()
         return dict(zip(ids, same))

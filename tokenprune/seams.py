@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 CANDIDATE_GENERATOR = "_get_candidate_generator"  # the method of a model that makes what proposes drafts
-_CACHE = ("cache", "past_key_values")  # the newer name, since 5.24, and the older one, which goes with 5.40
+_CACHE = ("cache", "past_key_values", "layer_past")
+"""The newer name, since 5.24, the older one, which goes with 5.40, and that of GPT-NeoX' layers."""
 
 
 def cache_of(kwargs: Mapping[str, Any]) -> Any:

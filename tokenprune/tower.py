@@ -344,8 +344,10 @@ class TowerWatch:
             # transformers before 5.20 calls the pixels of videos by the name of those of images
             named = call if name in call else {**call, name: call["pixel_values"]}
             laid_out = None if self._calls.now is None else self._calls.now.laid_out.get(kind)
-            same = laid_out is not None and laid_out[0] is named[name]
-            visuals = laid_out[1] if same else self.adapter.visuals(kind, named)
+            if laid_out is not None and laid_out[0] is named[name]:
+                visuals = laid_out[1]
+            else:
+                visuals = self.adapter.visuals(kind, named)
             pixels = self.adapter.pixel_rows(kind, named, visuals)
             recording = Recording(visuals, named[name], pixels)
             cuts = list(self._cuts.values())
