@@ -25,6 +25,7 @@ from tokenprune.evals.models import LoadedModel
 from tokenprune.evals.runner import pruned, visual_tokens
 from tokenprune.evals.stats import median_iqr
 from tokenprune.evals.tasks import Sample
+from tokenprune.seams import cache_in
 
 
 def _wait(device: torch.device) -> None:
@@ -131,7 +132,7 @@ def measure_times(
         length = inputs["input_ids"].shape[1]
         with torch.inference_mode():
             with pruned(loaded, point, seed, [sample]) as handle:
-                cache = prefill(loaded, inputs).past_key_values
+                cache = cache_in(prefill(loaded, inputs))
                 stays = None if handle is None else handle.stays
                 counted = cost.kv_bytes(shape, [length] * shape.layers, itemsize)
                 kv["unpruned"] += counted / len(samples)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.seams import cache_in, cache_name
+
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """Root mean square of the difference over that of the truth."""
@@ -154,7 +156,7 @@ class MaskedModel:
         self.mask = batch["attention_mask"]
         with masked_tower(adapter, tower or []), decoder_inputs(adapter) as calls:
             self.model(**batch, use_cache=False, **self._positions_given(batch))
-        self.given = {k: v for k, v in calls[0].items() if k not in ("past_key_values", "use_cache")}
+        self.given = {k: v for k, v in calls[0].items() if k not in (cache_name(), "use_cache")}
         self.embeds, self.base = self.given["inputs_embeds"], self.given["position_ids"]
         layers = len(adapter.layers)
         stays = torch.ones_like(self.mask, dtype=torch.bool)
@@ -311,7 +313,7 @@ def run_pruned(model: Any, method: Any, keep: Any, batch: dict[str, Tensor], tok
         "beside": fed.get("deepstack_visual_embeds"),
         "attended": torch.ones(fed["inputs_embeds"].shape[:2]).bool() if seen is None else seen.bool(),
         "logits": output.logits[real],
-        "cache": output.past_key_values,
+        "cache": cache_in(output),
         "tokens": generated.sequences[:, batch["input_ids"].shape[1] :],
         "scores": torch.stack(generated.logits, 1),
     }

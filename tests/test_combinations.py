@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, QuantizedLayer
 
 import tokenprune
+from tokenprune.seams import cache_argument, cache_in
 
 VAR = {"method": "var", "channels": [3, 11], "tau": 1.8, "layers": [1, 2, 3], "s_min": 0, "rho": 0, "p": 0.9}
 GREEDY = {"do_sample": False, "suppress_tokens": [3, 4, 5, 6], "output_logits": True, "return_dict_in_generate": True}
@@ -96,11 +97,11 @@ def test_a_conversation_goes_on_under_another_method(first: Any, then: Any, toke
     model, batch = tiny_llava(), prompts([1])
     ids = torch.randint(8, 64, (1, tokens), generator=torch.Generator().manual_seed(0))
     with tokenprune.applied(model, first), torch.no_grad():
-        cache = model(**batch).past_key_values
+        cache = cache_in(model(**batch))
         other = copy.deepcopy(cache)
-        same = model(input_ids=ids, past_key_values=cache).logits
+        same = model(input_ids=ids, **cache_argument(cache)).logits
     with tokenprune.applied(model, then), torch.no_grad():
-        found = model(input_ids=ids, past_key_values=other).logits
+        found = model(input_ids=ids, **cache_argument(other)).logits
     assert relative_error(found, same) < 1e-6
 
 
@@ -124,8 +125,8 @@ def conversation(method: str, rows: list[int], pictures: int) -> tuple[list[list
             mask = torch.cat(masks, dim=1)
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
             given = {"pixel_values": pixels[number][rows]} if pictures or number else {}
-            output = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, **given)
-            cache = output.past_key_values
+            output = model(input_ids=ids, attention_mask=mask, position_ids=positions, **cache_argument(cache), **given)
+            cache = cache_in(output)
         return [row[0].tolist() for row in handle.kept], output.logits[:, -1]
 
 
@@ -149,8 +150,8 @@ def test_a_turn_may_be_given_as_its_new_ids_alone(method: str, words: int) -> No
     found = []
     for ids in (whole, new):
         with tokenprune.applied(model, method) as handle, torch.no_grad():
-            cache = model(**first).past_key_values
-            output = model.generate(ids, past_key_values=cache, max_new_tokens=4, **more, **GREEDY)
+            cache = cache_in(model(**first))
+            output = model.generate(ids, **cache_argument(cache), max_new_tokens=4, **more, **GREEDY)
             found.append((handle.kept[0][0].tolist(), output))
     assert found[0][0] == found[1][0] and apart(found[0][1], found[1][1]) < 1e-5
 
@@ -167,13 +168,13 @@ def test_a_text_only_row_of_a_later_turn_does_not_depend_on_its_batch_mates() ->
     for rows in ([0, 1], [0]):
         with tokenprune.applied(model, VAR), torch.no_grad():
             opening = {name: value[rows] for name, value in first.items()}
-            cache = model(**opening).past_key_values
+            cache = cache_in(model(**opening))
             ids = torch.cat([text, asked])[rows]
             given = {"pixel_values": pixels} if 1 in rows else {}
             mask = torch.cat([opening["attention_mask"], torch.ones_like(ids)], dim=1)
             positions = (mask.cumsum(1) - 1)[:, -length:]
             turn = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **given}
-            logits.append(model(**turn, past_key_values=cache).logits[0, -length:])
+            logits.append(model(**turn, **cache_argument(cache)).logits[0, -length:])
     assert relative_error(logits[0], logits[1]) < 1e-5
 
 
@@ -193,16 +194,16 @@ def test_a_picture_behind_a_quantized_cache(method: str, steps: int) -> None:
     model, first, second = tiny_llava(), prompts([1]), prompts([1], seed=5)
     with tokenprune.applied(model, method), torch.no_grad():
         cache = Cache(layers=[Lossless(residual_length=16) for _ in range(4)])
-        cache = model(**first, past_key_values=cache).past_key_values
+        cache = cache_in(model(**first, **cache_argument(cache)))
         for step in range(steps):
-            cache = model(input_ids=torch.tensor([[9 + step]]), past_key_values=cache).past_key_values
+            cache = cache_in(model(input_ids=torch.tensor([[9 + step]]), **cache_argument(cache)))
         turn = {name: value for name, value in second.items() if name != "attention_mask"}
         with pytest.raises(ValueError, match="does not hold their keys as they were"):
-            model(**turn, past_key_values=cache)
+            model(**turn, **cache_argument(cache))
     with tokenprune.applied(model, "random@8") as handle, torch.no_grad():
         cache = Cache(layers=[Lossless(residual_length=16) for _ in range(4)])
-        cache = model(**first, past_key_values=cache).past_key_values
-        model(**turn, past_key_values=cache)
+        cache = cache_in(model(**first, **cache_argument(cache)))
+        model(**turn, **cache_argument(cache))
         assert len(handle.kept[0][0]) == 8
 
 
@@ -225,12 +226,12 @@ def test_a_copy_of_a_wrapped_model_is_refused(method: Any) -> None:
 def test_a_pruned_cache_can_be_pickled() -> None:
     model, batch = tiny_llava(), prompts([1, 2])
     with tokenprune.applied(model, ["fastv@8", VAR]), torch.no_grad():
-        cache = model(**batch).past_key_values
+        cache = cache_in(model(**batch))
         again = pickle.loads(pickle.dumps(cache))
         assert type(again) is type(cache) and again.get_seq_length() == cache.get_seq_length()
         ids = torch.tensor([[9, 10], [11, 12]])
         mask = torch.cat([batch["attention_mask"], torch.ones_like(ids)], dim=1)
-        logits = [model(input_ids=ids, attention_mask=mask, past_key_values=one).logits for one in (cache, again)]
+        logits = [model(input_ids=ids, attention_mask=mask, **cache_argument(one)).logits for one in (cache, again)]
     assert torch.equal(*logits)
 
 

@@ -19,6 +19,7 @@ import tokenprune
 from tokenprune.decoder_signals import DecoderSignals, LayerInput
 from tokenprune.methods.fastv import FastV
 from tokenprune.methods.todre import Fade
+from tokenprune.seams import cache_argument, cache_in
 
 PLAN = [
     {"at": "input", "prune": "random", "keep": 20},
@@ -74,10 +75,10 @@ def test_a_cache_gives_what_the_projections_would(name: str, layout: str, monkey
 def test_a_second_turn_reads_the_keys_of_the_first_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model, first = tiny_llava(), prompts([1, 2])
     with tokenprune.applied(model, PLAN), torch.no_grad():
-        cache = model(**first).past_key_values
+        cache = cache_in(model(**first))
     second = prompts([2, 1], seed=4)
     mask = torch.cat([first["attention_mask"], second["attention_mask"]], dim=1)
-    assert run(model, {**second, "attention_mask": mask}, monkeypatch, past_key_values=cache) == [True, True]
+    assert run(model, {**second, "attention_mask": mask}, monkeypatch, **cache_argument(cache)) == [True, True]
 
 
 def test_without_a_cache_the_layer_is_projected_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from tokenprune.base import Pruner, View
 from tokenprune.methods.todre import Fade, ToDRE
 from tokenprune.methods.transprune import TransPrune
 from tokenprune.methods.vtc_cls import VtcCls
+from tokenprune.seams import cache_argument, cache_in
 from tokenprune.selection import Selection, grid_places
 from tokenprune.signals import CLS_ATTENTION, LAST_ATTENTION, Signal
 
@@ -336,9 +337,9 @@ def test_a_pruned_cache_is_refused_by_a_model_that_does_not_know(method):
         first = model.generate(**batch, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
         ids = torch.cat([first.sequences, torch.tensor([[9, 10, 11]])], 1)
         turn = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
-        model.generate(ids, past_key_values=copy.deepcopy(first.past_key_values), **turn)
+        model.generate(ids, **cache_argument(copy.deepcopy(cache_in(first))), **turn)
     with pytest.raises(RuntimeError, match="holds a pruned prompt"), torch.no_grad():
-        model.generate(ids, past_key_values=first.past_key_values, **turn)
+        model.generate(ids, **cache_argument(cache_in(first)), **turn)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

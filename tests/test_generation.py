@@ -13,6 +13,7 @@ from oracle import MaskedModel, masked_by, relative_error
 from packaging.version import Version
 
 import tokenprune
+from tokenprune.seams import cache_argument, cache_in
 
 LAYOUT = ([1, 3, 0, 2], "left")
 
@@ -82,11 +83,11 @@ def test_a_second_turn_on_the_returned_cache(positions, images):
     with tokenprune.applied(model(), "vtc_cls", keep=9, positions=positions) as handle, torch.no_grad():
         mask = first["attention_mask"]
         opening = model()(**first, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
-        kept, cache = handle.kept, opening.past_key_values
+        kept, cache = handle.kept, cache_in(opening)
         assert cache.get_seq_length() == mask.shape[1], "generate counts prompt tokens"
         assert max(layer.keys.shape[2] for layer in cache.layers) < mask.shape[1]
         again = copy.deepcopy(cache)
-        turn = {"attention_mask": both["attention_mask"], "past_key_values": cache, **pixels}
+        turn = {"attention_mask": both["attention_mask"], **cache_argument(cache), **pixels}
         found = model().generate(
             input_ids=both["input_ids"],
             **turn,
@@ -101,7 +102,7 @@ def test_a_second_turn_on_the_returned_cache(positions, images):
         positions_all = (both["attention_mask"].cumsum(1) - 1).clamp(min=0)
         length = second["input_ids"].shape[1]
         own = model()(
-            input_ids=second["input_ids"], attention_mask=both["attention_mask"], past_key_values=again,
+            input_ids=second["input_ids"], attention_mask=both["attention_mask"], **cache_argument(again),
             position_ids=positions_all[:, -length:], **pixels,
         )  # fmt: skip
         adapter = handle.adapter
@@ -208,7 +209,7 @@ def test_assisted_decoding_crops_the_pruned_cache():
 def test_cropping_into_pictures_is_refused_and_reset_makes_an_ordinary_cache():
     batch = prompts([1])  # ends with six words after the picture
     with tokenprune.applied(model(), "vtc_cls@9"), torch.no_grad():
-        cache = model()(**batch).past_key_values
+        cache = cache_in(model()(**batch))
         length = cache.get_seq_length()
         cropped = copy.deepcopy(cache)
         cropped.crop(-2)
@@ -216,7 +217,7 @@ def test_cropping_into_pictures_is_refused_and_reset_makes_an_ordinary_cache():
             cropped.get_seq_length() == length - 2
             and cropped.layers[0].keys.shape[2] == cache.layers[0].keys.shape[2] - 2
         )
-        again = model()(input_ids=batch["input_ids"][:, -2:], past_key_values=cropped).logits[:, -1]
+        again = model()(input_ids=batch["input_ids"][:, -2:], **cache_argument(cropped)).logits[:, -1]
         assert relative_error(again, model()(**batch).logits[:, -1]) < 1e-5
         with pytest.raises(ValueError, match="Cannot crop 7 tokens"):
             cache.crop(-7)

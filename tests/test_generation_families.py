@@ -13,6 +13,7 @@ from packaging.version import Version
 
 import tokenprune
 from tokenprune.api import adapter_for
+from tokenprune.seams import cache_argument, cache_in
 
 FAMILIES = list(BUILDERS)
 NEWER = Version(transformers.__version__) >= Version("5.23")
@@ -43,15 +44,15 @@ def test_a_second_turn_of_text_on_the_returned_cache(name, plan):
     more = torch.randint(8, 64, (1, 5), generator=torch.Generator().manual_seed(4))
     with tokenprune.applied(model, PLANS.get(plan, plan)) as handle, torch.no_grad():
         first = model.generate(**batch, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-        cache = first.past_key_values
+        cache = cache_in(first)
         held = [layer.keys.shape[2] for layer in cache.layers]
         ids = torch.cat([first.sequences, more], dim=1)
         again = copy.deepcopy(cache)
         second = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=5,
+            input_ids=ids, attention_mask=torch.ones_like(ids), **cache_argument(cache), max_new_tokens=5,
             do_sample=False, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
-        assert [layer.keys.shape[2] - n for layer, n in zip(second.past_key_values.layers, held)] == [1 + 5 + 4] * 4
+        assert [layer.keys.shape[2] - n for layer, n in zip(cache_in(second).layers, held)] == [1 + 5 + 4] * 4
         # one by one on a copy, no generate
         token, logits = ids[:, first.sequences.shape[1] - 1 :], None
         length = first.sequences.shape[1] - 1
@@ -62,7 +63,7 @@ def test_a_second_turn_of_text_on_the_returned_cache(name, plan):
                 given = {}
             else:
                 given["position_ids"] = torch.tensor([[length + i]])
-            logits = model(input_ids=token[:, i : i + 1], past_key_values=again, **given).logits[:, -1]
+            logits = model(input_ids=token[:, i : i + 1], **cache_argument(again), **given).logits[:, -1]
         kept = handle.kept
     assert relative_error(second.logits[0], logits) < 1e-5
     assert len(kept) == 1
@@ -198,6 +199,6 @@ def test_a_quantized_cache_holds_a_pruned_prompt(name):
         plain = model.generate(
             **batch, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True
         )
-    assert found.past_key_values.get_seq_length() == batch["input_ids"].shape[1] + 4
+    assert cache_in(found).get_seq_length() == batch["input_ids"].shape[1] + 4
     assert torch.equal(found.logits[0], plain.logits[0]), "the prompt itself sees unquantized keys"
     assert relative_error(found.logits[1], plain.logits[1]) < 0.5

@@ -11,6 +11,7 @@ from oracle import compare, example_hints, run_pruned
 
 import tokenprune
 from tokenprune.registry import METHODS
+from tokenprune.seams import cache_in
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs",
          "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")  # fmt: skip
@@ -132,7 +133,7 @@ def test_kept_and_report_describe_the_last_prompt_only():
 
 def test_kv_bytes_of_the_report_are_the_bytes_that_the_cache_holds():
     with tokenprune.applied(model(), "vtc_cls@9") as handle, torch.no_grad():
-        cache = model()(**prompts([2])).past_key_values
+        cache = cache_in(model()(**prompts([2])))
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         assert handle.report().kv_bytes == held
 

@@ -22,6 +22,7 @@ def measure(model: str, method: str, steps: int, samples: int) -> dict[str, floa
     from tokenprune.evals.models import load_model
     from tokenprune.evals.tasks import load_task
     from tokenprune.evals.timing import timed
+    from tokenprune.seams import cache_argument, cache_in
 
     plain, changed = load_model(model), load_model(model)
     device = plain.model.device
@@ -32,12 +33,12 @@ def measure(model: str, method: str, steps: int, samples: int) -> dict[str, floa
             caches: dict[str, Any] = {}
             for name, loaded in (("stock", plain), ("changed", changed)):
                 inputs = loaded.inputs([sample.question], [sample.image])
-                caches[name] = loaded.model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+                caches[name] = cache_in(loaded.model(**inputs, use_cache=True, logits_to_keep=1))
             token = torch.tensor([[7]], device=device)
             for step in range(steps + 3):
                 order = [("stock", plain), ("changed", changed)]
                 for name, loaded in order if step % 2 else reversed(order):
-                    given = {"input_ids": token, "past_key_values": caches[name], "use_cache": True}
+                    given = {"input_ids": token, **cache_argument(caches[name]), "use_cache": True}
                     seconds, _ = timed(device, lambda run=loaded.model, given=given: run(**given, logits_to_keep=1))
                     if step >= 3:
                         times[name].append(seconds)

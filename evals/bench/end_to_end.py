@@ -24,6 +24,7 @@ from tokenprune.evals.runner import pruned, visual_tokens
 from tokenprune.evals.stats import median_iqr
 from tokenprune.evals.timing import decode_seconds, ideal_prefill, prefill, timed
 from tokenprune.registry import METHODS
+from tokenprune.seams import cache_in
 
 COLUMNS = (
     "model", "method", "keep", "batch", "visual_tokens", "kept_tokens", "tower_ms", "selection_ms", "unpruned_ms",
@@ -67,7 +68,7 @@ def kv_mib(cache: Any) -> float:
 def unpruned_row(sized: SizedModel, rounds: int, decode: int) -> dict[str, Any]:
     """What every method is compared with."""
     device, inputs = sized.model.device, sized.inputs()
-    held = kv_mib(prefill(sized, inputs).past_key_values)  # type: ignore[arg-type]
+    held = kv_mib(cache_in(prefill(sized, inputs)))  # type: ignore[arg-type]
     times = [timed(device, lambda: prefill(sized, inputs))[0] for _ in range(rounds + 1)][1:]  # type: ignore[arg-type]
     return {
         "visual_tokens": visual_tokens(sized, inputs)[0],  # type: ignore[arg-type]
@@ -90,7 +91,7 @@ def method_row(sized: SizedModel, method: str, keep: int | float, rounds: int, d
     device, inputs = sized.model.device, sized.inputs()
     point = Point(sized.name, "random pixels", method, keep)
     with pruned(loaded, point, 0, []) as handle:
-        held = kv_mib(prefill(loaded, inputs).past_key_values)
+        held = kv_mib(cache_in(prefill(loaded, inputs)))
         stays, kept = handle.stays, handle.visual_by_layer[0]
     ideal = ideal_prefill(loaded, inputs, stays)
     logs: dict[str, list[float]] = {name: [] for name in ("unpruned", "pruned", "ideal", "selection")}

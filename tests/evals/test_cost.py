@@ -12,6 +12,7 @@ from tokenprune.evals.config import Point
 from tokenprune.evals.flops import PARTS, TOLERANCE, cache_bytes, flop_counter, measure_flops
 from tokenprune.evals.tasks import load_task
 from tokenprune.registry import METHODS
+from tokenprune.seams import cache_argument, cache_in
 
 
 @pytest.mark.parametrize("method", ["none", *METHODS.names()])
@@ -41,11 +42,11 @@ def test_parts_equal_the_counter_without_the_driver(attention):
         model.model.vision_tower(batch["pixel_values"])
     assert counter.get_total_flops() == pytest.approx(cost.vision_flops(shape), rel=TOLERANCE)
     with torch.no_grad(), flop_counter() as counter:
-        cache = model(**batch).past_key_values
+        cache = cache_in(model(**batch))
     parts = cost.prompt_flops(shape, [length] * shape.layers, logits=length)
     assert counter.get_total_flops() == pytest.approx(parts.total, rel=TOLERANCE)
     with torch.no_grad(), flop_counter() as counter:
-        model(input_ids=torch.tensor([[9]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[9]]), **cache_argument(cache))
     assert counter.get_total_flops() == pytest.approx(parts.decode, rel=TOLERANCE)
 
 
@@ -54,7 +55,7 @@ def test_kv_bytes_equal_the_tensors_of_a_pruned_cache():
     shape = adapter_for(model).cost_shape()
     batch = prompts([1])
     with torch.no_grad(), applied(model, "uniform", keep=9) as handle:
-        cache = model(**batch).past_key_values
+        cache = cache_in(model(**batch))
         report = handle.report()
     lengths = [layer.keys.shape[-2] for layer in cache.layers]
     assert cache_bytes(cache) == cost.kv_bytes_per_layer(shape, lengths, itemsize=4)

@@ -9,6 +9,7 @@ from tokenprune.api import applied
 from tokenprune.evals.config import Measure, Point
 from tokenprune.evals.tasks import load_task
 from tokenprune.evals.timing import ideal_prefill, measure_times, prefill
+from tokenprune.seams import cache_in
 
 
 def test_ideal_computes_what_the_pruned_model_computes(tiny, tiny_task):
@@ -20,7 +21,7 @@ def test_ideal_computes_what_the_pruned_model_computes(tiny, tiny_task):
             stays = handle.stays
         ideal = ideal_prefill(tiny, inputs, stays)()
     torch.testing.assert_close(ideal.logits, pruned.logits, atol=1e-5, rtol=1e-5)
-    assert ideal.past_key_values.get_seq_length() == inputs["input_ids"].shape[1] - 36 + 9
+    assert cache_in(ideal).get_seq_length() == inputs["input_ids"].shape[1] - 36 + 9
 
 
 @pytest.mark.parametrize("method", ["none", "vtc_cls"])

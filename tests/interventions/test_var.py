@@ -12,6 +12,7 @@ from interventions.explicit import Explicit, explicit_var
 from oracle import MaskedModel, compare, masked_by, relative_error, run_pruned
 
 import tokenprune
+from tokenprune.seams import cache_argument, cache_in
 
 TOLERANCE = 1e-5  # relative, fp32
 CHANNELS = [3, 11]
@@ -150,16 +151,16 @@ def test_a_second_turn_and_cropping(images, before):
     with tokenprune.applied(model(), [*before, options(rule)]) as handle, torch.no_grad():
         mask = first["attention_mask"]
         opening = model()(**first, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
-        cache, kept = opening.past_key_values, handle.kept
+        cache, kept = cache_in(opening), handle.kept
         assert cache.get_seq_length() == mask.shape[1]
         # a few tokens that are taken back leave no trace
         length = mask.shape[1]
         more = torch.cat([mask, torch.ones(2, 3, dtype=torch.long)], 1)
-        model()(input_ids=second["input_ids"][:, -3:], attention_mask=more, past_key_values=cache)
+        model()(input_ids=second["input_ids"][:, -3:], attention_mask=more, **cache_argument(cache))
         cache.crop(-3)
         assert cache.get_seq_length() == length
         found = model().generate(
-            input_ids=both["input_ids"], attention_mask=both["attention_mask"], past_key_values=cache, **pixels,
+            input_ids=both["input_ids"], attention_mask=both["attention_mask"], **cache_argument(cache), **pixels,
             max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
         if images:
@@ -186,9 +187,9 @@ def test_a_picture_that_comes_after_text_alone_knows_the_sinks_of_that_text():
     rule = usual(tau=2.2)
     with tokenprune.applied(model(), [options(rule)]) as handle, torch.no_grad():
         mask = first["attention_mask"]
-        cache = model()(**first, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).past_key_values
+        cache = cache_in(model()(**first, position_ids=(mask.cumsum(1) - 1).clamp(min=0)))
         found = model().generate(
-            input_ids=both["input_ids"], attention_mask=both["attention_mask"], past_key_values=cache,
+            input_ids=both["input_ids"], attention_mask=both["attention_mask"], **cache_argument(cache),
             pixel_values=second["pixel_values"], max_new_tokens=4, do_sample=False, output_logits=True,
             return_dict_in_generate=True,
         )  # fmt: skip

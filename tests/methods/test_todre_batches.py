@@ -19,6 +19,7 @@ import tokenprune
 from tokenprune.base import View
 from tokenprune.layout import Raster
 from tokenprune.methods.todre import Fade, ToDRE
+from tokenprune.seams import cache_in
 from tokenprune.signals import CLS_ATTENTION, TEXT_TO_VISUAL, VISUAL_TO_TEXT, Signal
 
 # --- stage 1 ----------------------------------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ def test_in_a_ragged_batch_each_prompt_decides_for_all_of_its_pictures(side):
     for tau in (0.0, *((a + b) / 2 for a, b in zip(largest, largest[1:])), 2.0):
         plan = [{"at": "layer:3", "prune": Fade(tau=tau), "keep": 1.0}]
         with tokenprune.applied(model, plan) as handle, torch.no_grad():
-            cache = model(**batch, position_ids=positions).past_key_values
+            cache = cache_in(model(**batch, position_ids=positions))
             kept = handle.kept
         gone = {row for row, pair in shares.items() if max(pair) < tau}
         fired.add(len(gone))

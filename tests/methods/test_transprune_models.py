@@ -11,6 +11,7 @@ from oracle import MaskedModel, compare, relative_error, run_pruned
 import tokenprune
 from tokenprune import decoder_signals
 from tokenprune.methods.transprune import TransPrune
+from tokenprune.seams import cache_argument, cache_in
 from tokenprune.stages import Depths
 
 LLAVA = Depths(vision=24, feature=22, decoder=32)
@@ -91,16 +92,16 @@ def test_a_picture_in_a_second_turn_is_ranked_as_in_one_prompt(alpha, variant):
     length, more = first["input_ids"].shape[1], second["input_ids"].shape[1]
     given = {"attention_mask": both["attention_mask"], "position_ids": torch.arange(length, length + more)[None]}
     with torch.no_grad():
-        cache = model(**first).past_key_values
+        cache = cache_in(model(**first))
         with tokenprune.applied(model, method, keep=5) as handle:
-            model(**{**second, **given}, past_key_values=cache)
+            model(**{**second, **given}, **cache_argument(cache))
             alone = handle._engine.last.cuts[0].tokens[0]
             model(**both)
             layout = handle._engine.last.layout
             assert torch.equal(handle._engine.last.cuts[0].tokens[1], alone)
             opening = model(**first)
             turns = [handle._engine.last.cuts]
-            output = model(**{**second, **given}, past_key_values=opening.past_key_values)
+            output = model(**{**second, **given}, **cache_argument(cache_in(opening)))
             turns.append(handle._engine.last.cuts)
             cuts = [(a.site, [a.tokens[0], b.tokens[0]]) for a, b in zip(*turns)]
             masked = MaskedModel(handle.adapter, both, layout, cuts, {"layer:1": "compact", "layer:2": "compact"})
@@ -117,7 +118,7 @@ def test_nothing_is_read_while_tokens_are_generated(monkeypatch):
     with tokenprune.applied(model, "transprune@9"), torch.no_grad():
         model.generate(**batch, max_new_tokens=5, do_sample=False)
         assert len(calls) == 2, "layers 0 and 1, once"
-        cache = model(**prompts([0], seed=3)).past_key_values
+        cache = cache_in(model(**prompts([0], seed=3)))
     assert len(calls) == 2 and type(cache).__name__ == "DynamicCache", "a prompt of text alone"
     with torch.no_grad():
         model(**batch)
