@@ -278,13 +278,13 @@ def test_logits_by_place_are_those_of_the_callers_places() -> None:
     model, batch = tiny_llava(), prompts([1])
     with tokenprune.applied(model, "random@8") as handle, torch.no_grad():
         by_place = model(**batch, logits_to_keep=torch.tensor([1, 40, 43])).logits
-        adapter, kept = handle.adapter, handle.kept
+        adapter, tokens = handle.adapter, handle.kept
         text = torch.randint(8, 64, (1, 9))
         kept = model(input_ids=text, logits_to_keep=torch.tensor([3])).logits
         assert relative_error(kept[:, 0], model(input_ids=text).logits[:, 3]) < 1e-6
         assert model(**batch, logits_to_keep=2).logits.shape[1] == 2
     with torch.no_grad():
-        masked = masked_by(adapter, batch, kept, "compact")
+        masked = masked_by(adapter, batch, tokens, "compact")
         assert relative_error(by_place[0], model.lm_head(masked.hidden())[0, [1, 40, 43]]) < 1e-5
 
 
