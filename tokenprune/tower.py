@@ -316,9 +316,9 @@ class TowerWatch:
             name = self.adapter.pixels[kind]
             # transformers before 5.20 calls the pixels of videos by the name of those of images
             named = call if name in call else {**call, name: call["pixel_values"]}
-            laid_out = self.laid_out.get(kind)
-            same = laid_out is not None and laid_out[0] is named[name]
-            visuals = laid_out[1] if same else self.adapter.visuals(kind, named)
+            given, visuals = self.laid_out.get(kind, (None, []))
+            if given is None or given is not named[name]:
+                visuals = self.adapter.visuals(kind, named)
             pixels = self.adapter.pixel_rows(kind, named, visuals)
             recording = Recording(visuals, named[name], pixels)
             cuts = list(self._cuts.values())
