@@ -188,7 +188,7 @@ READING = {
     "x.cpu()": "to the CPU",
     "x.nonzero()": "nonzero",
     "x[x > 0]": "index by a mask",
-    "x[x > 0] = 0": "index by a mask",
+    "x.index_put_((x > 0,), x.new_zeros(1))": "index by a mask",
     "x.masked_select(x > 0)": "masked_select",
     "torch.unique(x.long())": "_unique2",
     "torch.zeros(x.shape).copy_(x)": "copy_",
