@@ -1,4 +1,5 @@
-"""`pytest --support docs/support.md` writes the table of what works from the results of the oracle matrix."""
+"""`pytest --support docs/support.md` writes the table of what works from the results of the oracle matrix,
+and `pytest tests/test_pretend_device.py --reads docs/kernels.md` that of host reads."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ _CELL = re.compile(r"test_families\.py::test_(removal_equals_masking|what_a_fami
 
 def pytest_addoption(parser: Any) -> None:
     parser.addoption("--support", type=Path, help="write the table of families x methods to this file")
+    parser.addoption("--reads", type=Path, help="write the table of host reads into this file")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:

@@ -131,7 +131,9 @@ def _note(operation: str) -> None:
         if code.co_filename.startswith(library):
             name, line = code.co_filename, frame.f_lineno
             text = linecache.getline(name, line).strip()
-            reads[Read(step[-1], os.path.basename(name), code.co_name, line, text, operation)] += 1
+            while frame.f_code.co_name.startswith("<") and frame.f_back is not None:  # comprehensions, in Python < 3.12
+                frame = frame.f_back
+            reads[Read(step[-1], os.path.basename(name), frame.f_code.co_name, line, text, operation)] += 1
             return
         frame = frame.f_back  # type: ignore[assignment]
 
