@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _families import BUILDERS, batch_of
+from _families import BUILDERS
 from _masked_twin import masked
-from _trainers import METHODS, PLAIN, compare, pruned_and_masked
+from _trainers import METHODS, compare, pruned_and_masked, trainer_of
 
 import tokenprune
 
@@ -19,32 +19,6 @@ CELLS = [
     *(("llava", method) for method in (*METHODS, "holov@9", "flowcut@9")),
     *(("qwen2_vl", method) for method in METHODS[1:]),
 ]
-    *(("llava", method) for method in (*METHODS, "holov@9", "flowcut@9")),
-    ("qwen2_vl", "uniform@9"),
-    ("qwen2_vl", "fastv@9"),
-]
-
-
-def batches(name: str, side: str) -> list[dict[str, Any]]:
-    """Two batches, labelled where there is text or a picture."""
-    found = []
-    for seed in (1, 2):
-        batch = batch_of(name, f"ragged_{side}", seed)
-        found.append({**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)})
-    return found
-
-
-def trainer_of(model: Any, folder: Path, name: str, side: str, metrics: Any = None, **settings: Any) -> Any:
-    """A trainer that is handed whole batches."""
-    from transformers import Trainer, TrainingArguments
-
-    chosen = {**PLAIN, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, **settings}
-    arguments = TrainingArguments(output_dir=str(folder), **chosen)
-    rows = batches(name, side)
-    return Trainer(
-        model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=lambda rows: dict(rows[0]),
-        compute_metrics=metrics,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
