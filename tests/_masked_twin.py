@@ -8,10 +8,11 @@ weights. It shares no code with the engine but the layout of the prompt.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from oracle import masked_tower
 from torch import Tensor
 
 
@@ -23,7 +24,7 @@ class _Hidden:
         stays = torch.ones(layout.batch_size, layout.length, dtype=torch.bool)
         closed = torch.zeros_like(stays, dtype=torch.int64)
         self.by_layer = [(stays, closed)] * layers
-        self.cuts = len(prompt.cuts)
+        self.tower = prompt.tower
         for cut in prompt.cuts:
             before, stays = stays, stays.clone()
             for span, tokens in zip(layout.spans, cut.tokens):
@@ -79,7 +80,7 @@ def masked(model: Any, adapter: Any, passes: Sequence[Any], policies: dict[str, 
             of forward calls it makes; it must be told to use no cache.
         policies: by site, "compact" or "keep".
     """
-    coming, layers = list(passes), adapter.layers
+    coming, layers, tower = list(passes), adapter.layers, ExitStack()
     now: dict[str, Any] = {"hidden": None, "generating": False, "attended": None}
     handles = []
 
@@ -104,7 +105,11 @@ def masked(model: Any, adapter: Any, passes: Sequence[Any], policies: dict[str, 
             return
         if not now["generating"]:
             now["hidden"] = next_one()
+            tower.enter_context(masked_tower(adapter, now["hidden"].tower))
         now["attended"] = attended(kwargs)
+
+    def leave(module: Any, args: Any, output: Any) -> None:
+        tower.close()
 
     def enter_decoder(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if now["hidden"] is None:
@@ -150,6 +155,7 @@ def masked(model: Any, adapter: Any, passes: Sequence[Any], policies: dict[str, 
     handles.append(model.register_forward_pre_hook(take_labels, with_kwargs=True))
     handles.append(adapter.entry.register_forward_pre_hook(enter, with_kwargs=True))
     handles.append(adapter.language_model.register_forward_pre_hook(enter_decoder, with_kwargs=True))
+    handles.append(adapter.entry.register_forward_hook(leave, always_call=True))
     for number, layer in enumerate(layers):
         handles.append(
             layer.register_forward_pre_hook(lambda m, a, k, n=number: enter_layer(n, m, a, k), with_kwargs=True)

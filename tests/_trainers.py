@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _families import BUILDERS
+from _families import BUILDERS, batch_of
 from _masked_twin import masked
 from _processors import save_checkpoint
 from torch import Tensor
@@ -59,6 +59,28 @@ def pictures(count: int) -> list[Any]:
 
 def say(role: str, text: str) -> list[dict[str, str]]:
     return [{"role": role, "content": text}]
+
+
+def batches(name: str, side: str) -> list[dict[str, Any]]:
+    """Two batches, labelled where there is text or a picture."""
+    found = []
+    for seed in (1, 2):
+        batch = batch_of(name, f"ragged_{side}", seed)
+        found.append({**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)})
+    return found
+
+
+def trainer_of(model: Any, folder: Path, name: str, side: str, metrics: Any = None, **settings: Any) -> Any:
+    """A trainer that is handed whole batches."""
+    from transformers import Trainer, TrainingArguments
+
+    chosen = {**PLAIN, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, **settings}
+    arguments = TrainingArguments(output_dir=str(folder), **chosen)
+    rows = batches(name, side)
+    return Trainer(
+        model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=lambda rows: dict(rows[0]),
+        compute_metrics=metrics,
+    )  # fmt: skip
 
 
 def run(trainer: Any, model: Any) -> Run:
