@@ -23,8 +23,8 @@ BEGIN, END = "<!-- host reads: written by tests/test_pretend_device.py -->\n", "
 
 IDS, MASK, SIZES = "the ids", "the mask", "sizes of pictures"
 READS = {
-    ("engine.py", "_placeholders"): IDS,
-    ("engine.py", "_enter"): MASK,
+    ("prompt_reader.py", "_placeholders"): IDS,
+    ("prompt_reader.py", "_rows"): MASK,
     ("_qwen.py", "visuals"): SIZES,
     ("llava_next.py", "visuals"): SIZES,
     ("llava_onevision.py", "visuals"): SIZES,
