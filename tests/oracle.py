@@ -43,27 +43,65 @@ def _standing(span: Any, tokens: Tensor | None) -> Tensor:
 
 
 @contextlib.contextmanager
-def masked_tower(adapter: Any, works: list[Any]):
+def tower_runs(adapter: Any, works: list[tuple[str, Any]]):
+    """A list of the run of the tower that is at work, empty between them.
+
+    Which one it is, is told by the kind of visuals that the model asks features of: models run pictures before videos
+    or the other way round, whatever the prompt has first.
+    """
+    left = {kind: [work for own, work in works if own == kind] for kind in adapter.features}
+    running: list[Any] = []
+    own = {name: vars(adapter.entry)[name] for name in adapter.features.values() if name in vars(adapter.entry)}
+
+    def told(kind: str, original: Any) -> Any:
+        def features(*args: Any, **kwargs: Any) -> Any:
+            if running:  # one features call may make use of the other
+                return original(*args, **kwargs)
+            assert left[kind], f"the tower runs over {kind}s that the pruned run did not have"
+            running.append(left[kind].pop(0))
+            try:
+                return original(*args, **kwargs)
+            finally:
+                running.clear()
+
+        return features
+
+    for kind, name in adapter.features.items():
+        setattr(adapter.entry, name, told(kind, getattr(adapter.entry, name)))
+    try:
+        yield running
+        assert not any(left.values()), "a run of the tower did not come again"
+    finally:
+        for name in adapter.features.values():
+            delattr(adapter.entry, name)
+        for name, before in own.items():
+            setattr(adapter.entry, name, before)
+
+
+@contextlib.contextmanager
+def masked_tower(adapter: Any, works: list[tuple[str, Any]]):
     """Hide the cells that left inside the vision tower: as keys, from the block after their cut on.
 
-    For towers whose blocks take (hidden, attention_mask); `works` are the runs of one forward call, in order.
+    For towers whose blocks take (hidden, attention_mask); `works` are the kind and the work of each run of one forward
+    call, those of a kind in their order.
     """
-    vision, call = adapter.vision, {"run": -1}
-    handles = []
-    if any(work.cuts for work in works) and hasattr(vision.blocks[0], "attn"):
-        with masked_packed_tower(vision, works):
+    vision, handles = adapter.vision, []
+    if not any(work.cuts for _, work in works):
+        yield
+        return
+    if hasattr(vision.blocks[0], "attn"):
+        with tower_runs(adapter, works) as running, masked_packed_tower(vision, running):
             yield
         return
 
     def hook(block: int, module: Any, args: Any, kwargs: Any) -> Any:
-        if block == 0:
-            call["run"] += 1
-        cuts = [alive for after, alive in works[call["run"]].cuts if after < block]
+        (work,), hidden = running, args[0]
+        assert hidden.shape[0] == len(work.grids), "another run of the tower"
+        cuts = [alive for after, alive in work.cuts if after < block]
         if not cuts:
             return None
-        hidden = args[0]
         seen = torch.zeros(hidden.shape[:2], dtype=torch.bool)
-        before = hidden.shape[1] - works[call["run"]].grids[0][0] * works[call["run"]].grids[0][1]
+        before = hidden.shape[1] - work.grids[0][0] * work.grids[0][1]
         seen[:, :before] = True
         for picture, alive in enumerate(cuts[-1]):
             seen[picture, before + (torch.arange(hidden.shape[1] - before) if alive is None else alive)] = True
@@ -72,30 +110,28 @@ def masked_tower(adapter: Any, works: list[Any]):
         return (hidden, mask, *args[2:]), kwargs
 
     try:
-        if any(work.cuts for work in works):
-            for block, module in enumerate(vision.blocks):
-                handles.append(
-                    module.register_forward_pre_hook(lambda m, a, k, b=block: hook(b, m, a, k), with_kwargs=True)
-                )
-        yield
+        for block, module in enumerate(vision.blocks):
+            handles.append(
+                module.register_forward_pre_hook(lambda m, a, k, b=block: hook(b, m, a, k), with_kwargs=True)
+            )
+        with tower_runs(adapter, works) as running:
+            yield
     finally:
         for handle in handles:
             handle.remove()
 
 
 @contextlib.contextmanager
-def masked_packed_tower(vision: Any, works: list[Any]):
+def masked_packed_tower(vision: Any, running: list[Any]):
     """The same for towers whose blocks take all patches in one row, cut into frames and windows: each block's attention
     is computed in the open, within its own part of the row and over the patches that are left."""
-    call = {"run": -1}
     before = [block.attn.forward for block in vision.blocks]
 
     def forward(block: int, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any, **rest: Any) -> Tensor:
-        if block == 0:
-            call["run"] += 1
-        work, attn = works[call["run"]], vision.blocks[block].attn
+        (work,), attn = running, vision.blocks[block].attn
         length, heads = hidden_states.shape[0], attn.num_heads
         group = vision.patches_per_cell
+        assert length == group * sum(rows * cols for rows, cols in work.grids), "another run of the tower"
         seen = torch.ones(length, dtype=torch.bool)
         cuts = [alive for after, alive in work.cuts if after < block]
         if cuts:
@@ -139,7 +175,7 @@ class MaskedModel:
         policies: "compact" or "keep" for each site.
         merged: embeddings `[T, D]` that stand at the kept visual places, row by row, for methods that merge; None for
             methods that only drop.
-        tower: what left inside the vision tower.
+        tower: the kind and the work of each run of the vision tower, those of a kind in their order.
     """
 
     def __init__(
@@ -150,7 +186,7 @@ class MaskedModel:
         cuts: list[tuple[str, list[Tensor | None]]],
         policies: dict[str, str],
         merged: Tensor | None = None,
-        tower: list[Any] | None = None,
+        tower: list[tuple[str, Any]] | None = None,
     ) -> None:
         self.adapter, self.model = adapter, adapter.model
         self.mask = batch["attention_mask"]
@@ -271,6 +307,13 @@ def example_hints(method: Any, images: int) -> dict[str, list[Any]]:
     return {name: known[name] for name in method.hints}
 
 
+def kinds_of(prompt: Any) -> list[tuple[str, Any]]:
+    """Kind and work of the runs of the tower behind a prompt, which writes them down in the order of its visuals."""
+    kinds = list(dict.fromkeys(span.visual.kind for span in prompt.layout.spans))
+    kinds = kinds * len(prompt.tower) if len(kinds) == 1 else kinds
+    return list(zip(kinds, prompt.tower, strict=True))
+
+
 def run_pruned(model: Any, method: Any, keep: Any, batch: dict[str, Tensor], tokens: int = 20, **options: Any) -> dict:
     """Forward and greedy tokens of the pruned model, and all that the masked model needs to equal it."""
     import tokenprune
@@ -306,7 +349,7 @@ def run_pruned(model: Any, method: Any, keep: Any, batch: dict[str, Tensor], tok
         "exact": not any(stage.place == "vision" for stage in handle.stages),
         "cuts": cuts,
         "full_mask": batch["attention_mask"],
-        "tower": prompt.tower,
+        "tower": kinds_of(prompt),
         "kept": kept,
         "report": report,
         "fed": fed["inputs_embeds"],

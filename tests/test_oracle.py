@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
+from _families import _qwen_batch, family
 from _tiny import prompts, tiny_llava
-from oracle import compare, masked_of, relative_error, run_pruned
+from oracle import compare, masked_of, relative_error, run_pruned, tower_runs
 
 from tokenprune.registry import METHODS
 
@@ -58,3 +60,41 @@ def test_the_oracle_can_fail(name):
     run["cuts"][-1] = (site, wrong)
     truth = masked_of(run, batch).logits()
     assert relative_error(run["logits"], truth) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("samples", [[[(2, 5, 4), (5, 7)], [(6, 6)]], [[(1, 6, 6), (6, 6)]]], ids=["sizes", "alike"])
+def test_the_tower_need_not_run_in_the_order_of_the_prompt(name, samples):
+    """A video before a picture: the model runs the picture first."""
+    batch = _qwen_batch(name, samples, "left", 1)
+    run = run_pruned(family(name), "flowcut", 5, batch, tokens=4)
+    assert [kind for kind, work in run["tower"] if work.cuts] == ["video", "image"]
+    compare(run, batch, TOLERANCE)
+
+
+@pytest.mark.parametrize("order", [("image", "video", "image"), ("video", "image", "image")])
+def test_runs_of_the_tower_are_told_by_what_the_model_asks_for(order):
+    seen = []
+
+    class Entry:
+        def get_image_features(self):
+            seen.append(running[0])
+
+        def get_video_features(self):
+            seen.append(running[0])
+            self.get_image_features()  # some families run a video as pictures
+
+    entry = Entry()
+    adapter = SimpleNamespace(entry=entry, features={"image": "get_image_features", "video": "get_video_features"})
+    works = [("image", "first"), ("video", "clip"), ("image", "second")]
+    with tower_runs(adapter, works) as running:
+        for kind in order:
+            getattr(entry, adapter.features[kind])()
+        assert running == []
+    pictures = iter(["first", "second"])
+    assert seen == [one for kind in order for one in ([next(pictures)] if kind == "image" else ["clip", "clip"])]
+    assert not vars(entry), "it is as it was"
+    with pytest.raises(AssertionError, match="did not come again"), tower_runs(adapter, works) as running:
+        entry.get_image_features()
+    with pytest.raises(AssertionError, match="did not have"), tower_runs(adapter, works[:1]) as running:
+        entry.get_video_features()

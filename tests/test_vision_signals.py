@@ -93,7 +93,7 @@ def test_grey_levels_are_the_pictures_own(dtype):
     levels = torch.randint(0, 256, (50, 3, 196), generator=torch.Generator().manual_seed(0))
     mean, std = torch.tensor([0.48, 0.46, 0.41]), torch.tensor([0.27, 0.26, 0.28])
     pixels = ((levels / 255 - mean[:, None]) / std[:, None]).to(dtype)
-    assert torch.equal(grey_levels(pixels, mean.tolist(), std.tolist()), levels.sum(1) // 3)
+    assert torch.equal(grey_levels(pixels, mean.tolist(), std.tolist()), (levels.sum(1).double() / 3).round().long())
 
 
 def recorded(model, batch, **options):
@@ -143,7 +143,7 @@ def reference_shares(image: torch.Tensor, patch: int, cell: int) -> list[float]:
     for row in range(rows):
         for col in range(cols):
             own = image[row * patch : (row + 1) * patch, col * patch : (col + 1) * patch].reshape(-1, 3).tolist()
-            entropies[row, col] = reference_entropy([sum(pixel) // 3 for pixel in own], 2.0)
+            entropies[row, col] = reference_entropy([round(sum(pixel) / 3) for pixel in own], 2.0)
     total = sum(math.exp(value) for value in entropies.values())
     return [
         sum(math.exp(entropies[r, c]) for r in range(row, row + cell) for c in range(col, col + cell)) / total / cell**2

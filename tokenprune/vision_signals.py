@@ -97,7 +97,7 @@ def sink_attention(query: Tensor, key: Tensor, before: int, threshold: float, to
 
 
 def grey_levels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Grey levels 0..255 of normalised pixels: each colour back to its level, then their mean, rounded down.
+    """Grey levels 0..255 of normalised pixels: each colour back to its level, then their mean, rounded.
 
     Args:
         pixels: `[..., 3, n]`, any float dtype.
@@ -108,7 +108,8 @@ def grey_levels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
     """
     offset, spread = (torch.tensor(values, device=pixels.device)[:, None] for values in (mean, std))
     levels = ((pixels.float() * spread + offset) * 255).round().clamp(0, 255)
-    return levels.long().sum(dim=-2) // pixels.shape[-2]
+    colours = pixels.shape[-2]
+    return (2 * levels.long().sum(dim=-2) + colours) // (2 * colours)  # whole numbers: the same on every device
 
 
 def grey_entropy(levels: Tensor, base: float) -> Tensor:

@@ -42,6 +42,22 @@ def by_hand(query, key, value, groups, allowed, gate, share, least_mass, most_si
     return out, changed
 
 
+def test_a_picture_of_nothing_but_sinks_keeps_its_attention():
+    """Nobody could receive what they give, however lax the rule."""
+    query, key, value, groups, _, _ = case(0, 2, 2, 2, 3, 10, 2)
+    groups[:] = torch.tensor([2] * 7 + [3, 3, 0])
+    found = redistribute_attention(
+        query, key, value, groups, None, share=0.6, least_mass=0.0, most_sink=1.0, slack=1.0, scale=0.5
+    )
+    plain = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.5, enable_gqa=True)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
+    groups[:, 0] = 1  # one that can
+    moved = redistribute_attention(
+        query, key, value, groups, None, share=0.6, least_mass=0.0, most_sink=1.0, slack=1.0, scale=0.5
+    )
+    assert (moved - plain).abs().max() > 0.05
+
+
 def case(seed, batch, key_heads, per, rows, known, later, kinds=4, masked=True):
     g = torch.Generator().manual_seed(seed)
     count = known + later

@@ -95,6 +95,13 @@ def test_pyramiddrop_falls_geometrically_and_never_rounds_up():
     for keep in (1, 5, 64, 576):
         counts = [StepBudget(keep, step, 3).tokens(576) for step in (1, 2, 3)]
         assert counts[-1] == keep and counts == sorted(counts, reverse=True) and counts[0] <= 576
+    for num_tokens in range(1, 3000):
+        counts = [StepBudget(0.125, step, 3).tokens(num_tokens) for step in (1, 2, 3)]
+        assert counts == [max(1, int(num_tokens / share)) for share in (2, 4, 8)], "what the official code takes"
+    assert [StepBudget(0.125, step, 3).tokens(2340) for step in (1, 2, 3)] == [1170, 585, 292]
+    for keep in (0.001, 0.3, 0.55, 1.0):
+        counts = [StepBudget(keep, step, 3).tokens(577) for step in (1, 2, 3)]
+        assert counts[-1] == max(1, int(577 * keep)) and counts == sorted(counts, reverse=True) and counts[0] <= 577
     with pytest.raises(ValueError, match="layers must increase"):
         PyramidDrop(layers=[9, 3])
 

@@ -63,6 +63,13 @@ def test_duplicates_are_picked_once() -> None:
     assert kept.tolist() == [[0, 1, 2, 3, 4]]
 
 
+def test_a_row_of_zeros_is_far_from_every_row() -> None:
+    alike = torch.ones(9, 8) + 0.01 * torch.arange(72).view(9, 8) / 72
+    alike[[2, 5]] = 0
+    kept = DivPrune().select(make_view(DivPrune(), (3, 3), 3, features=alike[None])).indices[0].tolist()
+    assert {2, 5} <= set(kept), "at distance 1 from the others and from each other"
+
+
 def test_larger_budgets_keep_what_smaller_ones_kept() -> None:
     view = make_view(DivPrune(), features=torch.randn(2, 30, 9))
     kept = [set(DivPrune().select(dataclasses.replace(view, budget=k)).indices[1].tolist()) for k in range(1, 30)]

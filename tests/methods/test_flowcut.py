@@ -101,6 +101,48 @@ def test_the_score_is_the_definition_and_the_running_mean_of_a_constant_is_the_c
     torch.testing.assert_close(method.select(constant).carry["flowcut"], truth)
 
 
+@pytest.mark.parametrize("variant", ["official", "paper"])
+def test_a_row_without_weight_counts_as_even(variant):
+    """The value row of [CLS], or its attention, is 0 in fp32 for all patches: the others go on ranking."""
+    method, tower = FlowCut(variant=variant), dataclasses.replace(CLIP, num_layers=6, feature_layer=4)
+    view = make_view(method, tower=tower, budget=7)
+    block = tower.feature_layer - 1
+    attending, similar = method._attending(tower), str(method._similar(tower))
+    for dead in ({similar}, {attending}, {attending, similar}):
+        signals = {s: v * 0 if s.name in dead else v for s, v in view.signals.items()}
+        empty = dataclasses.replace(view, signals=signals)
+        even = torch.full_like(view.signal(VALUE_NORM, block), 1 / view.num_tokens)
+        rows = [even if name in dead else view.signal(name, block) for name in (attending, similar)]
+        truth = sum(row / row.sum(1, keepdim=True) for row in rows) * view.signal(VALUE_NORM, block)
+        torch.testing.assert_close(method.block_score(empty, block), truth)
+        kept = method.select(empty).indices
+        assert kept.shape[1] == 7 and all(len(set(row)) == 7 for row in kept.tolist())
+    broken = {s: v * float("nan") if s.name == similar else v for s, v in view.signals.items()}
+    with pytest.raises(ValueError, match="hold NaN"):
+        method.select(dataclasses.replace(view, signals=broken))
+
+
+def test_a_model_whose_cls_is_like_itself_alone_is_cut():
+    """exp(-v v) underflows for every patch where the value of [CLS] is long and no other is."""
+    model, batch = tiny_llava(vision_layers=8), prompts([1, 2])
+    with torch.no_grad():
+        for layer in model.model.vision_tower.encoder.layers:
+            layer.self_attn.v_proj.weight.zero_()
+            layer.self_attn.v_proj.bias.zero_()
+
+        def long(module, args, output):
+            output = output + 1e-3 * torch.arange(output.shape[1])[:, None]
+            output[:, 0] = 40.0
+            return output
+
+        hooks = [e.self_attn.v_proj.register_forward_hook(long) for e in model.model.vision_tower.encoder.layers]
+        with tokenprune.applied(model, "flowcut@5") as handle:
+            model(**batch)
+            assert all(len(image) == 5 for images in handle.kept for image in images)
+        for hook in hooks:
+            hook.remove()
+
+
 def test_survivors_are_nested_and_exactly_t_and_the_tower_runs_on_them():
     model, batch = tiny_llava(vision_layers=8), prompts([1, 2])
     with tokenprune.applied(model, "flowcut@5") as handle, torch.no_grad():

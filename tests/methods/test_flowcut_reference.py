@@ -199,7 +199,7 @@ def test_llava_next_keeps_half_the_target_of_each_crop_and_then_the_target(keep)
     batch = batch_of("llava_next", "ragged_left")
     run = run_pruned(family("llava_next"), "flowcut", keep, batch, tokens=4)
     compare(run, batch, 1e-5)
-    (work,) = run["tower"]
+    ((_, work),) = run["tower"]
     cuts = dict(run["cuts"])
     last = work.cuts[-1][1] if work.cuts else [None] * len(work.grids)
     half = max(keep // 2, 1)

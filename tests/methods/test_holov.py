@@ -7,6 +7,7 @@ import torch
 from _views import TOWER, make_view
 from torch import Tensor
 
+from tokenprune.methods import holov
 from tokenprune.methods.holov import HoloV, fit_quotas, similarity_variance, strip_sizes
 from tokenprune.signals import CLS_ATTENTION, SINK_ATTENTION, Signal
 
@@ -240,6 +241,20 @@ def test_paper_prefers_variance_where_attention_is_flat() -> None:
     variance = similarity_variance(view.features.view(3, 12, 8))
     wanted = variance.topk(3, dim=1).indices.sort(dim=1).values + torch.tensor([[0], [12], [24]])
     assert method.select(flat).indices.tolist() == [wanted.flatten().tolist()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 3, 160, 2048), (2, 16, 36, 4096), (3, 5, 100, 1024), (4, 170, 2048)])
+def test_strip_by_strip_is_bit_equal_to_all_at_once(shape, dtype, monkeypatch) -> None:
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    strips: list[int] = []
+    one = holov._strip_variance
+    monkeypatch.setattr(holov, "_strip_variance", lambda strip: strips.append(strip.numel()) or one(strip))
+    found = similarity_variance(features)
+    assert torch.equal(found, one(features)) and len(strips) == shape[-3]
+    strips.clear()
+    similarity_variance(features[..., :1, :])
+    assert len(strips) == 1, "small strips are one product"
 
 
 def test_variance_counts_the_zeroed_diagonal() -> None:

@@ -146,6 +146,8 @@ def test_the_cards_schedules():
 
 
 def test_shallow_decoders_take_the_same_parts_of_their_depth():
+    left = [1.0] * 7 + [7 / 8] * 2 + [5 / 8] * 3 + [1 / 8] * 16
+    assert round(100 * sum(left) / 28, 1) == 45.1, "the paper's FLOPs for Qwen2.5-VL, of 28 layers"
     sites = {24: [5, 7, 9], 28: [7, 9, 12], 32: [7, 9, 12], 40: [7, 9, 12], 8: [2, 3], 4: [1, 2]}
     for decoder, expected in sites.items():
         stages = TransPrune().stages(Budget(9), dataclasses.replace(LLAVA, decoder=decoder))

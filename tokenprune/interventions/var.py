@@ -25,6 +25,9 @@ Deviations:
 - Any batch, several pictures, pruned prompts and further turns. Tokens of later text-only calls, decoded ones included,
   are never sinks (our choice for a further turn). Row-end tokens of a picture count as its tokens (our choice).
 - With a cut at "input" or before, sinks are found among the tokens that are left: they show from layer 2 on only.
+- Where all visual tokens of a prompt are sinks, or a row sees no others, nothing could receive what the sinks give:
+  such a pair keeps its attention as it is, whatever rho and s_min (m_N > 0 is required). Pictures count together: one
+  with other tokens takes what the sinks of all give.
 - The attention matrix is never formed, see `tokenprune.kernels.redistribute_attention`.
 """
 

@@ -12,6 +12,8 @@ Deviations:
 - The running minimum is updated in place, k steps of O(N); the official loop gathers rows anew. Same result.
 - fp32 throughout: the official half-precision Gram product gives ties and negative distances near 0 (our choice).
 - A chosen token is out of the race; in the official code it has distance 0 and can be picked twice among duplicates.
+- A row of zeros has no direction: it is at distance 1 from every other row, another row of zeros included, and so is
+  taken early among rows that are alike (our choice; a division by its length gives NaN).
 - The budget is an exact count; the official code rounds a ratio (default 0.098, 56 of 576).
 - Each image or video is selected on its own, its crops or frames together; the official code knows one image a prompt.
 """

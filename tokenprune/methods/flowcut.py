@@ -27,6 +27,9 @@ leaves before they are brought to sum 1, and towers without [CLS] have no m. The
 Deviations:
 - P is computed for each image. The official code takes the maximum over the batch, so that an image's result depends on
   its batch mates.
+- A patch row without any weight has no sum to be brought to 1: where [CLS] is so like itself alone that m, or a, is 0
+  in fp32 for all patches, the code's 0 / 0 is NaN. Here such a row counts as even, 1 / N for each patch, so that the
+  other factors rank; an even a has r = 1.
 - The entropy is computed in fp32 with 0 ln 0 = 0; the official code gives NaN where fp16 underflows.
 - Frames of a video share 2 T in proportion to their patches: that the tower keeps twice as much of videos, too, is our
   choice; the paper gives 32 tokens for each of 8 frames, and no code was released.
@@ -252,4 +255,6 @@ class TextCut(Pruner):
 
 
 def _to_one(values: Tensor) -> Tensor:
-    return values / values.sum(dim=1, keepdim=True)
+    """Rows `[M, N]` brought to sum 1; even ones where there is nothing but zeros. NaN stays, to be refused."""
+    total = values.sum(dim=1, keepdim=True)
+    return torch.where(total == 0, 1 / values.shape[1], values / total)

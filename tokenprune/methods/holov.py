@@ -71,6 +71,7 @@ _PAPER_BUDGET = 1024  # paper: budget times strips
 _OFFICIAL_STRIPS = 16
 _OFFICIAL_TOKENS = 576  # of LLaVA-1.5, to which the port without [CLS] scales the paper's budget
 _SLACK = 1e-4  # of a token: shares that are whole up to rounding, or up to the code's epsilons, count as whole
+_LARGE_STRIP = 1 << 18  # numbers: 1 MB in fp32, below which one product for all strips is as fast
 _ROUNDS = 4  # of passing quota on in proportion, before the rest goes by weight
 
 
@@ -84,11 +85,19 @@ def similarity_variance(features: Tensor) -> Tensor:
     """V: how much a token's similarities to the other tokens of its strip vary.
 
     Args:
-        features: `[..., m, D]` embeddings of one strip, any float dtype.
+        features: `[..., m, D]` embeddings of one strip, or `[..., C, m, D]` of several, any float dtype.
 
     Returns:
         `[..., m]` fp32; zeros for a strip of one token.
     """
+    several = features.dim() > 2 and features.device.type == "cpu"
+    if several and features.numel() >= _LARGE_STRIP * features.shape[-3]:
+        # one strip after another: a normalised copy of all of them would not stay in the cache
+        return torch.stack([_strip_variance(one) for one in features.unbind(-3)], dim=-2)
+    return _strip_variance(features)
+
+
+def _strip_variance(features: Tensor) -> Tensor:
     unit = features.float()
     unit = unit / (torch.linalg.vector_norm(unit, dim=-1, keepdim=True) + _EPS)
     similar = unit @ unit.transpose(-1, -2)

@@ -12,8 +12,10 @@ heads (code). Positions are closed up at every stage (code).
 
 Deviations:
 - `keep` counts the tokens after the last stage and sets r = (keep / N)^(1 / stages): 72 of 576 is the official
-  schedule 288, 144, 72, an average of 270. The lists behind published rows at 192 / 128 / 64 are not in the official
-  repository (unverified), so no setting here claims to be those; an average below N / 4 needs lower layers.
+  schedule 288, 144, 72, an average of 270. A fraction is of N at every stage, each count rounded down and at least 1:
+  keep = 0.125 is the code's int(N / 2), int(N / 4), int(N / 8) for every N (1170, 585, 292 of 2340). There is no
+  variant: how the paper rounds was not checked. The lists behind published rows at 192 / 128 / 64 are not in the
+  official repository (unverified), so no setting here claims to be those; an average below N / 4 needs lower layers.
 - Each image or video has its own budget; the official code has one image per sample.
 - Depths other than 32 take the quarters rounded down (our choice).
 - The forms for training (last tokens before each answer) are not here.
@@ -36,16 +38,18 @@ from tokenprune.stages import Depths, Stage
 
 
 class StepBudget(Budget):
-    """What a step of a geometric schedule keeps: floor(N (k / N)^(step / steps)), k being what the last step keeps."""
+    """What a step of a geometric schedule keeps of N: floor(N f^(step / steps)) for a fraction f, at least 1, and
+    floor(N (k / N)^(step / steps)) for a count k, so that the last step keeps k."""
 
     def __init__(self, keep: int | float, step: int, steps: int) -> None:
         super().__init__(keep)
         self._share = step / steps
 
     def tokens(self, num_tokens: int) -> int:
-        last = super().tokens(num_tokens)
+        least = super().tokens(num_tokens) if isinstance(self.keep, int) else 1
+        ratio = least / num_tokens if isinstance(self.keep, int) else self.keep
         # a hair above, so that exact powers are not rounded below themselves
-        return max(last, math.floor(num_tokens * (last / num_tokens) ** self._share + 1e-9))
+        return max(least, math.floor(num_tokens * ratio**self._share + 1e-9))
 
 
 @register_method("pyramiddrop")

@@ -25,8 +25,8 @@ TFLOPs (inferred from these). "low" (13, 5, 1) with keep = 0.05 is our choice: t
 (unverified); this one gives its 1.19 and 6.41 TFLOPs, and other ratios do so about as well.
 
 Our choices, and deviations:
-- Decoders of fewer than 28 layers take 7, 9 and 12 of 32 in proportion. Those of 28 keep them as they are: the main
-  text does not say, but its 45.1 % of the FLOPs for Qwen2.5-VL is what layers 7, 9 and 12 of 28 give.
+- Decoders of fewer than 28 layers take 7, 9 and 12 of 32 in proportion. Those of 28 cut at 7, 9 and 12 as well: the
+  main text does not say, but its 45.1 % of the FLOPs for Qwen2.5-VL is what layers 7, 9 and 12 of 28 give.
 - The official softmax w runs over the whole batch, which it can do for one prompt only; here it is by prompt, padding
   not counted.
 - Each image or video has its own budget and its own sums; the official code tracks the first image only. The

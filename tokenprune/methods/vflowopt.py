@@ -18,7 +18,8 @@ The knobs are found offline: `tokenprune tune vflowopt` searches R1, R2, t, a an
 Our choices and deviations:
 - Variants: "official" takes the mean over the patches in question and log2, "paper" their sum and the natural
   logarithm. The code adds 1e-10 inside the logarithm; here 0 log 0 = 0.
-- Grey levels are the picture's own, 0 to 255; the code takes normalised pixels, whose negative values wrap.
+- Grey levels are the picture's own, 0 to 255; the code takes normalised pixels, whose negative values wrap. The mean of
+  the colours is rounded to the nearest level (code).
 - If no patch is above the threshold, the one that receives most stands in (the code gives NaN).
 - Weights of a merge are I where it is positive; if a whole cell has none, its members weigh the same.
 - `keep` counts the tokens after stage 3, as everywhere; `keep="avg0.25"` is the paper's budget, the mean over the
