@@ -147,7 +147,8 @@ def masked(model: Any, adapter: Any, passes: Sequence[Any], policies: dict[str, 
     def generating(*args: Any, **kwargs: Any) -> Any:
         now["hidden"], now["generating"] = next_one(), True
         try:
-            return generate(*args, **kwargs, use_cache=False)
+            with masked_tower(adapter, now["hidden"].tower):
+                return generate(*args, **kwargs, use_cache=False)
         finally:
             now["hidden"], now["generating"] = None, False
 

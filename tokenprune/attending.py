@@ -26,6 +26,7 @@ from tokenprune.intervention import Attended, DecoderFacts, Entering, Facts, Int
 from tokenprune.ledger import Ledger
 from tokenprune.opaque import opaque
 from tokenprune.prompt import Prompt
+from tokenprune.wrappers import runs_again, unwrap
 
 
 @dataclass
@@ -101,8 +102,11 @@ class Attending:
                 f"Interventions read the mask of a layer, and {kind!r} has none that can be read. Load the model with "
                 "attn_implementation='sdpa', 'eager' or a flash attention."
             )
-        self._places: dict[Any, int] = {adapter.attention(adapter.layers[layer]): layer for layer in self.layers}
+        self._places: dict[Any, int] = {
+            unwrap(adapter.attention(adapter.layers[layer])): layer for layer in self.layers
+        }
         self._stock: dict[int, tuple[Any, Any]] = {}  # the layer's own config, and its eager function
+        self._run_again: set[int] = set()  # layers in which checkpoint wrappers run attention a second time
         self._interfaces: Any = None
 
     @property
@@ -127,6 +131,8 @@ class Attending:
         ALL_ATTENTION_FUNCTIONS[name] = opaque(_weakly(self))
         ledger.add(lambda: ALL_ATTENTION_FUNCTIONS.pop(name) and None)
         weakref.finalize(self, ALL_ATTENTION_FUNCTIONS.pop, name, None)
+        model = self.adapter.model
+        self._run_again = {layer for module, layer in self._places.items() if runs_again(model, module)}
         for module, layer in self._places.items():
             eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
             if eager is None or not hasattr(module, "config"):
@@ -187,7 +193,7 @@ class Attending:
     def _check_checkpointing(self) -> None:
         for layer in self.layers:
             block = self.adapter.layers[layer]
-            if block.training and getattr(block, "gradient_checkpointing", False):
+            if block.training and (getattr(block, "gradient_checkpointing", False) or layer in self._run_again):
                 raise ValueError(
                     f"{self.interventions[self.layers[layer]].name} acts in decoder layer {layer}, which gradient "
                     "checkpointing runs a second time, after the prompt is forgotten. Switch gradient checkpointing "
@@ -260,7 +266,7 @@ class Attending:
         if call is None or not call.noting:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
-        layer = self._places[self.adapter.attention(module)]
+        layer = self._places[unwrap(self.adapter.attention(module))]
         if call.visual is None:
             call.visual = self._visual(call.prompt, hidden)
         visual = call.visual.to(hidden.device)

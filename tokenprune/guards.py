@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 from typing import Any, NoReturn
 
+import torch
+
 from tokenprune.adapters._base import Adapter
 from tokenprune.ledger import Ledger
 from tokenprune.opaque import opaque
+from tokenprune.wrappers import runs_again
 
 
 def _refuse_copies(label: str) -> Any:
@@ -43,6 +46,8 @@ class Guards:
         for module in (model, self._adapter.entry, self._adapter.language_model):
             for name in ("__deepcopy__", "__reduce_ex__"):
                 ledger.set(module, name, _refuse_copies(self._label))
+        blocks = (*self._adapter.layers, *self._adapter.vision.blocks) if self._cuts_layers else ()
+        self._run_again = any(runs_again(model, block) for block in blocks)
         ledger.hook(model.register_forward_pre_hook(opaque(self._check), with_kwargs=True))
 
     def _check(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -57,13 +62,18 @@ class Guards:
             self._check_checkpointing()
 
     def _check_checkpointing(self) -> None:
+        again = self._run_again and torch.is_grad_enabled()
         for block in (*self._adapter.layers, *self._adapter.vision.blocks):
-            if block.training and getattr(block, "gradient_checkpointing", False) and _runs_hooks_again(type(block)):
-                raise ValueError(
-                    f"{self._label} cuts before a layer that gradient checkpointing runs a second time, with its "
-                    "hooks, after the prompt is forgotten. Switch gradient checkpointing off, cut at 'input', or use a "
-                    "transformers release that keeps hooks outside of it (5.23 does)."
-                )
+            again |= (
+                block.training and getattr(block, "gradient_checkpointing", False) and _runs_hooks_again(type(block))
+            )
+        if again:
+            raise ValueError(
+                f"{self._label} cuts before a layer that gradient checkpointing runs a second time, with its hooks, "
+                "after the prompt is forgotten. Switch gradient checkpointing off, put checkpoint wrappers around "
+                "single layers, cut at 'input', or use a transformers release that keeps hooks outside of it (5.23 "
+                "does)."
+            )
 
 
 def _runs_hooks_again(block: type) -> bool:

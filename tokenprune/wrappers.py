@@ -38,6 +38,17 @@ def _inside(model: Any) -> Any:
     return None
 
 
+def runs_again(root: nn.Module, module: nn.Module) -> bool:
+    """Whether a `checkpoint_wrapper` of torch.distributed, below `root`, stands around `module`, so that the module and
+    its hooks run a second time in the backward pass. Hooks of the wrapper itself do not."""
+    return any(
+        isinstance(outer._modules.get("_checkpoint_wrapped_module"), nn.Module)
+        and outer is not module
+        and any(inner is module for inner in outer.modules())
+        for outer in root.modules()
+    )
+
+
 def drop_graphs(ledger: Ledger) -> None:
     """Make compiled code see the hooks of a model, now and until `ledger` is undone.
 
