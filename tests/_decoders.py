@@ -40,7 +40,10 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "biogpt": ("BioGptConfig", {}),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"] * 2}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 2}),
-    "gpt_oss": ("GptOssConfig", {"head_dim": 12, "num_local_experts": 2, "num_experts_per_tok": 2, "layer_types": _KINDS}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {"head_dim": 12, "num_local_experts": 2, "num_experts_per_tok": 2, "layer_types": _KINDS},
+    ),
 }
 
 
