@@ -169,15 +169,14 @@ class Attending:
             attended = mask[:, -length:].to(device=embeds.device, dtype=torch.bool)
         before = key_facts(cache)
         if before is None:
-            # `device` walks over the parameters, which is too long for every decoded token
-            seen = torch.zeros(batch_size, dtype=torch.bool, device=self.adapter.language_model.device)
+            seen = torch.zeros(batch_size, dtype=torch.bool, device=embeds.device)
         else:
             seen = before.visual
         noting = prompt is not None or (past == 0 and not getattr(cache, "is_compileable", False))
         call = self._calls.now.attention = _Call(before, prompt, noting, past == 0, seen, attended)
         if prompt is None:
             return
-        device = self.adapter.language_model.device
+        device = embeds.device  # that of the weights may be "meta": accelerate brings them when they are needed
         visual = torch.zeros(batch_size, prompt.layout.length, dtype=torch.bool)
         for span in prompt.layout.spans:
             visual[span.sample, span.places] = True
