@@ -1,5 +1,5 @@
-"""Decoders that are not laid out like Llama's: equal to the masked model, signals equal to their own eager attention, or
-refused by `apply` with a sentence."""
+"""Decoders that are not laid out like Llama's: equal to the masked model, signals equal to their own eager attention,
+or refused by `apply` with a sentence."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 DOCS = TESTS.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- host reads: written by tests/test_pretend_device.py -->\n", "<!-- end of host reads -->\n"
 
-IDS, MASK, SIZES = "the ids", "the mask", "sizes of pictures"
+IDS, MASK, SIZES = "the ids", "the mask, and position ids where they are given, in one move", "sizes of pictures"
 READS = {
     ("prompt_reader.py", "_placeholders"): IDS,
     ("prompt_reader.py", "_rows"): MASK,

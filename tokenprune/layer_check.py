@@ -23,8 +23,8 @@ from tokenprune.stages import Stage
 _TOKENS = 8
 _KINDS = ("", "full_attention", "sliding_attention")
 _INSTEAD = (
-    "Methods that cut at 'input' or before it and read nothing of the decoder work on this model (uniform, holov, todre with "
-    "fade=False)."
+    "Methods that cut at 'input' or before it and read nothing of the decoder work on this model (uniform, holov, todre "
+    "with fade=False)."
 )
 
 
@@ -60,7 +60,7 @@ def check_decoder_reads(adapter: Adapter, stages: Sequence[Stage], changed: Sequ
 
 
 def _check_places(adapter: Adapter) -> None:
-    """Raise ValueError unless tokens can leave this decoder's rows: it takes positions as ids, and its layers attend."""
+    """Raise ValueError unless tokens can leave this decoder's rows: it takes position ids, and its layers attend."""
     decoder = adapter.language_model
     if not hasattr(decoder, "rotary_emb"):
         raise ValueError(
@@ -106,7 +106,8 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for kind in {"cpu", *(weight.device.type for weight in module.parameters())} - {"meta"}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         for part, _ in modes:
             part.training = False
         try:
@@ -142,7 +143,7 @@ def _check_branches(adapter: Adapter, layer: int) -> None:
     if not _there(module):
         return
     entered: list[Tensor] = []
-    made: list[Tensor] = []
+    made: list[Any] = []
 
     def keep(branch: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if branch is not parts[len(made)]:
