@@ -23,8 +23,8 @@ from tokenprune.stages import Stage
 _TOKENS = 8
 _KINDS = ("", "full_attention", "sliding_attention")
 _INSTEAD = (
-    "Methods that cut at 'input' or before it and read nothing of the decoder work on this model (uniform, holov, todre "
-    "with fade=False)."
+    "Methods that cut at 'input' or before it and read nothing of the decoder work on this model (uniform, holov, "
+    "todre with fade=False)."
 )
 
 
