@@ -23,8 +23,8 @@ from tokenprune.stages import Stage
 _TOKENS = 8
 _KINDS = ("", "full_attention", "sliding_attention")
 _INSTEAD = (
-    "Methods that cut at 'input' or before it and read nothing of the decoder work on this model (uniform, holov, todre with "
-    "fade=False)."
+    "Methods that cut at 'input' or before it and read nothing of the decoder work on this model (uniform, holov, "
+    "todre with fade=False)."
 )
 
 
@@ -60,7 +60,7 @@ def check_decoder_reads(adapter: Adapter, stages: Sequence[Stage], changed: Sequ
 
 
 def _check_places(adapter: Adapter) -> None:
-    """Raise ValueError unless tokens can leave this decoder's rows: it takes positions as ids, and its layers attend."""
+    """Raise ValueError unless tokens can leave this decoder's rows: positions go in as ids, and all layers attend."""
     decoder = adapter.language_model
     if not hasattr(decoder, "rotary_emb"):
         raise ValueError(
@@ -148,7 +148,8 @@ def _check_branches(adapter: Adapter, layer: int) -> None:
         if branch is not parts[len(made)]:
             raise ValueError(f"{type(parts[1]).__name__} runs before {type(parts[0]).__name__}")
         entered.append(args[0] if args else kwargs["hidden_states"])
-        made.append(output[0] if isinstance(output, tuple) and branch is parts[0] else output)
+        added: Any = output[0] if isinstance(output, tuple) and branch is parts[0] else output
+        made.append(added)
 
     with _hooked(*(part.register_forward_hook(keep, with_kwargs=True) for part in parts)):
         hidden, _, output = _run(adapter, layer)
