@@ -149,7 +149,8 @@ def _check_branches(adapter: Adapter, layer: int) -> None:
         if branch is not parts[len(made)]:
             raise ValueError(f"{type(parts[1]).__name__} runs before {type(parts[0]).__name__}")
         entered.append(args[0] if args else kwargs["hidden_states"])
-        made.append(output[0] if isinstance(output, tuple) and branch is parts[0] else output)
+        added: Any = output[0] if isinstance(output, tuple) and branch is parts[0] else output
+        made.append(added)
 
     with _hooked(*(part.register_forward_hook(keep, with_kwargs=True) for part in parts)):
         hidden, _, output = _run(adapter, layer)
