@@ -118,7 +118,7 @@ def pruned_and_masked(
         handle = tokenprune.apply(model, method)
         with handle.watch() as passes:
             pruned = run(make(model, folder / "pruned"), model)
-        policies = {stage.site: stage.pruner.positions for stage in handle.stages}
+        policies = {stage.site: str(stage.pruner.positions) for stage in handle.stages}
         handle.remove()
     with _seeded():
         twin = prepare(BUILDERS[name]())

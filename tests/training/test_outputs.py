@@ -58,7 +58,7 @@ def pair(name: str, method: str, ask: Callable[[Any], Tensor], **options: Any) -
     with tokenprune.applied(model, method, **options) as handle:
         with handle.watch() as passes:
             own = ask(model)
-        policies = {stage.site: stage.pruner.positions for stage in handle.stages}
+        policies = {stage.site: str(stage.pruner.positions) for stage in handle.stages}
         adapter = handle.adapter
     with masked(model, adapter, passes, policies) as coming:
         truth = ask(model)

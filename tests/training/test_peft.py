@@ -46,7 +46,7 @@ def check(model: Any, handle: Any, inner: Any) -> None:
     batch = batch_of("llava", "ragged_left")
     with torch.no_grad(), handle.watch() as passes:
         logits, answer = model(**batch, labels=batch["input_ids"]).logits, tokens(model, batch)
-    policies = {stage.site: stage.pruner.positions for stage in handle.stages}
+    policies = {stage.site: str(stage.pruner.positions) for stage in handle.stages}
     handle.remove()
     with torch.no_grad(), masked(inner, handle.adapter, passes, policies) as coming:
         truth, right = model(**batch, labels=batch["input_ids"]).logits, tokens(model, batch)
