@@ -13,6 +13,7 @@ from tokenprune.guards import Guards
 from tokenprune.handle import Handle
 from tokenprune.ledger import Ledger
 from tokenprune.registry import MODELS, near
+from tokenprune.seams import check_seams
 from tokenprune.spec import Spec, parse_method
 from tokenprune.stages import Stage
 
@@ -25,11 +26,13 @@ def adapter_for(model: Any) -> Adapter:
 
     Raises:
         TypeError: no adapter does; the message lists what is supported.
+        ImportError: the installed torch or transformers lacks what the library needs of it.
     """
     names = [cls.__name__ for cls in type(model).__mro__]
     families = {name: MODELS.get(name) for name in MODELS.names()}
     for family in families.values():
         if any(name in family.classes for name in names):
+            check_seams(model)
             return family(model)
     supported = sorted(name for family in families.values() for name in family.classes)
     raise TypeError(
