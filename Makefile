@@ -5,22 +5,35 @@ VENV := .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NEWEST := .venv-newest
+LOWEST := .venv-lowest
+# What a release of torch or transformers can break, and what its torchvision makes possible.
+VERSION_TESTS ?= tests/test_seams.py tests/test_oracle.py tests/test_families.py tests/test_generation.py \
+	tests/test_generation_families.py tests/test_handle.py tests/interventions tests/test_readme.py \
+	tests/evals/test_cli.py tests/evals/test_stock_processors.py tests/evals/test_videos.py
+# SUPPORT=docs/support.md writes what was found into its tables.
+SUPPORT ?=
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(WORKERS) \
+	$(if $(SUPPORT),--support $(SUPPORT) --versions $(2)) $(3)
+PYTHON_CHECK = import sys; sys.exit(None if sys.version_info >= (3, 10) else "tokenprune needs Python 3.10 or newer, %s is %d.%d; try make PYTHON=python3.12" % (sys.executable, *sys.version_info[:2]))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lmms bench lint format clean
+.PHONY: help demo test test-newest test-lowest test-lmms bench lint format clean
 
 help:
 	@echo "make demo    run the demo sweep: table, plot and report under runs/"
 	@echo "make test    what CI runs: ruff, pyright, the tests and the packaging checks"
+	@echo "make test-newest  the tests that a release can break, on the newest of everything"
+	@echo "make test-lowest  the same, on the lowest versions that are supported"
 	@echo "make test-lmms  install lmms-eval (940 MB) and test both ways against it"
 	@echo "make bench   time pruned prefill against the unpruned and the ideal one; needs a quiet machine"
 	@echo "make lint    ruff and pyright only"
 	@echo "make format  let ruff rewrite what it can"
-	@echo "make clean   remove .venv and every cache (runs/ stays)"
+	@echo "make clean   remove the environments and every cache (runs/ stays)"
 
 # The stamp is younger than both files exactly when the environment holds what they ask for.
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "tokenprune needs Python 3.10 or newer, %s is %d.%d; try make PYTHON=python3.12" % (sys.executable, *sys.version_info[:2]))'
+	@$(PYTHON) -c '$(PYTHON_CHECK)'
 	@echo "Making $(VENV); torch is the big part, the rest takes a minute or two."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,pocket]'
@@ -32,7 +45,24 @@ demo: $(STAMP)
 # One thread a worker: two workers that each use every core are slower than one. A test that reaches for the hub fails
 # at once instead of waiting for a network.
 test: lint
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
+	$(call PYTEST,$(VENV),constraints)
+
+# Each time anew what a user gets today, who knows no constraints. torchvision is left out of .venv and is there in
+# these two, so that processors are tested without it and with it.
+test-newest:
+	@$(PYTHON) -c '$(PYTHON_CHECK)'
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -q --upgrade --upgrade-strategy eager -e '.[dev,pocket]' torchvision
+	$(call PYTEST,$(NEWEST),newest,$(VERSION_TESTS))
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	@$(PYTHON) -c '$(PYTHON_CHECK)'
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt -e '.[dev,pocket]' torchvision
+	@touch $@
+
+test-lowest: $(LOWEST)/.installed
+	$(call PYTEST,$(LOWEST),lowest,$(VERSION_TESTS))
 
 # lmms-eval brings torchvision, which does not load beside a torch built for CPUs only; transformers does without it.
 test-lmms: $(STAMP)
@@ -54,5 +84,5 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(LOWEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find tokenprune adapters kernels evals configs tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,15 +26,20 @@ TOLERANCE = 0.01
 """Largest relative difference between measured and analytic FLOPs that raises no warning."""
 
 
-def _cpu_attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+_FUSED = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    # by the query's heads: torch 2.11 counts no grouped queries
+    key, value = ((part[0], query[1], *part[2:]) for part in (key, value))
     return sdpa_flop_count(query, key, value)
 
 
 def flop_counter() -> FlopCounterMode:
-    """A FlopCounterMode that also counts our own ops, with triton or without, and the fused attention of CPUs, which
-    torch 2.13 leaves at zero."""
-    fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    mapping = {} if fused is None else {fused: _cpu_attention}
+    """A FlopCounterMode that also counts our own ops, with triton or without, and fused attention of grouped queries
+    and on CPUs, which releases of torch refuse or leave at zero."""
+    fused = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}", None) for name in _FUSED]
+    mapping = {op: _attention for op in fused if op is not None}
     return FlopCounterMode(display=False, custom_mapping={**FORMULAS, **mapping})
 
 

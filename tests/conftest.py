@@ -1,19 +1,32 @@
-"""`pytest --support docs/support.md` writes the table of what works from the results of the oracle matrix,
+"""`pytest --support docs/support.md` writes the tables of what works from the results of the tests that were run,
 and `pytest tests/test_pretend_device.py --reads docs/kernels.md` that of host reads."""
 
 from __future__ import annotations
 
+import platform
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 _CELL = re.compile(r"test_families\.py::test_(removal_equals_masking|what_a_family_cannot_take\w*)\[(.+)\]$")
+_PACKAGES = ("torch", "transformers", "trl", "peft", "numpy")
+SETS = {
+    "lowest": "the floors of pyproject.toml, `make test-lowest`",
+    "constraints": "constraints.txt, without torchvision; all tests, `make test`",
+    "newest": "what pip takes without constraints, `make test-newest`",
+}
 
 
 def pytest_addoption(parser: Any) -> None:
-    parser.addoption("--support", type=Path, help="write the table of families x methods to this file")
+    parser.addoption("--support", type=Path, help="write the tables of families x methods and of versions to this file")
     parser.addoption("--reads", type=Path, help="write the table of host reads into this file")
+    parser.addoption("--versions", choices=list(SETS), help="the row of the table of versions that these tests are")
+
+
+def pytest_report_header(config: Any) -> str:
+    return ", ".join(f"{name} {metadata.version(name)}" for name in _PACKAGES[:2])
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
@@ -31,9 +44,20 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
         terminalreporter.write_line(
             f"oracle matrix: {len(cells)} cells of {families} families, {cells.count('passed')} green"
         )
-    path = config.getoption("--support")
-    if path is not None:
-        path.write_text(table(found, len(cells)), encoding="utf-8")
+    path, versions = config.getoption("--support"), config.getoption("--versions")
+    if path is None:
+        return
+    from tokenprune.evals.readme import between
+
+    text = path.read_text(encoding="utf-8")
+    if versions in (None, "constraints"):
+        text = between(text, "cells", table(found, len(cells)))
+    if versions is not None:
+        rows = re.search(r"<!-- versions:begin -->\n(.*?)<!-- versions:end -->", text, re.DOTALL)
+        agree = f"{cells.count('passed')} of {len(cells)}"
+        row = versions_row(versions, agree, terminalreporter.stats)
+        text = between(text, "versions", versions_table(rows[1] if rows else "", versions, row))
+    path.write_text(text, encoding="utf-8")
 
 
 def _names(cell: str) -> tuple[str, str]:
@@ -47,9 +71,7 @@ def table(found: dict[tuple[str, str], list[str]], count: int) -> str:
     families = sorted({name for name, _ in found})
     methods = sorted({method for _, method in found})
     lines = [
-        "# What works on what",
-        "",
-        "Written by `pytest tests/test_families.py --support docs/support.md` from the results of its oracle cells",
+        "Written by `make test SUPPORT=docs/support.md` from the results of the oracle cells of tests/test_families.py",
         f"({count} of them): the pruned model against the full-length model in which the dropped tokens are masked,",
         "logits and greedy tokens, on tiny models built from configs. A cell says how many of its layouts (ragged",
         "batches, padding on either side, videos; SDPA and eager) agree; `-` means that `apply` refuses the pair, with",
@@ -65,4 +87,34 @@ def table(found: dict[tuple[str, str], list[str]], count: int) -> str:
             run = [kind for kind in kinds if kind != "refused"]
             row.append(f"{run.count('passed')} of {len(run)}" if run else "-" if kinds else "")
         lines.append(f"| `{method}` | " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
+
+
+def versions_row(name: str, agree: str, stats: dict[str, list[Any]]) -> str:
+    """One set of versions and what its tests said, as a row of Markdown."""
+    installed = ", ".join(f"{package} {metadata.version(package).partition('+')[0]}" for package in _PACKAGES)
+    failed = len(stats.get("failed", [])) + len(stats.get("error", []))
+    reasons = Counter(_reason(report) for report in stats.get("skipped", []))
+    skipped = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+    cells = [f"`{name}`: {SETS[name]}", f"Python {platform.python_version()}, {installed}", agree]
+    return f"| {' | '.join([*cells, str(len(stats.get('passed', []))), str(failed), skipped])} |"
+
+
+def _reason(report: Any) -> str:
+    """Why a test was skipped, in so many words."""
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return text.removeprefix("Skipped: ").partition("\n")[0].replace("|", "/")
+
+
+def versions_table(before: str, name: str, row: str) -> str:
+    """The table with this set's row in its place, and the rows of the others as they were."""
+    rows = {other: line for other in SETS for line in before.splitlines() if line.startswith(f"| `{other}`")}
+    rows[name] = row
+    lines = [
+        "Each row is written by the command in it, with `SUPPORT=docs/support.md` behind it.",
+        "",
+        "| set | versions | oracle cells that agree | tests passed | failed | skipped, and why |",
+        "|---|---|---:|---:|---:|---|",
+        *(rows[other] for other in SETS if other in rows),
+    ]
+    return "\n".join(lines)

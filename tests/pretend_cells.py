@@ -47,6 +47,17 @@ GENERATED: dict[str, dict[str, Any]] = {
 ON_DEVICE: dict[str, Any] = {}
 
 
+def _not_ours_either(make: Any) -> Any:
+    """The same maker of candidate generators, whose reads are their own."""
+
+    def making(*args: Any, **kwargs: Any) -> Any:
+        generator = make(*args, **kwargs)
+        generator.get_candidates = sim.not_ours(generator.get_candidates)
+        return generator
+
+    return making
+
+
 def device_model(name: str) -> Any:
     """The tiny model of a family on the pretend device."""
     if name not in ON_DEVICE:
@@ -56,6 +67,8 @@ def device_model(name: str) -> Any:
                 setattr(model.model, method, sim.not_ours(getattr(model.model, method)))
 
         model.generate = sim.not_ours(model.generate)
+        model.prepare_inputs_for_generation = sim.not_ours(model.prepare_inputs_for_generation)
+        model._get_candidate_generator = _not_ours_either(model._get_candidate_generator)
 
         def begins(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             cache = kwargs.get("past_key_values", kwargs.get("cache"))

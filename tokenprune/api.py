@@ -15,6 +15,7 @@ from tokenprune.layer_check import check_decoder_reads
 from tokenprune.ledger import Ledger
 from tokenprune.outputs import OUTPUTS
 from tokenprune.registry import MODELS, near
+from tokenprune.seams import check_seams
 from tokenprune.spec import Spec, parse_method
 from tokenprune.stages import Stage
 from tokenprune.wrappers import unwrap
@@ -28,11 +29,13 @@ def adapter_for(model: Any) -> Adapter:
 
     Raises:
         TypeError: no adapter does; the message lists what is supported.
+        ImportError: the installed torch or transformers lacks what the library needs of it.
     """
     names = [cls.__name__ for cls in type(model).__mro__]
     families = {name: MODELS.get(name) for name in MODELS.names()}
     for family in families.values():
         if any(name in family.classes for name in names):
+            check_seams(model)
             return family(model)
     supported = sorted(name for family in families.values() for name in family.classes)
     raise TypeError(
@@ -73,8 +76,8 @@ def apply(
         outputs: rows of logits and hidden states of a pruned prompt. "kept": the tokens that stayed, `[B, P, ...]`,
             their right ends where the caller's are. "full": `[B, S, ...]`, with the last kept token before it at each
             place that left. "auto" takes "full" where the caller may count otherwise than from the right end (labels,
-            hidden states, several or chosen `logits_to_keep`, `use_cache=False`, training, padding on the right), and
-            "kept" elsewhere.
+            hidden states, several or chosen `logits_to_keep`, `use_cache=False`, training and evaluation after it,
+            padding on the right), and "kept" elsewhere.
         options: options of the method.
 
     Returns:

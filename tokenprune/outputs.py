@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenprune.calls import Calls, ForwardCall
@@ -34,6 +35,7 @@ class Outputs:
     def __init__(self, calls: Calls, mode: str = "auto") -> None:
         self._calls, self._mode = calls, mode
         self._parameters: list[str] = []
+        self._trained = False  # whether the model was trained since; who evaluates it then holds labels against logits
 
     def install(self, model: Any, ledger: Ledger) -> None:
         """Hook the model that computes logits and loss; `ledger` takes the hooks away."""
@@ -60,11 +62,13 @@ class Outputs:
         labelled = any(given.get(name) is not None for name in ("labels", "shift_labels"))
         if self._mode != "auto":
             return self._mode == "full" or labelled
+        self._trained |= model.training and torch.is_grad_enabled()
         if labelled or call.module is not model or given.get("output_hidden_states"):
             return True
         if isinstance(keep, int) and keep == 1:  # the last column stays the last
             return False
         by_place = isinstance(keep, Tensor) or keep > 1 or given.get("use_cache") is False or model.training
+        by_place |= self._trained and self._calls.generation is None
         return by_place or (call.prompt is not None and not call.prompt.pad_left)
 
 
