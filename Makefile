@@ -14,7 +14,7 @@ VERSION_TESTS ?= tests/test_seams.py tests/test_oracle.py tests/test_families.py
 # SUPPORT=docs/support.md writes what was found into its tables.
 SUPPORT ?=
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(WORKERS) \
-	$(if $(SUPPORT),--support $(SUPPORT) --versions $(2)) $(3)
+	$(if $(SUPPORT),--support=$(SUPPORT) --versions=$(2)) $(3)
 PYTHON_CHECK = import sys; sys.exit(None if sys.version_info >= (3, 10) else "tokenprune needs Python 3.10 or newer, %s is %d.%d; try make PYTHON=python3.12" % (sys.executable, *sys.version_info[:2]))
 
 .DEFAULT_GOAL := help
