@@ -78,7 +78,7 @@ class FrameProcessor(PushToHubMixin):
         self.temporal_patch_size = self.settings.get("temporal_patch_size", 2)
 
     def __call__(self, videos: Any, video_metadata: Any = None, return_tensors: Any = None, **_: Any) -> BatchFeature:
-        """Prepare videos: one `[T, H, W, 3]` array or list of PIL frames, or a list of those.
+        """Prepare videos: one `[T, H, W, 3]` array or list of PIL frames, a list of those, or one such list a prompt.
 
         Args:
             video_metadata: of each video a mapping with `fps`, in which processors find the time of a frame;
@@ -87,6 +87,8 @@ class FrameProcessor(PushToHubMixin):
         Raises:
             ImportError: the checkpoint does not say how its frames are prepared, so the stock class has to.
         """
+        if not _is_clip(videos) and not _is_clip(videos[0]):
+            videos = [clip for own in videos for clip in own]
         clips = [list(clip) for clip in ([videos] if _is_clip(videos) else videos)]
         feature = BatchFeature(self._prepare(clips), tensor_type=return_tensors)
         feature["video_metadata"] = [

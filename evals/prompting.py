@@ -78,15 +78,18 @@ def pack(processor: Any, conversations: list[list[Message]]) -> Any:
     # one list a prompt: some processors take a flat list for the pictures of a single prompt
     nested = [[read_picture(part["image"]) for part in parts if part["type"] == "image"] for parts in by_prompt]
     pictures = nested if all(nested) else [picture for own in nested for picture in own]
-    clips = [part["video"] for parts in by_prompt for part in parts if part["type"] == "video"]
-    videos = [read_frames(clip) for clip in clips]
+    by_prompt = [[part["video"] for part in parts if part["type"] == "video"] for parts in by_prompt]
+    clips = [clip for own in by_prompt for clip in own]
+    videos = [[read_frames(clip) for clip in own] for own in by_prompt]
+    # as with pictures; older transformers' SmolVLM processor takes nothing but a list a prompt
+    videos = videos if all(videos) else [clip for own in videos for clip in own]
     metadata = [_metadata(len(clip), getattr(clip, "fps", FPS)) for clip in clips]
     return processor(
         text=[prompt_text(processor, messages) for messages in conversations],
         padding=True,
         return_tensors="pt",
         **({"images": pictures} if pictures else {}),
-        **({"videos": videos, "video_metadata": metadata, "do_sample_frames": False} if videos else {}),
+        **({"videos": videos, "video_metadata": metadata, "do_sample_frames": False} if clips else {}),
     )
 
 

@@ -12,7 +12,6 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 LOWEST = {"transformers": (5, 17), "torch": (2, 11)}
@@ -101,10 +100,8 @@ def _names(found: Any) -> set[str]:
     if not inspect.isclass(found):
         return set(inspect.signature(found).parameters) if callable(found) else set(dir(found))
     names = set(dir(found)) | set(getattr(found, "__dataclass_fields__", ()))
-    of_family = found.__module__.startswith(
-        "transformers.models."
-    )  # their common bases speak of everybody's attributes
-    for cls in (cls for cls in found.__mro__ if not of_family or cls.__module__.startswith("transformers.models.")):
+    of_family = found.__module__.startswith(_MODELS)  # whose common bases speak of everybody's attributes
+    for cls in (cls for cls in found.__mro__ if not of_family or cls.__module__.startswith(_MODELS)):
         names |= set(vars(cls).get("__annotations__", ()))
         for value in vars(cls).values():
             code = getattr(inspect.unwrap(value), "__code__", None) if callable(value) else None
@@ -311,7 +308,7 @@ def moved(seams: Iterable[Seam]) -> str:
     package = "torch" if all(seam.where.startswith("torch") for seam in lost.values()) else "transformers"
     lowest, newest = LOWEST[package], NEWEST[package]
     return (
-        f"{package} {metadata.version(package)} has no longer {'; nor '.join(lost)}: install a release that tokenprune "
+        f"{package} {_installed(package)} has no longer {'; nor '.join(lost)}: install a release that tokenprune "
         f"was tested with, pip install '{package}>={_text(lowest)},<{_text((newest[0], newest[1] + 1))}'."
     )
 
@@ -319,7 +316,7 @@ def moved(seams: Iterable[Seam]) -> str:
 def too_old() -> str:
     """One sentence on an installed release below the lowest that is supported; "" if there is none."""
     for package, lowest in LOWEST.items():
-        installed = metadata.version(package)
+        installed = _installed(package)
         if _release(installed) < lowest:
             return (
                 f"tokenprune needs {package} {_text(lowest)} or newer, and {installed} is installed: "
@@ -341,6 +338,10 @@ def check_seams(model: Any) -> None:
     sentence = too_old() or moved(needed)
     if sentence:
         raise ImportError(sentence)
+
+
+def _installed(package: str) -> str:
+    return importlib.import_module(package).__version__
 
 
 def _release(version: str) -> tuple[int, ...]:
