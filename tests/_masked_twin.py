@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from oracle import masked_tower
+from oracle import kinds_of, masked_tower
 from torch import Tensor
 
 
@@ -24,7 +24,7 @@ class _Hidden:
         stays = torch.ones(layout.batch_size, layout.length, dtype=torch.bool)
         closed = torch.zeros_like(stays, dtype=torch.int64)
         self.by_layer = [(stays, closed)] * layers
-        self.tower = prompt.tower
+        self.tower = kinds_of(prompt)
         for cut in prompt.cuts:
             before, stays = stays, stays.clone()
             for span, tokens in zip(layout.spans, cut.tokens):
@@ -131,7 +131,7 @@ def masked(model: Any, adapter: Any, passes: Sequence[Any], policies: dict[str, 
         changed = {**kwargs, "attention_mask": allowed[:, None]}
         if not torch.equal(closed, now["hidden"].longer(0, length)[1]):
             changed["position_ids"] = now["positions"] - closed
-            changed["position_embeddings"] = adapter.rotary(x, changed["position_ids"])
+            changed["position_embeddings"] = adapter.rotary(x, changed["position_ids"], layer)
         return args, changed
 
     def leave_decoder(module: Any, args: Any, output: Any) -> None:

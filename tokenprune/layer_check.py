@@ -101,8 +101,10 @@ def _checked(adapter: Adapter, layer: int, does: str, check: Any) -> None:
 
 @contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Run a layer as in evaluation, without gradients and autocast, and leave it as it was."""
+    """Run a layer as in evaluation, without gradients, autocast and the hooks of others, and leave it as it was."""
     modes = [(part, part.training) for part in module.modules()]
+    placed = [hooks for part, _ in modes for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+    before = [dict(hooks) for hooks in placed]
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for kind in {"cpu", *(weight.device.type for weight in module.parameters())} - {"meta"}:
@@ -110,11 +112,15 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
         for part, _ in modes:
             part.training = False
+        for hooks in placed:
+            hooks.clear()
         try:
             yield
         finally:
             for part, mode in modes:
                 part.training = mode
+            for hooks, own in zip(placed, before):
+                hooks.update(own)
 
 
 def _check_attention(adapter: Adapter, layer: int) -> None:

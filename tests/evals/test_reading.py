@@ -309,7 +309,7 @@ def test_what_takes_pictures_reads_them_so(tmp_path, tiny_folder, monkeypatch):
     files = odd_pictures(tmp_path)
     for (picture,) in pack(Processor(), [one_turn("q", Image.open(file)) for file in files])["images"]:
         check_odd(picture)
-    for frame in pack(Processor(), [one_turn("q", [Image.open(file) for file in files])])["videos"][0]:
+    for frame in pack(Processor(), [one_turn("q", [Image.open(file) for file in files])])["videos"][0][0]:
         check_odd(frame)
     shown: list[Any] = []
     monkeypatch.setattr(single, "seen_views", lambda loaded, inputs, image: shown.append(image) or [])
