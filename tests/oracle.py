@@ -8,6 +8,7 @@ uses there. It keeps no cache and shares no code with the engine but the layout 
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ def tower_runs(adapter: Any, works: list[tuple[str, Any]]):
     own = {name: vars(adapter.entry)[name] for name in adapter.features.values() if name in vars(adapter.entry)}
 
     def told(kind: str, original: Any) -> Any:
+        @functools.wraps(original)  # `generate` hands over what the signature names
         def features(*args: Any, **kwargs: Any) -> Any:
             if running:  # one features call may make use of the other
                 return original(*args, **kwargs)
