@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tokenprune.layout import Raster, Visual
+from tokenprune.interfaces.visual import Raster, Visual
 
 Pack = Callable[[Tensor, Tensor], Tensor]
 

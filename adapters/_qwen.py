@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.adapters._base import Adapter, VisionTower, decoder_of
 from tokenprune.adapters._cost import text_sizes
 from tokenprune.adapters._vit import CLIP_PIXELS
-from tokenprune.calls import Scratch
 from tokenprune.cost import ModelShape, tower_flops
-from tokenprune.layout import Raster, Visual
-from tokenprune.recording import TowerWork
-from tokenprune.signals import (
+from tokenprune.hooks import Scratch
+from tokenprune.interfaces.adapter import Adapter, VisionTower, decoder_of
+from tokenprune.interfaces.signals import (
     GREY_ENTROPY,
     MEAN_QUERY_ATTENTION,
     MEAN_VALUE_SIMILARITY,
@@ -27,6 +25,7 @@ from tokenprune.signals import (
     VALUE_NORM,
     Tower,
 )
+from tokenprune.interfaces.visual import Raster, TowerWork, Visual
 
 _ORDERS = 64  # orders of windows that are kept, by the sizes of a batch
 

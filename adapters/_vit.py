@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.adapters._base import VisionTower
-from tokenprune.calls import Scratch
 from tokenprune.cost import ModelShape
-from tokenprune.layout import Visual
-from tokenprune.recording import TowerWork
-from tokenprune.signals import (
+from tokenprune.hooks import Scratch
+from tokenprune.interfaces.adapter import VisionTower
+from tokenprune.interfaces.signals import (
     CLS_ATTENTION,
     CLS_PATCH_ATTENTION,
     CLS_PATCH_SIMILARITY,
@@ -26,6 +24,7 @@ from tokenprune.signals import (
     VALUE_NORM,
     Tower,
 )
+from tokenprune.interfaces.visual import TowerWork, Visual
 
 
 class Vit(VisionTower):

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from tokenprune.adapters._base import Adapter, decoder_of
 from tokenprune.adapters._cost import text_sizes, vit_sizes
 from tokenprune.adapters._vit import IMAGENET_PIXELS, Vit, feature_block, vit_facts
 from tokenprune.cost import ModelShape
-from tokenprune.layout import Visual, one_raster
+from tokenprune.interfaces.adapter import Adapter, decoder_of
+from tokenprune.interfaces.visual import Visual, one_raster
 from tokenprune.registry import MODELS
 
 

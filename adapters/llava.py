@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tokenprune.adapters._base import Adapter, decoder_of
 from tokenprune.adapters._cost import llava_shape
 from tokenprune.adapters._vit import Vit, check_patches_only, feature_block, vit_facts
 from tokenprune.cost import ModelShape
-from tokenprune.layout import Visual, one_raster
+from tokenprune.interfaces.adapter import Adapter, decoder_of
+from tokenprune.interfaces.visual import Visual, one_raster
 from tokenprune.registry import MODELS
 
 

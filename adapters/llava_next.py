@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.adapters._anyres import anyres_visual, split_crops
-from tokenprune.adapters._base import Adapter, decoder_of
 from tokenprune.adapters._cost import llava_shape
 from tokenprune.adapters._vit import Vit, check_patches_only, feature_block, vit_facts
 from tokenprune.cost import ModelShape
-from tokenprune.layout import Visual
+from tokenprune.interfaces.adapter import Adapter, decoder_of
+from tokenprune.interfaces.visual import Visual
 from tokenprune.registry import MODELS
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapters.llava_next import AnyRes
-from tokenprune.layout import Raster, Visual
+from tokenprune.interfaces.visual import Raster, Visual
 from tokenprune.registry import MODELS
 
 

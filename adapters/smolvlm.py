@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.adapters._base import Adapter, decoder_of
 from tokenprune.adapters._cost import text_sizes, vit_sizes
 from tokenprune.adapters._vit import Vit, vit_facts
 from tokenprune.cost import ModelShape
-from tokenprune.layout import Raster, Visual
+from tokenprune.interfaces.adapter import Adapter, decoder_of
+from tokenprune.interfaces.visual import Raster, Visual
 from tokenprune.registry import MODELS
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tokenprune.evals.config import NONE, Point, RunConfig
-from tokenprune.evals.results import provenance, summarise, write_results
+from tokenprune.evals.config.points import NONE, Point
+from tokenprune.evals.config.run_config import RunConfig
+from tokenprune.evals.results.summary import provenance, summarise, write_results
 
 FAMILIES = ("count", "read", "global")
 SKILL = {NONE: 0.9, "random": 0.45, "uniform": 0.5, "downsample": 0.4, "holov": 0.75, "vtc_cls": 0.85, "oracle": 0.9}

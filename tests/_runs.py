@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tokenprune.evals.config import Measure, Overlays, RunConfig
+from tokenprune.evals.config.measure import Measure, Overlays
+from tokenprune.evals.config.run_config import RunConfig
 
 QUIET = Console(quiet=True)
 UNTIMED = Measure(samples=1, times=False, flops=False)

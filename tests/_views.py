@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.base import Pruner, View
-from tokenprune.layout import Raster
-from tokenprune.signals import Tower
+from tokenprune.interfaces.pruner import Pruner
+from tokenprune.interfaces.signals import Tower
+from tokenprune.interfaces.view import View
+from tokenprune.interfaces.visual import Raster
 
 TOWER = Tower(num_layers=6, feature_layer=4, has_cls=True, num_heads=2, hidden_size=32)
 

@@ -47,7 +47,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     path, versions = config.getoption("--support"), config.getoption("--versions")
     if path is None:
         return
-    from tokenprune.evals.readme import between
+    from tokenprune.evals.report.readme import between
 
     text = path.read_text(encoding="utf-8")
     if versions in (None, "constraints"):

@@ -88,7 +88,7 @@ def test_methods_as_mapping_file_and_object(tmp_path):
 
 
 def test_fractions_round_to_the_nearest_count():
-    from tokenprune.budget import Budget
+    from tokenprune.interfaces.budget import Budget
 
     # the papers' 11.1 percent of 576 is 64, which 0.111 * 576 = 63.9 must give
     assert [Budget(x).tokens(576) for x in (0.111, 0.222, 1 / 3, 1e-9, 1.0)] == [64, 128, 192, 1, 576]

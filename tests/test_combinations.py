@@ -290,7 +290,7 @@ def test_logits_by_place_are_those_of_the_callers_places() -> None:
 
 def test_checkpoints_that_run_hooks_again_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Releases before 5.20 or so checkpoint a layer's call; today's checkpoint its forward."""
-    from tokenprune import guards
+    from tokenprune.engine import guards
 
     class Older(torch.nn.Module):
         __module__ = "transformers.modeling_layers"

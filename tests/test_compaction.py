@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenprune.cache import PrunedPrompt, Segment
-from tokenprune.compaction import plan_compaction
+from tokenprune.state.compaction import plan_compaction
+from tokenprune.state.kv_cache import PrunedPrompt, Segment
 
 
 @st.composite

@@ -16,7 +16,7 @@ from oracle import relative_error
 from torch import Tensor
 
 import tokenprune
-from tokenprune.decoder_signals import DecoderSignals, LayerInput
+from tokenprune.capture.decoder_attention import DecoderSignals, LayerInput
 from tokenprune.methods.fastv import FastV
 from tokenprune.methods.todre import Fade
 from tokenprune.seams import cache_argument, cache_in

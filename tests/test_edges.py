@@ -17,13 +17,14 @@ from oracle import relative_error
 from torch import Tensor
 
 import tokenprune
-from tokenprune.base import Pruner, View
+from tokenprune.interfaces.pruner import Pruner
+from tokenprune.interfaces.selection import Selection, grid_places
+from tokenprune.interfaces.signals import CLS_ATTENTION, LAST_ATTENTION, Signal
+from tokenprune.interfaces.view import View
 from tokenprune.methods.todre import Fade, ToDRE
 from tokenprune.methods.transprune import TransPrune
 from tokenprune.methods.vtc_cls import VtcCls
 from tokenprune.seams import cache_argument, cache_in
-from tokenprune.selection import Selection, grid_places
-from tokenprune.signals import CLS_ATTENTION, LAST_ATTENTION, Signal
 
 ACTING = "var(channels=[1,2,3],tau=2.2,layers=[1,2],s_min=0,rho=0,p=0.9)"
 

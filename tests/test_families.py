@@ -12,7 +12,7 @@ from oracle import compare, run_pruned
 
 import tokenprune
 from tokenprune.api import adapter_for
-from tokenprune.budget import Budget, split_budget
+from tokenprune.interfaces.budget import Budget, split_budget
 from tokenprune.registry import METHODS, MODELS
 
 TOLERANCE = 1e-5  # relative, fp32
@@ -173,8 +173,8 @@ def test_any_method_can_cut_inside_the_tower_and_again_later(name, layout):
 def test_analytic_flops_equal_measured_by_part_and_layer(name, method):
     from types import SimpleNamespace
 
-    from tokenprune.evals.flops import TOLERANCE as NEAR
-    from tokenprune.evals.flops import _measure_once
+    from tokenprune.evals.profiling.flops import TOLERANCE as NEAR
+    from tokenprune.evals.profiling.flops import _measure_once
 
     model, batch = family(name), batch_of(name, "one_left")
     try:

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenprune.layout import build_layout, one_raster
-from tokenprune.ledger import Ledger
+from tokenprune.hooks import Ledger
+from tokenprune.interfaces.selection import Selection, fit_grid, grid_places, topk_indices
+from tokenprune.interfaces.visual import one_raster
 from tokenprune.registry import METHODS, MODELS, Registry, UnknownName
-from tokenprune.selection import Selection, fit_grid, grid_places, topk_indices
+from tokenprune.state.prompt_layout import build_layout
 
 
 def test_names_come_from_files_and_importing_them_is_lazy():

@@ -51,7 +51,7 @@ def test_paths_that_the_guides_name_are_there():
 
 METHOD = """
 from dataclasses import dataclass
-from tokenprune.base import Pruner
+from tokenprune.interfaces.pruner import Pruner
 from tokenprune.registry import register_method
 
 @register_method("from_outside")

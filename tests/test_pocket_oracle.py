@@ -15,7 +15,7 @@ pytestmark = pytest.mark.pocket
 
 @functools.cache
 def pocket():
-    from tokenprune.evals.models import load_model
+    from tokenprune.evals.models.load import load_model
 
     return load_model("pocket-llava")
 

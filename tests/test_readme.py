@@ -13,10 +13,10 @@ README = ROOT / "README.md"
 
 
 def test_the_table_of_methods_is_what_the_registry_says():
-    from tokenprune.evals.readme import between, methods_table
+    from tokenprune.evals.report.readme import between, methods_table
 
     text = README.read_text(encoding="utf-8")
-    assert between(text, "methods", methods_table()) == text, "run: python -m tokenprune.evals.readme README.md"
+    assert between(text, "methods", methods_table()) == text, "run: python -m tokenprune.evals.report.readme README.md"
 
 
 @pytest.mark.pocket
@@ -53,13 +53,13 @@ def test_the_first_example_runs_as_written(capsys):
 
 @pytest.mark.parametrize("model", ["pocket-llava", "pocket-qwen"])
 def test_cards_show_what_was_measured(model):
-    from tokenprune.evals.pocket.card import card_table
-    from tokenprune.evals.pocket.measure import BUDGETS, DATA
-    from tokenprune.evals.readme import between
+    from tokenprune.evals.pocket_training.card import card_table
+    from tokenprune.evals.pocket_training.measure import BUDGETS, DATA
+    from tokenprune.evals.report.readme import between
 
     card = (ROOT / "evals" / "pocket" / "models" / model / "README.md").read_text(encoding="utf-8")
     result = json.loads((DATA / f"{model.replace('-', '_')}_conditions.json").read_text(encoding="utf-8"))
     met = {name: found["met"] for name, found in result["conditions"].items()}
     assert all(met.values()), met
     table = card_table(result, BUDGETS[model][0])
-    assert between(card, "conditions", table) == card, f"run: python -m tokenprune.evals.pocket.card {model}"
+    assert between(card, "conditions", table) == card, f"run: python -m tokenprune.evals.pocket_training.card {model}"

@@ -15,9 +15,9 @@ from oracle import relative_error
 
 import tokenprune
 from tokenprune.api import adapter_for
+from tokenprune.capture.vision import grey_entropy, grey_levels, sink_attention
+from tokenprune.interfaces.signals import GREY_ENTROPY, SINK_ATTENTION, Signal
 from tokenprune.methods.vflowopt import VFlowOpt
-from tokenprune.signals import GREY_ENTROPY, SINK_ATTENTION, Signal
-from tokenprune.vision_signals import grey_entropy, grey_levels, sink_attention
 
 
 def attention_of(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -18,9 +18,9 @@ if not (_here / "kernels").is_dir():
 
 if TYPE_CHECKING:
     from tokenprune.api import applied, apply
-    from tokenprune.base import Pruner
     from tokenprune.handle import Handle
-    from tokenprune.intervention import Intervention
+    from tokenprune.interfaces.intervention import Intervention
+    from tokenprune.interfaces.pruner import Pruner
     from tokenprune.registry import (
         list_interventions,
         list_methods,
@@ -34,8 +34,8 @@ _public = {
     "apply": "tokenprune.api",
     "applied": "tokenprune.api",
     "Handle": "tokenprune.handle",
-    "Pruner": "tokenprune.base",
-    "Intervention": "tokenprune.intervention",
+    "Pruner": "tokenprune.interfaces.pruner",
+    "Intervention": "tokenprune.interfaces.intervention",
     "register_intervention": "tokenprune.registry",
     "register_method": "tokenprune.registry",
     "list_interventions": "tokenprune.registry",

@@ -7,17 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tokenprune.adapters._base import Adapter
-from tokenprune.engine import Engine
-from tokenprune.guards import Guards
+from tokenprune.engine.engine import Engine
+from tokenprune.engine.guards import Guards
+from tokenprune.engine.layer_check import check_decoder_reads
+from tokenprune.engine.outputs import OUTPUTS
 from tokenprune.handle import Handle
-from tokenprune.layer_check import check_decoder_reads
-from tokenprune.ledger import Ledger
-from tokenprune.outputs import OUTPUTS
+from tokenprune.hooks import Ledger
+from tokenprune.interfaces.adapter import Adapter
+from tokenprune.interfaces.pruner import Stage
+from tokenprune.plan.parse import Spec, parse_method
 from tokenprune.registry import MODELS, near
 from tokenprune.seams import check_seams
-from tokenprune.spec import Spec, parse_method
-from tokenprune.stages import Stage
 from tokenprune.wrappers import unwrap
 
 # text, not handles: those hold the model, which would then never be freed

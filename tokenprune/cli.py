@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status. What the user got wrong is one sentence on stderr and status 2."""
     args = _parser().parse_args(argv)
-    from tokenprune.evals.config import Refused
+    from tokenprune.evals.errors import Refused
 
     try:
         return args.handler(args)

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenprune.base import Pruner
-from tokenprune.engine import Engine
-from tokenprune.intervention import Intervention
-from tokenprune.ledger import Ledger
+from tokenprune.engine.engine import Engine
+from tokenprune.hooks import Ledger
+from tokenprune.interfaces.intervention import Intervention
+from tokenprune.interfaces.pruner import Pruner
 from tokenprune.prompt_view import PromptView
 from tokenprune.report import Report
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from tokenprune.report import Report, make_report, visual_by_layer
 
 if TYPE_CHECKING:
-    from tokenprune.engine import Engine
-    from tokenprune.prompt import Prompt
+    from tokenprune.engine.engine import Engine
+    from tokenprune.state.prompt_state import Prompt
 
 
 class PromptView:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokenprune import cost
-from tokenprune.adapters._base import Adapter
-from tokenprune.attending import Attending
-from tokenprune.prompt import Cut, Prompt
-from tokenprune.recording import TowerWork
-from tokenprune.stages import Stage
+from tokenprune.engine.attention import Attending
+from tokenprune.interfaces.adapter import Adapter
+from tokenprune.interfaces.pruner import Stage
+from tokenprune.interfaces.visual import TowerWork
+from tokenprune.state.prompt_state import Cut, Prompt
 
 
 @dataclass(frozen=True)

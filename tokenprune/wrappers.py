@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tokenprune.ledger import Ledger
+from tokenprune.hooks import Ledger
 
 _DEEPEST = 8  # wrappers over wrappers
 

@@ -19,9 +19,9 @@ def measure(model: str, method: str, steps: int, samples: int) -> dict[str, floa
     import torch
 
     from tokenprune.api import apply
-    from tokenprune.evals.models import load_model
-    from tokenprune.evals.tasks import load_task
-    from tokenprune.evals.timing import timed
+    from tokenprune.evals.models.load import load_model
+    from tokenprune.evals.profiling.timing import timed
+    from tokenprune.evals.tasks.load import load_task
     from tokenprune.seams import cache_argument, cache_in
 
     plain, changed = load_model(model), load_model(model)

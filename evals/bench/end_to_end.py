@@ -18,11 +18,11 @@ import torch
 from tokenprune.api import adapter_for
 from tokenprune.evals.bench.sizes import SIZES, SizedModel, build, find_size
 from tokenprune.evals.bench.table import Table
-from tokenprune.evals.config import NONE, Point, check_method_name
-from tokenprune.evals.flops import cache_bytes
-from tokenprune.evals.runner import pruned, visual_tokens
-from tokenprune.evals.stats import median_iqr
-from tokenprune.evals.timing import decode_seconds, ideal_prefill, prefill, timed
+from tokenprune.evals.config.points import NONE, Point, check_method_name
+from tokenprune.evals.evaluation.applied_method import pruned, visual_tokens
+from tokenprune.evals.profiling.flops import cache_bytes
+from tokenprune.evals.profiling.timing import decode_seconds, ideal_prefill, prefill, timed
+from tokenprune.evals.statistics.bootstrap import median_iqr
 from tokenprune.registry import METHODS
 from tokenprune.seams import cache_in
 

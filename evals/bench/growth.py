@@ -12,7 +12,7 @@ import torch
 from tokenprune.evals.bench.end_to_end import default_sizes, method_row, parser, unpruned_row
 from tokenprune.evals.bench.sizes import SizedModel, build, find_size
 from tokenprune.evals.bench.table import Table
-from tokenprune.evals.config import NONE, check_method_name
+from tokenprune.evals.config.points import NONE, check_method_name
 
 COLUMNS = (
     "model", "images", "frames", "method", "keep", "visual_tokens", "kept_tokens", "tower_ms", "selection_ms",

@@ -1,8 +1,8 @@
 """Pruned prefill against the unpruned and the ideal one, for every method: `make bench`.
 
-The ideal is the same model on a prompt that holds just the kept tokens (`tokenprune.evals.timing`). Unpruned, pruned
-and ideal take turns within one round, so that a noisy machine hits all three alike. The result is a CSV with hardware,
-date, commit and versions in every row.
+The ideal is the same model on a prompt that holds just the kept tokens (`evals/profiling/timing.py`). Unpruned,
+pruned and ideal take turns within one round, so that a noisy machine hits all three alike. The result
+is a CSV with hardware, date, commit and versions in every row.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenprune.budget import read_budget
+from tokenprune.interfaces.budget import read_budget
 from tokenprune.registry import METHODS
 
 COLUMNS = (
@@ -26,10 +26,11 @@ def measure(
     model: str, methods: list[str], budgets: list[int | float | str], repeats: int, samples: int
 ) -> Iterator[dict[str, Any]]:
     """A row per method and budget; times are medians in milliseconds, ratios medians of the ratios within a round."""
-    from tokenprune.evals.config import NONE, Measure, Point
-    from tokenprune.evals.models import load_model
-    from tokenprune.evals.tasks import default_task, load_task
-    from tokenprune.evals.timing import measure_times
+    from tokenprune.evals.config.measure import Measure
+    from tokenprune.evals.config.points import NONE, Point
+    from tokenprune.evals.models.load import load_model
+    from tokenprune.evals.profiling.timing import measure_times
+    from tokenprune.evals.tasks.load import default_task, load_task
 
     loaded, task = load_model(model), default_task(model)
     pictures = list(load_task(task).load(0, samples))

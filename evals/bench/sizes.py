@@ -108,7 +108,7 @@ def build(name: str, dtype: str, device: str) -> Any:
 
 @dataclass
 class SizedModel:
-    """What `tokenprune.evals.timing` needs of a loaded model, with prompts in place of a processor.
+    """What `tokenprune.evals.profiling.timing` needs of a loaded model, with prompts in place of a processor.
 
     Attributes:
         images: pictures a prompt; 0 where there is a video.

@@ -91,7 +91,7 @@ class Sweep:
 def child(asked: Path, config: str, output: str) -> None:
     """The command line's sweep, with a note of each batch before it is asked, outside the run folder."""
     from tokenprune.cli import main as command
-    from tokenprune.evals import answering
+    from tokenprune.evals.evaluation import evaluate as answering
 
     silent = os.open(f"{output}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(silent, 1)
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fork", action="store_true", help="fork processes that have imported everything: quick")
     args = parser.parse_args(argv)
     if args.fork:
-        importlib.import_module("tokenprune.evals.sweep")
+        importlib.import_module("tokenprune.evals.sweep.sweep")
     root = Path(args.output)
     if (root / "calm").exists() or (root / "killed").exists():
         raise SystemExit(f"{root} holds an earlier trial; give another --output or remove it.")

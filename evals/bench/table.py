@@ -6,8 +6,8 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from tokenprune.evals.config import RunConfig
-from tokenprune.evals.results import provenance
+from tokenprune.evals.config.run_config import RunConfig
+from tokenprune.evals.results.summary import provenance
 
 ORIGIN = ("cpu", "gpu", "threads", "torch", "transformers", "triton", "commit", "date")
 

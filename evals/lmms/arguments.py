@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokenprune.budget import read_budget
-from tokenprune.evals.config import NONE, Point, check_method_name
-from tokenprune.evals.models import check_dtype, model_source
-from tokenprune.evals.points import needs_budget
-from tokenprune.notation import pruner_parts, split_name, split_outside, yaml_value
+from tokenprune.evals.config.points import NONE, Point, check_method_name, needs_budget
+from tokenprune.evals.models.load import check_dtype, model_source
+from tokenprune.interfaces.budget import read_budget
+from tokenprune.plan.expression import pruner_parts, split_name, split_outside, yaml_value
+from tokenprune.plan.parse import Spec
 from tokenprune.registry import INTERVENTIONS, METHODS, UnknownName, near
-from tokenprune.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def read_arguments(given: Mapping[str, Any]) -> tuple[Arguments, Spec | None]:
         return read, None
     if not _is_file(method) and needs_budget(method) and keep is None:
         raise ValueError(f"Say how many visual tokens {method} keeps: keep=128 or keep=0.25.")
-    from tokenprune.evals.runner import method_of
+    from tokenprune.evals.evaluation.applied_method import method_of
 
     budget = None if keep is None else read_budget(str(keep))
     return read, method_of(Point(read.pretrained, "", method, budget, tuple(sorted(options.items()))), read.seed)

@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from tokenprune import cost
 from tokenprune.api import applied
+from tokenprune.evals.evaluation.applied_method import visual_tokens
 from tokenprune.evals.lmms.arguments import read_arguments
-from tokenprune.evals.lmms.generation import Generation, read_generation
-from tokenprune.evals.lmms.media import Media, document, naming_document
-from tokenprune.evals.models import load_model
-from tokenprune.evals.prompting import Message
-from tokenprune.evals.runner import visual_tokens
+from tokenprune.evals.models.chat_template import Message
+from tokenprune.evals.models.load import load_model
+from tokenprune.evals.tasks.lmms_generation import Generation, read_generation
+from tokenprune.evals.tasks.lmms_media import Media, document, naming_document
 from tokenprune.handle import Handle
 
 _SETTLING = 8  # prompts at a time while an intervention looks at the first ones

@@ -111,7 +111,7 @@ def _scene_rows(split: str, scenes: int) -> list[dict]:
 
 
 def _easy_rows(number: int) -> list[dict]:
-    from tokenprune.evals.pocket.easy import easy_split
+    from tokenprune.evals.pocket.easy_vqa import easy_split
 
     easy, rng = easy_split("test"), random.Random(0)
     rows = []

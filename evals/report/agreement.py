@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tokenprune.evals.config import NONE
+from tokenprune.evals.config.points import NONE
 from tokenprune.evals.report.series import budget_of, name_of
-from tokenprune.evals.scores import answered
+from tokenprune.evals.results.scores import answered
 
 Record = dict[str, Any]
 

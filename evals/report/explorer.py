@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenprune.evals.pictures import FOLDER
-from tokenprune.evals.run_folder import FinishedRun
+from tokenprune.evals.results.run_folder import PICTURES, FinishedRun
 
 Record = dict[str, Any]
 
@@ -114,7 +113,7 @@ def _disagree(sample: Record) -> bool:
 
 
 def _drawn(folder: Path, views: list[Record], rows: list[Record | None], room: Room) -> Record:
-    files = [(view, folder / FOLDER / view["file"]) for view in views]
+    files = [(view, folder / PICTURES / view["file"]) for view in views]
     files = [(view, file) for view, file in files if file.is_file()]
     if not files or not room.picture(sum(file.stat().st_size for _, file in files)):
         return {}

@@ -7,9 +7,9 @@ from typing import Any
 
 from tokenprune.evals.report.html import percent
 from tokenprune.evals.report.series import budget_of, budget_title, budgets, kind_of, name_of
-from tokenprune.evals.results import flat_costs
-from tokenprune.evals.scores import paired
-from tokenprune.evals.significance import compare_paired
+from tokenprune.evals.results.scores import paired
+from tokenprune.evals.results.summary import flat_costs
+from tokenprune.evals.statistics.significance import compare_paired
 
 Record = dict[str, Any]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenprune.evals.report.html import Cell, Column, number, p_value, percent, spread, table
 from tokenprune.evals.report.series import budget_of, budgets, kind_of, name_of
-from tokenprune.evals.results import flat_costs
+from tokenprune.evals.results.summary import flat_costs
 
 Record = dict[str, Any]
 

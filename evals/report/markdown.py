@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenprune.evals.files import replace_file
+from tokenprune.evals.io.atomic_files import replace_file
 from tokenprune.evals.report.merge import Merged, merge
 from tokenprune.evals.report.series import budget_of, budget_title, budgets, kind_of, name_of
-from tokenprune.evals.results import flat_costs, title_of
-from tokenprune.evals.run_folder import FinishedRun
+from tokenprune.evals.results.run_folder import FinishedRun
+from tokenprune.evals.results.summary import flat_costs, title_of
 
 Record = dict[str, Any]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenprune.evals.results import summarise
-from tokenprune.evals.run_folder import FinishedRun, point_of
+from tokenprune.evals.results.run_folder import FinishedRun, point_of
+from tokenprune.evals.results.summary import summarise
 
 Record = dict[str, Any]
 

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tokenprune.evals.files import replace_file
+from tokenprune.evals.io.atomic_files import replace_file
 from tokenprune.evals.report.agreement import agreement
 from tokenprune.evals.report.details import family_table, flops_table
 from tokenprune.evals.report.explorer import Room, explorer
@@ -20,8 +20,8 @@ from tokenprune.evals.report.findings import findings
 from tokenprune.evals.report.leaderboard import GROUPS, leaderboard
 from tokenprune.evals.report.merge import Merged, merge
 from tokenprune.evals.report.series import budget_of, budget_title, budgets, looks, name_of
-from tokenprune.evals.results import flat_costs, title_of
-from tokenprune.evals.run_folder import FinishedRun
+from tokenprune.evals.results.run_folder import FinishedRun
+from tokenprune.evals.results.summary import flat_costs, title_of
 
 Record = dict[str, Any]
 HERE = Path(__file__).parent

@@ -71,7 +71,7 @@ def take(running: Any, page_file: Path, shots: tuple[Shot, ...], folder: Path) -
     Raises:
         RuntimeError: a script of the page failed.
     """
-    from tokenprune.evals.reading import read_picture
+    from tokenprune.evals.io.picture_reader import read_picture
 
     folder.mkdir(parents=True, exist_ok=True)
     files = []

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenprune.budget import budget_size
-from tokenprune.evals.config import NONE
-from tokenprune.notation import pruner_parts, split_name
+from tokenprune.evals.config.points import NONE
+from tokenprune.interfaces.budget import budget_size
+from tokenprune.plan.expression import pruner_parts, split_name
 from tokenprune.registry import METHODS, UnknownName
 
 Record = dict[str, Any]

@@ -113,6 +113,6 @@ def write_task(folder: Path, count: int, sizes: Sequence[tuple[int, int]] = ((42
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: str):
-    from tokenprune.evals.models import load_model
+    from tokenprune.evals.models.load import load_model
 
     return load_model(tiny_folder)

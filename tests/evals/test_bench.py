@@ -9,7 +9,7 @@ import torch
 
 from tokenprune.evals.bench import decode, end_to_end, growth, kernels, prefill
 from tokenprune.evals.bench.sizes import SizedModel, build, find_size
-from tokenprune.evals.timing import ideal_prefill
+from tokenprune.evals.profiling.timing import ideal_prefill
 from tokenprune.registry import UnknownName
 
 

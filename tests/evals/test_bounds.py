@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenprune.evals.recommend.bounds import (
+from tokenprune.evals.statistics.drop_bounds import (
     Answers,
     Drop,
     binomial_upper,

@@ -12,7 +12,7 @@ import pytest
 from tokenprune.cli import _parser, main
 from tokenprune.commands._shared import parse_options
 from tokenprune.commands.eval import _eval_config
-from tokenprune.evals.models import load_model
+from tokenprune.evals.models.load import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = """
@@ -94,10 +94,10 @@ def test_a_device_that_is_not_there_is_refused_before_loading(device, says, tiny
 @pytest.mark.parametrize("kind", ["sweep", "task", "method", "apply"])
 @pytest.mark.parametrize(("text", "says"), [(b"a: [1\n", "is no YAML at line 2"), (b"a: \xff", "is no text in UTF-8")])
 def test_a_file_that_is_no_yaml_is_named(kind, text, says, tmp_path):
-    from tokenprune.evals.configfile import read_config
-    from tokenprune.evals.points import method_of_file
-    from tokenprune.evals.tasks import check_task
-    from tokenprune.spec import parse_method
+    from tokenprune.evals.config.points import method_of_file
+    from tokenprune.evals.config.sweep_file import read_config
+    from tokenprune.evals.tasks.load import check_task
+    from tokenprune.plan.parse import parse_method
 
     file = tmp_path / "broken.yaml"
     file.write_bytes(text)
@@ -147,7 +147,7 @@ def test_run_answers_twice_and_draws(tmp_path, tiny_folder, capsys):
 def test_run_says_whether_an_intervention_acts(method, tmp_path, tiny_folder, capsys):
     from PIL import Image
 
-    from tokenprune.evals import single
+    from tokenprune.evals import single_image as single
 
     picture = tmp_path / "picture.png"
     Image.new("RGB", (60, 42), (200, 90, 30)).save(picture)
@@ -180,8 +180,8 @@ def test_two_evals_that_differ_have_two_default_folders(tiny_folder, tiny_task):
 def test_run_takes_text_as_it_is_and_pictures_as_cameras_mean_them(tiny_folder, tmp_path, capsys, monkeypatch):
     from PIL import Image
 
-    from tokenprune.evals import single
-    from tokenprune.evals.reading import read_picture
+    from tokenprune.evals import single_image as single
+    from tokenprune.evals.io.picture_reader import read_picture
 
     turned = Image.new("RGB", (60, 30), "red")
     exif = turned.getexif()

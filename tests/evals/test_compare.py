@@ -12,9 +12,9 @@ import pytest
 from _fake_runs import fake_run
 
 from tokenprune.cli import main
-from tokenprune.evals.compare import OVERALL, compare
-from tokenprune.evals.run_folder import read_run
-from tokenprune.evals.significance import compare_paired, holm
+from tokenprune.evals.results.compare import OVERALL, compare
+from tokenprune.evals.results.run_folder import read_run
+from tokenprune.evals.statistics.significance import compare_paired, holm
 
 
 @pytest.fixture(scope="module")

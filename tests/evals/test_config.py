@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tokenprune.evals.config import RunConfig
-from tokenprune.evals.configfile import packaged_configs, read_config
-from tokenprune.evals.tasks import check_task
+from tokenprune.evals.config.run_config import RunConfig
+from tokenprune.evals.config.sweep_file import packaged_configs, read_config
+from tokenprune.evals.tasks.load import check_task
 from tokenprune.registry import UnknownName
 
 GOOD = "model: {model}\ntasks: [pocket]\nmethods: [none, uniform]\nkeep: [9]\n"

@@ -8,9 +8,9 @@ from _tiny import prompts, tiny_llava
 
 from tokenprune import cost
 from tokenprune.api import adapter_for, applied
-from tokenprune.evals.config import Point
-from tokenprune.evals.flops import PARTS, TOLERANCE, cache_bytes, flop_counter, measure_flops
-from tokenprune.evals.tasks import load_task
+from tokenprune.evals.config.points import Point
+from tokenprune.evals.profiling.flops import PARTS, TOLERANCE, cache_bytes, flop_counter, measure_flops
+from tokenprune.evals.tasks.load import load_task
 from tokenprune.registry import METHODS
 from tokenprune.seams import cache_argument, cache_in
 

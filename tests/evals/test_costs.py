@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 from _runs import UNTIMED, config
 
-from tokenprune.evals import flops
-from tokenprune.evals.answering import Answered
-from tokenprune.evals.config import Measure, Point
-from tokenprune.evals.costs import MEASURE_KEY, measure, read_costs
-from tokenprune.evals.pooling import pool_costs, pool_tasks
-from tokenprune.evals.results import flat_costs
-from tokenprune.evals.runner import check_points
-from tokenprune.evals.store import RowStore
-from tokenprune.evals.tasks import Task, load_task
+from tokenprune.evals.config.measure import Measure
+from tokenprune.evals.config.points import Point
+from tokenprune.evals.evaluation.applied_method import check_points
+from tokenprune.evals.evaluation.evaluate import Answered
+from tokenprune.evals.io.row_store import RowStore
+from tokenprune.evals.profiling import flops
+from tokenprune.evals.profiling.measure import MEASURE_KEY, measure, read_costs
+from tokenprune.evals.results.over_tasks import pool_costs, pool_tasks
+from tokenprune.evals.results.summary import flat_costs
+from tokenprune.evals.tasks.load import load_task
+from tokenprune.evals.tasks.task import Task
 
 POINTS = [Point("m", "t", "none", None), Point("m", "t", "uniform", 9)]
 

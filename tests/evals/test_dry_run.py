@@ -16,12 +16,13 @@ from rich.console import Console
 import tokenprune
 from tokenprune.api import adapter_for
 from tokenprune.cli import main
-from tokenprune.evals.config import Measure, Overlays, RunConfig
-from tokenprune.evals.dryrun import _ids, make_plan, plan_lines, plan_tables
-from tokenprune.evals.estimate import PICTURE, QUESTION, estimate, of_prompt, outline
-from tokenprune.evals.points import Point
-from tokenprune.evals.sweep import run
-from tokenprune.evals.tasks import POCKET_FAMILIES, count_samples, load_task
+from tokenprune.evals.config.measure import Measure, Overlays
+from tokenprune.evals.config.points import Point
+from tokenprune.evals.config.run_config import RunConfig
+from tokenprune.evals.profiling.estimate import PICTURE, QUESTION, estimate, of_prompt, outline
+from tokenprune.evals.sweep.dry_run import _ids, make_plan, plan_lines, plan_tables
+from tokenprune.evals.sweep.sweep import run
+from tokenprune.evals.tasks.load import POCKET_FAMILIES, count_samples, load_task
 from tokenprune.registry import METHODS
 
 PARTS = ("vision", "projector", "prefill", "decode")

@@ -15,12 +15,13 @@ import pytest
 from _runs import QUIET, answers_of, config, table_of
 
 from tokenprune.cli import main
-from tokenprune.evals.batches import Share, batches
-from tokenprune.evals.config import Overlays, Refused
-from tokenprune.evals.executors import cluster
-from tokenprune.evals.sweep import run
-from tokenprune.evals.tasks import load_task
-from tokenprune.evals.work import Worked
+from tokenprune.evals.config.measure import Overlays
+from tokenprune.evals.errors import Refused
+from tokenprune.evals.evaluation.batching import Share, batches
+from tokenprune.evals.sweep.executors import ray as cluster
+from tokenprune.evals.sweep.model_worker import Worked
+from tokenprune.evals.sweep.sweep import run
+from tokenprune.evals.tasks.load import load_task
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,11 +12,11 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Picture
 
 from tokenprune.cli import main
-from tokenprune.evals.config import RunConfig
-from tokenprune.evals.file_tasks import _answer, _choices, _exact, _letter, _vqa, read_spec
-from tokenprune.evals.models import LoadedModel
-from tokenprune.evals.runner import ASKING, settings_digest
-from tokenprune.evals.tasks import load_task, task_fingerprint
+from tokenprune.evals.config.run_config import RunConfig
+from tokenprune.evals.evaluation.applied_method import ASKING, settings_digest
+from tokenprune.evals.models.load import LoadedModel
+from tokenprune.evals.tasks.load import load_task, task_fingerprint
+from tokenprune.evals.tasks.yaml_task import _answer, _choices, _exact, _letter, _vqa, read_spec
 
 PACKAGED = sorted((Path(__file__).resolve().parents[2] / "configs" / "tasks").glob("*.yaml"))
 
@@ -156,7 +156,7 @@ def test_a_dataset_folder_has_the_same_fingerprint_whenever_it_is_loaded(science
 
 
 def test_every_file_that_decides_a_score_is_there():
-    import tokenprune.evals.runner as runner
+    import tokenprune.evals.evaluation.applied_method as runner
 
     folder = Path(runner.__file__).parent
     assert all(list(folder.glob(name)) for name in ASKING)

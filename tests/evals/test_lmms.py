@@ -12,10 +12,10 @@ from PIL import Image
 
 from tokenprune.cli import main
 from tokenprune.evals.lmms.arguments import read_arguments
-from tokenprune.evals.lmms.generation import read_generation
-from tokenprune.evals.lmms.media import Media, frame_places
-from tokenprune.evals.lmms.tasks import with_folder
-from tokenprune.evals.prompting import Clip, one_turn
+from tokenprune.evals.models.chat_template import Clip, one_turn
+from tokenprune.evals.tasks.lmms_generation import read_generation
+from tokenprune.evals.tasks.lmms_media import Media, frame_places
+from tokenprune.evals.tasks.lmms_task import with_folder
 
 RED, BLUE = (Image.new("RGB", (9, 9), colour) for colour in ("red", "blue"))
 
@@ -42,7 +42,7 @@ RED, BLUE = (Image.new("RGB", (9, 9), colour) for colour in ("red", "blue"))
     ],
 )
 def test_a_wrong_argument_fails_before_anything_loads(given_, says, monkeypatch):
-    monkeypatch.setattr("tokenprune.evals.models.load_model", None)
+    monkeypatch.setattr("tokenprune.evals.models.load.load_model", None)
     whole = given_ if "pretraned" in given_ else {"pretrained": "pocket-llava", **given_}
     with pytest.raises((ValueError, TypeError, KeyError, OSError), match=says):
         read_arguments(whole)
@@ -168,10 +168,11 @@ def test_prompts_with_no_picture_and_with_several(tiny):
 
 
 def test_the_driver_answers_prompts_of_none_one_and_two_pictures(tiny, tmp_path):
-    from tokenprune.evals.answering import evaluate
-    from tokenprune.evals.config import Point, RunConfig
-    from tokenprune.evals.store import RowStore
-    from tokenprune.evals.tasks import Sample, Task
+    from tokenprune.evals.config.points import Point
+    from tokenprune.evals.config.run_config import RunConfig
+    from tokenprune.evals.evaluation.evaluate import evaluate
+    from tokenprune.evals.io.row_store import RowStore
+    from tokenprune.evals.tasks.task import Sample, Task
 
     images = [RED, (RED, BLUE), (), (BLUE,)]
     samples = [Sample(str(i), "all", "what is this", "yes", image) for i, image in enumerate(images)]
@@ -188,10 +189,11 @@ def test_the_driver_answers_prompts_of_none_one_and_two_pictures(tiny, tmp_path)
 
 
 def test_times_and_flops_of_a_prompt_with_two_pictures(tiny):
-    from tokenprune.evals.config import Measure, Point
-    from tokenprune.evals.flops import measure_flops
-    from tokenprune.evals.tasks import Sample
-    from tokenprune.evals.timing import measure_times
+    from tokenprune.evals.config.measure import Measure
+    from tokenprune.evals.config.points import Point
+    from tokenprune.evals.profiling.flops import measure_flops
+    from tokenprune.evals.profiling.timing import measure_times
+    from tokenprune.evals.tasks.task import Sample
 
     sample = Sample("0", "all", "what <image> is <image>", "yes", (RED, BLUE))
     point = Point("tiny", "mixed", "uniform", 9)
@@ -216,7 +218,7 @@ def test_without_lmms_eval_the_task_says_what_to_install(monkeypatch, tiny_folde
 def test_answers_depend_on_the_files_and_data_of_a_task(tmp_path):
     from types import SimpleNamespace
 
-    from tokenprune.evals.lmms.tasks import _fingerprint
+    from tokenprune.evals.tasks.lmms_task import _fingerprint
 
     written = tmp_path / "toy.yaml"
     manager = SimpleNamespace(task_index={"toy": {"yaml_path": str(written)}})

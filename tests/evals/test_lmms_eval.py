@@ -200,7 +200,7 @@ def test_a_task_that_samples_or_has_no_score_a_sample_is_refused(tmp_path, capsy
     tasks = f"lmms:{tmp_path}/hot"
     assert main(["eval", "--tasks", tasks, "--method", "none", "--output", str(tmp_path / "out")]) == 2
     assert "asks for sampling or beams" in capsys.readouterr().err
-    from tokenprune.evals.tasks import load_task
+    from tokenprune.evals.tasks.load import load_task
 
     vague = load_task(f"lmms:{tmp_path}/vague")
     # one metric fails and one writes a file for a server: the others are there all the same

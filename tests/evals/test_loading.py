@@ -15,12 +15,12 @@ from PIL import Image
 
 import tokenprune
 from tokenprune.cli import main
-from tokenprune.evals.models import load_model
-from tokenprune.evals.overlay import draw_kept, seen_views
-from tokenprune.evals.pictures import read_pictures
-from tokenprune.evals.points import Point
-from tokenprune.evals.prompting import one_turn, prompt_text
-from tokenprune.evals.tasks import load_task
+from tokenprune.evals.config.points import Point
+from tokenprune.evals.models.chat_template import one_turn, prompt_text
+from tokenprune.evals.models.load import load_model
+from tokenprune.evals.report.overlay import draw_kept, seen_views
+from tokenprune.evals.results.run_folder import read_pictures
+from tokenprune.evals.tasks.load import load_task
 
 NO_CUT_INSIDE = ("internvl", "smolvlm")
 VIEWS = {  # of a picture of 56 x 28 pixels: (rows, cols) of the rasters of tokens that lie over it

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokenprune.evals.config import Point
-from tokenprune.evals.overlay import View, dim_dropped, draw_kept, seen_picture, square_grid
-from tokenprune.evals.tasks import drawn_samples, load_task
-from tokenprune.layout import Raster
+from tokenprune.evals.config.points import Point
+from tokenprune.evals.report.overlay import View, dim_dropped, draw_kept, seen_picture, square_grid
+from tokenprune.evals.tasks.load import load_task
+from tokenprune.evals.tasks.task import drawn_samples
+from tokenprune.interfaces.visual import Raster
 
 
 def test_kept_patches_stay_and_dropped_ones_dim():

@@ -13,14 +13,15 @@ from rich.console import Console
 
 from tokenprune.api import adapter_for, plan_for
 from tokenprune.cli import main
-from tokenprune.evals.config import Measure, Overlays, RunConfig
-from tokenprune.evals.configfile import packaged_configs, read_config
-from tokenprune.evals.parity import compare, parity_lines, read_run, read_targets, write_parity
-from tokenprune.evals.points import Point
-from tokenprune.evals.results import summarise, write_results
-from tokenprune.evals.runner import method_of
-from tokenprune.evals.sweep import run
-from tokenprune.evals.targets import Target, read_target
+from tokenprune.evals.config.measure import Measure, Overlays
+from tokenprune.evals.config.points import Point
+from tokenprune.evals.config.run_config import RunConfig
+from tokenprune.evals.config.sweep_file import packaged_configs, read_config
+from tokenprune.evals.config.targets import Target, read_target
+from tokenprune.evals.evaluation.applied_method import method_of
+from tokenprune.evals.results.parity import compare, parity_lines, read_run, read_targets, write_parity
+from tokenprune.evals.results.summary import summarise, write_results
+from tokenprune.evals.sweep.sweep import run
 
 PAPERS = sorted(name for name in packaged_configs() if name.startswith("papers/"))
 MADE_UP = "made up for this test"
@@ -171,7 +172,7 @@ def test_a_real_run_with_made_up_targets(tmp_path):
 @pytest.fixture
 def anywhere(monkeypatch):
     """Tables name tasks of lmms-eval, which need not be installed to read them."""
-    monkeypatch.setattr("tokenprune.evals.config.check_task", lambda name: None)
+    monkeypatch.setattr("tokenprune.evals.config.run_config.check_task", lambda name: None)
 
 
 @pytest.mark.parametrize("name", PAPERS)

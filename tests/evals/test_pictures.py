@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from tokenprune.evals.config import Overlays, RunConfig
-from tokenprune.evals.pictures import read_pictures, save_pictures
-from tokenprune.evals.tasks import load_task
+from tokenprune.evals.config.measure import Overlays
+from tokenprune.evals.config.run_config import RunConfig
+from tokenprune.evals.report.pictures import save_pictures
+from tokenprune.evals.results.run_folder import read_pictures
+from tokenprune.evals.tasks.load import load_task
 
 
 def test_a_picture_that_cannot_be_made_is_a_note(tiny, tiny_task, tmp_path):

@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tokenprune.evals.pocket.qwen import answer, model, see, suite, transfer
-from tokenprune.evals.pocket.qwen.clips import WAYS, ask_clip, make_clip
-from tokenprune.evals.pocket.qwen.train import STAGES
+from tokenprune.evals.models.processor import FrameProcessor, load_processor
+from tokenprune.evals.pocket import mixed_suite as suite
+from tokenprune.evals.pocket.clips import WAYS, ask_clip, make_clip
 from tokenprune.evals.pocket.scenes import PATCH, SPLIT_SEED
-from tokenprune.evals.processing import FrameProcessor, load_processor
-from tokenprune.evals.tasks import load_task, task_names
+from tokenprune.evals.pocket_training.qwen import answer, model, see, transfer
+from tokenprune.evals.pocket_training.qwen.train import STAGES
+from tokenprune.evals.tasks.load import load_task, task_names
 
 
 @pytest.fixture(scope="module")
@@ -192,9 +193,9 @@ def test_the_shipped_model_answers_about_pictures_of_several_sizes_and_clips(tmp
 
 
 def test_the_overlay_of_a_clip_shows_a_frame_for_each_raster(folder):
-    from tokenprune.evals.config import Point
-    from tokenprune.evals.models import load_model
-    from tokenprune.evals.overlay import draw_kept, seen_views
+    from tokenprune.evals.config.points import Point
+    from tokenprune.evals.models.load import load_model
+    from tokenprune.evals.report.overlay import draw_kept, seen_views
 
     loaded = load_model(str(folder), device="cpu")
     sample = next(load_task("pocket-mixed:video").load(0, 1))

@@ -10,8 +10,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from tokenprune import cost
 from tokenprune.adapters._cost import llava_shape
-from tokenprune.spec import parse_method
-from tokenprune.stages import Depths, visual_lengths
+from tokenprune.interfaces.pruner import Depths
+from tokenprune.plan.checks import visual_lengths
+from tokenprune.plan.parse import parse_method
 
 SHAPE = llava_shape(
     LlavaConfig(

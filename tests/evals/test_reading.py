@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tokenprune.cli import main
-from tokenprune.evals.reading import BadPicture, read_frames, read_picture
+from tokenprune.evals.io.picture_reader import BadPicture, read_frames, read_picture
 
 ROOT = Path(__file__).resolve().parents[2]
 COLOURS = np.random.default_rng(1).integers(0, 256, (9, 11, 3), dtype=np.uint8)
@@ -275,9 +275,9 @@ def asked_about(folder: Path, files: list[Path]) -> None:
 
 
 def test_what_hands_over_pictures_reads_them_so(tmp_path):
-    from tokenprune.evals.lmms.media import Media, document
-    from tokenprune.evals.tasks import load_task
-    from tokenprune.evals.unlabelled import draw_samples
+    from tokenprune.evals.tasks.lmms_media import Media, document
+    from tokenprune.evals.tasks.load import load_task
+    from tokenprune.evals.tasks.unlabelled import draw_samples
 
     files = odd_pictures(tmp_path)
     asked_about(tmp_path, files)
@@ -297,8 +297,9 @@ def test_what_hands_over_pictures_reads_them_so(tmp_path):
 
 
 def test_what_takes_pictures_reads_them_so(tmp_path, tiny_folder, monkeypatch):
-    from tokenprune.evals import overlay, single
-    from tokenprune.evals.prompting import one_turn, pack
+    from tokenprune.evals import single_image as single
+    from tokenprune.evals.models.chat_template import one_turn, pack
+    from tokenprune.evals.report import overlay
 
     class Processor:
         chat_template = None
@@ -322,7 +323,7 @@ def test_what_takes_pictures_reads_them_so(tmp_path, tiny_folder, monkeypatch):
 
 
 def test_every_command_names_a_broken_file(tmp_path, tiny_folder, capsys):
-    from tokenprune.evals.lmms.media import Media, document, naming_document
+    from tokenprune.evals.tasks.lmms_media import Media, document, naming_document
 
     good = [saved(tmp_path / f"{i}.png", Image.new("RGB", (42, 42), (i, 0, 0))) for i in range(4)]
     for half in broken(tmp_path):
@@ -353,7 +354,7 @@ def test_every_command_names_a_broken_file(tmp_path, tiny_folder, capsys):
         Image.open(half).convert("RGB")
 
 
-OWN_ARRAYS = {"evals/overlay.py"} | {
+OWN_ARRAYS = {"evals/report/overlay.py"} | {
     f"evals/pocket/{name}.py" for name in ("easy", "measure", "scenes", "suite", "qwen/suite")
 }
 """Files that make pictures from arrays that they have drawn themselves."""
@@ -391,9 +392,9 @@ def test_nobody_else_opens_a_picture():
         file for folder in ("evals", "tokenprune", "adapters", "kernels") for file in (ROOT / folder).rglob("*.py")
     ]
     places = {file.relative_to(ROOT).as_posix(): file for file in files}
-    assert len(places) > 100 and "evals/reading.py" in places
+    assert len(places) > 100 and "evals/io/picture_reader.py" in places
     found = {place: openings(file.read_text(encoding="utf-8"), place) for place, file in places.items()}
-    assert found.pop("evals/reading.py"), "the reader itself is seen"
+    assert found.pop("evals/io/picture_reader.py"), "the reader itself is seen"
     assert [one for own in found.values() for one in own] == []
 
 

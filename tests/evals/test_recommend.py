@@ -15,12 +15,13 @@ pytest.importorskip("optuna")
 
 import tokenprune
 from tokenprune.cli import main
-from tokenprune.evals.config import Point, Refused
-from tokenprune.evals.recommend import halving
-from tokenprune.evals.recommend.bench import default_budgets, split
-from tokenprune.evals.recommend.config import RecommendConfig
-from tokenprune.evals.recommend.output import sentences, write
-from tokenprune.evals.recommend.search import recommend
+from tokenprune.evals.config.points import Point
+from tokenprune.evals.errors import Refused
+from tokenprune.evals.tuning.recommend import halving
+from tokenprune.evals.tuning.recommend.evaluator import default_budgets, split
+from tokenprune.evals.tuning.recommend.output import sentences, write
+from tokenprune.evals.tuning.recommend.search import recommend
+from tokenprune.evals.tuning.recommend.settings import RecommendConfig
 
 
 class Table:
@@ -301,7 +302,7 @@ def test_from_the_command_line(tiny_folder, tiny_task, tmp_path, capsys, tiny):
 
 
 def test_nothing_found_exits_with_one(tiny_folder, tiny_task, tmp_path, capsys, monkeypatch):
-    from tokenprune.evals.recommend import bench
+    from tokenprune.evals.tuning.recommend import evaluator as bench
 
     def scores(self, settings, samples):
         return [[float(setting is None)] * len(samples) for setting in settings]
@@ -319,7 +320,7 @@ def test_nothing_found_exits_with_one(tiny_folder, tiny_task, tmp_path, capsys, 
 def test_a_latency_is_kept_for_its_machine_only(tiny_folder, tiny_task, tmp_path, monkeypatch):
     from rich.console import Console
 
-    from tokenprune.evals.recommend.bench import ModelBench
+    from tokenprune.evals.tuning.recommend.evaluator import ModelBench
 
     measured: list[str] = []
     for cost, machines in (("latency", 2), ("kv", 1)):

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenprune.cli import main
+from tokenprune.evals.config.targets import Target
 from tokenprune.evals.report import explorer as explorer_file
 from tokenprune.evals.report.agreement import agreement, cohen_kappa
 from tokenprune.evals.report.markdown import write_markdown
 from tokenprune.evals.report.page import write_report
 from tokenprune.evals.report.series import kind_of
-from tokenprune.evals.run_folder import read_run
-from tokenprune.evals.targets import Target
+from tokenprune.evals.results.run_folder import read_run
 
 TARGET = Target("random", 64, "pocket", 50.0, "made up for this test")
 
@@ -42,8 +42,8 @@ def rows_of_table(page: str) -> list[list[str]]:
 
 
 def test_report_rebuilds_the_page_from_files_alone(folder, capsys, monkeypatch):
-    monkeypatch.setattr("tokenprune.evals.tasks.load_task", None)
-    monkeypatch.setattr("tokenprune.evals.models.load_model", None)
+    monkeypatch.setattr("tokenprune.evals.tasks.load.load_task", None)
+    monkeypatch.setattr("tokenprune.evals.models.load.load_model", None)
     assert main(["report", str(folder)]) == 0
     assert "report.html" in capsys.readouterr().out
     page = (folder / "report.html").read_text()
@@ -223,8 +223,8 @@ def test_markdown_shows_points_without_a_budget(folder, tmp_path):
 
 def test_line_separators_inside_a_text_end_no_line(tmp_path):
     """`str.splitlines` takes U+2028 and U+0085 for the end of a JSON line."""
-    from tokenprune.evals import parity
-    from tokenprune.evals.unlabelled import draw_samples
+    from tokenprune.evals.results import parity
+    from tokenprune.evals.tasks.unlabelled import draw_samples
 
     folder = fake_run(tmp_path / "run", methods=("none", "random"), keeps=(64,), samples=6, pictured=2)
     path = folder / "results.jsonl"
@@ -241,7 +241,7 @@ def test_a_run_without_costs_has_a_plot_and_a_page(tmp_path, monkeypatch):
     """As that of a task of texts."""
     import _fake_runs
 
-    from tokenprune.evals.plots import plot_pareto
+    from tokenprune.evals.report.plots import plot_pareto
 
     monkeypatch.setattr(_fake_runs, "_measures", lambda point: {})
     run = read_run(fake_run(tmp_path / "run", methods=("none", "random"), keeps=(64,), samples=6, pictured=1))
@@ -251,7 +251,7 @@ def test_a_run_without_costs_has_a_plot_and_a_page(tmp_path, monkeypatch):
 
 
 def test_tables_are_written_whole_or_not_at_all(tmp_path):
-    from tokenprune.evals.files import write_csv
+    from tokenprune.evals.io.atomic_files import write_csv
 
     path = write_csv(tmp_path / "t.csv", [{"a": 1 / 3, "b": None}, {"a": "x, y", "b": True}])
     before = path.read_bytes()
@@ -263,7 +263,7 @@ def test_tables_are_written_whole_or_not_at_all(tmp_path):
 
 def test_result_files_are_written_in_one_place():
     """What is written elsewhere is written in place, and a kill leaves half of it."""
-    import tokenprune.evals.files as files
+    import tokenprune.evals.io.atomic_files as files
 
     evals = Path(files.__file__).parent
     sources = [*evals.glob("*.py"), *evals.glob("recommend/*.py"), *evals.glob("report/*.py")]
@@ -275,8 +275,8 @@ def test_result_files_are_written_in_one_place():
 
 def test_every_table_of_a_run_goes_through_it(tmp_path, monkeypatch):
     """An interrupted write leaves the old file."""
-    from tokenprune.evals import parity
-    from tokenprune.evals.seeds import write_seeds
+    from tokenprune.evals.results import parity
+    from tokenprune.evals.results.over_seeds import write_seeds
 
     run = read_run(fake_run(tmp_path / "run", methods=("none", "random"), keeps=(64,), samples=6, pictured=1))
     seeded = [{**run.records[1], "seed": seed} for seed in (1, 2)]

@@ -9,7 +9,7 @@ from _fake_runs import GRID, fake_run
 
 from tokenprune.evals.report.page import write_report
 from tokenprune.evals.report.screenshots import PATIENCE, Shot, browser, chromium_path, take
-from tokenprune.evals.run_folder import read_run
+from tokenprune.evals.results.run_folder import read_run
 
 pytest.importorskip("playwright", reason="playwright is not installed; the extra [dev] brings it")
 CHROMIUM = chromium_path()

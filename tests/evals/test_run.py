@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tokenprune.evals.config import Measure, Overlays, Point, Refused, RunConfig
-from tokenprune.evals.store import RowStore
-from tokenprune.evals.sweep import run
-from tokenprune.evals.tables import result_tables
+from tokenprune.evals.config.measure import Measure, Overlays
+from tokenprune.evals.config.points import Point
+from tokenprune.evals.config.run_config import RunConfig
+from tokenprune.evals.errors import Refused
+from tokenprune.evals.io.row_store import RowStore
+from tokenprune.evals.report.tables import result_tables
+from tokenprune.evals.sweep.sweep import run
 from tokenprune.registry import METHODS
 
 QUIET = Console(quiet=True)
@@ -92,7 +95,7 @@ def test_report_is_one_file_without_a_network(finished):
 def test_a_second_run_asks_nothing_again(finished, monkeypatch):
     done, folder = finished
     before = (folder / "samples.jsonl").read_bytes()
-    monkeypatch.setattr("tokenprune.evals.answering.answer_batch", None)
+    monkeypatch.setattr("tokenprune.evals.evaluation.evaluate.answer_batch", None)
     again = run(done.config, QUIET)
     assert (folder / "samples.jsonl").read_bytes() == before
     assert [r["overall"] for r in again.records] == [r["overall"] for r in done.records]

@@ -7,11 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
-from tokenprune.evals.config import NONE, Point
-from tokenprune.evals.results import summarise, table_rows
-from tokenprune.evals.scores import paired
-from tokenprune.evals.significance import holm, mcnemar
-from tokenprune.evals.stats import headroom_share
+from tokenprune.evals.config.points import NONE, Point
+from tokenprune.evals.results.scores import paired
+from tokenprune.evals.results.summary import summarise, table_rows
+from tokenprune.evals.statistics.bootstrap import headroom_share
+from tokenprune.evals.statistics.significance import holm, mcnemar
 
 ANSWERS = {
     (NONE, None): [1, 1, 1, 1, 1, 1, 1, 0, 1, 1],

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenprune.evals.significance import (
+from tokenprune.evals.statistics.significance import (
     compare_paired,
     holm,
     mcnemar,

@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from tokenprune.evals.stats import bootstrap_mean, median_iqr, paired_difference
+from tokenprune.evals.statistics.bootstrap import bootstrap_mean, median_iqr, paired_difference
 
 
 def every_resample(values: list[float]) -> np.ndarray:

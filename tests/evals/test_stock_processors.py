@@ -7,7 +7,7 @@ import pytest
 import torch
 from _processors import FILES
 
-from tokenprune.evals.processing import FrameProcessor, load_processor
+from tokenprune.evals.models.processor import FrameProcessor, load_processor
 
 pytest.importorskip("torchvision", exc_type=ImportError)
 

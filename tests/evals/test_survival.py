@@ -15,13 +15,13 @@ import pytest
 import torch
 from _runs import QUIET, answers_of, config, rows_of, table_of
 
-from tokenprune.evals import runner
-from tokenprune.evals.config import Refused
-from tokenprune.evals.failing import Failure, in_halves
-from tokenprune.evals.files import DiskRefuses, replace_file
-from tokenprune.evals.lock import held
-from tokenprune.evals.store import RowStore, folder_store
-from tokenprune.evals.sweep import run
+from tokenprune.evals.errors import Refused
+from tokenprune.evals.evaluation import applied_method as runner
+from tokenprune.evals.evaluation.retry import Failure, in_halves
+from tokenprune.evals.io.atomic_files import DiskRefuses, replace_file
+from tokenprune.evals.io.folder_lock import held
+from tokenprune.evals.io.row_store import RowStore, folder_store
+from tokenprune.evals.sweep.sweep import run
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWER = runner.answer_batch
@@ -31,7 +31,7 @@ ANSWER = runner.answer_batch
 def no_plot():
     """A dozen runs without the second that matplotlib takes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tokenprune.evals.plots.plot_pareto", lambda records, path: path)
+        patch.setattr("tokenprune.evals.report.plots.plot_pareto", lambda records, path: path)
         yield
 
 
@@ -51,7 +51,7 @@ def breaking(monkeypatch, breaks):
         breaks(point, samples)
         return ANSWER(loaded, point, samples, *rest)
 
-    monkeypatch.setattr("tokenprune.evals.answering.answer_batch", answer)
+    monkeypatch.setattr("tokenprune.evals.evaluation.evaluate.answer_batch", answer)
     return asked
 
 
@@ -84,7 +84,7 @@ def test_a_sample_that_raises_fails_alone_and_is_asked_again(
 
     # nothing but the batch of the failed sample is computed again, whole, and then it is an undisturbed run
     asked.clear()
-    monkeypatch.setattr("tokenprune.evals.answering.answer_batch", ANSWER)
+    monkeypatch.setattr("tokenprune.evals.evaluation.evaluate.answer_batch", ANSWER)
     asked = breaking(monkeypatch, lambda point, samples: None)
     run(settings, QUIET)
     assert asked == [4]
@@ -161,7 +161,7 @@ def test_a_point_that_answers_nothing_is_left_out_and_named(tmp_path, tiny_folde
 
 
 def test_costs_may_fail(tmp_path, tiny_folder, tiny_task, monkeypatch):
-    from tokenprune.evals import timing
+    from tokenprune.evals.profiling import timing
 
     real = timing.measure_times
 
@@ -207,7 +207,7 @@ def test_a_full_disk_says_so_and_the_next_run_goes_on(tmp_path, tiny_folder, tin
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     settings = config(tmp_path, tiny_folder, tiny_task)
-    monkeypatch.setattr("tokenprune.evals.store.os.write", full)
+    monkeypatch.setattr("tokenprune.evals.io.row_store.os.write", full)
     with pytest.raises(Refused, match="Could not write .*samples.jsonl: No space left on device. What was finished"):
         run(settings, QUIET)
     monkeypatch.undo()
@@ -221,8 +221,8 @@ def test_a_full_disk_says_so_and_the_next_run_goes_on(tmp_path, tiny_folder, tin
 LIMITED = """
     import resource, sys
     from pathlib import Path
-    from tokenprune.evals.files import DiskRefuses, replace_file
-    from tokenprune.evals.store import RowStore
+    from tokenprune.evals.io.atomic_files import DiskRefuses, replace_file
+    from tokenprune.evals.io.row_store import RowStore
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     folder = Path(sys.argv[1])
     store = RowStore(folder / "rows.jsonl", ("id",))
@@ -254,7 +254,7 @@ def test_what_was_written_before_the_kernel_refused_is_whole(tmp_path):
 HOLDING = """
     import sys, time
     from pathlib import Path
-    from tokenprune.evals.lock import held
+    from tokenprune.evals.io.folder_lock import held
     with held(Path(sys.argv[1])):
         print("held", flush=True)
         time.sleep(600)

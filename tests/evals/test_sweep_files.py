@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tokenprune.evals.config import Measure, Overlays, RunConfig
-from tokenprune.evals.configfile import packaged_configs, read_config, read_settings
-from tokenprune.evals.grid import beside, expand
-from tokenprune.evals.points import NONE, MethodEntry, Point, read_entry
-from tokenprune.evals.sweep import run
+from tokenprune.evals.config.grid import beside, expand
+from tokenprune.evals.config.measure import Measure, Overlays
+from tokenprune.evals.config.points import NONE, MethodEntry, Point, read_entry
+from tokenprune.evals.config.run_config import RunConfig
+from tokenprune.evals.config.sweep_file import packaged_configs, read_config, read_settings
+from tokenprune.evals.sweep.sweep import run
 
 
 def written(folder: Path, file: str = "sweep.yaml", **settings) -> Path:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tokenprune.api import applied
-from tokenprune.evals.config import Measure, Point
-from tokenprune.evals.tasks import load_task
-from tokenprune.evals.timing import ideal_prefill, measure_times, prefill
+from tokenprune.evals.config.measure import Measure
+from tokenprune.evals.config.points import Point
+from tokenprune.evals.profiling.timing import ideal_prefill, measure_times, prefill
+from tokenprune.evals.tasks.load import load_task
 from tokenprune.seams import cache_in
 
 

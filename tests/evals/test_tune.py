@@ -15,14 +15,15 @@ import pytest
 pytest.importorskip("optuna")
 
 import tokenprune
-from tokenprune.base import Pruner
 from tokenprune.cli import main
-from tokenprune.evals import tune as tuning
-from tokenprune.evals.config import Refused, RunConfig
-from tokenprune.evals.tune import Discrepancy, TuneConfig, tune
-from tokenprune.evals.unlabelled import Asked, draw_samples
+from tokenprune.evals.config.run_config import RunConfig
+from tokenprune.evals.errors import Refused
+from tokenprune.evals.tasks.unlabelled import Asked, draw_samples
+from tokenprune.evals.tuning import tune as tuning
+from tokenprune.evals.tuning.tune import Discrepancy, TuneConfig, tune
+from tokenprune.interfaces.pruner import Pruner
+from tokenprune.interfaces.search_space import Choice, Range
 from tokenprune.registry import METHODS
-from tokenprune.search import Choice, Range
 
 
 @pytest.fixture

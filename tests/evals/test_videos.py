@@ -13,11 +13,11 @@ from _processors import FILES
 from PIL import Image
 
 from tokenprune.cli import main
-from tokenprune.evals.models import load_model
-from tokenprune.evals.overlay import seen_views
-from tokenprune.evals.pictures import read_pictures
-from tokenprune.evals.processing import FrameProcessor, load_processor
-from tokenprune.evals.prompting import FPS
+from tokenprune.evals.models.chat_template import FPS
+from tokenprune.evals.models.load import load_model
+from tokenprune.evals.models.processor import FrameProcessor, load_processor
+from tokenprune.evals.report.overlay import seen_views
+from tokenprune.evals.results.run_folder import read_pictures
 
 VIDEOS = [name for name, files in FILES.items() if files.processor not in ("LlavaProcessor", "LlavaNextProcessor")]
 WHOLE_FRAMES = {"llava_next_video": 28, "llava_onevision": 28, "internvl": 48, "smolvlm": 48}
@@ -125,8 +125,8 @@ def test_overlays_of_a_long_video_show_the_frames_of_their_rasters(checkpoint):
 
 
 def test_each_tile_of_a_prompt_is_drawn_with_its_own_tokens(checkpoint):
-    from tokenprune.evals.config import Point
-    from tokenprune.evals.overlay import draw_kept
+    from tokenprune.evals.config.points import Point
+    from tokenprune.evals.report.overlay import draw_kept
 
     loaded = load_model(str(checkpoint("internvl")), device="cpu")
     picture = Image.new("RGB", (96, 48), (250, 250, 250))

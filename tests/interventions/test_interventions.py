@@ -10,12 +10,12 @@ from _tiny import prompts, tiny_llava
 
 import tokenprune
 from tokenprune.cli import main
-from tokenprune.evals.config import RunConfig
-from tokenprune.evals.points import check_method_name, needs_budget
-from tokenprune.intervention import Intervention
-from tokenprune.notation import pruner_parts, split_name, split_outside
+from tokenprune.evals.config.points import check_method_name, needs_budget
+from tokenprune.evals.config.run_config import RunConfig
+from tokenprune.interfaces.intervention import Intervention
+from tokenprune.plan.expression import pruner_parts, split_name, split_outside
+from tokenprune.plan.parse import parse_method
 from tokenprune.registry import INTERVENTIONS, UnknownName
-from tokenprune.spec import parse_method
 
 
 @pytest.fixture

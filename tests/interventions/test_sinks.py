@@ -12,7 +12,7 @@ from interventions.explicit import Explicit, explicit_var
 from oracle import compare, run_pruned
 
 import tokenprune
-from tokenprune.intervention import DecoderFacts
+from tokenprune.interfaces.intervention import DecoderFacts
 from tokenprune.interventions._sinks import known_channels
 
 CHANNEL = 17

@@ -15,10 +15,10 @@ from _tiny import prompts, tiny_llava
 from torch import Tensor
 
 import tokenprune
-from tokenprune.decoding import DecoderPass
+from tokenprune.engine.decoder_pass import DecoderPass
+from tokenprune.interfaces.selection import Selection
 from tokenprune.methods.divprune import DivPrune
-from tokenprune.selection import Selection
-from tokenprune.stopwatch import Stopwatch
+from tokenprune.state.device_timer import Stopwatch
 
 METHODS = ["vtc_cls", "holov", "todre", "divprune", "random", "uniform", {"prune": "holov", "variant": "paper"}]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenprune.evals.flops import flop_counter
+from tokenprune.evals.profiling.flops import flop_counter
 from tokenprune.kernels import (
     aot,
     attention_received,
@@ -144,7 +144,7 @@ import torch
 from tokenprune.kernels import {", ".join(NAMES)}
 print(attention_rows.attention_rows(torch.randn(1, 2, 1, 4), torch.randn(1, 1, 3, 4), 0.5).sum().item())
 print(segmented_topk.segmented_topk(torch.arange(6.0)[None], [6], None, 2).tolist())
-from tokenprune.evals.flops import flop_counter
+from tokenprune.evals.profiling.flops import flop_counter
 with flop_counter() as counter:
     greedy_diversity.greedy_diversity(torch.randn(1, 200, 12), 5, "max_sum", torch.tensor([7]))
 print(counter.get_total_flops())

@@ -14,11 +14,11 @@ from _tiny import prompts, tiny_llava
 from oracle import compare, relative_error, run_pruned
 
 import tokenprune
-from tokenprune.base import View
+from tokenprune.interfaces.pruner import Depths
+from tokenprune.interfaces.view import View
 from tokenprune.methods.fastv import FastV
 from tokenprune.methods.pyramiddrop import PyramidDrop, StepBudget
 from tokenprune.methods.todre import Fade, ToDRE
-from tokenprune.stages import Depths
 
 LLAVA = Depths(vision=24, feature=22, decoder=32)
 
@@ -86,10 +86,10 @@ def test_the_kept_tokens_are_those_with_the_highest_last_row():
 
 
 def test_pyramiddrop_falls_geometrically_and_never_rounds_up():
-    stages = PyramidDrop().stages(tokenprune.spec.Budget(72), LLAVA)
+    stages = PyramidDrop().stages(tokenprune.plan.parse.Budget(72), LLAVA)
     assert [stage.site for stage in stages] == ["layer:8", "layer:16", "layer:24"]
     assert [stage.budget.tokens(576) for stage in stages] == [288, 144, 72]
-    assert [stage.budget.tokens(2880) for stage in PyramidDrop().stages(tokenprune.spec.Budget(360), LLAVA)] == [
+    assert [stage.budget.tokens(2880) for stage in PyramidDrop().stages(tokenprune.plan.parse.Budget(360), LLAVA)] == [
         1440, 720, 360,
     ]  # fmt: skip
     for keep in (1, 5, 64, 576):
@@ -190,8 +190,8 @@ def test_a_threshold_of_zero_never_fires_and_changes_no_bit():
 
 
 def test_the_flops_of_the_shares_are_those_that_torch_counts():
-    from tokenprune.evals.flops import flop_counter
-    from tokenprune.stopwatch import Stopwatch
+    from tokenprune.evals.profiling.flops import flop_counter
+    from tokenprune.state.device_timer import Stopwatch
 
     model, batch, spent = tiny_llava(), prompts([4]), [0, 0]
     plan = [{"at": "layer:3", "prune": Fade(tau=0.0), "keep": 1.0}]
@@ -211,7 +211,7 @@ def test_the_flops_of_the_shares_are_those_that_torch_counts():
 
 def test_stage_two_stands_at_seven_eighths_of_the_depth():
     for layers, at in ((32, 28), (40, 35), (28, 24)):
-        stages = ToDRE().stages(tokenprune.spec.Budget(64), dataclasses.replace(LLAVA, decoder=layers))
+        stages = ToDRE().stages(tokenprune.plan.parse.Budget(64), dataclasses.replace(LLAVA, decoder=layers))
         assert [stage.site for stage in stages] == ["input", f"layer:{at}"]
     for options, text in (({"tau": -1.0}, "tau must be"), ({"depth": 1.0}, "depth must be")):
         with pytest.raises(ValueError, match=text):

@@ -15,10 +15,10 @@ from oracle import relative_error
 
 import tokenprune
 from tokenprune.api import adapter_for
-from tokenprune.budget import Budget
+from tokenprune.interfaces.budget import Budget
+from tokenprune.interfaces.pruner import Depths
+from tokenprune.interfaces.signals import CLS_ATTENTION, CLS_VALUE_SIMILARITY, VALUE_NORM, Signal, Tower
 from tokenprune.methods.flowcut import FlowCut, drop_count, entropy_ratio
-from tokenprune.signals import CLS_ATTENTION, CLS_VALUE_SIMILARITY, VALUE_NORM, Signal, Tower
-from tokenprune.stages import Depths
 
 CLIP = Tower(num_layers=24, feature_layer=22, has_cls=True, num_heads=16, hidden_size=1024)
 

@@ -16,11 +16,9 @@ from oracle import compare, relative_error, run_pruned
 
 import tokenprune
 from tokenprune.api import adapter_for
-from tokenprune.base import View
-from tokenprune.budget import Budget
-from tokenprune.layout import Raster, Visual
-from tokenprune.methods.flowcut import FlowCut, OverBudget, TextCut
-from tokenprune.signals import (
+from tokenprune.interfaces.budget import Budget
+from tokenprune.interfaces.pruner import Depths
+from tokenprune.interfaces.signals import (
     CLS_PATCH_ATTENTION,
     CLS_PATCH_SIMILARITY,
     DECODER_VALUE_NORM,
@@ -30,7 +28,9 @@ from tokenprune.signals import (
     Signal,
     Tower,
 )
-from tokenprune.stages import Depths
+from tokenprune.interfaces.view import View
+from tokenprune.interfaces.visual import Raster, Visual
+from tokenprune.methods.flowcut import FlowCut, OverBudget, TextCut
 
 VARIANTS = ["official", "paper"]
 MANY = Depths(vision=24, feature=22, decoder=32, one_size=False)

@@ -7,9 +7,9 @@ import torch
 from _views import TOWER, make_view
 from torch import Tensor
 
+from tokenprune.interfaces.signals import CLS_ATTENTION, SINK_ATTENTION, Signal
 from tokenprune.methods import holov
 from tokenprune.methods.holov import HoloV, fit_quotas, similarity_variance, strip_sizes
-from tokenprune.signals import CLS_ATTENTION, SINK_ATTENTION, Signal
 
 SIGNAL = Signal(CLS_ATTENTION, 4)
 VARIANTS = ["paper", "official"]

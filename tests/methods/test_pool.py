@@ -4,8 +4,8 @@ import pytest
 import torch
 from _views import make_view
 
+from tokenprune.interfaces.selection import fit_grid
 from tokenprune.methods.pool import Pool
-from tokenprune.selection import fit_grid
 
 
 @pytest.mark.parametrize(("grid", "budget"), [((6, 6), 9), ((6, 5), 7), ((7, 3), 20), ((1, 9), 4), ((5, 8), 1)])

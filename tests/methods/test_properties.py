@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenprune.base import Pruner
+from tokenprune.interfaces.pruner import Pruner
 from tokenprune.registry import METHODS
 
 # options other than the defaults that take another way through a method; methods without a line are still tested

@@ -5,7 +5,7 @@ import torch
 from _views import make_view
 
 from tokenprune.methods.random import Random, _mix, _signed, hash_tokens
-from tokenprune.recording import Recording
+from tokenprune.state.tower_recording import Recording
 
 BITS = (1 << 64) - 1
 

@@ -6,8 +6,8 @@ import torch
 from _views import TOWER, make_view
 from torch import Tensor
 
+from tokenprune.interfaces.signals import CLS_ATTENTION, Signal
 from tokenprune.methods.todre import ToDRE
-from tokenprune.signals import CLS_ATTENTION, Signal
 
 NO_CLS = dataclasses.replace(TOWER, has_cls=False)
 OBJECTIVES = ["max_sum", "k_center"]

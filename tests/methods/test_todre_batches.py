@@ -16,11 +16,11 @@ from oracle import compare, run_pruned
 from torch import Tensor
 
 import tokenprune
-from tokenprune.base import View
-from tokenprune.layout import Raster
+from tokenprune.interfaces.signals import CLS_ATTENTION, TEXT_TO_VISUAL, VISUAL_TO_TEXT, Signal
+from tokenprune.interfaces.view import View
+from tokenprune.interfaces.visual import Raster
 from tokenprune.methods.todre import Fade, ToDRE
 from tokenprune.seams import cache_in
-from tokenprune.signals import CLS_ATTENTION, TEXT_TO_VISUAL, VISUAL_TO_TEXT, Signal
 
 # --- stage 1 ----------------------------------------------------------------------------------------------------------
 

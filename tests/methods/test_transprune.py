@@ -15,13 +15,13 @@ from _views import TOWER
 from oracle import relative_error
 
 import tokenprune
-from tokenprune import decoder_signals
-from tokenprune.base import View
-from tokenprune.budget import Budget
-from tokenprune.layout import Raster
+from tokenprune.capture import decoder_attention as decoder_signals
+from tokenprune.interfaces.budget import Budget
+from tokenprune.interfaces.pruner import Depths
+from tokenprune.interfaces.signals import INSTRUCTION_ATTENTION, Signal
+from tokenprune.interfaces.view import View
+from tokenprune.interfaces.visual import Raster
 from tokenprune.methods.transprune import SCHEDULES, MultipleBudget, TransPrune
-from tokenprune.signals import INSTRUCTION_ATTENTION, Signal
-from tokenprune.stages import Depths
 
 LLAVA = Depths(vision=24, feature=22, decoder=32)
 VARIANTS = ["official", "paper"]

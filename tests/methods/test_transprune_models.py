@@ -9,10 +9,10 @@ from _tiny import prompts, tiny_llava
 from oracle import MaskedModel, compare, relative_error, run_pruned
 
 import tokenprune
-from tokenprune import decoder_signals
+from tokenprune.capture import decoder_attention as decoder_signals
+from tokenprune.interfaces.pruner import Depths
 from tokenprune.methods.transprune import TransPrune
 from tokenprune.seams import cache_argument, cache_in
-from tokenprune.stages import Depths
 
 LLAVA = Depths(vision=24, feature=22, decoder=32)
 
@@ -110,7 +110,7 @@ def test_a_picture_in_a_second_turn_is_ranked_as_in_one_prompt(alpha, variant):
 
 def test_nothing_is_read_while_tokens_are_generated(monkeypatch):
     calls = []
-    from tokenprune import transitions
+    from tokenprune.capture import token_transition as transitions
 
     original = transitions.token_transition
     monkeypatch.setattr(transitions, "token_transition", lambda *given: calls.append(0) or original(*given))
@@ -127,8 +127,8 @@ def test_nothing_is_read_while_tokens_are_generated(monkeypatch):
 
 @pytest.mark.parametrize("chunk", [128, 3])
 def test_the_flops_of_the_attention_rows_are_those_that_torch_counts(chunk, monkeypatch):
-    from tokenprune.evals.flops import flop_counter
-    from tokenprune.stopwatch import Stopwatch
+    from tokenprune.evals.profiling.flops import flop_counter
+    from tokenprune.state.device_timer import Stopwatch
 
     monkeypatch.setattr(decoder_signals, "_CHUNK", chunk)
     model, batch, spent = tiny_llava(), prompts([1, 2]), [0, 0]

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from oracle import compare, run_pruned
 
 import tokenprune
-from tokenprune.base import View
-from tokenprune.budget import Budget
-from tokenprune.layout import Raster
+from tokenprune.interfaces.budget import Budget
+from tokenprune.interfaces.pruner import Depths
+from tokenprune.interfaces.signals import GREY_ENTROPY, SINK_ATTENTION, SINK_ATTENTION_SUM
+from tokenprune.interfaces.view import View
+from tokenprune.interfaces.visual import Raster
 from tokenprune.methods.vflowopt import SHIPPED, VFlowOpt, retention, shipped_ratios, stage_layers, third_ratio
-from tokenprune.signals import GREY_ENTROPY, SINK_ATTENTION, SINK_ATTENTION_SUM
-from tokenprune.spec import parse_method
-from tokenprune.stages import Depths, visual_lengths
+from tokenprune.plan.checks import visual_lengths
+from tokenprune.plan.parse import parse_method
 
 ONEVISION = Depths(vision=27, feature=25, decoder=28)
 

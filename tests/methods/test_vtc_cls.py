@@ -5,8 +5,8 @@ import pytest
 import torch
 from _views import TOWER, make_view, pick
 
+from tokenprune.interfaces.signals import CLS_ATTENTION, SINK_ATTENTION, Signal, Tower
 from tokenprune.methods.vtc_cls import VtcCls
-from tokenprune.signals import CLS_ATTENTION, SINK_ATTENTION, Signal, Tower
 
 CLIP = Tower(num_layers=24, feature_layer=22, has_cls=True, num_heads=16, hidden_size=1024)
 

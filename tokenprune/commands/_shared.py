@@ -6,8 +6,8 @@ import argparse
 import sys
 from typing import Any
 
-from tokenprune.budget import read_budget
-from tokenprune.notation import yaml_value
+from tokenprune.interfaces.budget import read_budget
+from tokenprune.plan.expression import yaml_value
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +44,8 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
 
 def check_keep(method: str, keep: Any) -> None:
     """Raise ValueError if the method needs a budget and has none, or the other way round."""
-    from tokenprune.evals.points import NONE, needs_budget
-    from tokenprune.notation import pruner_parts
+    from tokenprune.evals.config.points import NONE, needs_budget
+    from tokenprune.plan.expression import pruner_parts
 
     if needs_budget(method) and keep is None:
         raise ValueError(f"Say how many visual tokens {method} keeps: --keep 64 or --keep 0.25.")
@@ -62,16 +62,16 @@ def execute(config: Any, executor: Any = None) -> int:
     Args:
         executor: who does the work, see `evals/executors/`.
     """
-    from tokenprune.evals.config import refusing
+    from tokenprune.evals.errors import refusing
 
     with refusing():
         config.check()
     from rich.console import Console
 
-    from tokenprune.evals.seeds import seed_tables
-    from tokenprune.evals.sweep import run
-    from tokenprune.evals.tables import result_tables
-    from tokenprune.evals.tasks import cut_short
+    from tokenprune.evals.report.tables import result_tables
+    from tokenprune.evals.results.over_seeds import seed_tables
+    from tokenprune.evals.sweep.sweep import run
+    from tokenprune.evals.tasks.load import cut_short
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
     done = run(config, console, executor)
@@ -82,7 +82,7 @@ def execute(config: Any, executor: Any = None) -> int:
         console.print(table)
     if config.targets:
         from tokenprune.commands.parity import show_parity
-        from tokenprune.evals.parity import compare
+        from tokenprune.evals.results.parity import compare
 
         console.print()
         show_parity(compare(done.records, config.targets), config.folder)

@@ -28,8 +28,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _compare(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from tokenprune.evals.compare import OVERALL, compare
-    from tokenprune.evals.config import refusing
+    from tokenprune.evals.errors import refusing
+    from tokenprune.evals.results.compare import OVERALL, compare
 
     with refusing():
         found = compare(args.first, args.second, args.method, args.seed)

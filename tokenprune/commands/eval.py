@@ -42,7 +42,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from tokenprune.evals.config import refusing
+    from tokenprune.evals.errors import refusing
 
     with refusing():
         config = _eval_config(args)
@@ -52,8 +52,8 @@ def _eval(args: argparse.Namespace) -> int:
 def _apart(args: argparse.Namespace, tasks: list[str], options: dict[str, Any]) -> str:
     """What keeps the default folder apart from that of another eval of the same model, method and budget: a digest of
     the settings that are not the default; "" where all are."""
-    from tokenprune.evals.config import digest
-    from tokenprune.evals.tasks import default_task
+    from tokenprune.evals.io.digest import digest
+    from tokenprune.evals.tasks.load import default_task
 
     found = {"options": options, "tasks": tasks, "limit": args.limit, "seed": args.seed, "dtype": args.dtype}
     found["max_new_tokens"] = args.max_new_tokens
@@ -63,13 +63,14 @@ def _apart(args: argparse.Namespace, tasks: list[str], options: dict[str, Any]) 
 
 
 def _eval_config(args: argparse.Namespace) -> Any:
-    from tokenprune.evals.config import Measure, RunConfig
-    from tokenprune.evals.points import NONE, check_method_name, method_of_file
-    from tokenprune.evals.tasks import default_task
+    from tokenprune.evals.config.measure import Measure
+    from tokenprune.evals.config.points import NONE, check_method_name, method_of_file
+    from tokenprune.evals.config.run_config import RunConfig
+    from tokenprune.evals.tasks.load import default_task
 
     tasks = [task for task in (args.tasks or default_task(args.model)).split(",") if task]
     if args.include_path is not None:
-        from tokenprune.evals.lmms.tasks import with_folder
+        from tokenprune.evals.tasks.lmms_task import with_folder
 
         tasks = [with_folder(task, args.include_path) for task in tasks]
     options = parse_options(args.set)

@@ -21,7 +21,7 @@ def _ls(args: argparse.Namespace) -> int:
         for name in registry.names():
             print(f"{name:<17} {registry.describe(name)}")
     elif what == "models":
-        from tokenprune.evals.models import pocket_names
+        from tokenprune.evals.models.load import pocket_names
 
         for name in pocket_names():
             print(f"{name:<17} ships with tokenprune")
@@ -29,14 +29,14 @@ def _ls(args: argparse.Namespace) -> int:
             print(f"{name:<17} family: {MODELS.describe(name)}")
         print(f"{'OWNER/NAME':<17} a hub id or a local folder of one of the families")
     elif what == "tasks":
-        from tokenprune.evals.tasks import task_names
+        from tokenprune.evals.tasks.load import task_names
 
         for name in task_names():
             print(name)
         print("lmms:NAME       a task of lmms-eval, see `lmms-eval tasks list`")
         print("PATH.yaml       a task of your own")
     else:
-        from tokenprune.evals.configfile import packaged_configs
+        from tokenprune.evals.config.sweep_file import packaged_configs
 
         for name, file in packaged_configs().items():
             first = file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")

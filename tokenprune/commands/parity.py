@@ -21,8 +21,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _parity(args: argparse.Namespace) -> int:
-    from tokenprune.evals.config import refusing
-    from tokenprune.evals.parity import compare, read_run, read_targets
+    from tokenprune.evals.errors import refusing
+    from tokenprune.evals.results.parity import compare, read_run, read_targets
 
     with refusing():
         records, targets = read_run(args.run)
@@ -38,7 +38,7 @@ def show_parity(found: Any, folder: Path) -> None:
     """Print the comparison and write parity.csv."""
     from rich.console import Console
 
-    from tokenprune.evals.parity import parity_lines, parity_table, write_parity
+    from tokenprune.evals.results.parity import parity_lines, parity_table, write_parity
 
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(parity_table(found))

@@ -38,8 +38,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _recommend(args: argparse.Namespace) -> int:
-    from tokenprune.evals.config import refusing
-    from tokenprune.evals.recommend.config import RecommendConfig
+    from tokenprune.evals.errors import refusing
+    from tokenprune.evals.tuning.recommend.settings import RecommendConfig
 
     given = {name: value for name, value in vars(args).items() if name not in ("command", "handler")}
     if args.methods is not None:
@@ -53,8 +53,8 @@ def _recommend(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from tokenprune.evals.recommend.output import sentences, table, write
-    from tokenprune.evals.recommend.search import recommend
+    from tokenprune.evals.tuning.recommend.output import sentences, table, write
+    from tokenprune.evals.tuning.recommend.search import recommend
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
     found = recommend(config, console)

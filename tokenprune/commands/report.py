@@ -25,10 +25,10 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _report(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from tokenprune.evals.config import refusing
+    from tokenprune.evals.errors import refusing
     from tokenprune.evals.report.markdown import write_markdown
     from tokenprune.evals.report.page import write_report
-    from tokenprune.evals.run_folder import read_run
+    from tokenprune.evals.results.run_folder import read_run
 
     with refusing():
         runs = [read_run(folder) for folder in args.runs]

@@ -28,8 +28,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from tokenprune.evals.config import RunConfig, refusing
-    from tokenprune.evals.points import check_method_name
+    from tokenprune.evals.config.points import check_method_name
+    from tokenprune.evals.config.run_config import RunConfig
+    from tokenprune.evals.errors import refusing
 
     with refusing():
         if (args.image is None) != (args.question is None):
@@ -42,7 +43,7 @@ def _run(args: argparse.Namespace) -> int:
         settings: Any = {"dtype": args.dtype, "max_new_tokens": args.max_new_tokens, "references": False}
         RunConfig("run", args.model, ["pocket"], [entry], budgets, **settings).check()
         _check_output(args.output)
-    from tokenprune.evals.single import run_single
+    from tokenprune.evals.single_image import run_single
 
     return run_single(
         model=args.model,

@@ -37,8 +37,8 @@ def sweep_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from tokenprune.evals.config import refusing
-    from tokenprune.evals.configfile import read_config
+    from tokenprune.evals.config.sweep_file import read_config
+    from tokenprune.evals.errors import refusing
 
     with refusing():
         config = read_config(args.config, limit=args.limit, output=args.output, device=args.device)
@@ -46,7 +46,7 @@ def _sweep(args: argparse.Namespace) -> int:
         return _show_plan(config)
     if getattr(args, "executor", "local") == "local":
         return execute(config)
-    from tokenprune.evals.executors.cluster import RayCluster
+    from tokenprune.evals.sweep.executors.ray import RayCluster
 
     return execute(config, RayCluster(args.gpus_per_point, args.cpus_per_point))
 
@@ -55,7 +55,7 @@ def _show_plan(config: Any) -> int:
     """Print the plan; the exit status is 1 if a point cannot run."""
     from rich.console import Console
 
-    from tokenprune.evals.dryrun import make_plan, plan_lines, plan_tables
+    from tokenprune.evals.sweep.dry_run import make_plan, plan_lines, plan_tables
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
     plan = make_plan(config)

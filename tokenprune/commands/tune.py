@@ -31,8 +31,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from tokenprune.evals.config import refusing
-    from tokenprune.evals.tune import TuneConfig, tune
+    from tokenprune.evals.errors import refusing
+    from tokenprune.evals.tuning.tune import TuneConfig, tune
 
     given = {name: value for name, value in vars(args).items() if name not in ("command", "handler", "set")}
     with refusing():

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokenprune.intervention import DecoderFacts, Entering
+from tokenprune.interfaces.intervention import DecoderFacts, Entering
 
 TAU = 20.0
 _PRESENT = 0.6  # part of (prompt, layer) pairs in which a channel must stand out

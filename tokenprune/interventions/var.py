@@ -41,7 +41,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.intervention import Attended, DecoderFacts, Entering, Facts, Intervention
+from tokenprune.interfaces.intervention import Attended, DecoderFacts, Entering, Facts, Intervention
 from tokenprune.interventions._sinks import Discovery, SinkSearch, known_channels, sink_score
 from tokenprune.kernels.attention_rows import attention_rows
 from tokenprune.kernels.redistribute_attention import OTHER, TEXT_SINK, VISUAL, VISUAL_SINK, redistribute_attention

@@ -23,11 +23,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tokenprune.base import Pruner, View
+from tokenprune.interfaces.pruner import Pruner
+from tokenprune.interfaces.selection import Selection
+from tokenprune.interfaces.signals import Tower
+from tokenprune.interfaces.view import View
 from tokenprune.kernels.greedy_diversity import greedy_diversity, greedy_diversity_flops
 from tokenprune.registry import register_method
-from tokenprune.selection import Selection
-from tokenprune.signals import Tower
 
 
 @register_method("divprune")

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tokenprune.base import Pruner
+from tokenprune.interfaces.pruner import Pruner
+from tokenprune.interfaces.selection import fit_grid
 from tokenprune.registry import register_method
-from tokenprune.selection import fit_grid
 
 
 @register_method("downsample")

@@ -27,12 +27,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tokenprune.base import Pruner, View
-from tokenprune.budget import Budget
+from tokenprune.interfaces.budget import Budget
+from tokenprune.interfaces.pruner import Depths, Pruner, Stage
+from tokenprune.interfaces.search_space import Range
+from tokenprune.interfaces.signals import LAST_ATTENTION, Signal, Tower
+from tokenprune.interfaces.view import View
 from tokenprune.registry import register_method
-from tokenprune.search import Range
-from tokenprune.signals import LAST_ATTENTION, Signal, Tower
-from tokenprune.stages import Depths, Stage
 
 
 @register_method("fastv")

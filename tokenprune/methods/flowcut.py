@@ -55,12 +55,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.base import Pruner, View
-from tokenprune.budget import Budget
-from tokenprune.layout import Visual
-from tokenprune.registry import register_method
-from tokenprune.selection import Selection, refuse_nan
-from tokenprune.signals import (
+from tokenprune.interfaces.budget import Budget
+from tokenprune.interfaces.pruner import Depths, Pruner, Stage
+from tokenprune.interfaces.selection import Selection, refuse_nan
+from tokenprune.interfaces.signals import (
     CLS_ATTENTION,
     CLS_PATCH_ATTENTION,
     CLS_PATCH_SIMILARITY,
@@ -74,7 +72,9 @@ from tokenprune.signals import (
     Signal,
     Tower,
 )
-from tokenprune.stages import Depths, Stage
+from tokenprune.interfaces.view import View
+from tokenprune.interfaces.visual import Visual
+from tokenprune.registry import register_method
 
 VARIANTS = ("official", "paper")
 

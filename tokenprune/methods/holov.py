@@ -56,11 +56,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.base import Pruner, View
+from tokenprune.interfaces.pruner import Pruner
+from tokenprune.interfaces.selection import Selection
+from tokenprune.interfaces.signals import Signal, Tower, summary_attention
+from tokenprune.interfaces.view import View
 from tokenprune.kernels.segmented_topk import segmented_topk
 from tokenprune.registry import register_method
-from tokenprune.selection import Selection
-from tokenprune.signals import Signal, Tower, summary_attention
 
 VARIANTS = ("paper", "official")
 

@@ -5,7 +5,7 @@ Paper: none, this is the mandatory control. UniPruneBench (https://arxiv.org/abs
 Official code: none.
 Licence: none needed, written for this library.
 Deviations: any budget is allowed. The tokens that stay form a raster, so their number is the largest raster that fits
-the budget and keeps the image's shape (`tokenprune.selection.fit_grid`), which may be a few tokens less than k.
+the budget and keeps the image's shape (`fit_grid`), which may be a few tokens less than k.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
-from tokenprune.base import Pruner, View
+from tokenprune.interfaces.pruner import Pruner
+from tokenprune.interfaces.selection import Selection, fit_grid, grid_places
+from tokenprune.interfaces.view import View
 from tokenprune.registry import register_method
-from tokenprune.selection import Selection, fit_grid, grid_places
 
 
 @register_method("pool")

@@ -30,11 +30,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tokenprune.base import Pruner, View
-from tokenprune.budget import Budget
+from tokenprune.interfaces.budget import Budget
+from tokenprune.interfaces.pruner import Depths, Pruner, Stage
+from tokenprune.interfaces.signals import LAST_ATTENTION, Signal, Tower
+from tokenprune.interfaces.view import View
 from tokenprune.registry import register_method
-from tokenprune.signals import LAST_ATTENTION, Signal, Tower
-from tokenprune.stages import Depths, Stage
 
 
 class StepBudget(Budget):

@@ -16,7 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.base import Pruner, View
+from tokenprune.interfaces.pruner import Pruner
+from tokenprune.interfaces.view import View
 from tokenprune.registry import register_method
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: the increment of the splitmix64 generator

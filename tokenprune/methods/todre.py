@@ -42,14 +42,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokenprune.base import Pruner, View
-from tokenprune.budget import Budget
+from tokenprune.interfaces.budget import Budget
+from tokenprune.interfaces.pruner import Depths, Pruner, Stage
+from tokenprune.interfaces.selection import Selection, topk_indices
+from tokenprune.interfaces.signals import CLS_ATTENTION, TEXT_TO_VISUAL, VISUAL_TO_TEXT, Signal, Tower
+from tokenprune.interfaces.view import View
 from tokenprune.kernels.greedy_diversity import OBJECTIVES, greedy_diversity, greedy_diversity_flops
 from tokenprune.methods.random import hash_tokens
 from tokenprune.registry import register_method
-from tokenprune.selection import Selection, topk_indices
-from tokenprune.signals import CLS_ATTENTION, TEXT_TO_VISUAL, VISUAL_TO_TEXT, Signal, Tower
-from tokenprune.stages import Depths, Stage
 
 PIVOTS = ("cls", "center", "random")
 

@@ -49,11 +49,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.base import Pruner, View
-from tokenprune.budget import Budget
-from tokenprune.registry import near, register_method
-from tokenprune.selection import Selection, topk_indices
-from tokenprune.signals import (
+from tokenprune.interfaces.budget import Budget
+from tokenprune.interfaces.pruner import Depths, Pruner, Stage
+from tokenprune.interfaces.selection import Selection, topk_indices
+from tokenprune.interfaces.signals import (
     ATTENTION_COSINE,
     ATTENTION_GAIN,
     ATTENTION_TURN,
@@ -64,7 +63,8 @@ from tokenprune.signals import (
     Signal,
     Tower,
 )
-from tokenprune.stages import Depths, Stage
+from tokenprune.interfaces.view import View
+from tokenprune.registry import near, register_method
 
 SCHEDULES: dict[str, tuple[float, ...]] = {"high": (7, 5, 1), "low": (13, 5, 1), "combined": (4, 2, 1)}
 VARIANTS = ("official", "paper")

@@ -17,9 +17,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.base import Pruner, View
+from tokenprune.interfaces.pruner import Pruner
+from tokenprune.interfaces.selection import Selection
+from tokenprune.interfaces.view import View
 from tokenprune.registry import register_method
-from tokenprune.selection import Selection
 
 
 def spread(grid: tuple[int, int], k: int, device: torch.device | str = "cpu") -> Tensor:

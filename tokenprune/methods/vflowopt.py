@@ -49,15 +49,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.base import Pruner, View
-from tokenprune.budget import Budget
+from tokenprune.interfaces.budget import Budget
+from tokenprune.interfaces.pruner import Depths, Pruner, Stage
+from tokenprune.interfaces.search_space import Choice, Range
+from tokenprune.interfaces.selection import Selection, refuse_nan, topk_indices
+from tokenprune.interfaces.signals import GREY_ENTROPY, SINK_ATTENTION, SINK_ATTENTION_SUM, Signal, Tower
+from tokenprune.interfaces.view import View
+from tokenprune.interfaces.visual import Raster
 from tokenprune.kernels.merge import merge
-from tokenprune.layout import Raster
 from tokenprune.registry import register_method
-from tokenprune.search import Choice, Range
-from tokenprune.selection import Selection, refuse_nan, topk_indices
-from tokenprune.signals import GREY_ENTROPY, SINK_ATTENTION, SINK_ATTENTION_SUM, Signal, Tower
-from tokenprune.stages import Depths, Stage
 
 VARIANTS = ("official", "paper")
 HEADROOM = ("exact", "official")

@@ -27,9 +27,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tokenprune.base import Pruner, View
+from tokenprune.interfaces.pruner import Pruner
+from tokenprune.interfaces.signals import Signal, Tower, summary_attention
+from tokenprune.interfaces.view import View
 from tokenprune.registry import register_method
-from tokenprune.signals import Signal, Tower, summary_attention
 
 
 @register_method("vtc_cls")

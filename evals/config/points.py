@@ -1,0 +1,182 @@
+"""One model x task x method x budget, and what a user writes for a method in a sweep file."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenprune.interfaces.budget import read_budget
+from tokenprune.plan.expression import pruner_parts, read_yaml, split_name, split_outside
+from tokenprune.registry import INTERVENTIONS, METHODS, UnknownName, near
+
+NONE = "none"
+"""The method name of the unpruned model."""
+
+ENTRY_KEYS = ("method", "keep", "grid")
+"""What an entry of `methods` may hold beside the method's options."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model x task x method x budget.
+
+    Attributes:
+        method: a name, or several parts as written on one line ("vtc_cls+var"), the budget taken out.
+        keep: visual tokens kept of each image (int), or the kept fraction (float), or their mean over the decoder's
+            layers ("avg64"); None for the unpruned model, and where nothing prunes or all parts have their own budget.
+        options: the method's options that were set, as a sorted tuple of pairs.
+        reference: run only so that others can be compared with it.
+        seed: of a method that draws, where a run has several seeds; None leaves it to the run.
+    """
+
+    model: str
+    task: str
+    method: str
+    keep: int | float | str | None
+    options: tuple[tuple[str, Any], ...] = ()
+    reference: bool = False
+    seed: int | None = None
+
+    @property
+    def label(self) -> str:
+        """`holov@64`, `holov(variant=official)@64`, `random@64 seed 1`, `none`."""
+        return self._seeded(self._configured if self.keep is None else f"{self._configured}@{self.keep}")
+
+    @property
+    def series(self) -> str:
+        """The label without its budget: what a line in a plot is called."""
+        return self._seeded(self._configured)
+
+    @property
+    def _configured(self) -> str:
+        options = ",".join(f"{key}={value}" for key, value in self.options)
+        return f"{self.method}({options})" if options else self.method
+
+    def _seeded(self, text: str) -> str:
+        return text if self.seed is None else f"{text} seed {self.seed}"
+
+    @property
+    def key(self) -> str:
+        """Unique within a run folder."""
+        return f"{self.model}|{self.task}|{self.label}"
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """One setting of a method.
+
+    Attributes:
+        method, options: see `Point`.
+        keeps: its budgets; (None,) where nothing is left to be said, () where one is missing.
+    """
+
+    method: str
+    options: tuple[tuple[str, Any], ...]
+    keeps: tuple[Any, ...]
+
+    def check_keys(self) -> None:
+        """Raise ValueError for an option that is a misspelt key of an entry; other wrong options are the method's to
+        refuse. Imports the method."""
+        if self.method not in METHODS.names():
+            return
+        known = [item.name for item in dataclasses.fields(METHODS.get(self.method))]
+        for option, _ in self.options:
+            if option not in known and near(option, list(ENTRY_KEYS)) and not near(option, known):
+                raise ValueError(
+                    f"The entry of {self.method!r} has an unknown key {option!r}.{near(option, list(ENTRY_KEYS))}"
+                )
+
+
+def check_method_name(method: str) -> None:
+    """Raise UnknownName if a part of `method` is neither registered nor `none`; imports nothing heavy."""
+    parts = split_outside(method, "+")
+    known = [*METHODS.names(), *INTERVENTIONS.names()] + [NONE] * (len(parts) == 1)
+    for part in parts:
+        name = split_name(part)[0]
+        if name not in known:
+            raise UnknownName(
+                f"There is no method called {name!r}.{near(name, known)} Known: {', '.join(sorted(known))}."
+            )
+
+
+def needs_budget(method: str) -> bool:
+    """Whether `method`, as written, prunes and does not say itself how many tokens it keeps."""
+    return method != NONE and any(split_name(part)[2] is None for part in pruner_parts(method))
+
+
+def method_of_file(path: str) -> Mapping[str, Any]:
+    """The mapping with the key 'method' in a YAML file, as `tokenprune tune` writes it.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, it is no YAML, or it holds none.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no method file {path}.")
+    loaded = read_yaml(file)
+    if not isinstance(loaded, Mapping) or not isinstance(loaded.get("method"), str):
+        raise ValueError(f"{path} must hold a mapping whose key 'method' names one method.")
+    return loaded
+
+
+def read_entry(entry: Any, budgets: list[Any]) -> list[MethodEntry]:
+    """What an entry of `methods` stands for: one setting of a method, or with `grid` the product of several.
+
+    Args:
+        entry: a name, the path of a method file, or a mapping with `method`, optionally `keep` and `grid` (by option, a
+            list of values), and the method's options.
+        budgets: those of an entry that names none.
+
+    Raises:
+        ValueError: it is none of these, or a grid that is no mapping of options to lists.
+    """
+    if isinstance(entry, str) and entry.endswith((".yaml", ".yml")):
+        entry = method_of_file(entry)
+    if isinstance(entry, str):
+        entry = {"method": entry}
+    if not isinstance(entry, Mapping) or "method" not in entry:
+        keys = [key for key in entry if near(str(key), ["method"])] if isinstance(entry, Mapping) else []
+        hint = f" Did you write {keys[0]!r} for 'method'?" if keys else ""
+        raise ValueError(f"An entry of methods is a name or a mapping with the key 'method', got {entry!r}.{hint}")
+    rest = dict(entry)
+    name, own, grid = str(rest.pop("method")), rest.pop("keep", None), rest.pop("grid", {})
+    pruners = pruner_parts(name)
+    if len(pruners) == 1 and pruners[0] == name:
+        name, written, budget = split_name(name)
+        rest = {**written, **rest}
+        own = _one_budget(name, own, budget)
+    elif len(pruners) == 1:  # the one budget beside interventions is the point's
+        head, at, budget = pruners[0].rpartition("@")
+        if at:
+            own = _one_budget(head, own, budget)
+            name = "+".join(head if part == pruners[0] else part for part in split_outside(name, "+"))
+    elif own is None:
+        own = [None]
+    own = budgets if own is None else own
+    keeps = tuple(own) if isinstance(own, list) else (own,)
+    found = []
+    for chosen in _product(name, grid, rest):
+        found.append(MethodEntry(name, tuple(sorted({**rest, **chosen}.items())), keeps))
+    return found
+
+
+def _product(name: str, grid: Any, fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every choice of one value for each option of a grid, the last option varying fastest."""
+    if not isinstance(grid, Mapping):
+        raise ValueError(f"The grid of {name!r} maps options to lists of values, got {grid!r}.")
+    for option, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"grid gives {option!r} of {name!r} a list of values, got {values!r}.")
+        if option in fixed:
+            raise ValueError(f"{name!r} has the option {option!r} in its grid and beside it; give it once.")
+    return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+
+
+def _one_budget(name: str, own: Any, written: str | None) -> Any:
+    if own is not None and written is not None:
+        raise ValueError(f"Two budgets were given for {name!r}, @{written} and keep: {own}; give one.")
+    return own if written is None else read_budget(written)

@@ -1,0 +1,199 @@
+"""A loaded model with the method of a point at work: what is checked before, and the answers of one batch."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from tokenprune import cost
+from tokenprune.api import adapter_for, applied, plan_for
+from tokenprune.evals.config.points import NONE, Point
+from tokenprune.evals.config.run_config import RunConfig
+from tokenprune.evals.evaluation.batching import read_batch
+from tokenprune.evals.evaluation.fingerprint import code_fingerprint
+from tokenprune.evals.evaluation.retry import in_halves
+from tokenprune.evals.io.digest import digest
+from tokenprune.evals.models.load import LoadedModel
+from tokenprune.evals.tasks.task import Sample, Task
+from tokenprune.handle import Handle
+from tokenprune.interfaces.pruner import Pruner
+from tokenprune.interfaces.signals import VISION_SIGNALS, Signal, Tower
+from tokenprune.plan.parse import Spec, parse_method
+
+
+def settings_digest(config: RunConfig, loaded: LoadedModel, task: str) -> str:
+    """Changes with whatever besides the point could change an answer or its score: weights, code, dtype, seed, answer
+    length, and the task.
+
+    Args:
+        task: its fingerprint, which the digest ends in; "" gives what the digests of all tasks begin with.
+    """
+    parts = (loaded.fingerprint, code_fingerprint(), config.dtype, config.seed, config.max_new_tokens)
+    return f"{digest(parts)}.{task}"
+
+
+def method_of(point: Point, seed: int) -> Spec:
+    """The method of a point; what draws gets the point's seed, or the run's, unless the options set one."""
+    seed = seed if point.seed is None else point.seed
+    options = dict(point.options)
+    spec = parse_method(point.method, point.keep, **options)
+    if not seed or "seed" in options:
+        return spec
+    entries = tuple(
+        replace(entry, pruner=replace(entry.pruner, seed=seed)) if getattr(entry.pruner, "seed", seed) == 0 else entry
+        for entry in spec.entries
+    )
+    return replace(spec, entries=entries)
+
+
+def settle(loaded: LoadedModel, task: Task, point: Point, handle: Handle, seed: int) -> None:
+    """Let interventions see the prompts that they have to see before they act, the first ones of the task; every later
+    use of the point starts with what they learned."""
+
+    def show(samples: list[Sample]) -> list[None]:
+        with torch.inference_mode():
+            loaded.model(**loaded.inputs([s.question for s in samples], [s.image for s in samples]))
+        return [None] * len(samples)
+
+    seen, batch = 0, 8
+    while any(one.wants_prompts for one in handle.interventions) and seen < task.size:
+        stop = min(seen + batch, task.size)
+        samples = read_batch(task, seen, stop).samples
+        if samples:
+            in_halves(samples, show)
+        seen = stop
+    if seen:
+        interventions = tuple(one.settled() for one in handle.interventions)
+        loaded.settled[point.key] = replace(method_of(point, seed), interventions=interventions)
+
+
+@contextlib.contextmanager
+def pruned(loaded: LoadedModel, point: Point, seed: int, samples: list[Sample]) -> Iterator[Any]:
+    """The model with the point's method at work on prompts of `samples`; yields the handle, None for unpruned."""
+    if point.method == NONE:
+        yield None
+        return
+    with applied(loaded.model, loaded.settled.get(point.key) or method_of(point, seed)) as handle:
+        give_boxes(handle, point, samples)
+        yield handle
+
+
+def give_boxes(handle: Handle, point: Point, samples: list[Sample]) -> None:
+    """Tell the method where what suffices for an answer is, if it asks.
+
+    Raises:
+        ValueError: a sample does not say.
+    """
+    if not _wants_boxes(handle):
+        return
+    missing = [sample.sample_id for sample in samples if sample.boxes is None]
+    if missing:
+        raise ValueError(
+            f"{point.method} needs the boxes that suffice for an answer; sample {missing[0]} has none. "
+            "Use it on the pocket suite, or on a task with a `boxes` column."
+        )
+    handle.set_hints(boxes=[sample.boxes for sample in samples])
+
+
+def _wants_boxes(handle: Handle) -> bool:
+    return any("boxes" in stage.pruner.hints for stage in handle.stages)
+
+
+def check_points(loaded: LoadedModel, task: Task, points: list[Point], seed: int) -> None:
+    """Apply and remove every method once, so that one that cannot work on this model or task fails before the work, and
+    so does a task whose samples the processor does not take; and let what learns from prompts do so."""
+    adapter_for(loaded.model)
+    # rows go round the families, so these are one of each
+    for sample in read_batch(task, 0, min(max(1, len(task.families)), task.size)).samples:
+        loaded.inputs([sample.question], [sample.image])
+    for point in points:
+        if point.method == NONE:
+            continue
+        with applied(loaded.model, method_of(point, seed)) as handle:
+            if _wants_boxes(handle) and not task.has_boxes:
+                raise ValueError(f"{point.method} needs the boxes that suffice for an answer; {task.name} has none.")
+            settle(loaded, task, point, handle, seed)
+
+
+@dataclass
+class _Recorder(Pruner):
+    """Keeps everything, and asks for the signals of every method that is to share one run of the tower."""
+
+    wanted: tuple[Signal, ...] = field(default=())
+
+    def signals(self, tower: Tower) -> tuple[Signal, ...]:
+        return self.wanted
+
+
+class SharedTower:
+    """Runs the vision tower once for a batch and hands its features to every method that cuts after it.
+
+    Uses what `generate` offers for features computed ahead (`mm_encoder_outputs`). The answers are those of separate
+    runs, bit for bit; only accuracy is measured this way, never time.
+    """
+
+    def __init__(self, loaded: LoadedModel, points: list[Point], seed: int) -> None:
+        self._model = loaded.model
+        self._adapter = adapter_for(loaded.model)
+        self._stages = {
+            point.key: plan_for(self._adapter, method_of(point, seed)) for point in points if point.method != NONE
+        }
+        self.possible = "mm_encoder_outputs" in inspect.signature(loaded.model.forward).parameters
+        signals = [
+            signal
+            for point in points
+            if self.covers(point)
+            for stage in self._stages.get(point.key, ())
+            for signal in stage.signals(self._adapter.tower)
+            if signal.name in VISION_SIGNALS
+        ]
+        self._recorder = _Recorder(wanted=tuple(dict.fromkeys(signals)))
+
+    def covers(self, point: Point) -> bool:
+        """Whether the point cuts behind the tower only."""
+        return all(stage.place in ("input", "layer") for stage in self._stages.get(point.key, ()))
+
+    def encode(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The same inputs with features in place of pixels."""
+        encoded: dict[str, Any] = {}
+        pixels = {kind: name for kind, name in self._adapter.pixels.items() if inputs.get(name) is not None}
+        with applied(self._model, self._recorder, 1.0):
+            for kind in pixels:
+                encode: Callable[..., Any] = getattr(self._adapter.entry, self._adapter.features[kind])
+                names = inspect.signature(encode).parameters
+                given = {name: inputs[name] for name in names if name in inputs}
+                encoded[kind] = encode(**given, return_dict=True)
+        rest = {name: value for name, value in inputs.items() if name not in pixels.values()}
+        return {**rest, "mm_encoder_outputs": encoded}
+
+
+def answer_batch(
+    loaded: LoadedModel, point: Point, samples: list[Sample], inputs: dict[str, Any], seed: int, max_new_tokens: int
+) -> tuple[list[str], Sequence[float], list[list[list[int]]]]:
+    """Greedy answers of one batch.
+
+    Returns:
+        The texts; visual tokens per sample, averaged over the decoder's layers; raster indices per sample and image
+        that reached its end ([] for unpruned).
+    """
+    length = inputs["input_ids"].shape[1]
+    with pruned(loaded, point, seed, samples) as handle, torch.inference_mode():
+        output = loaded.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
+        texts = loaded.decode(output[:, length:])
+        if handle is None:
+            return texts, visual_tokens(loaded, inputs), [[] for _ in samples]
+        kept = [[indices.tolist() for indices in images] for images in handle.kept]
+        tokens = [cost.equivalent_tokens(layers) for layers in handle.visual_by_layer]
+    return texts, tokens, kept
+
+
+def visual_tokens(loaded: LoadedModel, inputs: dict[str, Any]) -> list[int]:
+    """Visual tokens of each prompt before pruning."""
+    ids = inputs["input_ids"]
+    placeholders = adapter_for(loaded.model).placeholder_ids.values()
+    return sum((ids == number for number in placeholders), torch.zeros_like(ids)).sum(1).tolist()

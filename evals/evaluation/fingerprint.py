@@ -1,0 +1,49 @@
+"""Which sources decide an answer: a digest of them tells whether a kept answer may be used again.
+
+Whole packages are walked, so that a file is in it from its first day and stays in it wherever it moves. What does not
+decide is listed; `tests/evals/test_fingerprint.py` fails where that list leaves out something that asking imports.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import tokenprune
+
+NO_ANSWER = (
+    "cli.py", "commands", "configs", "cost.py", "handle.py", "prompt_view.py", "report.py",
+    "kernels/aot.py", "evals/bench", "evals/config", "evals/errors.py", "evals/io/atomic_files.py",
+    "evals/io/digest.py", "evals/io/folder_lock.py", "evals/io/row_store.py", "evals/lmms", "evals/pocket_training",
+    "evals/profiling", "evals/report", "evals/results", "evals/single_image.py", "evals/statistics", "evals/sweep",
+    "evals/tuning",
+)  # fmt: skip
+"""Files and folders of the package that no answer depends on: what it costs, how it is kept, counted and shown. What a
+point is (`evals/config`) stands in the keys of its rows."""
+
+
+def deciding_files() -> Iterator[tuple[str, Path]]:
+    """Sources that decide an answer, as (path within the package, file), sorted by the former."""
+    files: dict[str, Path] = {}
+    for place, folder in enumerate(map(Path, tokenprune.__path__)):
+        # in a checkout the second folder is the repository, of which these four belong to the package
+        parts = ("adapters", "kernels", "evals", "configs") if place else (".",)
+        for part in parts:
+            for file in (folder / part).rglob("*"):
+                name = file.relative_to(folder).as_posix()
+                if file.suffix in (".py", ".yaml") and not _is_in(name, NO_ANSWER):
+                    files.setdefault(name, file)
+    yield from sorted(files.items())
+
+
+def code_fingerprint() -> str:
+    """A digest of the sources that decide an answer, so that a resumed run never mixes the rows of two versions."""
+    hasher = hashlib.sha256()
+    for name, file in deciding_files():
+        hasher.update(name.encode() + b"\0" + file.read_bytes())
+    return hasher.hexdigest()[:16]
+
+
+def _is_in(name: str, listed: tuple[str, ...]) -> bool:
+    return any(name == one or name.startswith(one + "/") for one in listed)

@@ -1,0 +1,173 @@
+"""From a name to a loaded model: the pocket models that ship with the package, a local folder or a hub id."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenprune.evals.models.chat_template import Message, one_turn, pack
+from tokenprune.registry import UnknownName, near
+
+POCKET = Path(__file__).parents[1] / "pocket" / "models"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to be asked.
+
+    Attributes:
+        name: as it was asked for.
+        model: the transformers model, in eval mode.
+        processor: its processor, left padding.
+        fingerprint: changes when the weights do; finished samples of other weights are not reused.
+        settled: by point, its method after interventions have seen the prompts that they learn from.
+    """
+
+    name: str
+    model: Any
+    processor: Any
+    fingerprint: str
+    settled: dict[str, Any] = field(default_factory=dict)
+
+    def inputs(self, questions: list[str], images: Sequence[Any]) -> Any:
+        """Processor output for a batch of questions, each on a picture, a video (its frames, a list) or several of
+        them (a tuple); see `prompting.one_turn`.
+
+        Left padded, on the model's device and in its dtype.
+
+        Raises:
+            ValueError: a video for a model of pictures.
+            ImportError: its videos need a package that is not installed.
+        """
+        return self.pack([one_turn(question, image) for question, image in zip(questions, images, strict=True)])
+
+    def pack(self, conversations: list[list[Message]]) -> Any:
+        """Processor output for a batch of conversations; as `inputs` gives it."""
+        clips = [
+            part["video"] for turns in conversations for turn in turns for part in turn["content"] if "video" in part
+        ]
+        if clips and getattr(self.processor, "video_processor", None) is None:
+            raise ValueError(
+                f"{self.name} takes pictures, and one of its samples is a video of {len(clips[0])} frames."
+            )
+        return pack(self.processor, conversations).to(self.model.device, dtype=self.model.dtype)
+
+    def decode(self, tokens: Any) -> list[str]:
+        """Generated ids `[B, T]`, prompt not included, as text."""
+        texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+
+def pocket_names() -> list[str]:
+    """Pocket models that are there, sorted."""
+    return sorted(path.parent.name for path in POCKET.glob("*/config.json"))
+
+
+def model_source(name: str) -> str:
+    """The folder or hub id behind `name`; imports nothing heavy, so that a typo fails before anything loads.
+
+    Raises:
+        UnknownName: neither a pocket model, nor a folder, nor a hub id (`owner/name`).
+    """
+    if name in pocket_names():
+        return str(POCKET / name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"The folder {name!r} holds no config.json, so it is no model that transformers can load.")
+        return str(folder)
+    parts = name.split("/")
+    if len(parts) == 2 and all(parts) and not name.startswith((".", "~")):
+        return name
+    known = pocket_names()
+    raise UnknownName(
+        f"There is no model called {name!r}.{near(name, known)} Known: {', '.join(known) or 'no pocket model'}; "
+        "or pass a local folder, or a hub id such as llava-hf/llava-1.5-7b-hf."
+    )
+
+
+def load_model(name: str, dtype: str = "float32", device: str | None = None) -> LoadedModel:
+    """Load model and processor.
+
+    Args:
+        name: pocket name, folder or hub id.
+        dtype: one of `DTYPES`.
+        device: where to put it; None takes a GPU where there is one.
+
+    Raises:
+        UnknownName, ValueError, OSError: there is no such model, dtype or device.
+    """
+    source = model_source(name)
+    check_dtype(dtype)
+    check_device(device)
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, dtype))
+    model = model.to(device).eval()
+    return LoadedModel(name, model, ready_processor(source), fingerprint(source, model))
+
+
+def ready_processor(source: str) -> Any:
+    """The processor of a folder or hub id, padding on the left."""
+    from tokenprune.evals.models.processor import load_processor
+
+    processor = load_processor(source)
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ValueError if `dtype` is not one of `DTYPES`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.{near(dtype, list(DTYPES))}")
+
+
+def check_device(device: str | None) -> None:
+    """Raise ValueError if torch has no such device on this machine; None is any."""
+    if device is None:
+        return
+    import torch
+
+    try:
+        found = torch.device(device)
+        module = torch.get_device_module(found)
+    except RuntimeError:
+        raise ValueError(f"There is no torch device {device!r}; write cpu, cuda or cuda:1, for example.") from None
+    # the module of one kind or another can neither say that it is there nor how many there are
+    count = module.device_count() if hasattr(module, "device_count") else 1
+    if not module.is_available() or (found.index or 0) >= count:
+        there = f"{count} of that kind" if module.is_available() else "none of that kind"
+        raise ValueError(
+            f"The device {device!r} is not there: torch {torch.__version__} finds {there} on this machine. Leave "
+            "it out to take a GPU where there is one, or write cpu."
+        )
+
+
+def fingerprint(source: str, model: Any = None) -> str:
+    """A short digest of a model: file names, sizes and sampled bytes of a folder, or the commit of a hub model."""
+    folder = Path(source)
+    if not folder.is_dir():
+        commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+        return str(commit or source)
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if not file.is_file() or file.suffix not in (".json", ".safetensors", ".txt", ".model", ".jinja", ".bin"):
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size};".encode())
+        with file.open("rb") as stream:
+            # a large shard is sampled: 64 spots tell two checkpoints apart without reading 14 GB
+            step = max(1, size // 64)
+            for start in range(0, size, step) if size > 64_000_000 else (0,):
+                stream.seek(start)
+                digest.update(stream.read(4096 if size > 64_000_000 else -1))
+    return digest.hexdigest()[:16]

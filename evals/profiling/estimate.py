@@ -1,0 +1,148 @@
+"""What a prompt would cost at a point, from the sizes in a model's config: no weights are loaded, nothing runs.
+
+The model is built on the meta device, so that its adapter can say how its parts are laid out; the processor lays out
+one prompt of `PICTURE` and `QUESTION`. Counts follow `tokenprune.cost`. Left out, because they are known only once a
+method has run: signals, the methods' own matrix products, and what interventions compute anew. A method that decides
+itself how much leaves (flowcut, todre's second stage) is counted with what its budgets leave at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tokenprune import cost
+from tokenprune.api import adapter_for, plan_for
+from tokenprune.evals.config.points import NONE, Point
+from tokenprune.evals.evaluation.applied_method import method_of
+from tokenprune.evals.models.load import LoadedModel, fingerprint, model_source, ready_processor
+from tokenprune.interfaces.adapter import Adapter
+from tokenprune.interfaces.pruner import Stage
+from tokenprune.interfaces.visual import TowerWork, Visual
+from tokenprune.plan.checks import visual_lengths
+
+PICTURE = (640, 480)
+"""Width and height of the picture, pixels."""
+QUESTION = "What is shown in the picture? Answer the question using a single word or phrase."
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model without weights, and one prompt of it.
+
+    Attributes:
+        visual: how the picture is laid out.
+        text: tokens of the prompt that belong to no picture.
+        fingerprint: as of the loaded model.
+    """
+
+    adapter: Adapter
+    visual: Visual
+    text: int
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One prompt at one point.
+
+    Attributes:
+        flops: by part; `selection` is 0.
+        unpruned: the same without pruning.
+        stages: where the method cuts, with which budgets.
+        at_most: whether the method may keep fewer tokens than this counts.
+    """
+
+    flops: cost.Flops
+    unpruned: cost.Flops
+    stages: tuple[Stage, ...]
+    at_most: bool
+
+
+def outline(name: str) -> Outline:
+    """The model called `name`, from its config and processor on this machine.
+
+    Raises:
+        OSError: they are not here: the hub is not asked.
+        TypeError, ValueError: no adapter covers the model.
+    """
+    import torch
+    from PIL import Image
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.utils import logging
+    from transformers.utils.hub import cached_file
+
+    logging.disable_progress_bar()
+    source = model_source(name)
+    if not Path(source).is_dir():
+        found = cached_file(source, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            raise OSError(f"the config of {source} is not in the local cache")
+        commit = Path(found).parent
+        source, made_of = str(commit), commit.name
+    else:
+        made_of = fingerprint(source)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(source))
+    adapter = adapter_for(model)
+    real = SimpleNamespace(device="cpu", dtype=torch.float32)  # where the prompt goes: the model is on no device
+    asked = LoadedModel(name, real, ready_processor(source), made_of)
+    return of_prompt(adapter, dict(asked.inputs([QUESTION], [Image.new("RGB", PICTURE)])), made_of)
+
+
+def of_prompt(adapter: Adapter, inputs: Mapping[str, Any], made_of: str = "") -> Outline:
+    """The outline of a prompt with one picture, as the processor laid it out."""
+    (visual,) = (one for one in adapter.visuals("image", inputs) if one.length)
+    return Outline(adapter, visual, inputs["input_ids"].shape[1] - visual.length, made_of)
+
+
+def estimate(model: Outline, point: Point, seed: int = 0) -> Estimate:
+    """The cost of the prompt at a point.
+
+    Raises:
+        ValueError: the method cannot work on this model, or cannot hold the budget; the message says why.
+    """
+    stages = () if point.method == NONE else plan_for(model.adapter, method_of(point, seed))
+    # a raster of merged tokens has as many as fit in rows and columns
+    at_most = any(stage.pruner.adaptive or stage.pruner.merges for stage in stages)
+    return Estimate(_flops(model, stages), _flops(model, ()), stages, at_most)
+
+
+def _flops(model: Outline, stages: Sequence[Stage]) -> cost.Flops:
+    adapter, visual = model.adapter, model.visual
+    shape = adapter.cost_shape()
+    kept = visual_lengths(stages, visual.num_tokens, shape.layers)
+    # separators leave with the first cut
+    lengths = [model.text + (visual.length if count == visual.num_tokens else count) for count in kept]
+    work = _tower_work(adapter, visual, stages)
+    return cost.Flops(
+        vision=adapter.vision.flops(shape, work),
+        projector=cost.projector_flops(shape, work.left),
+        selection=0,
+        prefill=cost.prefill_flops(shape, lengths),
+        decode=cost.decode_flops(shape, [length + 1 for length in lengths]),
+    )
+
+
+def _tower_work(adapter: Adapter, visual: Visual, stages: Sequence[Stage]) -> TowerWork:
+    """What the vision tower has to do if every cut before the projector leaves exactly its budget."""
+    vision, grids = adapter.vision, visual.tower_grids
+    shrink = next((stage for stage in stages if stage.place == "pixels"), None)
+    if shrink is not None:
+        rows, cols = visual.rasters[0].grid
+        small = shrink.pruner.target_grid((rows, cols), shrink.budget.tokens(rows * cols))
+        grids = (small,) * len(visual.rasters)
+    cuts = {stage.depth: stage for stage in stages if stage.place == "vision"}
+    counts = [rows * cols for rows, cols in grids]
+    if not cuts:
+        return TowerWork(grids, left=sum(counts))
+    first, blocks = min(cuts) + 1, []
+    for block in range(first, len(vision.blocks)):
+        if block - 1 in cuts:
+            shares = cuts[block - 1].budget.pictures(visual)
+            counts = [min(count, max(share, 1)) for count, share in zip(counts, shares)]
+        blocks.append(tuple(count * vision.patches_per_cell for count in vision.computed(counts)))
+    return TowerWork(grids, tuple(blocks), first, sum(vision.computed(counts)))

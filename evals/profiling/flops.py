@@ -1,0 +1,208 @@
+"""FLOPs of one prompt by part: measured with torch's FlopCounterMode, counted from the sizes, and the two compared."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from tokenprune import cost
+from tokenprune.api import adapter_for, applied
+from tokenprune.evals.config.points import NONE, Point
+from tokenprune.evals.evaluation.applied_method import pruned
+from tokenprune.evals.models.load import LoadedModel
+from tokenprune.evals.tasks.task import Sample
+from tokenprune.kernels._ops import FORMULAS
+from tokenprune.state.device_timer import Stopwatch
+
+PARTS: tuple[str, ...] = ("vision", "projector", "selection", "prefill", "decode")
+TOLERANCE = 0.01
+"""Largest relative difference between measured and analytic FLOPs that raises no warning."""
+
+
+_FUSED = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    # by the query's heads: torch 2.11 counts no grouped queries
+    key, value = ((part[0], query[1], *part[2:]) for part in (key, value))
+    return sdpa_flop_count(query, key, value)
+
+
+def flop_counter() -> FlopCounterMode:
+    """A FlopCounterMode that also counts our own ops, with triton or without, and fused attention of grouped queries
+    and on CPUs, which releases of torch refuse or leave at zero."""
+    fused = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}", None) for name in _FUSED]
+    mapping = {op: _attention for op in fused if op is not None}
+    return FlopCounterMode(display=False, custom_mapping={**FORMULAS, **mapping})
+
+
+class _Tally:
+    """What a counter counts while each module runs, and in methods and their signals, which belong to no module."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        self._counter = counter
+        self.selection = 0
+        self.spent: dict[str, int] = {}
+        self._begun: dict[str, int] = {}
+        self._selecting = 0
+
+    def _now(self) -> int:
+        return self._counter.get_total_flops() - self.selection
+
+    def _listen(self, begins: bool) -> None:
+        if begins:
+            self._selecting = self._counter.get_total_flops()
+        else:
+            self.selection += self._counter.get_total_flops() - self._selecting
+
+    def _before(self, name: str, module: Any, args: Any, kwargs: Any) -> None:
+        self._begun[name] = self._now()
+
+    def _after(self, name: str, module: Any, args: Any, output: Any) -> None:
+        self.spent[name] = self.spent.get(name, 0) + self._now() - self._begun[name]
+
+    @contextmanager
+    def of(self, modules: dict[str, Any]) -> Iterator[None]:
+        """Count in these modules and in selections."""
+        hooks = []
+        self.spent = dict.fromkeys(modules, 0)
+        Stopwatch.listener = self._listen
+        try:
+            for name, module in modules.items():
+                if module is not None:
+                    before = functools.partial(self._before, name)
+                    hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                    hooks.append(module.register_forward_hook(functools.partial(self._after, name)))
+            yield
+        finally:
+            Stopwatch.listener = None
+            for hook in hooks:
+                hook.remove()
+
+
+class _FirstToken(StoppingCriteria):
+    """Reads the counters when the first token is there; never stops."""
+
+    def __init__(self, read: Callable[[], dict[str, float]]) -> None:
+        self._read = read
+        self.seen: dict[str, float] | None = None
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        if self.seen is None:
+            self.seen = self._read()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def _measure_once(loaded: LoadedModel, inputs: dict[str, Any]) -> dict[str, float]:
+    """One prefill and one decode step, through `generate`, by part and (`layer:K`) by decoder layer."""
+    counter = flop_counter()
+    tally = _Tally(counter)
+    adapter = adapter_for(loaded.model)
+    vision, projector = adapter.vision.module, adapter.projector
+    layers = {f"layer:{i}": layer for i, layer in enumerate(adapter.layers)}
+    with torch.inference_mode(), counter, tally.of({"vision": vision, "projector": projector, **layers}):
+        first = _FirstToken(lambda: {**tally.spent, "selection": tally.selection, "total": counter.get_total_flops()})
+        loaded.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=2,
+            min_new_tokens=2,
+            stopping_criteria=StoppingCriteriaList([first]),
+        )
+    found = dict(first.seen or {})
+    if any(module is projector for module in vision.modules()):
+        found["vision"] -= found["projector"]
+    total = found.pop("total")
+    found["prefill"] = total - sum(found[part] for part in ("vision", "projector", "selection"))
+    found["decode"] = counter.get_total_flops() - total
+    return found
+
+
+def measure_flops(
+    loaded: LoadedModel, point: Point, samples: list[Sample], seed: int = 0, counting: bool = True
+) -> dict[str, Any]:
+    """Measured and analytic FLOPs of one prompt, averaged over `samples`.
+
+    Args:
+        counting: whether to run FlopCounterMode; without it only the analytic count is there and `measured` is None.
+
+    Returns:
+        `measured` and `analytic` (by part and `total`, which leaves `decode` out), `unpruned` (analytic),
+        `difference` (relative, by part, and under `layers` the largest of a decoder layer at prefill), `agree` (all
+        within `TOLERANCE`) and `paper` (see `tokenprune.cost`).
+    """
+    shape = adapter_for(loaded.model).cost_shape()
+    measured, analytic, unpruned = (dict.fromkeys(PARTS, 0.0) for _ in range(3))
+    by_layer: list[float] = []
+    paper = 0.0
+    for sample in samples:
+        inputs = dict(loaded.inputs([sample.question], [sample.image]))
+        # the handle that gives the unpruned model its report asks for scores, which would be counted
+        found = _measure_once(loaded, inputs) if counting and point.method == NONE else None
+        with _watched(loaded, point, seed, sample) as handle:
+            if counting and point.method != NONE:
+                found = _measure_once(loaded, inputs)
+            else:
+                with torch.inference_mode():
+                    loaded.model(**inputs, logits_to_keep=1)
+            report = handle.report()
+        if found is not None:
+            _add(measured, found, len(samples))
+            layers = [found[f"layer:{i}"] for i in range(shape.layers)]
+            by_layer += [_relative(own, layer) for own, layer in zip(report.flops_by_layer, layers)]
+        _add(unpruned, report.flops_unpruned.as_dict(), len(samples))
+        _add(analytic, report.flops.as_dict(), len(samples))
+        paper += cost.paper_flops(shape, report.tokens_by_layer) / len(samples)
+    result = {"analytic": _with_total(analytic), "unpruned": _with_total(unpruned), "paper": paper}
+    if not counting:
+        return {**result, "measured": None, "difference": None, "agree": None}
+    difference = {part: _relative(analytic[part], measured[part]) for part in PARTS}
+    difference["layers"] = max(by_layer, key=abs, default=0.0)
+    agree = all(abs(value) <= TOLERANCE for value in difference.values())
+    if not agree:
+        off = ", ".join(f"{part} {value:+.1%}" for part, value in difference.items() if abs(value) > TOLERANCE)
+        text = f"Analytic and measured FLOPs of {point.label} differ by more than 1 percent: {off}."
+        warnings.warn(text, stacklevel=2)
+    return {**result, "measured": _with_total(measured), "difference": difference, "agree": agree}
+
+
+@contextmanager
+def _watched(loaded: LoadedModel, point: Point, seed: int, sample: Sample) -> Iterator[Any]:
+    """The model at the point; for the unpruned one, with a method that keeps everything, for its report."""
+    if point.method == NONE:
+        with applied(loaded.model, "random", 1.0) as handle:
+            yield handle
+        return
+    with pruned(loaded, point, seed, [sample]) as handle:
+        yield handle
+
+
+def _add(total: dict[str, float], counted: Mapping[str, float], over: int) -> None:
+    for part in PARTS:
+        total[part] += counted[part] / over
+
+
+def _with_total(parts: dict[str, float]) -> dict[str, float]:
+    return {**parts, "total": sum(value for part, value in parts.items() if part != "decode")}
+
+
+def _relative(counted: float, measured: float) -> float:
+    if measured == 0:
+        return 0.0 if counted == 0 else 1.0
+    return counted / measured - 1
+
+
+def cache_bytes(cache: Any) -> list[int]:
+    """Bytes of keys and values that each layer of a KV cache really holds."""
+    sizes = []
+    for layer in cache.layers:
+        tensors = [getattr(layer, name, None) for name in ("keys", "values")]
+        sizes.append(sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)))
+    return sizes

@@ -1,0 +1,121 @@
+"""Times and FLOPs of points, kept as rows. A failure here costs no answer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from tokenprune.evals.config.points import Point
+from tokenprune.evals.config.run_config import RunConfig
+from tokenprune.evals.evaluation.batching import read_batch
+from tokenprune.evals.evaluation.evaluate import Answered
+from tokenprune.evals.evaluation.retry import failure_of, release_memory
+from tokenprune.evals.io.digest import digest
+from tokenprune.evals.io.row_store import RowStore
+from tokenprune.evals.models.load import LoadedModel
+from tokenprune.evals.profiling.hardware import clocked_on
+from tokenprune.evals.tasks.task import Sample, Task
+
+Record = dict[str, Any]
+MEASURE_KEY = ("settings", "point", "measure")
+
+
+def measure_key(config: RunConfig, settings: str, point: Point, machine: str) -> tuple[str, str, str]:
+    """Key of a point's row of costs.
+
+    Args:
+        machine: digest of what `machine.clocked_on` says; times of another machine are another row.
+    """
+    return settings, point.key, f"{digest(asdict(config.measure))}.{machine}"
+
+
+def measure(
+    config: RunConfig,
+    loaded: LoadedModel,
+    task: Task,
+    points: list[Point],
+    store: RowStore,
+    settings: str,
+    on_progress: Callable[[str], None] = lambda label: None,
+) -> str:
+    """Measure every point that the store, keyed by `MEASURE_KEY`, has no finished row of by this machine. One that
+    raises gets a row with its `error`.
+
+    Returns:
+        The machine, see `measure_key`.
+    """
+    from tokenprune.evals.profiling.flops import measure_flops
+    from tokenprune.evals.profiling.timing import measure_times
+
+    where = clocked_on(loaded.model)
+    machine = digest(where)
+    samples: list[Sample] | None = None
+    unread = 0
+    for point in points:
+        key = measure_key(config, settings, point, machine)
+        if key not in store:
+            row: Record = {**dict(zip(MEASURE_KEY, key, strict=True)), "machine": where}
+            failure = None
+            try:
+                if samples is None:
+                    samples, unread = _pictured(task, config.measure.samples)
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always", UserWarning)
+                    if samples:
+                        row.update(measure_times(loaded, point, samples, config.measure, config.seed))
+                        row["flops"] = measure_flops(loaded, point, samples, config.seed, config.measure.flops)
+                row["notes"] = [str(warning.message) for warning in caught if "FLOPs" in str(warning.message)]
+                if not samples:
+                    row["notes"] = [f"There are no times and FLOPs on {task.name}: none of its samples has a picture."]
+            except Exception as error:
+                failure = failure_of(error)
+            if failure is not None:
+                release_memory(failure)
+                row.update(failure.as_dict())
+            if samples or failure is not None or not unread:
+                store.append([row])  # else the pictures may be there the next time
+        on_progress(point.label)
+    return machine
+
+
+def _pictured(task: Task, wanted: int) -> tuple[list[Sample], int]:
+    """The first samples that can be read and have a picture (a text alone costs the same pruned), and how many could
+    not be read on the way."""
+    found: list[Sample] = []
+    unread = 0
+    for place in range(task.size):
+        batch = read_batch(task, place, place + 1)
+        unread += len(batch.unread)
+        found += [sample for sample in batch.samples if sample.visuals]
+        if len(found) >= wanted:
+            break
+    return found[:wanted], unread
+
+
+def read_costs(
+    config: RunConfig,
+    points: list[Point],
+    answered: dict[tuple[str, str], Answered],
+    store: RowStore,
+    machines: dict[str, str],
+) -> tuple[dict[str, Record], list[str]]:
+    """`kv`, `times` and `flops` by point key, and what a reader of them must know.
+
+    Args:
+        machines: by model, which machine measured it, see `measure_key`; it may be another one than this.
+    """
+    found: dict[str, Record] = {}
+    notes: list[str] = []
+    for point in points:
+        settings = answered[point.model, point.task].settings
+        row = store.get(measure_key(config, settings, point, machines.get(point.model, "")))
+        if row is None or "error" in row:
+            why = "" if row is None else f": {row['error']} ({row['raised_at']})"
+            notes.append(f"Times and FLOPs of {point.label} on {point.task} are missing{why}. They are measured again "
+                         "when the run is started again.")  # fmt: skip
+        else:
+            notes += row["notes"]
+            found[point.key] = {name: row[name] for name in ("kv", "times", "flops") if name in row}
+    return found, list(dict.fromkeys(notes))

@@ -1,0 +1,197 @@
+"""Times of one prompt: prefill, selection and decode, against the unpruned model and against the ideal prefill.
+
+The ideal is the honest bound: the same model, its vision tower and projector on the same image, then the decoder on a
+prompt that holds just the kept tokens; no selection, no bookkeeping. A method that cuts after the projector cannot be
+faster. (One that shrinks the picture, `downsample`, can: its tower has less to do.)
+
+Machines are noisy, so unpruned, pruned and ideal take turns within one round, and ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from tokenprune import cost
+from tokenprune.api import adapter_for
+from tokenprune.evals.config.measure import Measure
+from tokenprune.evals.config.points import Point
+from tokenprune.evals.evaluation.applied_method import pruned, visual_tokens
+from tokenprune.evals.models.load import LoadedModel
+from tokenprune.evals.profiling.flops import cache_bytes
+from tokenprune.evals.statistics.bootstrap import median_iqr
+from tokenprune.evals.tasks.task import Sample
+from tokenprune.seams import cache_in
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds until the device is done, and what `work` returned."""
+    _wait(device)
+    begin = time.perf_counter()
+    result = work()
+    _wait(device)
+    return time.perf_counter() - begin, result
+
+
+def prefill(loaded: LoadedModel, inputs: dict[str, Any]) -> Any:
+    """One forward pass over a prompt: tower, projector, decoder, logits of the last position, KV cache."""
+    return loaded.model(**inputs, use_cache=True, logits_to_keep=1)
+
+
+def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], stays: torch.Tensor) -> Callable[[], Any]:
+    """The work of an ideal pruned prefill, ready to be timed. Images only or videos only.
+
+    Args:
+        stays: `[B, S]` bool, places of the prompts that stay (see `Handle.stays`), equally many in each.
+
+    Raises:
+        ValueError: the prompts keep different numbers of places.
+    """
+    model, adapter = loaded.model, adapter_for(loaded.model)
+    ids = inputs["input_ids"]
+    kind = next(kind for kind, name in adapter.pixels.items() if inputs.get(name) is not None)
+    placeholder = adapter.placeholder_ids[kind]
+    encode: Callable[..., Any] = getattr(adapter.entry, adapter.features[kind])
+    names = inspect.signature(encode).parameters
+    vision = {name: value for name, value in inputs.items() if name in names}
+    keep = stays.to(ids.device)
+    counts = keep.sum(1).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(f"The ideal is timed for prompts that keep equally many tokens, got {counts}.")
+    short_ids = ids[keep].view(len(ids), -1)
+    places = short_ids == placeholder
+    rows = keep[ids == placeholder]
+    mask = torch.ones_like(short_ids)
+
+    def run() -> Any:
+        features = torch.cat(list(encode(**vision, return_dict=True).pooler_output))
+        # LLaVA-1.5 stacks equal pictures, the others list them
+        features = features.flatten(0, -2)
+        embeds = model.get_input_embeddings()(short_ids)
+        embeds = embeds.masked_scatter(places[..., None], features[rows].to(embeds.dtype))
+        return model(inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1)
+
+    return run
+
+
+class _Stamps(StoppingCriteria):
+    """Notes the time after each generated token; never stops."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        _wait(self.device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def decode_seconds(loaded: LoadedModel, inputs: dict[str, Any], tokens: int) -> list[float]:
+    """Seconds of each decode step after the first token of one `generate`."""
+    stamps = _Stamps(loaded.model.device)
+    loaded.model.generate(
+        **inputs,
+        do_sample=False,
+        max_new_tokens=tokens + 1,
+        min_new_tokens=tokens + 1,
+        stopping_criteria=StoppingCriteriaList([stamps]),
+    )
+    return [after - before for before, after in zip(stamps.times, stamps.times[1:])]
+
+
+def measure_times(
+    loaded: LoadedModel, point: Point, samples: list[Sample], measure: Measure, seed: int = 0
+) -> dict[str, Any]:
+    """Times, in seconds, and KV bytes, on `samples` one by one.
+
+    Returns:
+        `kv`: `measured` (bytes that the real cache holds after the prompt, mean over samples), `analytic`, `unpruned`
+        (analytic), `per_layer` (measured, of the first sample), `lengths` (keys per layer, of the first sample),
+        `equivalent_tokens` (visual keys averaged over layers and samples, read off the real cache).
+        `times`: median and quartiles of `prefill`, `unpruned_prefill`, `ideal_prefill`, `selection`, `decode` (per
+        token), and of the ratios `to_ideal`, `to_unpruned` and `selection_share`, each taken within
+        a round. The unpruned model has no ideal and no selection.
+    """
+    shape = adapter_for(loaded.model).cost_shape()
+    itemsize = loaded.model.dtype.itemsize
+    logs: dict[str, list[float]] = {}
+    kv: dict[str, Any] = {"measured": 0.0, "analytic": 0.0, "unpruned": 0.0, "equivalent_tokens": 0.0}
+
+    for number, sample in enumerate(samples):
+        inputs = dict(loaded.inputs([sample.question], [sample.image]))
+        length = inputs["input_ids"].shape[1]
+        with torch.inference_mode():
+            with pruned(loaded, point, seed, [sample]) as handle:
+                cache = cache_in(prefill(loaded, inputs))
+                stays = None if handle is None else handle.stays
+                counted = cost.kv_bytes(shape, [length] * shape.layers, itemsize)
+                kv["unpruned"] += counted / len(samples)
+                kv["analytic"] += (counted if handle is None else handle.report().kv_bytes) / len(samples)
+            sizes = cache_bytes(cache)
+            kv["measured"] += sum(sizes) / len(samples)
+            lengths = [layer.keys.shape[-2] for layer in cache.layers]
+            text = length - visual_tokens(loaded, inputs)[0]
+            kv["equivalent_tokens"] += cost.equivalent_tokens([n - text for n in lengths]) / len(samples)
+            if number == 0:
+                kv["per_layer"], kv["lengths"] = sizes, lengths
+            del cache
+            if not measure.times:
+                continue
+            ideal = None if stays is None else ideal_prefill(loaded, inputs, stays)
+            for turn in range(measure.warmup + measure.repeats):
+                found = _round(loaded, point, sample, seed, inputs, ideal, turn)
+                if turn >= measure.warmup:
+                    for name, value in found.items():
+                        logs.setdefault(name, []).append(value)
+            if measure.decode_tokens:
+                with pruned(loaded, point, seed, [sample]):
+                    logs.setdefault("decode", []).extend(decode_seconds(loaded, inputs, measure.decode_tokens))
+    return {"kv": kv, "times": {name: median_iqr(values) for name, values in logs.items()}}
+
+
+def _round(
+    loaded: LoadedModel,
+    point: Point,
+    sample: Sample,
+    seed: int,
+    inputs: dict[str, Any],
+    ideal: Callable[[], Any] | None,
+    turn: int,
+) -> dict[str, float]:
+    """Unpruned, pruned and ideal prefill once each, in an order that rotates with `turn`."""
+    device = loaded.model.device
+    found: dict[str, float] = {}
+
+    def unpruned_turn() -> None:
+        found["unpruned_prefill"] = timed(device, lambda: prefill(loaded, inputs))[0]
+
+    def pruned_turn() -> None:
+        with pruned(loaded, point, seed, [sample]) as handle:
+            found["prefill"] = timed(device, lambda: prefill(loaded, inputs))[0]
+            found["selection"] = handle.report().selection_seconds
+
+    def ideal_turn() -> None:
+        if ideal is not None:
+            found["ideal_prefill"] = timed(device, ideal)[0]
+
+    if ideal is None:
+        unpruned_turn()
+        return {"prefill": found["unpruned_prefill"], **found}
+    turns = [unpruned_turn, pruned_turn, ideal_turn]
+    for i in range(len(turns)):
+        turns[(i + turn) % len(turns)]()
+    found["to_ideal"] = found["prefill"] / found["ideal_prefill"]
+    found["to_unpruned"] = found["prefill"] / found["unpruned_prefill"]
+    found["selection_share"] = found["selection"] / found["unpruned_prefill"]
+    return found

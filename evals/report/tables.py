@@ -1,0 +1,85 @@
+"""The results of a run as a table in the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from tokenprune.evals.config.points import NONE
+from tokenprune.evals.results.summary import flat_costs, metric_names, title_of
+
+_HEADS = ("method", "tokens", "accuracy %", "95 % interval", "of unpruned %", "vs random", "p Holm", "hard %",
+          "headroom %", "GFLOPs", "KV KiB", "prefill ms", "select ms", "decode ms", "/ ideal", "failed")  # fmt: skip
+# columns that a narrow terminal goes without, in this order
+_DISPENSABLE = tuple(
+    _HEADS.index(name)
+    for name in ("decode ms", "select ms", "95 % interval", "KV KiB", "headroom %", "of unpruned %", "hard %",
+                 "/ ideal", "p Holm")
+)  # fmt: skip
+
+
+def _cells(record: dict[str, Any]) -> list[str]:
+    scores, costs = record["overall"], flat_costs(record)
+
+    def show(value: float | None, form: str) -> str:
+        return "" if value is None else form.format(value)
+
+    vs_random = ""
+    if scores["vs_random"] is not None:
+        vs_random = (
+            f"{100 * scores['vs_random']:+.1f} ({100 * scores['vs_random_low']:+.1f} to "
+            f"{100 * scores['vs_random_high']:+.1f})"
+        )
+    unpruned = record["method"] == NONE
+    return [
+        "unpruned" if unpruned else record["series"],
+        f"{record['kept_tokens']:g}",
+        f"{100 * scores['accuracy']:.1f}",
+        f"{100 * scores['ci_low']:.1f} to {100 * scores['ci_high']:.1f}",
+        "" if scores["relative"] is None else f"{100 * scores['relative']:.1f}",
+        vs_random,
+        show(scores["vs_random_holm"], "{:.2g}"),
+        "" if scores["discriminating"] is None else f"{100 * scores['discriminating']:.1f}",
+        "" if scores["headroom_won"] is None else f"{100 * scores['headroom_won']:.0f}",
+        show(costs["gflops_total"], "{:.3f}"),
+        "" if costs["kv_bytes"] is None else f"{costs['kv_bytes'] / 1024:.0f}",
+        show(costs["prefill_ms"], "{:.1f}"),
+        "" if unpruned else show(costs["selection_ms"], "{:.2f}"),
+        show(costs["decode_ms"], "{:.2f}"),
+        show(costs["prefill_to_ideal"], "{:.2f}"),
+        str(record.get("failed") or ""),
+    ]
+
+
+def _metric_cells(record: dict[str, Any], names: list[str]) -> list[str]:
+    """The task's own metrics, in its units."""
+    own = record.get("metrics") or {}
+    return [f"{own[name]:.4g}" if name in own else "" for name in names]
+
+
+def result_tables(records: list[dict[str, Any]], width: int = 200) -> list[Table]:
+    """One table per model and task for a terminal of `width` characters.
+
+    Columns that hold nothing are left out, and so are the least telling ones where the terminal is too narrow; all of
+    them are in summary.csv.
+    """
+    tables = []
+    for model, task in dict.fromkeys((record["model"], record["task"]) for record in records):
+        own = [record for record in records if (record["model"], record["task"]) == (model, task)]
+        metrics = metric_names(own)
+        heads = [*_HEADS, *metrics]
+        rows = [[*_cells(record), *_metric_cells(record, metrics)] for record in own]
+        used = [i for i in range(len(heads)) if any(row[i] for row in rows)]
+        for index in _DISPENSABLE:
+            if sum(2 + max(len(heads[i]), *(len(row[i]) for row in rows)) for i in used) <= width:
+                break
+            used = [i for i in used if i != index]
+        table = Table(title=title_of(own[0]), title_justify="left", box=None, pad_edge=False)
+        for i in used:
+            table.add_column(heads[i], justify="left" if i == 0 else "right", no_wrap=True)
+        for record, row in zip(own, rows, strict=True):
+            table.add_row(*(escape(row[i]) for i in used), style="dim" if record["reference"] else None)
+        tables.append(table)
+    return tables

@@ -1,0 +1,61 @@
+"""The samples of all tasks as one more task."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tokenprune.evals.config.points import Point
+
+Record = dict[str, Any]
+ALL_TASKS = "all"
+
+
+def pool_tasks(points: list[Point], rows: dict[str, list[Record]]) -> tuple[list[Point], dict[str, list[Record]]]:
+    """With several tasks of a model, a further task `all` that holds the samples of all of them, for the points that
+    have answers to each; nothing with one task."""
+    tasks: dict[str, set[str]] = {}
+    counts: dict[str, int] = {}
+    for point in points:
+        tasks.setdefault(point.model, set()).add(point.task)
+        whole = replace(point, task=ALL_TASKS)
+        counts[whole.key] = counts.get(whole.key, 0) + 1
+    pooled: dict[str, list[Record]] = {}
+    found: dict[str, Point] = {}
+    for point in points:
+        whole = replace(point, task=ALL_TASKS)
+        if not 2 <= len(tasks[point.model]) == counts[whole.key]:
+            continue
+        found[whole.key] = whole
+        # two tasks may number their samples alike
+        own = [{**row, "point": whole.key, "sample_id": f"{point.task}:{row['sample_id']}"} for row in rows[point.key]]
+        pooled.setdefault(whole.key, []).extend(own)
+    return list(found.values()), pooled
+
+
+def pool_costs(point: Point, points: list[Point], measures: dict[str, Record]) -> Record:
+    """Costs of a point of the task `all`: the means over its tasks, each as heavy as any other; times, FLOPs, bytes and
+    equivalent tokens alike. A median or quartile is then the mean of the tasks' medians or quartiles. Empty unless
+    every task has costs, and without what one of them lacks.
+
+    Args:
+        points: those of the single tasks.
+        measures: `flops`, `kv` and `times` by point key.
+    """
+    parts = [own.key for own in points if replace(own, task=ALL_TASKS).key == point.key]
+    found = [measures.get(key) for key in parts]
+    return _mean([one for one in found if one]) if found and all(found) else {}
+
+
+def _mean(values: list[Any]) -> Any:
+    """Of numbers; of mappings and equally long lists by entry; of booleans whether all hold. None where one is."""
+    first = values[0]
+    if any(value is None for value in values):
+        return None
+    if isinstance(first, dict):
+        shared = [name for name in first if all(name in value for value in values)]
+        return {name: _mean([value[name] for value in values]) for name in shared}
+    if isinstance(first, list):
+        same = len({len(value) for value in values}) == 1
+        return [_mean(list(column)) for column in zip(*values)] if same else None
+    return all(values) if isinstance(first, bool) else sum(values) / len(values)

@@ -1,0 +1,137 @@
+"""Whether two methods differ on the same samples: exact McNemar, Holm's correction, and how many samples it takes.
+
+McNemar's test looks only at the samples that the two methods answer differently: `won` that the method gets right and
+its baseline wrong, `lost` the other way round. If neither is better, each such sample is a fair coin. With scores
+between 0 and 1 "right" reads "higher", and the test is the sign test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenprune.evals.statistics.bootstrap import paired_difference
+
+Z_TWO_SIDED_5 = 1.959963984540054
+"""97.5 percent quantile of the normal law: two-sided tests at 5 percent."""
+Z_POWER_80 = 0.8416212335729143
+"""80 percent quantile of the normal law."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method against a baseline over the same samples.
+
+    Attributes:
+        difference, low, high: mean of score minus baseline, with its 95 percent paired bootstrap interval.
+        n: samples behind it.
+        won, lost: samples on which the method scores higher, and lower.
+        p: two-sided exact McNemar p-value.
+        needed: samples with which a difference and a discordance as observed are found with 80 percent power at
+            two-sided 5 percent; None where no difference was observed.
+        detectable: smallest difference that these n samples show with that power, at the observed discordance; None
+            where even one-sided discordance would not do.
+    """
+
+    difference: float
+    low: float
+    high: float
+    n: int
+    won: int
+    lost: int
+    p: float
+    needed: int | None
+    detectable: float | None
+
+
+def compare_paired(scores: Sequence[float], baseline: Sequence[float], seed: int = 0) -> Comparison:
+    """Every paired statistic of two lists of scores of the same samples in the same order.
+
+    Raises:
+        ValueError: the lists differ in length, or are empty.
+    """
+    interval = paired_difference(scores, baseline, seed)
+    won = sum(a > b for a, b in zip(scores, baseline, strict=True))
+    lost = sum(a < b for a, b in zip(scores, baseline, strict=True))
+    n = interval.n
+    return Comparison(
+        difference=interval.value,
+        low=interval.low,
+        high=interval.high,
+        n=n,
+        won=won,
+        lost=lost,
+        p=mcnemar(won, lost),
+        needed=samples_needed(abs(won - lost) / n, (won + lost) / n),
+        detectable=smallest_difference((won + lost) / n, n),
+    )
+
+
+def mcnemar(won: int, lost: int) -> float:
+    """Two-sided exact p-value of `won` against `lost` discordant samples: twice the smaller binomial tail, at most 1.
+
+    Raises:
+        ValueError: a negative count.
+    """
+    if min(won, lost) < 0:
+        raise ValueError(f"Discordant samples are counted from 0, got {won} won and {lost} lost.")
+    total = won + lost
+    term = tail = 1
+    for k in range(1, min(won, lost) + 1):
+        term = term * (total - k + 1) // k
+        tail += term
+    return min(1.0, 2 * tail / (1 << total))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values, in the order given: rejecting those of at most a keeps the chance of any false
+    rejection among all of them below a, whatever their dependence."""
+    adjusted = [0.0] * len(p_values)
+    floor = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = floor
+    return adjusted
+
+
+def samples_needed(difference: float, discordance: float) -> int | None:
+    """Samples with which the exact McNemar test at two-sided 5 percent finds a difference with 80 percent power.
+
+    n0 = (z_a sqrt(psi) + z_b sqrt(psi - d^2))^2 / d^2 (Connor 1987), enlarged by n0 / 4 (1 + sqrt(1 + 4 / (n0 d)))^2
+    for the discreteness of the exact test.
+
+    Args:
+        difference: d, of the two accuracies, in [0, discordance].
+        discordance: psi, the share of samples that exactly one of the two gets right.
+
+    Returns:
+        The count, or None where the difference is 0.
+
+    Raises:
+        ValueError: a difference larger than the discordance, or either outside [0, 1].
+    """
+    if not 0 <= difference <= discordance <= 1:
+        raise ValueError(
+            "A difference of accuracies is at most the share of samples on which the two differ, and both lie in "
+            f"[0, 1]; got {difference} and {discordance}."
+        )
+    return None if difference == 0 else math.ceil(_needed(difference, discordance))
+
+
+def smallest_difference(discordance: float, n: int) -> float | None:
+    """Smallest difference of accuracies that `n` samples show with 80 percent power at two-sided 5 percent, given the
+    share of discordant samples; None where not even a difference as large as the discordance is shown."""
+    if discordance <= 0 or _needed(discordance, discordance) > n:
+        return None
+    low, high = 0.0, discordance
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if middle > 0 and _needed(middle, discordance) <= n else (middle, high)
+    return high
+
+
+def _needed(difference: float, discordance: float) -> float:
+    spread = math.sqrt(max(0.0, discordance - difference**2))
+    plain = ((Z_TWO_SIDED_5 * math.sqrt(discordance) + Z_POWER_80 * spread) / difference) ** 2
+    return plain / 4 * (1 + math.sqrt(1 + 4 / (plain * difference))) ** 2

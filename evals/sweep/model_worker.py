@@ -1,0 +1,147 @@
+"""The work of a run on one model: answers, then costs and pictures. Executors decide which process does which of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers.utils import logging
+
+from tokenprune.evals.config.points import Point
+from tokenprune.evals.config.run_config import RunConfig
+from tokenprune.evals.errors import refusing
+from tokenprune.evals.evaluation.applied_method import check_points
+from tokenprune.evals.evaluation.batching import WHOLE, Share
+from tokenprune.evals.evaluation.evaluate import SAMPLE_KEY, Answered, evaluate
+from tokenprune.evals.io.row_store import folder_store
+from tokenprune.evals.models.load import load_model
+from tokenprune.evals.profiling.measure import MEASURE_KEY, measure
+from tokenprune.evals.report.pictures import save_pictures
+from tokenprune.evals.tasks.load import load_task
+from tokenprune.evals.tasks.task import Task
+
+
+@dataclass
+class Worked:
+    """What an executor leaves besides the rows in the run folder.
+
+    Attributes:
+        answered: settings and sample ids by model and task.
+        notes: sentences that a reader of the results must know.
+        machines: by model, which machine measured its costs, see `costs.measure_key`.
+    """
+
+    answered: dict[tuple[str, str], Answered] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    machines: dict[str, str] = field(default_factory=dict)
+
+    def take(self, other: Worked) -> None:
+        """Add what another process, or the work on another model, left."""
+        self.answered.update(other.answered)
+        self.notes += other.notes
+        self.machines.update(other.machines)
+
+
+class Executor(Protocol):
+    """Who does the work: from points to rows in the run folder. `executors/` has one a file.
+
+    Attributes:
+        first: whether this process writes the results, once the work is done.
+        writer: the name under which it writes rows, see `store.folder_store`.
+    """
+
+    first: bool
+    writer: str
+
+    def work(self, config: RunConfig, points: list[Point], tasks: dict[str, Task], console: Console) -> Worked:
+        """Answer, measure and draw."""
+        ...
+
+
+@contextmanager
+def show_progress(console: Console) -> Iterator[Progress]:
+    """A progress bar with what is done, how long it took and how long it will take."""
+    columns = (
+        TextColumn("{task.description:<34}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield progress
+
+
+class ModelWork:
+    """One model, loaded, and those points of a run that are its own. Every method was tried on it once.
+
+    Args:
+        points: of any models; the others are left alone.
+        tasks: by name; loaded here where missing.
+
+    Raises:
+        Refused: the model or a task cannot be loaded, or a method cannot work on them.
+    """
+
+    def __init__(
+        self, config: RunConfig, model: str, points: list[Point], console: Console, tasks: dict[str, Task] | None = None
+    ) -> None:
+        self.config, self.model, self.console = config, model, console
+        self.points = {name: [p for p in points if (p.model, p.task) == (model, name)] for name in config.all_tasks}
+        self.points = {name: own for name, own in self.points.items() if own}
+        logging.disable_progress_bar()
+        torch.manual_seed(config.seed)
+        with refusing():
+            self.tasks = {name: (tasks or {}).get(name) or load_task(name) for name in self.points}
+            self.loaded = load_model(model, config.dtype, config.device)
+            for name, own in self.points.items():
+                check_points(self.loaded, self.tasks[name], own, config.seed)
+
+    def answer(self, share: Share = WHOLE, writer: str = "") -> dict[tuple[str, str], Answered]:
+        """Answer the samples of a share at all points, into the rows of `writer`."""
+        store = folder_store(self.config.folder, "samples", SAMPLE_KEY, writer)
+        found: dict[tuple[str, str], Answered] = {}
+        for name, own in self.points.items():
+            task = self.tasks[name]
+            count = task.count(self.config.limit)
+            limited = f", the first {count} of {task.size} samples" if self.config.limit else ""
+            self.console.print(f"{self.loaded.name} on {task.name}: {len(own)} points{limited}", markup=False)
+            with show_progress(self.console) as progress:
+                places = range(count)
+                size = self.config.batch_size
+                mine = sum(1 for place in places if place // size % share.of == share.rank)
+                bar = progress.add_task("answers", total=mine * len(own))
+
+                def advance(done: int, label: str) -> None:
+                    progress.update(bar, advance=done, description=f"answers  {label}")  # noqa: B023
+
+                found[self.model, name] = evaluate(self.config, self.loaded, task, own, store, advance, share)
+                progress.update(bar, description="answers")
+        return found
+
+    def measure(self, answered: dict[tuple[str, str], Answered], writer: str = "") -> Worked:
+        """Measure times and FLOPs of all points into the rows of `writer`, and save pictures of what the model sees.
+
+        Returns:
+            Notes and the machine.
+        """
+        costs = folder_store(self.config.folder, "measures", MEASURE_KEY, writer)
+        worked = Worked()
+        for name, own in self.points.items():
+            task, asked = self.tasks[name], answered[self.model, name]
+            with show_progress(self.console) as progress:
+                bar = progress.add_task("times and FLOPs", total=len(own))
+
+                def advance(label: str) -> None:
+                    progress.update(bar, advance=1, description=f"times and FLOPs  {label}")  # noqa: B023
+
+                machine = measure(self.config, self.loaded, task, own, costs, asked.settings, advance)
+                worked.machines[self.model] = machine
+                progress.update(bar, description="times and FLOPs")
+            worked.notes += save_pictures(self.loaded, task, name, self.config)
+        return worked

@@ -1,0 +1,54 @@
+"""The pocket suites as tasks of the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tokenprune.evals.io.picture_reader import read_picture
+from tokenprune.evals.pocket import suite
+from tokenprune.evals.tasks.load import SUITES, suite_fingerprint
+from tokenprune.evals.tasks.task import Sample, Task
+
+FRAME = 336  # pixels: side of the square in which the suite `pocket` gives its boxes
+_Rows = tuple[Any, Sequence[str], Callable[[Any], Any], float]
+
+
+def pocket_task(name: str) -> Task:
+    """The task of a suite, "pocket-mixed", or of one of its families, "pocket-mixed:video"."""
+    suite_name, _, family = name.partition(":")
+    rows, families, picture, side = _READERS[suite_name]()
+    places = [i for i, own in enumerate(families) if family in ("", own)]
+
+    def load(start: int, stop: int) -> Iterator[Sample]:
+        for row in (rows[i] for i in places[start:stop]):
+            yield Sample(
+                sample_id=str(row["sample_id"]),
+                family=row["family"],
+                question=row["question"],
+                answer=row["answer"],
+                image=picture(row["image"]),
+                boxes=[[value / side for value in box] for box in row["boxes"]],
+            )
+
+    def score(prediction: str, answer: Any) -> float:
+        return float(suite.answer_matches(prediction, answer))
+
+    shown = (family,) if family else SUITES[suite_name]
+    made_of = suite_fingerprint(suite_name)
+    return Task(name, len(places), load, score, 8, families=shown, has_boxes=True, fingerprint=made_of)
+
+
+def _square() -> _Rows:
+    rows: Any = suite.load("test")
+    return rows, rows["family"], read_picture, FRAME
+
+
+def _mixed() -> _Rows:
+    from tokenprune.evals.pocket import mixed_suite as mixed
+
+    rows = mixed.load_rows()
+    return rows, [row["family"] for row in rows], mixed.decode, 1.0
+
+
+_READERS: dict[str, Callable[[], _Rows]] = {"pocket": _square, "pocket-mixed": _mixed}

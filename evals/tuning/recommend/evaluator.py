@@ -1,0 +1,201 @@
+"""What the search asks of a model: which settings there are, what each costs, what it answers on which samples."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from tokenprune.evals.config.measure import Measure, Overlays
+from tokenprune.evals.config.points import NONE, Point
+from tokenprune.evals.config.run_config import RunConfig
+from tokenprune.evals.errors import Refused, refusing
+from tokenprune.evals.io.digest import digest
+from tokenprune.evals.io.picture_reader import read_picture
+from tokenprune.evals.tasks.load import load_task
+from tokenprune.evals.tasks.task import Sample, Task
+from tokenprune.evals.tuning.recommend.settings import SHARES, RecommendConfig
+from tokenprune.registry import METHODS
+
+COST_PROMPTS = 2
+"""Prompts on which a setting's cost is taken, the same for all settings."""
+
+
+class Bench(Protocol):
+    """A model and its data, as the search sees them; tests put a table in its place."""
+
+    @property
+    def pictures(self) -> Sequence[str]:
+        """Which picture each sample is about."""
+        ...
+
+    def open(self) -> None:
+        """Get ready to answer; nothing heavy happens before."""
+
+    @property
+    def made_of(self) -> Mapping[str, Any]:
+        """What besides the config decides an answer."""
+        ...
+
+    def settings(self) -> list[Point]:
+        """What can be tried."""
+        ...
+
+    def cost(self, setting: Point) -> float:
+        """As a share of the unpruned model's. Raises ValueError where the model cannot take the setting."""
+        ...
+
+    def scores(self, settings: Sequence[Point | None], samples: Sequence[int]) -> list[list[float]]:
+        """Score of each sample by setting, in the orders given; None is the unpruned model."""
+        ...
+
+
+def split(pictures: Sequence[str], seed: int) -> tuple[list[int], list[int]]:
+    """Samples of the search half and of the held-out half: no picture is in both. Pictures come in an order drawn by
+    the seed, each with all of its samples, and the first ones with half of the samples are searched on."""
+    of: dict[str, list[int]] = {}
+    for sample, picture in enumerate(pictures):
+        of.setdefault(picture, []).append(sample)
+    search: list[int] = []
+    rest: list[int] = []
+    for picture in random.Random(seed).sample(list(of), len(of)):
+        (search if len(search) < len(pictures) // 2 else rest).extend(of[picture])
+    return search, rest
+
+
+class ModelBench:
+    """A model on a task. Every answer is kept as soon as it is there, and none is asked for twice."""
+
+    def __init__(self, config: RecommendConfig, console: Console) -> None:
+        self._config, self._console = config, console
+        self._task: Task = load_task(config.data)
+        self._run = RunConfig(
+            name="recommend", model=config.model, tasks=[config.data], methods=[NONE], seed=config.seed,
+            batch_size=config.batch_size, dtype=config.dtype, device=config.device, output=str(config.folder),
+            overlays=Overlays(samples=0), references=False,
+        )  # fmt: skip
+        samples = list(self._task.load(0, self._task.count(config.limit)))
+        self.pictures = [_picture(sample) for sample in samples]
+        self._ids = [sample.sample_id for sample in samples]
+        self._unpruned = Point(config.model, config.data, NONE, None)
+
+    def open(self) -> None:
+        """Load the model and what was answered before."""
+        from transformers.utils import logging
+
+        from tokenprune.evals.evaluation.evaluate import SAMPLE_KEY
+        from tokenprune.evals.io.row_store import RowStore
+        from tokenprune.evals.models.load import load_model
+        from tokenprune.evals.profiling.measure import MEASURE_KEY
+
+        logging.disable_progress_bar()
+        with refusing():
+            self._loaded = load_model(self._config.model, self._config.dtype, self._config.device)
+        self._answers = RowStore(self._config.folder / "samples.jsonl", SAMPLE_KEY)
+        self._costs = RowStore(self._config.folder / "measures.jsonl", MEASURE_KEY)
+
+    @property
+    def made_of(self) -> Mapping[str, Any]:
+        """See `Bench`."""
+        from tokenprune.evals.evaluation.applied_method import settings_digest
+
+        settings = settings_digest(self._run, self._loaded, self._task.fingerprint)
+        made_of = {"model, code, task or seed": settings, "samples": digest(self._ids)}
+        return {**made_of, "machine": self._machine()} if self._config.cost == "latency" else made_of
+
+    def _machine(self) -> str:
+        """What a latency depends on besides the setting; FLOPs and bytes do not."""
+        from tokenprune.evals.profiling.hardware import clocked_on
+
+        return digest(clocked_on(self._loaded.model))
+
+    def settings(self) -> list[Point]:
+        """Methods x budgets; without --methods, those that need no hints such as boxes."""
+        from tokenprune.api import adapter_for
+
+        names = self._config.methods or [name for name in METHODS.names() if not METHODS.get(name).hints]
+        blind = [name for name in names if METHODS.get(name).hints]
+        if blind:
+            needs = ", ".join(METHODS.get(blind[0]).hints)
+            raise ValueError(f"{blind[0]} needs {needs}, which nobody knows in use, so it cannot be recommended.")
+        budgets = self._config.budgets or default_budgets(adapter_for(self._loaded.model).num_tokens)
+        return [Point(self._config.model, self._config.data, name, keep) for name in names for keep in budgets]
+
+    def cost(self, setting: Point) -> float:
+        """See `Bench`; measured once, and kept."""
+        from tokenprune.evals.evaluation.applied_method import settings_digest
+
+        settings = settings_digest(self._run, self._loaded, self._task.fingerprint)
+        measure = f"recommend {self._config.cost}"
+        if self._config.cost == "latency":
+            measure += f" on {self._machine()}"
+        row = self._costs.get((settings, setting.key, measure))
+        if row is None:
+            row = {"settings": settings, "point": setting.key, "measure": measure, "cost": self._measure(setting)}
+            self._costs.append([row])
+        return row["cost"]
+
+    def _measure(self, setting: Point) -> float:
+        from tokenprune.evals.profiling.flops import measure_flops
+        from tokenprune.evals.profiling.timing import measure_times
+
+        prompts = list(self._task.load(0, min(COST_PROMPTS, len(self._ids))))
+        if self._config.cost == "flops":
+            flops = measure_flops(self._loaded, setting, prompts, self._config.seed, counting=False)
+            return flops["analytic"]["total"] / flops["unpruned"]["total"]
+        how = Measure(repeats=5, warmup=1, decode_tokens=0, times=self._config.cost == "latency")
+        found = measure_times(self._loaded, setting, prompts, how, self._config.seed)
+        if self._config.cost == "latency":
+            return found["times"]["to_unpruned"]["median"]
+        return found["kv"]["analytic"] / found["kv"]["unpruned"]
+
+    def scores(self, settings: Sequence[Point | None], samples: Sequence[int]) -> list[list[float]]:
+        """See `Bench`; only what was not answered before is asked."""
+        from tokenprune.evals.evaluation.evaluate import evaluate
+        from tokenprune.evals.sweep.model_worker import show_progress
+
+        points = [self._unpruned if setting is None else setting for setting in settings]
+        with show_progress(self._console) as progress:
+            bar = progress.add_task("answers", total=len(points) * len(samples))
+
+            def on_progress(done: int, label: str) -> None:
+                progress.update(bar, advance=done, description=f"answers  {label}")
+
+            found = evaluate(self._run, self._loaded, self._only(samples), points, self._answers, on_progress)
+        keys = [[(found.settings, point.key, found.ids[i]) for i in range(len(samples))] for point in points]
+        rows = [[self._answers.get(key) or {} for key in own] for own in keys]
+        failed = [row for own in rows for row in own if row.get("correct") is None]
+        if failed:
+            raise Refused(
+                f"Sample {failed[0].get('sample_id')} has no answer by {failed[0].get('point')}: "
+                f"{failed[0].get('error')}. "
+                "Accuracies can only be compared on the same samples; leave the sample or the method out."
+            )
+        return [[float(row["correct"]) for row in own] for own in rows]
+
+    def _only(self, samples: Sequence[int]) -> Task:
+        """The task with these samples, in this order."""
+
+        def load(start: int, stop: int) -> Any:
+            for sample in samples[start:stop]:
+                yield from self._task.load(sample, sample + 1)
+
+        return replace(self._task, size=len(samples), load=load)
+
+
+def default_budgets(num_tokens: int | None) -> list[int | float]:
+    """`SHARES` of an image's tokens; as fractions where images differ in size."""
+    if num_tokens is None:
+        return [round(share, 3) for share in SHARES]
+    return list(dict.fromkeys(max(1, round(share * num_tokens)) for share in SHARES))
+
+
+def _picture(sample: Sample) -> str:
+    hasher = hashlib.sha256()
+    for frame in sample.frames:
+        hasher.update(repr(frame.size).encode() + read_picture(frame).tobytes())
+    return hasher.hexdigest()[:16]

@@ -1,0 +1,247 @@
+"""Finds the cheapest setting whose accuracy drop is shown to be within a bound.
+
+The samples are halved by picture. One half is searched on: successive halving, then the Pareto front of cost and drop.
+The other half is not looked at until the front stands; on it a few settings of the front are tested, from the safest to
+the cheapest, each at 95 percent, up to the first that fails, and the last one that held is recommended. Because the
+order was fixed beforehand and testing stops at the first failure, the chance that a recommended setting's true drop is
+above the bound is at most 5 percent, however many settings were searched and tested (fixed-sequence testing).
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+
+from tokenprune.evals.config.points import Point
+from tokenprune.evals.errors import Refused, refusing
+from tokenprune.evals.statistics.drop_bounds import Answers, Drop, Pairs, exact_bound, samples_needed, smallest_sample
+from tokenprune.evals.tuning.recommend.evaluator import Bench, ModelBench, split
+from tokenprune.evals.tuning.recommend.settings import RecommendConfig
+
+_CERTAIN = 1.645  # standard errors by which a drop must be above the bound to be refuted in the search
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A setting on both halves.
+
+    Attributes:
+        cost: as a share of the unpruned model's.
+        search: on the samples of the search; says nothing reliable once the setting was picked by it.
+        held_out: on the held-out half; None where it was not tested.
+    """
+
+    setting: Point
+    cost: float
+    search: Drop
+    held_out: Drop | None = None
+
+
+@dataclass
+class Recommendation:
+    """What a search found.
+
+    Attributes:
+        chosen: the recommended setting; None where none held.
+        tested: what was tested on the held-out half, in order.
+        closest: the setting tested whose bound is smallest.
+        needed: samples in all, both halves, on which a drop like that of `closest` would be shown to be within the
+            bound four times out of five; None where no number would do.
+        at_best: the bound that the held-out half gives where no answer is lost.
+        accuracy: of the unpruned model on the held-out half.
+        samples: of the search half and of the held-out half.
+        settings: how many were searched.
+        left_out: settings that were not, and why.
+        history: see `Study.history`.
+    """
+
+    chosen: Tried | None
+    tested: list[Tried]
+    closest: Tried
+    needed: int | None
+    at_best: float
+    accuracy: float
+    samples: tuple[int, int]
+    settings: int
+    left_out: dict[str, str]
+    history: list[dict[str, Any]]
+    seconds: float
+    made_of: dict[str, Any] = field(default_factory=dict)
+
+
+def recommend(
+    config: RecommendConfig, console: Console | None = None, bench: Bench | None = None, keep_study: bool = True
+) -> Recommendation:
+    """Search, test on the held-out half, and say what was found; `output.write` writes it down.
+
+    Args:
+        bench: what answers; the model and data of the config by default.
+        keep_study: whether the study is a file, from which a killed search goes on.
+
+    Raises:
+        Refused: something that was asked for cannot be done, or so few samples can show nothing.
+    """
+    console = console or Console()
+    begin = time.perf_counter()
+    with refusing():
+        config.check()
+        asked = bench or ModelBench(config, console)
+    from tokenprune.evals.tuning.recommend.halving import Study
+
+    search, held_out = split(asked.pictures, config.seed)
+    at_best = _enough(config, len(asked.pictures), len(held_out))
+    console.print(
+        f"{len(search)} samples to search on, {len(held_out)} held out, no picture in both. With no answer lost at all "
+        f"the held-out half shows a drop of at most {at_best:.2%} at 95 percent confidence."
+    )
+    asked.open()
+    with refusing():
+        settings, left_out = _settings(config, asked, console)
+    made_of = {
+        **asked.made_of, "--max-drop": config.max_drop, "--cost": config.cost,
+        "list of settings": [point.label for point, _ in settings],
+    }  # fmt: skip
+    if keep_study:
+        config.results.mkdir(parents=True, exist_ok=True)
+    with refusing():
+        study = Study(config.results / "study.db" if keep_study else None, made_of, config.finalists)
+    found = _search(config, asked, study, settings, search, begin)
+    tested = _confirm(config, asked, _sequence(found, config), held_out)
+    closest = min(tested, key=lambda one: _bound(one))
+    holding = [one for one in tested if _bound(one) <= config.max_drop]
+    needed = None if closest.held_out is None else samples_needed(closest.held_out, config.max_drop)
+    (unpruned,) = asked.scores([None], held_out)
+    return Recommendation(
+        chosen=holding[-1] if holding else None, tested=tested, closest=closest,
+        needed=None if needed is None else 2 * needed, at_best=at_best, accuracy=sum(unpruned) / len(unpruned),
+        samples=(len(search), len(held_out)), settings=len(settings), left_out=left_out, history=study.history(),
+        seconds=time.perf_counter() - begin, made_of=made_of,
+    )  # fmt: skip
+
+
+def _enough(config: RecommendConfig, samples: int, held_out: int) -> float:
+    """The best bound that the held-out half can give. Raises Refused where that is above the one asked for."""
+    at_best = exact_bound(held_out, 0, 0) if held_out else 1.0
+    if at_best > config.max_drop:
+        least = "no number of samples shows a drop of exactly 0; raise --max-drop"
+        if config.max_drop > 0:
+            least = f"at least {2 * smallest_sample(config.max_drop)} are needed, or raise --max-drop"
+        raise Refused(
+            f"{samples} samples can at best show a drop within {at_best:.2%}, on the {held_out} that are held out, and "
+            f"--max-drop is {config.max_drop:.2%}: {least}."
+        )
+    return at_best
+
+
+def _settings(
+    config: RecommendConfig, bench: Bench, console: Console
+) -> tuple[list[tuple[Point, float]], dict[str, str]]:
+    """What is tried, with its cost, cheap first; and why the rest is not."""
+    wanted = bench.settings()
+    if config.trials is not None and config.trials < len(wanted):
+        wanted = random.Random(config.seed).sample(wanted, config.trials)
+    found: list[tuple[Point, float]] = []
+    left_out: dict[str, str] = {}
+    for number, point in enumerate(wanted, start=1):
+        if console.is_terminal:
+            console.print(f"cost of {point.label} ({number} of {len(wanted)})".ljust(console.width - 1), end="\r")
+        try:
+            cost = bench.cost(point)
+        except (ValueError, TypeError) as error:
+            if config.methods:
+                raise
+            left_out[point.label] = str(error)
+            continue
+        if cost >= 1:
+            left_out[point.label] = f"costs {cost:.1%} of the unpruned model"
+        else:
+            found.append((point, cost))
+    if not found:
+        raise ValueError("No setting is cheaper than the unpruned model. " + "; ".join(left_out.values()))
+    return sorted(found, key=lambda pair: (pair[1], pair[0].label)), left_out
+
+
+def _search(
+    config: RecommendConfig,
+    bench: Bench,
+    study: Any,
+    settings: Sequence[tuple[Point, float]],
+    samples: Sequence[int],
+    begin: float,
+) -> list[Tried]:
+    """The settings that went through the halving, each on all samples of the search that it answered."""
+    from tokenprune.evals.tuning.recommend.halving import rungs
+
+    trials = study.begin(settings)
+    alive = [(point, cost) for point, cost in settings if point.key in trials]
+    answered = 0
+    for rung in rungs(len(samples)):
+        late = config.minutes is not None and time.perf_counter() - begin > 60 * config.minutes
+        if not alive or (late and answered):
+            break
+        measured = [one.pairs() for one in _answers(bench, [point for point, _ in alive], samples[:rung])]
+        gone = study.leaves(
+            [trials[point.key] for point, _ in alive],
+            [pairs.value for pairs in measured],
+            [_refuted(pairs, config.max_drop) for pairs in measured],
+            rung,
+        )
+        answered = rung
+        alive = [pair for pair, out in zip(alive, gone) if not out]
+    complete = answered == len(samples) or not alive
+    done = [pair for pair in settings if pair in alive or (complete and pair[0].label in study.finished)]
+    on = samples if complete else samples[:answered]
+    drops = [one.drop(config.seed) for one in _answers(bench, [point for point, _ in done], on)]
+    if complete:
+        for (point, _), drop in zip(done, drops):
+            if point.label not in study.finished:
+                study.finish(trials[point.key], drop.bound)
+    return [Tried(point, cost, drop) for (point, cost), drop in zip(done, drops)]
+
+
+def _answers(bench: Bench, settings: Sequence[Point], samples: Sequence[int]) -> list[Answers]:
+    unpruned, *scores = bench.scores([None, *settings], samples)
+    pictures = [bench.pictures[sample] for sample in samples]
+    return [Answers(unpruned, own, pictures) for own in scores]
+
+
+def _refuted(drop: Pairs, within: float) -> bool:
+    """Whether a drop within the bound is out of the question. A heuristic of the search, not a claim."""
+    rate = (drop.lost + drop.won + 1) / (drop.n + 1)
+    return drop.value - _CERTAIN * (drop.design_effect * rate / drop.n) ** 0.5 > within
+
+
+def _sequence(found: Sequence[Tried], config: RecommendConfig) -> list[Tried]:
+    """What is tested on the held-out half, from the safest to the cheapest, each cheaper than the one before it.
+
+    Of the front's settings whose drop on the search half is within the bound (the safest where none is): the cheapest
+    that held there, the next cheaper one, which may hold with fresh samples, and before them what is safer.
+    """
+    from tokenprune.evals.tuning.recommend.halving import pareto
+
+    front = [found[i] for i in reversed(pareto([(one.cost, one.search.bound) for one in found]))]
+    able = [one for one in front if one.search.value <= config.max_drop] or front[:1]
+    held = [i for i, one in enumerate(able) if one.search.bound <= config.max_drop]
+    stop = min(len(able), (held[-1] if held else 0) + 2)
+    return able[max(0, stop - config.finalists) : stop]
+
+
+def _confirm(config: RecommendConfig, bench: Bench, sequence: Sequence[Tried], held_out: Sequence[int]) -> list[Tried]:
+    """Test one after the other on the held-out half, up to the first that fails. All are answered together, which is
+    cheaper than it sounds: they share each run of the vision tower."""
+    tested: list[Tried] = []
+    for one, answers in zip(sequence, _answers(bench, [one.setting for one in sequence], held_out)):
+        drop = answers.drop(config.seed)
+        tested.append(Tried(one.setting, one.cost, one.search, drop))
+        if drop.bound > config.max_drop:
+            break
+    return tested
+
+
+def _bound(one: Tried) -> float:
+    return 1.0 if one.held_out is None else one.held_out.bound

@@ -1,0 +1,292 @@
+"""Attention of a few rows in one decoder layer, from its own projections: what stages at "layer:K" may ask for.
+
+Layer K - 1 has run when a stage at "layer:K" chooses, so its keys and values are read from its KV cache where that has
+them; those of layer K, which is yet to run, are projected here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.interfaces.adapter import Adapter
+from tokenprune.interfaces.signals import (
+    DECODER_SIGNALS,
+    DECODER_VALUE_NORM,
+    INSTRUCTION_ATTENTION,
+    LAST_ATTENTION,
+    LAST_VALUE_SIMILARITY,
+    LAST_VISUAL_ATTENTION,
+    TEXT_TO_VISUAL,
+    TRANSITION_SIGNALS,
+    VISUAL_TO_TEXT,
+    Signal,
+)
+from tokenprune.kernels.attention_rows import attention_rows
+from tokenprune.state.prompt_state import Prompt
+
+_CHUNK = 128  # query rows at a time: memory stays O(rows x keys)
+
+
+@dataclass
+class LayerInput:
+    """What enters a decoder layer.
+
+    Attributes:
+        module: the layer.
+        hidden: `[B, P, D]`.
+        rotation: cos and sin, `[1 or B, P, d]`.
+        attended: `[B, P]` bool, False at padding; None: there is none.
+        keys: `[B, Hk, K, d]` keys that the layer's cache held before this call, rotated; None if it held none.
+        keys_seen: `[B, K]` bool, False at padding among them.
+        left: keys, rotated, and values `[B, Hk, K + P, d]` that the layer left in its cache; None before it has run.
+        cache: the KV cache that it runs with; None if there is none.
+    """
+
+    module: Any
+    hidden: Tensor
+    rotation: tuple[Tensor, Tensor]
+    attended: Tensor | None
+    keys: Tensor | None
+    keys_seen: Tensor | None
+    left: tuple[Tensor, Tensor] | None = None
+    cache: Any = None
+
+    def after(self, layer: int) -> LayerInput:
+        """The same once the layer's attention has run, with what it left in the cache if that has it whole and as it
+        was: a quantized or offloaded cache has not."""
+        if self.cache is None:
+            return self
+        length = self.hidden.shape[1] + (0 if self.keys is None else self.keys.shape[2])
+        left = []
+        for name in ("keys", "values"):
+            part = getattr(self.cache.layers[layer], name, None)
+            if not isinstance(part, Tensor) or part.dim() != 4 or part.shape[2] != length:
+                return self
+            if (part.dtype, part.device) != (self.hidden.dtype, self.hidden.device):
+                return self
+            left.append(part.detach())
+        return replace(self, left=(left[0], left[1]))
+
+
+def check_decoder_signal(signal: Signal, site: str, depth: int) -> None:
+    """Raise ValueError if a stage at "layer:K" cannot have this signal."""
+    if signal.name in DECODER_SIGNALS and depth < 0:
+        raise ValueError(f"{signal.name} of decoder layers is there at 'layer:K' only, and was asked for at {site!r}.")
+    if signal.name in DECODER_SIGNALS and signal.layer not in (depth - 1, depth):
+        raise ValueError(
+            f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage there reads layers "
+            f"{depth - 1} and {depth}."
+        )
+    if signal.name in TRANSITION_SIGNALS and not 0 <= signal.layer < depth:
+        raise ValueError(
+            f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage at 'layer:K' reads what "
+            "layers before K did to the tokens."
+        )
+
+
+class DecoderSignals:
+    """Computes signals of one layer for the prompts of a batch; what several signals share is computed once.
+
+    Attributes:
+        flops: matrix products so far, projections and attention rows.
+    """
+
+    def __init__(self, adapter: Adapter, given: LayerInput, prompt: Prompt) -> None:
+        self.flops = 0
+        self._adapter, self._given, self._prompt = adapter, given, prompt
+        self._reading = adapter.reading(given.module)
+        self._cache: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def prepare(self, names: Sequence[str]) -> None:
+        """Compute what signals of these names need of the layer's weights, which may be elsewhere (sharded, offloaded)
+        once it has run."""
+        for name in names:
+            if name == LAST_ATTENTION:
+                self._last()
+            elif name == INSTRUCTION_ATTENTION:
+                self._instruction()
+            elif name == LAST_VISUAL_ATTENTION:
+                self._last_query()
+                self._keys()
+            elif name in (LAST_VALUE_SIMILARITY, DECODER_VALUE_NORM):
+                self._values()
+            else:
+                self._shares(name)
+
+    def value(self, name: str, span: int, places: Tensor) -> Tensor:
+        """A signal for one span whose tokens stand at `places` of what entered the layer."""
+        sample = self._prompt.layout.spans[span].sample
+        if name == LAST_ATTENTION:
+            return self._last()[sample, places]
+        if name == INSTRUCTION_ATTENTION:
+            return self._instruction()[sample, places]
+        if name in (LAST_VISUAL_ATTENTION, LAST_VALUE_SIMILARITY, DECODER_VALUE_NORM):
+            return self._within(name, sample, places)
+        return self._shares(name)[sample]
+
+    def _allowed(self, rows: Tensor) -> Tensor:
+        """`[B, R, K + P]` bool: which keys the query rows `[B, R]` see."""
+        given = self._given
+        batch_size, length = given.hidden.shape[:2]
+        at = torch.arange(length, device=rows.device)
+        causal = at[None, None] <= rows[..., None]
+        if given.attended is not None:
+            own = at[None, None] == rows[..., None]
+            causal = (causal & given.attended[:, None]) | own
+        if given.keys is None:
+            return causal
+        past = torch.ones(batch_size, given.keys.shape[2], dtype=torch.bool, device=rows.device)
+        past = past if given.keys_seen is None else given.keys_seen
+        return torch.cat([past[:, None].expand(-1, rows.shape[1], -1), causal], dim=2)
+
+    def _project(self, part: str, hidden: Tensor) -> Tensor:
+        """Query, key or value `[B, H, S, d]` of hidden states `[B, S, D]`, counted."""
+        absent = self._reading.absent()
+        if absent is not None:
+            raise ValueError(
+                f"The weights of a decoder layer that a stage reads are {absent} where it reads them, outside of the "
+                "layer's own forward. Methods that cut at 'input' read none of them; sharding or offloading whole "
+                "layers goes with methods that read the layer before their cut (fastv, todre)."
+            )
+        made = self._adapter.heads(self._given.module, hidden, part)
+        self.flops += 2 * made.numel() * hidden.shape[-1]
+        return made
+
+    def _query(self, rows: Tensor) -> Tensor:
+        """`[B, H, R, d]` of the rows `[B, R]`, rotated."""
+        hidden = self._given.hidden.detach()
+        # normalisation and projections know no other row
+        asked = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
+        cos, sin = (part.expand(rows.shape[0], -1, -1) for part in self._given.rotation)
+        picked = rows[..., None].expand(-1, -1, cos.shape[-1])
+        return self._reading.rotate(self._project("q", asked), (cos.gather(1, picked), sin.gather(1, picked)))
+
+    def _keys(self) -> Tensor:
+        """`[B, Hk, K + P, d]` of the cache and of this call, rotated."""
+        given = self._given
+        if given.left is not None:
+            return given.left[0]
+        if "key" not in self._cache:
+            key = self._reading.rotate(self._project("k", given.hidden.detach()), given.rotation)
+            self._cache["key"] = key if given.keys is None else torch.cat([given.keys.to(key.dtype), key], dim=2)
+        return self._cache["key"]
+
+    def _values(self) -> Tensor:
+        """`[B, Hk, P, d]` of this call."""
+        given = self._given
+        if given.left is not None:
+            return given.left[1][:, :, -given.hidden.shape[1] :]
+        if "value" not in self._cache:
+            self._cache["value"] = self._project("v", given.hidden.detach())
+        return self._cache["value"]
+
+    def _attention(self, rows: Tensor) -> Tensor:
+        """`[B, R, P]` fp32: head-mean attention of the query rows `[B, R]` to the tokens of this call."""
+        query, key = self._query(rows), self._keys()
+        self.flops += 2 * query.numel() * key.shape[2]
+        mass = attention_rows(query, key, self._reading.scale, self._allowed(rows))
+        return mass[..., -self._given.hidden.shape[1] :]
+
+    def _ends(self) -> Tensor:
+        """`[B, 1]` int64, the last token of each prompt."""
+        batch_size = self._given.hidden.shape[0]
+        device = self._given.hidden.device
+        length = self._given.hidden.shape[1] - self._prompt.drafted  # drafted tokens stand last, behind any padding
+        if self._given.attended is None:
+            return torch.full((batch_size, 1), length - 1, device=device)
+        return (torch.arange(length, device=device) * self._given.attended[:, :length]).amax(dim=1, keepdim=True)
+
+    @torch.no_grad()
+    def _last_query(self) -> Tensor:
+        """`[B, H, 1, d]`."""
+        if "row" not in self._cache:
+            self._cache["row"] = self._query(self._ends())
+        return self._cache["row"]
+
+    @torch.no_grad()
+    def _last(self) -> Tensor:
+        if "last" not in self._cache:
+            self._cache["last"] = self._attention(self._ends())[:, 0]
+        return self._cache["last"]
+
+    @torch.no_grad()
+    def _instruction(self) -> Tensor:
+        if "instruction" in self._cache:
+            return self._cache["instruction"]
+        ends = self._ends()
+        counts = [max(count, 1) for count in self._prompt.text_after_visual()]
+        own = torch.tensor(counts, device=ends.device)[:, None]
+        total = torch.zeros(self._given.hidden.shape[:2], device=ends.device)
+        # text never leaves, so the rows are the last ones of each prompt; shorter prompts repeat their first, uncounted
+        for start in range(0, max(counts), _CHUNK):
+            back = torch.arange(start, min(start + _CHUNK, max(counts)), device=ends.device)[None]
+            mass = self._attention((ends - back.minimum(own - 1)).clamp(min=0))
+            total += (mass * (back < own)[..., None]).sum(dim=1)
+        self._cache["instruction"] = total / own
+        return self._cache["instruction"]
+
+    @torch.no_grad()
+    def _within(self, name: str, sample: int, places: Tensor) -> Tensor:
+        """`[n]` fp32: how the tokens at `places` `[n]` of a row compare among each other, seen from its last token."""
+        ends = self._ends()
+        if name == LAST_VISUAL_ATTENTION:
+            query, key = self._last_query()[sample], self._keys()[sample, :, -self._given.hidden.shape[1] :]
+            scale = self._reading.scale
+        else:
+            key = self._values()[sample]
+            if name == DECODER_VALUE_NORM:
+                return key[:, places].float().mean(dim=0).abs().sum(dim=-1)
+            query, scale = key[:, ends[sample]], key.shape[-1] ** -0.5
+        self.flops += 2 * query.numel() * places.shape[0]
+        return attention_rows(query[None], key[None, :, places], scale)[0, 0]
+
+    @torch.no_grad()
+    def _shares(self, name: str) -> Tensor:
+        if name not in self._cache:
+            visual = torch.zeros(self._given.hidden.shape[:2], dtype=torch.bool, device=self._given.hidden.device)
+            for span, alive in zip(self._prompt.layout.spans, self._prompt.alive):
+                standing = alive.places if alive.placeholders is None else alive.placeholders
+                visual[span.sample, standing] = True
+            if self._prompt.text_before_visual():
+                self._shares_of_all(visual)
+            else:
+                self._shares_of_tail(visual)
+        return self._cache[name]
+
+    def _shares_of_tail(self, visual: Tensor) -> None:
+        """Where all text follows all visual tokens: its own rows are all that is needed, and visual rows see none."""
+        counts = [max(count, 1) for count in self._prompt.text_after_visual()]
+        own, most = torch.tensor(counts, device=visual.device)[:, None], max(counts)
+        ends = self._ends()
+        total = torch.zeros(visual.shape[0], device=visual.device)
+        for start in range(0, most, _CHUNK):
+            back = torch.arange(start, min(start + _CHUNK, most), device=visual.device)[None]
+            mass = self._attention((ends - back).clamp(min=0))
+            total += ((mass * visual[:, None]).sum(dim=2) * (back < own)).sum(dim=1)
+        self._cache[TEXT_TO_VISUAL] = total / own[:, 0]
+        self._cache[VISUAL_TO_TEXT] = torch.zeros_like(total)
+
+    def _shares_of_all(self, visual: Tensor) -> None:
+        batch_size, length = visual.shape
+        at = torch.arange(length, device=visual.device)
+        first = torch.where(visual, at, length).amin(dim=1, keepdim=True)
+        text = ~visual & (at > first) & (at < length - self._prompt.drafted)
+        if self._given.attended is not None:
+            text &= self._given.attended
+        last = at == self._ends()
+        asking = torch.where(text.any(dim=1, keepdim=True), text, last)
+        to_visual = torch.zeros(batch_size, device=visual.device)
+        to_text = torch.zeros_like(to_visual)
+        for start in range(0, length, _CHUNK):
+            rows = at[start : start + _CHUNK].expand(batch_size, -1)
+            mass = self._attention(rows)
+            to_visual += ((mass * visual[:, None]).sum(dim=2) * asking.gather(1, rows)).sum(dim=1)
+            to_text += ((mass * text[:, None]).sum(dim=2) * visual.gather(1, rows)).sum(dim=1)
+        self._cache[TEXT_TO_VISUAL] = to_visual / asking.sum(dim=1)
+        self._cache[VISUAL_TO_TEXT] = to_text / visual.sum(dim=1).clamp(min=1)

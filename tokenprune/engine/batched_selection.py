@@ -1,0 +1,152 @@
+"""From a stage and the tokens that are there to a selection: groups images of one shape, and asks the method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tokenprune.interfaces.pruner import Stage
+from tokenprune.interfaces.selection import Selection
+from tokenprune.interfaces.signals import Signal, Tower
+from tokenprune.interfaces.view import View
+from tokenprune.interfaces.visual import Raster
+
+
+@dataclass
+class Asked:
+    """One image, video, crop or frame that a method shall choose in.
+
+    Attributes:
+        owner: whose it is (index into the caller's list), to put answers together.
+        rasters: its grids.
+        count: tokens that are there.
+        budget: how many shall stay.
+        tokens: `[count]` int64, which of its tokens are there; None for all.
+        features: reads `[count, D]`.
+        signal: reads a signal, `[count]` or, for those of a whole prompt, `[]`.
+        key: reads the image's number for random methods, `[]` int64.
+        hint: reads a hint by name.
+        carry: name -> `[count]`.
+    """
+
+    owner: int
+    rasters: tuple[Raster, ...]
+    count: int
+    budget: int
+    tokens: Tensor | None
+    features: Callable[[], Tensor]
+    signal: Callable[[Signal], Tensor]
+    key: Callable[[], Tensor]
+    hint: Callable[[str], object]
+    carry: Mapping[str, Tensor]
+
+    def only(self, places: Tensor, budget: int) -> Asked:
+        """The same about some of its tokens, `places` `[n]` int64 among those that are there."""
+        count = places.shape[0]
+
+        def signal(wanted: Signal) -> Tensor:
+            found = self.signal(wanted)
+            return found if found.dim() == 0 else found[places.to(found.device)]
+
+        return replace(
+            self,
+            count=count,
+            budget=min(budget, count),
+            tokens=places if self.tokens is None else self.tokens[places.to(self.tokens.device)],
+            features=lambda: self.features()[places],
+            signal=signal,
+            carry={name: values[places.to(values.device)] for name, values in self.carry.items()},
+        )
+
+
+@dataclass
+class Answer:
+    """What was chosen in one `Asked`.
+
+    Attributes:
+        indices: `[k]` int64, increasing, among the tokens that were there.
+        features: `[k, D]` in place of the tokens' own, or None.
+        carry: name -> `[count]`, values of all tokens that were there.
+    """
+
+    indices: Tensor
+    features: Tensor | None
+    carry: dict[str, Tensor]
+
+
+def choose(stage: Stage, tower: Tower, asked: Sequence[Asked]) -> tuple[list[Answer | None], int]:
+    """Ask the stage's method about each of `asked`, those of one shape together.
+
+    Returns:
+        An answer each, None where all stay; and the method's own matrix products.
+    """
+    pruner = stage.pruner
+    answers: list[Answer | None] = [None] * len(asked)
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index, item in enumerate(asked):
+        if item.budget >= item.count and not pruner.adaptive:
+            continue
+        if item.budget == 0 and not pruner.adaptive:
+            answers[index] = Answer(torch.empty(0, dtype=torch.int64), None, {})
+            continue
+        shape = tuple((raster.grid, raster.kind) for raster in item.rasters)
+        key = (shape, item.count, item.budget, item.tokens is None, tuple(item.carry))
+        groups.setdefault(key, []).append(index)
+    flops = 0
+    for members in groups.values():
+        items = [asked[member] for member in members]
+        view = make_view(stage, tower, items)
+        least = 0 if stage.place == "layer" else 1
+        selection = pruner.select(view).validate(len(items), view.num_tokens, least)
+        width = view.features.shape[-1]
+        flops += pruner.flops(len(items), view.num_tokens, width, selection.indices.shape[1], tower)
+        for row, member in enumerate(members):
+            answers[member] = _answer(selection, row, view.num_tokens)
+    return answers, flops
+
+
+def make_view(stage: Stage, tower: Tower, items: Sequence[Asked]) -> View:
+    """The view of items of one shape."""
+    pruner, first = stage.pruner, items[0]
+    found = [item.features() for item in items]
+    features = found[0][None] if len(found) == 1 else torch.stack(found)  # they are copies already
+    device = features.device
+    return View(
+        features=features,
+        rasters=first.rasters,
+        budget=first.budget,
+        tower=tower,
+        signals={
+            signal: torch.stack([item.signal(signal) for item in items]).to(device) for signal in stage.signals(tower)
+        },
+        hints={name: [item.hint(name) for item in items] for name in pruner.hints},
+        make_keys=lambda: torch.stack([item.key() for item in items]).to(device),
+        site=stage.site,
+        tokens=None if first.tokens is None else torch.stack([_present(item.tokens) for item in items]),
+        carry={name: torch.stack([item.carry[name] for item in items]) for name in first.carry},
+    )
+
+
+def _present(tokens: Tensor | None) -> Tensor:
+    if tokens is None:
+        raise ValueError("Images of one group must have all been cut, or none of them.")
+    return tokens
+
+
+def _answer(selection: Selection, row: int, num_tokens: int) -> Answer | None:
+    count = selection.indices.shape[1] if selection.counts is None else selection.counts[row]
+    carry = {name: values[row] for name, values in (selection.carry or {}).items()}
+    if count == num_tokens and selection.features is None and not carry:
+        return None
+    features = None if selection.features is None else selection.features[row, :count]
+    return Answer(selection.indices[row, :count], features, carry)
+
+
+def joined_carry(before: Mapping[str, Tensor], answers: Sequence[Answer | None]) -> dict[str, Tensor]:
+    """What goes on with the tokens of one visual: what stood there before this stage, and what all its parts left."""
+    given = [{} if answer is None else answer.carry for answer in answers]
+    names = set(given[0]).intersection(*given)
+    return {**before, **{name: torch.cat([carry[name] for carry in given]) for name in names}}

@@ -1,0 +1,326 @@
+"""One pass through the decoder: rows are cut at its input and at the layers that stages name, and every layer is given
+the masks and positions that fit the keys it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.interfaces.adapter import Adapter
+from tokenprune.state.compaction import Compaction
+from tokenprune.state.kv_cache import PrunedPrompt, Segment
+
+
+class DecoderPass:
+    """Bookkeeping of one call of the decoder.
+
+    "Base" is what the first layer gets. Later layers may hold fewer tokens: those of the pass itself (`index` says
+    which of the base they are) and those of the cache (`before`).
+
+    Args:
+        adapter: the family.
+        before: the map of the cache's keys, None where its prompt was not pruned.
+        past: logical tokens that the cache holds.
+        batch_size: B.
+        length: logical tokens of the call.
+        device: of the embeddings.
+    """
+
+    def __init__(
+        self, adapter: Adapter, before: PrunedPrompt | None, past: int, batch_size: int, length: int, device: Any
+    ) -> None:
+        self.adapter, self.before, self.past, self.length = adapter, before, past, length
+        self.batch_size, self.device = batch_size, device
+        self.compaction: Compaction | None = None  # of the whole pass so far
+        # [B, P] bool, None where there is no padding: False at padding that cuts of this pass made, and at any padding
+        self.real: Tensor | None = None
+        self.attended: Tensor | None = None
+        self.index: Tensor | None = None  # [B, P] of the base, None: the base itself
+        self.closed: Tensor | int = 0  # [B, P] what positions shrink by since the base
+        self.shift: Tensor | None = None  # [B] what later positions shrink by, of this pass alone
+        self.segments: list[Segment] = []
+        # the layer before which rows were shortened, and how they stand to the full rows from then on
+        self.moves: list[tuple[int, Compaction]] = []
+        self._given_mask: Tensor | None = None
+        self._masks: dict[tuple[int, int, str], Any] = {}
+        self._rotations: dict[tuple[int, int, str], Any] = {}
+        self._cuts = 0
+        self._moved = False
+        config = adapter.language_model.config
+        self._flash = "flash" in str(getattr(config, "_attn_implementation", ""))
+
+    # --- the base ---------------------------------------------------------------------------------------------------
+
+    def begin(
+        self, compaction: Compaction | None, policy: str, embeds: Tensor, mask: Tensor | None, positions: Tensor | None
+    ) -> dict[str, Any]:
+        """Arguments for the decoder: shortened rows, and the mask and positions that fit them."""
+        past, length = self.past, self.length
+        self._given_mask = mask
+        if positions is None:
+            positions = torch.arange(past, past + length, device=embeds.device)[None]
+        first = self.before.segments[0] if self.before else None
+        if first is not None:
+            old_mask = first.mask(mask, self.before.length, past)  # type: ignore[union-attr]
+        else:
+            old_mask = None if mask is None else mask[:, :past]
+        new_mask = None if mask is None else mask[:, past:]
+        self.attended = None if new_mask is None else new_mask.to(torch.bool)
+        if compaction is not None:
+            positions = compaction.positions(positions, policy)
+            embeds = compaction.rows(embeds)
+            new_mask = compaction.real.to(torch.int64 if mask is None else mask.dtype) if compaction.padded else None
+            self.real = self.attended = compaction.real if compaction.padded else None
+            self.compaction = compaction
+            self.moves.append((0, compaction))
+            if policy == "compact":
+                self.shift = compaction.removed
+        if first is not None:
+            positions = positions - first.shift.to(positions.device)[:, None]
+        self._note(0)
+        # without mask and cache, transformers takes gaps in position ids for the ends of packed sequences
+        gaps = compaction is not None and policy == "keep"
+        if mask is None and old_mask is None and new_mask is None and not gaps:
+            return {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": None}
+        old_length = past - (self.before.hidden() if self.before else 0)
+        kind = {"device": embeds.device, "dtype": torch.int64 if mask is None else mask.dtype}
+        if old_mask is None:
+            old_mask = torch.ones(self.batch_size, old_length, **kind)
+        if new_mask is None:
+            new_mask = torch.ones(self.batch_size, embeds.shape[1], **kind)
+        full = torch.cat([old_mask, new_mask.to(old_mask.device)], dim=1)
+        return {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": full}
+
+    def _note(self, layer: int) -> None:
+        """Write down the segment that begins at `layer`."""
+        if self.compaction is None:
+            slots = torch.arange(self.past, self.past + self.length, device=self.device).expand(self.batch_size, -1)
+            padded = False
+        else:
+            slots = self.compaction.index + self.past
+            padded = self.compaction.padded
+            if padded:
+                slots = slots.masked_fill(~self.compaction.real, -1)
+        shift = (
+            torch.zeros(self.batch_size, dtype=torch.int64, device=self.device) if self.shift is None else self.shift
+        )
+        self.segments.append(Segment(layer, slots, shift, padded, self._moved))
+
+    # --- a layer ----------------------------------------------------------------------------------------------------
+
+    def cut(self, layer: int, compaction: Compaction, policy: str) -> None:
+        """Tokens leave before `layer`."""
+        self._cuts += 1
+        self.index = compaction.index if self.index is None else compaction.rows(self.index)
+        closed = self.closed if isinstance(self.closed, int) else compaction.rows(self.closed)
+        if policy == "compact":
+            closed = compaction.removed_before + closed
+            self.shift = compaction.removed if self.shift is None else self.shift + compaction.removed
+            self._moved = True
+        self.closed = closed
+        self.real = self.attended = compaction.real if compaction.padded else None
+        self.compaction = compaction.after(self.compaction)
+        self.moves.append((layer, self.compaction))
+        self._note(layer)
+
+    def differs(self, layer: int) -> bool:
+        """Whether this layer needs other arguments than the base."""
+        return self._cuts > 0 or (self.before is not None and self.before.segment(layer).first_layer > 0)
+
+    def seen(self, layer: int) -> Tensor | None:
+        """`[B, K]` bool: which of the keys that a layer's cache held before this call are no padding; None: all."""
+        mask, before = self._given_mask, self.before
+        found = None if mask is None else mask[:, : self.past]
+        if before is not None:
+            found = before.segment(layer).mask(mask, before.length, self.past)
+        return None if found is None else found.to(torch.bool)
+
+    def arguments(self, layer: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of a layer, from those that were made for the base."""
+        first = self.before.segment(layer).first_layer if self.before else 0
+        key = (self._cuts, first, self.adapter.layer_kind(layer))
+        changed = dict(kwargs)
+        if "attention_mask" in kwargs:
+            if key not in self._masks:
+                made = self._anew if self._made_short(layer) else self._mask
+                self._masks[key] = made(layer, hidden, kwargs["attention_mask"])
+            changed["attention_mask"] = self._masks[key]
+        if key not in self._rotations:
+            self._rotations[key] = self._rotation(layer, hidden, kwargs)
+        changed.update(self._rotations[key])
+        return changed
+
+    def _rotation(self, layer: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        positions, rotation = kwargs.get("position_ids"), kwargs.get("position_embeddings")
+        late: Tensor | None = None
+        if self.before is not None and self.before.segment(layer).moved:
+            late = self.before.segment(layer).shift - self.before.segments[0].shift
+        moved = self._moved or late is not None
+        if positions is not None:
+            positions = self._take(positions, -1)
+            if self._moved:
+                positions = positions - self.closed
+            if late is not None:
+                positions = positions - late.to(positions.device)[:, None]
+            found["position_ids"] = positions
+        if rotation is not None:
+            if moved:
+                if positions is None:
+                    raise ValueError(
+                        "This model's decoder layers get no position ids, so positions cannot be closed up at a layer; "
+                        "use positions='keep'."
+                    )
+                found["position_embeddings"] = self.adapter.rotary(hidden, positions, layer)
+            else:
+                found["position_embeddings"] = tuple(self._take(part, -2) for part in rotation)
+        return found
+
+    def _take(self, values: Tensor, dim: int) -> Tensor:
+        """Of values by base place along `dim` (rows in the dimension before it), those of the tokens that are left."""
+        if self.index is None:
+            return values
+        index = self.index.to(values.device)
+        if dim == -1:
+            values = values.expand(*values.shape[:-2], index.shape[0], -1)
+            return values.gather(-1, index.expand(*values.shape[:-2], *index.shape))
+        values = values.expand(*values.shape[:-3], index.shape[0], -1, -1)
+        wide = index[..., None].expand(*values.shape[:-3], *index.shape, values.shape[-1])
+        return values.gather(-2, wide)
+
+    def _mask(self, layer: int, hidden: Tensor, mask: Any) -> Any:
+        columns, seen = self._columns(layer)
+        queries = hidden.shape[1]
+        past = columns.shape[1] - queries
+        if mask is None:
+            if seen is None or self._flash:
+                return None if seen is None else seen.to(torch.int64)
+            causal = torch.ones(queries, columns.shape[1], dtype=torch.bool, device=hidden.device).tril(past)
+            return _see_something((causal & seen[:, None])[:, None], past)
+        if not isinstance(mask, Tensor):
+            raise ValueError(
+                f"A layer was given a {type(mask).__name__} for a mask; tokens can leave inside the decoder with SDPA, "
+                "eager and flash attention only. Load the model with attn_implementation='sdpa'."
+            )
+        if mask.dim() == 2:  # flash attention
+            taken = mask.gather(1, columns.to(mask.device))
+            return taken if seen is None else taken * seen.to(mask.dtype)
+        index = columns.to(mask.device)[:, None, None]
+        if self.index is not None:
+            rows = self.index.to(mask.device)[:, None, :, None]
+            mask = mask.expand(self.batch_size, *mask.shape[1:])
+            mask = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
+        mask = mask.expand(self.batch_size, *mask.shape[1:])
+        mask = mask.gather(3, index.expand(-1, mask.shape[1], mask.shape[2], -1))
+        if seen is None:
+            return mask
+        hidden_keys = ~seen.to(mask.device)[:, None, None]
+        if mask.dtype == torch.bool:
+            return _see_something(mask & ~hidden_keys, past)
+        return mask.masked_fill(hidden_keys, torch.finfo(mask.dtype).min)
+
+    def _made_short(self, layer: int) -> bool:
+        """Whether the masks of this layer's kind were made for fewer keys than the base's: the first layer of the kind
+        comes after a cut of an earlier call."""
+        if self.before is None:
+            return False
+        kind = self.adapter.layer_kind(layer)
+        first = next(other for other in range(layer + 1) if self.adapter.layer_kind(other) == kind)
+        return self.before.segment(first).first_layer > 0
+
+    def _anew(self, layer: int, hidden: Tensor, mask: Any) -> Tensor:
+        """A causal mask over the keys that this layer holds, in the form of `mask`."""
+        old = self.seen(layer)
+        if old is None:
+            held = self.past - (self.before.hidden(layer) if self.before else 0)
+            old = torch.ones(self.batch_size, held, dtype=torch.bool, device=hidden.device)
+        new = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        if self.attended is not None:
+            new = self.attended.to(hidden.device)
+        seen = torch.cat([old.to(hidden.device), new], dim=1)
+        if self._flash or (isinstance(mask, Tensor) and mask.dim() == 2):
+            return seen.to(torch.int64)
+        past = old.shape[1]
+        causal = torch.ones(hidden.shape[1], seen.shape[1], dtype=torch.bool, device=hidden.device).tril(past)
+        allowed = _see_something((causal & seen[:, None])[:, None], past)
+        if not isinstance(mask, Tensor) or mask.dtype == torch.bool:
+            return allowed
+        return torch.zeros(allowed.shape, dtype=mask.dtype, device=mask.device).masked_fill(
+            ~allowed, torch.finfo(mask.dtype).min
+        )
+
+    def _columns(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        """Which of the base's keys this layer holds, `[B, K]`, and which of them are real (None: all)."""
+        rows, device = self.batch_size, self.device
+        parts, seen = [], []
+        held = 0
+        if self.past:
+            if self.before is None:
+                parts.append(torch.arange(self.past, device=device).expand(rows, -1))
+                held = self.past
+                seen.append(torch.ones(rows, held, dtype=torch.bool, device=device))
+            else:
+                columns, real = self._cached_columns(layer, self.before)
+                parts.append(columns)
+                seen.append(real)
+                held = self.past - self.before.hidden()
+        if self.index is None:
+            base = self.length if self.compaction is None else self.compaction.index.shape[1]
+            parts.append(held + torch.arange(base, device=device).expand(rows, -1))
+        else:
+            parts.append(held + self.index)
+        last = parts[-1]
+        seen.append(torch.ones_like(last, dtype=torch.bool) if self.real is None else self.real.to(device))
+        columns = torch.cat(parts, dim=1)
+        padded = self.real is not None or (self.before is not None and self.before.segment(layer).padded)
+        return columns, torch.cat(seen, dim=1) if padded else None
+
+    def _cached_columns(self, layer: int, before: PrunedPrompt) -> tuple[Tensor, Tensor]:
+        base, own = before.segments[0], before.segment(layer)
+        width = base.slots.shape[1]
+        place = torch.zeros(self.batch_size, before.length + 1, dtype=torch.int64, device=self.device)
+        at = torch.arange(width, device=self.device).expand(self.batch_size, -1)
+        slots = base.slots.to(self.device)
+        place = place.scatter(1, torch.where(slots < 0, before.length, slots), at)
+        mine = own.slots.to(self.device)
+        columns = place.gather(1, mine.clamp(min=0))
+        later = self.past - before.length
+        tail = width + torch.arange(later, device=self.device).expand(self.batch_size, -1)
+        real = torch.cat([mine >= 0, torch.ones_like(tail, dtype=torch.bool)], dim=1)
+        return torch.cat([columns, tail], dim=1), real
+
+    # --- afterwards -------------------------------------------------------------------------------------------------
+
+    def result(self) -> PrunedPrompt | None:
+        """The map of the cache's keys after this pass, or None if nothing left in it and nothing had left before."""
+        if self.compaction is None:
+            return None
+        before, past = self.before, self.past
+        firsts = {segment.first_layer for segment in self.segments}
+        if before is not None:
+            firsts |= {segment.first_layer for segment in before.segments}
+        merged = []
+        for layer in sorted(firsts):
+            new = next(segment for segment in reversed(self.segments) if segment.first_layer <= layer)
+            begun, parts, shift, padded, moved = 0, [], new.shift, new.padded, new.moved
+            if before is not None:
+                old = before.segment(layer)
+                parts.append(old.slots.to(self.device))
+                begun, shift = before.length, shift + old.shift.to(self.device)
+                padded, moved = padded or old.padded, moved or old.moved
+            parts.append(torch.arange(begun, past, device=self.device).expand(self.batch_size, -1))
+            slots = torch.cat([*parts, new.slots], dim=1)
+            merged.append(replace(new, first_layer=layer, slots=slots, shift=shift, padded=padded, moved=moved))
+        return PrunedPrompt(tuple(merged), past + self.length)
+
+
+def _see_something(allowed: Tensor, past: int) -> Tensor:
+    """Rows of padding that see no key see themselves, so that their softmax has something to divide by."""
+    queries = allowed.shape[-2]
+    own = torch.eye(queries, allowed.shape[-1] - past, dtype=torch.bool, device=allowed.device)
+    own = torch.cat([torch.zeros(queries, past, dtype=torch.bool, device=allowed.device), own], dim=1)
+    return allowed | (own & ~allowed.any(-1, keepdim=True))

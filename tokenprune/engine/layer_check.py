@@ -1,0 +1,208 @@
+"""What `apply` asks of a decoder before a method reads its layers: is a layer what the adapter takes it for?
+
+A layer that a method reads is run by itself on a few random hidden states, and what is read off it (queries, keys,
+values, rotation, scale; its two branches) must give what it computed. That is checked of the loaded module, whatever
+its class. Where weights are not there to run a layer with (on the meta device, or sharded), the names of its parts are
+all that can be checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.interfaces.adapter import Adapter
+from tokenprune.interfaces.attention_reading import output_of
+from tokenprune.interfaces.pruner import Stage
+from tokenprune.interfaces.signals import DECODER_SIGNALS, TRANSITION_SIGNALS
+
+_TOKENS = 8
+_KINDS = ("", "full_attention", "sliding_attention")
+_INSTEAD = (
+    "Methods that cut at 'input' or before it and read nothing of the decoder work on this model (uniform, holov, "
+    "todre with fade=False)."
+)
+
+
+def check_decoder_reads(adapter: Adapter, stages: Sequence[Stage], changed: Sequence[int] = ()) -> None:
+    """Check what a plan needs of the decoder.
+
+    It takes a pass of a few tokens through each layer that is read, draws no random numbers from torch's generators,
+    and leaves the model as it was.
+
+    Args:
+        adapter: the model's family.
+        stages: the plan.
+        changed: layers whose attention an intervention changes.
+
+    Raises:
+        ValueError: the decoder cannot be pruned, or a layer is not laid out as it would be read.
+    """
+    if stages:
+        _check_places(adapter)
+    signals = {signal for stage in stages for signal in stage.signals(adapter.tower)}
+    attention = {signal.layer: "its attention" for signal in signals if signal.name in DECODER_SIGNALS}
+    branches = {signal.layer for signal in signals if signal.name in TRANSITION_SIGNALS}
+    if not attention and not branches and not changed:
+        return
+    _check_whole(adapter)
+    for layer in sorted(attention):
+        _checked(adapter, layer, "reads the attention of", _check_attention)
+    for layer in sorted(branches):
+        _checked(adapter, layer, "reads both branches of", _check_branches)
+    alike = {(adapter.layer_kind(layer), type(adapter.layers[layer])): layer for layer in reversed(changed)}
+    for layer in sorted(set(alike.values()) - set(attention)):
+        _checked(adapter, layer, "changes the attention of", _check_attention)
+
+
+def _check_places(adapter: Adapter) -> None:
+    """Raise ValueError unless tokens can leave this decoder's rows: it takes position ids, and its layers attend."""
+    decoder = adapter.language_model
+    if not hasattr(decoder, "rotary_emb"):
+        raise ValueError(
+            f"{type(decoder).__name__} has no rotary positions (rotary_emb): where its tokens stand is learnt or "
+            "follows from their distance in the row, which changes when others leave. Use a model with another decoder."
+        )
+    others = sorted({adapter.layer_kind(layer) for layer in range(len(adapter.layers))} - set(_KINDS))
+    if others:
+        raise ValueError(
+            f"{type(decoder).__name__} has layers of the kind {', '.join(others)}, in which taking tokens out is not "
+            "hiding them from attention. Use a model with another decoder."
+        )
+
+
+def _check_whole(adapter: Adapter) -> None:
+    """Raise ValueError if this process has only some heads of each layer."""
+    size = getattr(adapter.model, "_tp_size", None) or getattr(adapter.model, "tp_size", None) or 1
+    if size > 1:
+        raise ValueError(
+            f"The model is split by tensor parallelism over {size} processes, each of which has some heads of a layer "
+            f"and would choose by those. {_INSTEAD}"
+        )
+
+
+def _checked(adapter: Adapter, layer: int, does: str, check: Any) -> None:
+    module = adapter.layers[layer]
+    try:
+        with _undisturbed(module):
+            check(adapter, layer)
+    except Exception as error:
+        # whatever a layer of an unknown kind raises when it is called in this way
+        raise ValueError(
+            f"The method {does} decoder layer {layer} ({type(module).__name__} of "
+            f"{type(adapter.language_model).__name__}), which is not laid out as it would be read: "
+            f"{str(error).rstrip('.')}. {_INSTEAD}"
+        ) from error
+
+
+@contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Run a layer as in evaluation, without gradients, autocast and the hooks of others, and leave it as it was."""
+    modes = [(part, part.training) for part in module.modules()]
+    placed = [hooks for part, _ in modes for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+    before = [dict(hooks) for hooks in placed]
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for kind in {"cpu", *(weight.device.type for weight in module.parameters())} - {"meta"}:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        for part, _ in modes:
+            part.training = False
+        for hooks in placed:
+            hooks.clear()
+        try:
+            yield
+        finally:
+            for part, mode in modes:
+                part.training = mode
+            for hooks, own in zip(placed, before):
+                hooks.update(own)
+
+
+def _check_attention(adapter: Adapter, layer: int) -> None:
+    module = adapter.layers[layer]
+    reading = adapter.reading(module)
+    exit = output_of(reading.attention)
+    if not _there(module):
+        return
+    seen: list[Tensor] = []
+    with _hooked(exit.register_forward_pre_hook(lambda _, args: seen.append(args[0]))):
+        hidden, rotation, _ = _run(adapter, layer)
+    truth = seen[0].flatten(2) if seen[0].dim() == 4 else seen[0]
+    query, key, value = (reading.heads(hidden, part) for part in "qkv")
+    query, key = reading.rotate(query, rotation), reading.rotate(key, rotation)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(groups, dim=1).float() for part in (key, value))
+    scores = (query.float() @ key.transpose(2, 3)) * reading.scale
+    hides = torch.ones(_TOKENS, _TOKENS, dtype=torch.bool, device=scores.device).triu(1)
+    mixed = scores.masked_fill(hides, float("-inf")).softmax(-1) @ value
+    _check_close("its query, key, value, rotation and scale", mixed.transpose(1, 2).flatten(2), truth)
+
+
+def _check_branches(adapter: Adapter, layer: int) -> None:
+    module = adapter.layers[layer]
+    parts = adapter.branches(module)
+    if not _there(module):
+        return
+    entered: list[Tensor] = []
+    made: list[Any] = []
+
+    def keep(branch: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if branch is not parts[len(made)]:
+            raise ValueError(f"{type(parts[1]).__name__} runs before {type(parts[0]).__name__}")
+        entered.append(args[0] if args else kwargs["hidden_states"])
+        added: Any = output[0] if isinstance(output, tuple) and branch is parts[0] else output
+        made.append(added)
+
+    with _hooked(*(part.register_forward_hook(keep, with_kwargs=True) for part in parts)):
+        hidden, _, output = _run(adapter, layer)
+    if torch.equal(entered[0], hidden):
+        raise ValueError(f"{type(parts[0]).__name__} gets states that no norm has gone over")
+    _check_close("what its attention and its MLP add to the residual", hidden + made[0] + made[1], output)
+
+
+def _check_close(what: str, mine: Tensor, truth: Tensor) -> None:
+    if mine.shape != truth.shape:
+        raise ValueError(f"{what} give {tuple(mine.shape)}, and the layer has {tuple(truth.shape)}")
+    error = float((mine.double() - truth.double()).norm() / truth.double().norm())
+    bound = max(1e-3, 8 * torch.finfo(truth.dtype).eps)
+    if not error < bound:
+        raise ValueError(
+            f"{what} do not give what the layer computed (relative error {error:.1e}, at most {bound:.1e} is rounding)"
+        )
+
+
+def _there(module: nn.Module) -> bool:
+    """Whether a layer's weights are here: not on the meta device, which offloading leaves behind, and not sharded."""
+    return not any(weight.is_meta or hasattr(weight, "placements") for weight in module.parameters())
+
+
+@contextmanager
+def _hooked(*hooks: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _run(adapter: Adapter, layer: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """Run a layer on a few random hidden states, past the hooks that others placed on it: what entered it `[1, S, D]`,
+    the rotation, and what it made of them."""
+    module, decoder = adapter.layers[layer], adapter.language_model
+    generator = torch.Generator().manual_seed(0)
+    weight = next(part for part in module.parameters() if part.is_floating_point())
+    hidden = torch.randn(1, _TOKENS, decoder.config.hidden_size, generator=generator, device="cpu")
+    hidden = hidden.to(device=weight.device, dtype=decoder.dtype)
+    positions = torch.arange(_TOKENS, device=hidden.device)[None]
+    rotation = adapter.rotary(hidden, positions.expand(3, 1, -1) if adapter.mrope else positions, layer)
+    mask = None  # the causal one, for all but eager attention
+    if (getattr(decoder.config, "_attn_implementation", None) or "eager") == "eager":
+        low = torch.full((1, 1, _TOKENS, _TOKENS), torch.finfo(hidden.dtype).min, device=hidden.device)
+        mask = low.triu(1).to(hidden.dtype)
+    output = module.forward(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotation)
+    return hidden, rotation, output[0] if isinstance(output, tuple) else output

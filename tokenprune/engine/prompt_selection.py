@@ -1,0 +1,175 @@
+"""One stage at `input` or `layer:K`: what is asked about each visual, and what the answers do to the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tokenprune.capture.decoder_attention import DecoderSignals
+from tokenprune.capture.token_transition import Transitions
+from tokenprune.engine.attention import Attending
+from tokenprune.engine.batched_selection import Answer, Asked, choose, joined_carry
+from tokenprune.interfaces.budget import split_budget
+from tokenprune.interfaces.pruner import Stage
+from tokenprune.interfaces.signals import DECODER_SIGNALS, TRANSITION_SIGNALS, Signal, Tower
+from tokenprune.interfaces.visual import Raster
+from tokenprune.state.prompt_state import Cutter, Prompt
+
+
+class RowChooser:
+    """Lets stages choose among the visual tokens that stand in the decoder's rows.
+
+    Args:
+        tower: facts on the vision tower.
+        transitions: signals of decoder layers that were read on the way.
+        attending: interventions at work, which may keep tokens out of a ranking.
+        hint: a hint by name and picture, see `Handle.set_hints`.
+    """
+
+    def __init__(
+        self, tower: Tower, transitions: Transitions, attending: Attending, hint: Callable[[str, int], object]
+    ) -> None:
+        self._tower, self._transitions, self._attending, self._hint = tower, transitions, attending, hint
+
+    def choose(
+        self, stage: Stage, prompt: Prompt, cutter: Cutter, hidden: Tensor, signals: dict[int, DecoderSignals] | None
+    ) -> Tensor:
+        """Let a stage choose in every visual; note what leaves in `cutter`, and return hidden states with what a
+        method merged."""
+        kept_out = self._attending.kept_out(stage.depth) if stage.place == "layer" else None
+        if kept_out is not None:
+            return self._choose_beside(stage, prompt, cutter, hidden, signals, *kept_out)
+        asked: list[Asked] = []
+        for index in range(len(prompt.layout.spans)):
+            asked += self._ask(stage, prompt, index, hidden, signals)
+        answers, flops = choose(stage, self._tower, asked)
+        prompt.flops += flops
+        by_span: dict[int, list[tuple[Asked, Answer | None]]] = {}
+        for item, answer in zip(asked, answers):
+            by_span.setdefault(item.owner, []).append((item, answer))
+        for index, parts in by_span.items():
+            if all(answer is None for _, answer in parts):
+                continue
+            chosen, merged, start = [], [], 0
+            merges = any(answer is not None and answer.features is not None for _, answer in parts)
+            for item, answer in parts:
+                indices = torch.arange(item.count) if answer is None else answer.indices
+                chosen.append(start + indices.to(hidden.device))
+                if merges:
+                    own = None if answer is None else answer.features
+                    merged.append(item.features()[indices.to(hidden.device)] if own is None else own)
+                start += item.count
+            carry = joined_carry(prompt.alive[index].carry, [answer for _, answer in parts])
+            kept = torch.cat(chosen)
+            if kept.shape[0] == start and not merged:
+                prompt.alive[index].carry = carry
+                continue
+            places = cutter.keep(index, kept, carry)
+            if merged:
+                row = torch.full_like(places, prompt.layout.spans[index].sample)
+                hidden = hidden.index_put((row, places), torch.cat(merged).to(hidden.dtype))
+        return hidden
+
+    def _choose_beside(
+        self,
+        stage: Stage,
+        prompt: Prompt,
+        cutter: Cutter,
+        hidden: Tensor,
+        signals: dict[int, DecoderSignals] | None,
+        out: Tensor,
+        stay: bool,
+    ) -> Tensor:
+        """`_choose` where tokens at `out` `[B, S]` bool are not ranked: they stay beside the budget, or leave."""
+        if stage.pruner.merges:
+            raise ValueError(
+                f"{stage.pruner.name} merges tokens, so an intervention cannot keep any out of its ranking."
+            )
+        asked, ranked = [], []
+        spans = prompt.layout.spans
+        beside = [out[span.sample, alive.places] for span, alive in zip(spans, prompt.alive)]
+        on_host = torch.cat(beside).cpu().split([alive.count for alive in prompt.alive])  # one read for all
+        for index, span in enumerate(spans):
+            open_to = (~on_host[index]).nonzero()[:, 0].to(out.device)
+            (whole,) = self._ask(stage, prompt, index, hidden, signals, together=True)
+            asked.append(whole.only(open_to, stage.budget.tokens(span.num_tokens)))
+            ranked.append(open_to)
+        answers, flops = choose(stage, self._tower, asked)
+        prompt.flops += flops
+        for index, (answer, open_to) in enumerate(zip(answers, ranked)):
+            alive = prompt.alive[index]
+            left = torch.zeros(alive.count, dtype=torch.bool, device=open_to.device)
+            if stay:
+                left = ~left.index_fill(0, open_to, True)
+            chosen = open_to if answer is None else open_to[answer.indices.to(open_to.device)]
+            # those that stay are counted on the host already, and a stable sort leaves them in order
+            count = chosen.shape[0] + (alive.count - open_to.shape[0] if stay else 0)
+            left = left.index_fill(0, chosen, True).to(torch.int8)
+            kept = left.argsort(descending=True, stable=True)[:count]
+            given = {} if answer is None else answer.carry
+            # tokens that were not ranked keep what they had, or get zeros
+            wide = {}
+            for name, values in given.items():
+                had = alive.carry.get(name, values.new_zeros(alive.count))
+                wide[name] = had.to(values.dtype).index_copy(0, open_to.to(had.device), values.to(had.device))
+            carry = {**alive.carry, **wide}
+            if kept.shape[0] < alive.count:
+                cutter.keep(index, kept, carry)
+            else:
+                alive.carry = carry
+        return hidden
+
+    def _ask(
+        self,
+        stage: Stage,
+        prompt: Prompt,
+        index: int,
+        hidden: Tensor,
+        signals: dict[int, DecoderSignals] | None,
+        together: bool = False,
+    ) -> list[Asked]:
+        """What is asked about one visual; with `together` all of its rasters at once, whatever the scope."""
+        span, alive = prompt.layout.spans[index], prompt.alive[index]
+        recording, row = prompt.sources[index]
+        rasters = span.visual.rasters
+        budget = stage.budget.tokens(span.num_tokens)
+        scope = stage.pruner.scope or stage.pruner.default_scope
+        whole = alive.tokens is None and (scope == "visual" or len(rasters) == 1)
+
+        def one(rasters: tuple[Raster, ...], begin: int, count: int, budget: int) -> Asked:
+            places = alive.places[begin : begin + count]
+
+            def signal(wanted: Signal) -> Tensor:
+                if wanted.name in DECODER_SIGNALS:
+                    if signals is None:
+                        raise ValueError(
+                            f"{wanted.name} is there at 'layer:K' only, and this stage is at {stage.site!r}."
+                        )
+                    return signals[wanted.layer].value(wanted.name, index, places)
+                if wanted.name in TRANSITION_SIGNALS:
+                    return self._transitions.value(wanted, span.sample, places)
+                found = recording.signal(wanted, row)
+                return found[begin : begin + count] if alive.tokens is None else found[alive.tokens.to(found.device)]
+
+            return Asked(
+                owner=index,
+                rasters=rasters,
+                count=count,
+                budget=min(budget, count),
+                tokens=alive.tokens,
+                features=lambda: hidden[span.sample, places],
+                signal=signal,
+                key=lambda: recording.pixel_key(row) + (span.image * 0x9E3779B1 + begin),
+                hint=lambda name: self._hint(name, prompt.place_of(index)),
+                carry={name: values[begin : begin + count] for name, values in alive.carry.items()},
+            )
+
+        if whole or together or alive.tokens is not None:
+            return [one(rasters, 0, alive.count, budget)]
+        budgets = split_budget(budget, [raster.num_tokens for raster in rasters])
+        return [
+            one((Raster(raster.grid, 0, raster.kind),), raster.start, raster.num_tokens, share)
+            for raster, share in zip(rasters, budgets)
+        ]

@@ -1,0 +1,406 @@
+"""What happens while the vision tower runs: signals are read off its blocks, and stages at "pixels" and "vision:L" cut.
+
+Tokens that leave inside the tower come back as zeros behind the projector, so that the model's own merging of text and
+pictures sees the lengths it expects; they leave the prompt before the decoder.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.capture.vision import grey_entropy, grey_levels, vision_signal
+from tokenprune.engine.batched_selection import Asked, choose
+from tokenprune.hooks import Ledger, opaque
+from tokenprune.interfaces.adapter import Adapter
+from tokenprune.interfaces.pruner import Stage
+from tokenprune.interfaces.selection import grid_places
+from tokenprune.interfaces.signals import PIXEL_SIGNALS, VISION_SIGNALS, Signal
+from tokenprune.interfaces.visual import Raster, Visual
+from tokenprune.state.forward_call import Calls
+from tokenprune.state.tower_recording import Recording, Survivors, tag
+
+_OF_ANY_CALL = {"return_dict", "output_attentions", "output_hidden_states", "use_cache"}
+
+Hints = Callable[[str, str, int, int], object]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+class TowerRun:
+    """One run of the tower over the visuals of one kind.
+
+    Pictures are the crops of all visuals in tower order. `alive[p]` says which cells of picture p are left.
+    """
+
+    def __init__(self, recording: Recording, owner: TowerWatch) -> None:
+        self.recording, self._owner = recording, owner
+        self._spread: list[Tensor] = []
+        self.grids = [grid for visual in recording.visuals for grid in visual.tower_grids]
+        self.visual_of = [v for v, visual in enumerate(recording.visuals) for _ in visual.tower_grids]
+        self.counts = [rows * cols for rows, cols in self.grids]
+        self.alive: list[Tensor | None] = [None] * len(self.grids)
+        self.carry: list[Mapping[str, Tensor]] = [{} for _ in self.grids]
+        self.latest: dict[Signal, list[Tensor]] = {}
+        self.among: dict[Signal, list[Tensor | None]] = {}  # cells that were there when a signal was recorded
+        self.patches: list[list[int]] = []
+        self.first_short = 0
+
+    def shrink(self, grids: Sequence[tuple[int, int]], places: list[Tensor]) -> None:
+        """Pictures are run at the smaller `grids`, one for each visual.
+
+        Args:
+            places: for each visual where its cells, of all of its pictures, stand among those of the larger grids.
+        """
+        self.grids = [grids[visual] for visual in self.visual_of]
+        self.counts = [rows * cols for rows, cols in self.grids]
+        self._spread = places
+
+    def groups(self) -> dict[int, list[int]]:
+        """Pictures by the number of cells they have left."""
+        found: dict[int, list[int]] = {}
+        for picture, count in enumerate(self.counts):
+            found.setdefault(count, []).append(picture)
+        return found
+
+    @functools.cached_property
+    def run(self) -> Any:
+        """What the tower's adapter knows of this run."""
+        return self._owner.adapter.vision.start(self.grids)
+
+    def record(
+        self,
+        signals: Sequence[Signal],
+        read: Callable[[Any, Sequence[int], int], tuple[Tensor, Tensor, Tensor]],
+    ) -> None:
+        """Compute signals of the block that just ran, for all pictures."""
+        vision = self._owner.adapter.vision
+        before = int(vision.facts.has_cls)
+        for signal in signals:
+            self.latest[signal] = [torch.empty(0)] * len(self.counts)
+            self.among[signal] = list(self.alive)
+        for count, pictures in self.groups().items():
+            query, key, value = read(self.run, pictures, count)
+            for signal in signals:
+                by_patch, multiplied = vision_signal(signal, query, key, value, before)
+                found = vision.in_raster_order(self.run, vision.by_cell(by_patch), pictures)
+                # rows of every head against keys
+                self.recording.selection_flops += 2 * multiplied * key.shape[0] * query.shape[1] * key.shape[3]
+                for row, picture in enumerate(pictures):
+                    self.latest[signal][picture] = found[row]
+
+    def cut(self, stage: Stage, args: Any) -> list[Tensor] | None:
+        """Let a stage choose among the cells after its block; what stays of each picture, among those that were
+        there."""
+        vision = self._owner.adapter.vision
+        asked = [self._ask(stage, args, picture) for picture in range(len(self.grids))]
+        answers, flops = choose(stage, vision.facts, asked)
+        self.recording.selection_flops += flops
+        kept: list[Tensor] = []
+        for picture, answer in enumerate(answers):
+            everything = torch.arange(self.counts[picture], device=args[0].device)
+            if answer is None:
+                kept.append(everything)
+                continue
+            indices = answer.indices
+            self.carry[picture] = {name: values[indices] for name, values in answer.carry.items()}
+            kept.append(indices)
+        if all(index.shape[0] == count for index, count in zip(kept, self.counts)):
+            return None
+        for picture, index in enumerate(kept):
+            alive = self.alive[picture]
+            self.alive[picture] = index if alive is None else alive[index]
+            self.counts[picture] = index.shape[0]
+        self.recording.cuts.append((stage.depth, tuple(self.alive)))
+        return kept
+
+    def _ask(self, stage: Stage, args: Any, picture: int) -> Asked:
+        visual, count = self.recording.visuals[self.visual_of[picture]], self.counts[picture]
+        first = self.visual_of.index(self.visual_of[picture])
+        budget = stage.budget.pictures(visual)[picture - first]
+        rows, cols = self.grids[picture]
+        vision = self._owner.adapter.vision
+        place = self.visual_of[picture]
+        return Asked(
+            owner=picture,
+            rasters=(Raster((rows, cols)),),
+            count=count,
+            budget=min(max(budget, 1), count),
+            tokens=self.alive[picture],
+            features=lambda: vision.states(self.run, args, [picture], count)[0],
+            signal=lambda signal: self._signal(signal, picture),
+            key=lambda: self.recording.pixel_key(place) + picture - first,
+            hint=lambda name: self._owner.hint(name, visual.kind, place, len(self.recording.visuals)),
+            carry=self.carry[picture],
+        )
+
+    def _signal(self, signal: Signal, picture: int) -> Tensor:
+        found, alive = self.latest[signal][picture], self.alive[picture]
+        if found.shape[0] == self.counts[picture] or alive is None:
+            return found
+        return self._full(signal, picture)[alive]
+
+    def read_pixels(self, signal: Signal, pixels: Sequence[Tensor]) -> None:
+        """Compute a signal of the pixels of each visual."""
+        vision, base, colours = self._owner.adapter.vision, signal.settings[0], signal.settings[1:]
+        values: list[Tensor] = []
+        for visual, own in zip(self.recording.visuals, pixels):
+            patches = vision.patch_pixels(own, len(visual.tower_grids))
+            entropy = grey_entropy(grey_levels(patches, colours[:3], colours[3:]), base)
+            values += vision.by_cell(entropy.softmax(dim=1))
+        self.latest[signal] = values
+        self.among[signal] = [None] * len(values)
+
+    def finish(self) -> None:
+        """Hand signals and survivors to the recording."""
+        recording = self.recording
+        by_visual: list[list[int]] = [[] for _ in recording.visuals]
+        for picture, visual in enumerate(self.visual_of):
+            by_visual[visual].append(picture)
+        for signal, values in self.latest.items():
+            # signals of the pixels are those of the picture as it came
+            large = bool(self._spread) and signal.name in PIXEL_SIGNALS
+            full = values if large else [self._full(signal, picture) for picture in range(len(values))]
+            joined = [_joined([full[p] for p in pictures]) for pictures in by_visual]
+            recording.signals[signal] = self._spread_out(joined) if self._spread and not large else joined
+        if all(alive is None for alive in self.alive):
+            return
+        recording.patches, recording.first_short = self.patches, self.first_short
+        recording.left = self._owner.adapter.vision.computed(self.counts)
+        for row, pictures in enumerate(by_visual):
+            recording.kept[row] = self._survivors(recording.visuals[row], pictures)
+
+    def _spread_out(self, values: list[Tensor]) -> list[Tensor]:
+        """Values of the cells of smaller grids at their places in the larger ones, zeros elsewhere."""
+        return [
+            value.new_zeros(visual.num_tokens).index_copy(0, index.to(value.device), value)
+            for visual, value, index in zip(self.recording.visuals, values, self._spread)
+        ]
+
+    def _full(self, signal: Signal, picture: int) -> Tensor:
+        """A signal of all cells of a picture: zeros at those that had left when it was recorded."""
+        value, there = self.latest[signal][picture], self.among[signal][picture]
+        if there is None:
+            return value
+        rows, cols = self.grids[picture]
+        return value.new_zeros(rows * cols).index_copy(0, there, value)
+
+    @functools.cached_property
+    def _alive_on_host(self) -> list[Tensor | None]:
+        """`alive` behind the last cut, of all pictures in one read."""
+        there = [alive for alive in self.alive if alive is not None]
+        parts = iter(torch.cat(there).cpu().split([alive.shape[0] for alive in there]))
+        return [None if alive is None else next(parts) for alive in self.alive]
+
+    def _survivors(self, visual: Visual, pictures: list[int]) -> Survivors:
+        cells = [self.grids[p][0] * self.grids[p][1] for p in pictures]
+        if visual.sources is None and len(pictures) == 1:
+            alive = self.alive[pictures[0]]
+            tokens = torch.arange(cells[0]) if alive is None else alive
+            return Survivors(tokens, self.counts[pictures[0]], dict(self.carry[pictures[0]]))
+        there = []
+        for picture, count in zip(pictures, cells):
+            alive = self._alive_on_host[picture]
+            mask = torch.ones(count, dtype=torch.bool) if alive is None else torch.zeros(count, dtype=torch.bool)
+            there.append(mask if alive is None else mask.index_fill(0, alive, True))
+        mask = torch.cat(there)
+        tokens = (mask if visual.sources is None else mask[visual.sources]).nonzero()[:, 0]
+        return Survivors(tokens.to(self.recording.device), tokens.shape[0], {})
+
+
+def _in_config(adapter: Adapter) -> dict[str, Any]:
+    """Arguments of the features calls that stand in the model's config too, with their values there."""
+    config, entry = adapter.model.config, type(adapter.entry)
+    methods = [getattr(entry, name) for name in adapter.features.values()]
+    names = {name for method in methods for name in inspect.signature(method).parameters} - _OF_ANY_CALL
+    return {name: getattr(config, name) for name in sorted(names) if hasattr(config, name)}
+
+
+class TowerWatch:
+    """Wraps the calls that run the vision tower.
+
+    Args:
+        adapter: the family.
+        stages: those at "pixels" and "vision:L".
+        signals: what has to be recorded, for any stage of the method.
+        hint: reads what the caller knows of a visual: (name, its kind, its place among that kind in tower order, their
+            number).
+        calls: the calls at work.
+    """
+
+    def __init__(
+        self, adapter: Adapter, stages: Sequence[Stage], signals: Sequence[Signal], hint: Hints, calls: Calls
+    ) -> None:
+        self.adapter, self.hint, self._calls = adapter, hint, calls
+        self._signals = [signal for signal in signals if signal.name in VISION_SIGNALS]
+        self._planned = _in_config(adapter)
+        self._shrink = next((stage for stage in stages if stage.place == "pixels"), None)
+        self._cuts = {stage.depth: stage for stage in stages if stage.place == "vision"}
+
+    def check_planned(self, call: Mapping[str, Any]) -> None:
+        """Raise ValueError where a call, or the config since, asks for visual features other than those that the method
+        was planned for.
+
+        Args:
+            call: its arguments, by name.
+        """
+        for name, planned in self._planned.items():
+            given = call.get(name)
+            given = getattr(self.adapter.model.config, name) if given is None else given
+            if given != planned:
+                raise ValueError(
+                    f"{name} is {given!r} in this call, and was {planned!r} in the model's config when the method was "
+                    f"applied. Call the handle's remove(), set model.config.{name}, and apply the method again."
+                )
+
+    @property
+    def _run(self) -> TowerRun | None:
+        return self._calls.tower
+
+    def install(self, ledger: Ledger) -> None:
+        """Place the hooks and wrap the calls; `ledger` takes them away."""
+        vision = self.adapter.vision
+        for signal in self._signals:
+            self._check(signal)
+        of_blocks = [signal for signal in self._signals if signal.name not in PIXEL_SIGNALS]
+        for block in sorted({signal.layer for signal in of_blocks}):
+            names = [signal for signal in of_blocks if signal.layer == block]
+            for hook in vision.watch(block, opaque(functools.partial(self._record, names))):
+                ledger.hook(hook)
+        if self._cuts:
+            for block in range(min(self._cuts) + 1, len(vision.blocks)):
+                hook = opaque(functools.partial(self._enter_block, block))
+                ledger.hook(vision.blocks[block].register_forward_pre_hook(hook, with_kwargs=True))
+            for module in vision.exits:
+                ledger.hook(module.register_forward_hook(opaque(self._leave_tower)))
+        for kind, name in self.adapter.features.items():
+            original = getattr(self.adapter.entry, name)
+            ledger.set(self.adapter.entry, name, self._wrap(kind, original))
+
+    def _check(self, signal: Signal) -> None:
+        vision = self.adapter.vision
+        if signal.name not in vision.signals:
+            raise ValueError(
+                f"The vision tower of this model gives no {signal.name!r}; it gives {', '.join(vision.signals)}."
+            )
+        if not 0 <= signal.layer < vision.facts.num_layers:
+            raise ValueError(
+                f"{signal.name} of vision block {signal.layer} was asked for; the tower has blocks "
+                f"0 to {vision.facts.num_layers - 1}."
+            )
+
+    def _record(self, signals: Sequence[Signal], read: Any) -> None:
+        if self._run is not None:
+            with self._run.recording.watch.running(self._run.recording.device):
+                self._run.record(signals, read)
+
+    def _enter_block(self, block: int, module: Any, args: Any, kwargs: Any) -> Any:
+        run, vision = self._run, self.adapter.vision
+        if run is None:
+            return None
+        stage, kept = self._cuts.get(block - 1), None
+        if stage is not None:
+            with run.recording.watch.running(run.recording.device):
+                kept = run.cut(stage, args)
+        if not run.patches:
+            run.first_short = block
+        run.patches.append([count * vision.patches_per_cell for count in vision.computed(run.counts)])
+        if all(alive is None for alive in run.alive):
+            return None
+        return vision.thin(run.run, args, kwargs, kept)
+
+    def _leave_tower(self, module: Any, args: Any, output: Any) -> Any:
+        run = self._run
+        if run is None or all(alive is None for alive in run.alive):
+            return None
+        device = output.device
+        whole = [
+            torch.arange(rows * cols, device=device) if alive is None else alive.to(device)
+            for (rows, cols), alive in zip(run.grids, run.alive)
+        ]
+        return self.adapter.vision.leave(run.run, output, whole)
+
+    def _wrap(self, kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+        parameters = list(signature.parameters)
+
+        @functools.wraps(original)
+        def features(*args: Any, **kwargs: Any) -> Any:
+            if self._run is not None:  # one features call may make use of the other
+                return original(*args, **kwargs)
+            call = {**dict(zip(parameters, args)), **kwargs}
+            self.check_planned(call)
+            name = self.adapter.pixels[kind]
+            # transformers before 5.20 calls the pixels of videos by the name of those of images
+            named = call if name in call else {**call, name: call["pixel_values"]}
+            laid_out = None if self._calls.now is None else self._calls.now.laid_out.get(kind)
+            if laid_out is not None and laid_out[0] is named[name]:
+                visuals = laid_out[1]
+            else:
+                visuals = self.adapter.visuals(kind, named)
+            pixels = self.adapter.pixel_rows(kind, named, visuals)
+            recording = Recording(visuals, named[name], pixels)
+            cuts = list(self._cuts.values())
+            if cuts and any(visual.resample is not None and visual.sources is None for visual in visuals):
+                raise ValueError(
+                    f"{cuts[0].pruner.name} cuts inside the vision tower, but a visual token of this {kind} is mixed "
+                    "from several places there (interpolated or pooled). Use a method that cuts at 'input' or at a "
+                    "layer."
+                )
+            run = self._calls.tower = TowerRun(recording, self)
+            try:
+                for signal in self._signals:
+                    if signal.name in PIXEL_SIGNALS:
+                        with recording.watch.running(recording.device):
+                            run.read_pixels(signal, pixels)
+                if self._shrink is not None:
+                    output = self._small(kind, original, call, run)
+                else:
+                    output = original(**call)
+                run.finish()
+            finally:
+                self._calls.tower = None
+            tag(output, recording)
+            if self._calls.now is not None and self._calls.now.entered:
+                self._calls.now.recordings.setdefault(kind, []).append(recording)
+            return output
+
+        return opaque(features)
+
+    def _small(self, kind: str, original: Callable[..., Any], call: dict[str, Any], run: TowerRun) -> Any:
+        """Run the tower on fewer pixels; its tokens stand at their cells' centres, zeros elsewhere (they leave)."""
+        stage, recording = self._shrink, run.recording
+        if stage is None:
+            raise ValueError("No stage acts at 'pixels'.")
+        grids = [visual.rasters[0].grid for visual in recording.visuals]
+        budgets = [stage.budget.tokens(v.num_tokens) // len(v.rasters) for v in recording.visuals]
+        small = [stage.pruner.target_grid(grid, max(budget, 1)) for grid, budget in zip(grids, budgets)]
+        if small == grids:
+            return original(**call)
+        places = []
+        for visual, grid, own in zip(recording.visuals, grids, small):
+            step = torch.arange(len(visual.rasters))[:, None] * (grid[0] * grid[1])
+            places.append((step + torch.tensor(grid_places(grid, own))).flatten().to(recording.device))
+        run.shrink(small, places)
+        output = original(**{**self.adapter.vision.resize(kind, call, recording.visuals, small), "return_dict": True})
+        recording.shrunk = small
+        recording.kept = [Survivors(index, index.shape[0], {}) for index in places]
+
+        def expand(features: Sequence[Tensor]) -> list[Tensor]:
+            sizes = [visual.num_tokens for visual in recording.visuals]
+            return [
+                tokens.new_zeros(size, tokens.shape[-1]).index_copy(0, index.to(tokens.device), tokens)
+                for tokens, size, index in zip(features, sizes, places)
+            ]
+
+        self.adapter.expand_features(output, expand)
+        return output

@@ -1,0 +1,264 @@
+"""What an adapter of a model family must say. Everything that differs between families stands in its one file."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from tokenprune.cost import ModelShape, tower_flops
+from tokenprune.interfaces.attention_reading import AttentionReading, attention_of, mlp_of, read_attention
+from tokenprune.interfaces.pruner import Depths
+from tokenprune.interfaces.signals import Tower
+from tokenprune.interfaces.visual import TowerWork, Visual
+
+
+class VisionTower:
+    """The vision tower of one loaded model: where its blocks are, and how their tokens are read and thinned out.
+
+    The tower works on pictures ("crops" of a `Visual`), each of `cells` tokens: patches, or groups of patches where the
+    tower merges them into one visual token.
+
+    Attributes:
+        facts: what methods may know.
+        blocks: its transformer blocks.
+        signals: names of the signals that it can record.
+        module: the whole tower.
+        exit: the module whose output are the visual tokens of all pictures: the projector, or the merger.
+        can_cut: whether tokens can leave after a block.
+        can_resize: whether it takes pictures of other sizes than the processor's.
+        patches_per_cell: patches that one visual token comes from.
+    """
+
+    facts: Tower
+    blocks: Sequence[Any]
+    signals: tuple[str, ...] = ()
+    module: Any
+    exit: Any
+    can_cut: bool = False
+    can_resize: bool = False
+    patches_per_cell: int = 1
+
+    @property
+    def exits(self) -> Sequence[Any]:
+        """All modules that make visual tokens of the tower's states: `exit`, and those for other depths."""
+        return (self.exit,)
+
+    def watch(self, block: int, done: Any) -> list[Any]:
+        """Hook a block so that `done(read)` is called when its attention ran.
+
+        `read(run, pictures, count)` gives query, key and value `[m, H, T, d]` of pictures that all have `count` cells
+        left; T counts patches, and a [CLS] token before them if there is one. Patches stand in the tower's own order,
+        see `in_raster_order`. `run` is what `start` made.
+
+        Returns:
+            The removable hook handles.
+        """
+        raise TypeError(f"{type(self).__name__} records no signals.")
+
+    def start(self, grids: Sequence[tuple[int, int]]) -> Any:
+        """What the other calls need to know of one run; `grids` are (rows, cols) of cells by picture."""
+        return None
+
+    def states(self, run: Any, args: Any, pictures: Sequence[int], count: int) -> Tensor:
+        """Hidden states `[m, count, D]` of pictures that all have `count` cells, mean over the patches of a cell."""
+        raise TypeError(f"{type(self).__name__} cannot be cut inside.")
+
+    def thin(self, run: Any, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
+        """Arguments for a block of a run that was cut.
+
+        Args:
+            kept: for a block before which tokens leave, the cells that stay, `[k]` int64 of those that were there, one
+                per picture; None for blocks after it, whose hidden states are short already.
+        """
+        raise TypeError(f"{type(self).__name__} cannot be cut inside.")
+
+    def leave(self, run: Any, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
+        """Output of one of `exits` at full length: zeros where tokens left; `alive` are the cells left of each picture.
+        An output that has its full length already is handed back."""
+        raise TypeError(f"{type(self).__name__} cannot be cut inside.")
+
+    def computed(self, counts: Sequence[int]) -> list[int]:
+        """Cells of each picture that are computed where so many are left: padding costs what a token costs."""
+        return list(counts)
+
+    def by_cell(self, values: Tensor) -> Tensor:
+        """From `[m, patches]` to `[m, cells]`: the mean over each cell's patches."""
+        return values
+
+    def in_raster_order(self, run: Any, values: Tensor, pictures: Sequence[int]) -> Tensor:
+        """From the order in which the tower has the cells of some pictures, `[m, cells]`, to that of their rasters."""
+        return values
+
+    def patch_pixels(self, pixels: Tensor, pictures: int) -> Tensor:
+        """`[pictures, patches, C, n]`: the n normalised pixel values of each patch and colour, in the order of patches
+        that `by_cell` takes.
+
+        Args:
+            pixels: of one visual, see `Adapter.pixel_rows`.
+            pictures: how many the tower gets of it.
+        """
+        raise TypeError(f"{type(self).__name__} cuts no pixels into patches.")
+
+    def flops(self, shape: ModelShape, work: TowerWork) -> int:
+        """Floating-point operations of one run of the tower, by the conventions of `tokenprune.cost`."""
+        pictures = [rows * cols * self.patches_per_cell for rows, cols in work.grids]
+        return tower_flops(shape, pictures, work.blocks, work.first)
+
+    def resize(
+        self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual], grids: Sequence[tuple[int, int]]
+    ) -> Mapping[str, Any]:
+        """Arguments of the features call with each picture (each frame of a video) of `visuals` shrunk so that the
+        tower makes a raster of `grids` tokens of it."""
+        raise TypeError(f"{type(self).__name__} cannot run at another size.")
+
+
+class Adapter:
+    """Description of one loaded model.
+
+    Attributes:
+        classes: names of the transformers classes that the family covers.
+        model: the model as the user holds it (has `generate`).
+        entry: the module that is called with `input_ids` and `pixel_values` and calls the language model.
+        language_model: the decoder stack, called with `inputs_embeds`.
+        layers: its layers.
+        placeholder_ids: by kind ("image", "video"), the id of the placeholder token.
+        features: by kind, the method of `entry` that makes visual tokens.
+        pixels: by kind, the argument that holds the pixels.
+        vision: the vision tower.
+        projector: the module between tower and decoder that costs are counted of; None if it is part of the tower.
+        first_cut: lowest K of the site "layer:K".
+        mrope: whether positions are 3-D ids of which gaps are no counts of tokens.
+        limits_whole_videos: whether the limits in pixels that its video processor is given are for all frames of a
+            video together, not for each.
+        decoder_path, projector_path: where these modules are, from the model.
+    """
+
+    name: ClassVar[str] = ""
+    classes: ClassVar[tuple[str, ...]] = ()
+    features: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
+    pixels: ClassVar[Mapping[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
+    mrope: ClassVar[bool] = False
+    limits_whole_videos: ClassVar[bool] = False
+    decoder_path: ClassVar[str] = "model.language_model"
+    projector_path: ClassVar[str] = "model.multi_modal_projector"
+
+    model: Any
+    entry: Any
+    language_model: Any
+    placeholder_ids: Mapping[str, int]
+    vision: VisionTower
+    projector: Any
+    first_cut: int = 1
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.entry = decoder_of(model, "model")
+        self.language_model = decoder_of(model, self.decoder_path)
+        self.projector = decoder_of(model, self.projector_path)
+        self.placeholder_ids = {kind: getattr(model.config, f"{kind}_token_id") for kind in self.features}
+
+    @property
+    def tower(self) -> Tower:
+        """Facts on the vision tower."""
+        return self.vision.facts
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        """The decoder's layers.
+
+        Raises:
+            ValueError: it has none where they are looked for.
+        """
+        found = getattr(self.language_model, "layers", None)
+        if found is None:
+            raise ValueError(
+                f"The decoder {type(self.language_model).__name__} has no list of layers at `layers`, where those of "
+                "Llama and its relatives have theirs, so tokens cannot be taken out of it. Use a model with another "
+                "decoder."
+            )
+        return found
+
+    @property
+    def depths(self) -> Depths:
+        """What stages can be planned for."""
+        feature = self.tower.feature_layer if self.vision.can_cut else None
+        one_size = self.num_tokens is not None
+        return Depths(
+            self.tower.num_layers, feature, len(self.layers), self.first_cut, self.vision.can_resize, one_size
+        )
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Visual tokens of an image, where the family has one number for all; else None."""
+        return None
+
+    def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
+        """How each image or video of a call is laid out, in tower order; `call` holds the arguments by name.
+
+        The one place that reads sizes off the device, and once: `pixel_rows` and `VisionTower.resize` are told them by
+        the visuals."""
+        raise TypeError(f"{type(self).__name__} defines no visuals().")
+
+    def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        """The pixels of each visual, for the seeds of random methods."""
+        return list(call[self.pixels[kind]])
+
+    def heads(self, layer: Any, hidden: Tensor, part: str) -> Tensor:
+        """Query ("q") `[B, H, S, d]`, key ("k") or value ("v") `[B, Hk, S, d]`, before their rotation, that a decoder
+        layer makes of hidden states `[B, S, D]` that enter it."""
+        return self.reading(layer).heads(hidden, part)
+
+    def reading(self, layer: Any) -> AttentionReading:
+        """How queries, keys and values of a decoder layer are made, how they are rotated and scaled."""
+        return read_attention(layer)
+
+    def attention(self, layer: Any) -> nn.Module:
+        """Attention of a decoder layer."""
+        return attention_of(layer)
+
+    def branches(self, layer: Any) -> tuple[nn.Module, nn.Module]:
+        """Attention and MLP of a decoder layer: modules called with normalised states, whose output is added to the
+        residual as it is."""
+        return attention_of(layer), mlp_of(layer)
+
+    def layer_kind(self, layer: int) -> str:
+        """Decoder layers of one kind get the same masks and rotations; "" where all are alike."""
+        kinds = getattr(self.language_model.config, "layer_types", None)
+        return str(kinds[layer]) if kinds else ""
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """cos and sin `[B, S, d]` for position ids as that decoder layer gets them."""
+        rotary = self.language_model.rotary_emb
+        if "layer_type" in inspect.signature(rotary.forward).parameters:  # Gemma 3: each kind has its own base
+            return rotary(hidden, position_ids, self.layer_kind(layer))
+        return rotary(hidden, position_ids)
+
+    def expand_features(self, output: Any, expand: Callable[[Sequence[Tensor]], list[Tensor]]) -> None:
+        """Put what a features call made of smaller pictures at full length, in place: all of its per-visual tensors."""
+        output.pooler_output = expand(output.pooler_output)
+
+    def beside(self, kwargs: Mapping[str, Any], rows: Callable[[Tensor], Tensor], real: Tensor) -> dict[str, Any]:
+        """Arguments of the decoder that go by place, shortened: what is added to visual tokens inside it.
+
+        Args:
+            kwargs: of the decoder, before pruning.
+            rows: moves `[B, S, ...]` to `[B, P, ...]`.
+            real: `[B, P]` bool, False at padding.
+        """
+        return {}
+
+    def cost_shape(self) -> ModelShape:
+        """The sizes that decide what this model costs."""
+        raise TypeError(f"{type(self).__name__} defines no cost_shape().")
+
+
+def decoder_of(module: Any, path: str) -> nn.Module:
+    """The submodule at a dotted path, with a sentence if it is not there."""
+    for part in path.split("."):
+        module = getattr(module, part, None)
+        if module is None:
+            raise ValueError(f"The model has no submodule {path!r}; this transformers version lays it out differently.")
+    return module

@@ -1,0 +1,178 @@
+"""The one class a method derives from, and the view of a prompt that it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from tokenprune.interfaces.budget import AVERAGE, Budget
+from tokenprune.interfaces.search_space import Choice, Range
+from tokenprune.interfaces.selection import Selection, topk_indices
+from tokenprune.interfaces.signals import Signal, Tower
+from tokenprune.interfaces.view import View
+
+
+@dataclass
+class Pruner:
+    """A method: signals and a budget go in, a selection comes out.
+
+    Write `score` (higher means keep), or `select` for anything that is no ranking. Options are dataclass fields.
+
+    Attributes:
+        positions: "compact" renumbers what stays without gaps, "keep" leaves every token its original position id.
+            None is the published policy of the method; on families with 3-D positions (M-RoPE) it is "keep", because
+            gaps in those ids are not counts of tokens.
+        scope: what it ranks at a time while a visual is whole: "raster" (each crop, frame or image alone, its share of
+            the budget in proportion to its size) or "visual" (all tokens of an image or video together). None is the
+            method's own. Later cuts rank the visual together.
+    """
+
+    name: ClassVar[str] = ""
+    site: ClassVar[str] = "input"
+    """Where it acts unless told otherwise, see `tokenprune.plan.checks`."""
+    default_scope: ClassVar[str] = "raster"
+    needs_grid: ClassVar[bool] = False
+    """Whether it works on a single grid of tokens only."""
+    published_positions: ClassVar[str] = "compact"
+    hints: ClassVar[tuple[str, ...]] = ()
+    """Names of the hints that the method cannot do without."""
+    merges: ClassVar[bool] = False
+    """Whether other embeddings than the tokens' own stand at the kept places."""
+    adaptive: ClassVar[bool] = False
+    """Whether the method itself decides how many stay: it is then asked also where the budget would keep all."""
+    text_aware: ClassVar[bool] = False
+    plan_options: ClassVar[tuple[str, ...]] = ()
+    """Options that only `stages` reads: beside a site of the user's own (`at`) they would say nothing."""
+    published: ClassVar[str] = ""
+    """Paper, arXiv number and official code, for tables."""
+    processor_options: ClassVar[Mapping[str, str]] = {}
+    """Options whose value an image processor knows, by the name of its attribute: what runs with a processor at hand
+    may set them."""
+
+    positions: str | None = None
+    scope: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.scope not in (None, "raster", "visual"):
+            raise ValueError(f"scope must be 'raster' or 'visual', got {self.scope!r}.")
+        if self.scope == "visual" and self.needs_grid:
+            raise ValueError(f"{self.name} works on a grid of tokens, so it cannot rank a visual together.")
+        if self.positions not in (None, "compact", "keep"):
+            raise ValueError(f"positions must be 'compact' or 'keep', got {self.positions!r}.")
+
+    @property
+    def draws(self) -> bool:
+        """Whether what stays depends on a seed, the option `seed`."""
+        return hasattr(self, "seed")
+
+    def stages(self, budget: Budget, depths: Depths) -> tuple[Stage, ...]:
+        """The cuts that make up the method, for a model of these depths; one cut at `site` by default."""
+        return (Stage(self.site, self, budget),)
+
+    def stage_at(self, site: str, budget: Budget) -> Stage:
+        """The one cut at a site of the user's own (`at`)."""
+        return Stage(site, self, budget)
+
+    @classmethod
+    def search_space(cls, mean: float, depths: Depths) -> Mapping[str, Range | Choice]:
+        """Options that `tokenprune tune` searches, by name; empty for a method without any.
+
+        Args:
+            mean: the budget, visual tokens averaged over the decoder's layers as a kept fraction in (0, 1].
+            depths: of the model.
+        """
+        return {}
+
+    @classmethod
+    def tuned(cls, values: Mapping[str, Any], mean: float, depths: Depths) -> dict[str, Any] | None:
+        """The method with these values of its search space at that budget, as a mapping that `apply` takes; None where
+        they cannot hold it. By default the method's cuts are solved for the mean, whatever the values are."""
+        return {"method": cls.name, "keep": f"{AVERAGE}{mean}", **values}
+
+    def signals(self, tower: Tower) -> tuple[Signal, ...]:
+        """Signals to record, for a given tower. Raise ValueError where the method cannot work on it."""
+        return ()
+
+    def signals_at(self, tower: Tower, place: str, depth: int) -> tuple[Signal, ...]:
+        """Signals for one cut, at "pixels", "vision" (after block `depth`), "input" or "layer" (`depth` is K); those of
+        `signals` unless the method reads what is near its cut."""
+        return self.signals(tower)
+
+    def notes(self, tower: Tower) -> tuple[str, ...]:
+        """What a reader of results must know of this method on this tower, for example a stand-in for a signal."""
+        return ()
+
+    def kept_tokens(self, num_tokens: int, budget: Budget) -> int:
+        """How many of an image's N tokens a cut leaves, as far as that is known beforehand."""
+        return budget.tokens(num_tokens)
+
+    def score(self, view: View) -> Tensor:
+        """Importance of each visual token, `[M, N]`; higher means keep."""
+        raise TypeError(f"{type(self).__name__} defines neither score() nor select().")
+
+    def select(self, view: View) -> Selection:
+        """Keep the `view.budget` tokens with the highest score; ties go to the lower raster index."""
+        return Selection(topk_indices(self.score(view), view.budget))
+
+    def target_grid(self, grid: tuple[int, int], budget: int) -> tuple[int, int]:
+        """Only at the site "pixels": (rows, cols) of the visual tokens that the tower shall make of a picture that
+        would give `grid`; rows * cols <= budget."""
+        raise TypeError(f"{type(self).__name__} acts at {self.site!r} and resizes no picture.")
+
+    def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: Tower) -> int:
+        """Floating-point operations of one `select` (2 per multiply-add), matrix products only: what torch's
+        FlopCounterMode counts. Signals are counted apart."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One cut.
+
+    Attributes:
+        site: see the module.
+        pruner: what chooses.
+        budget: tokens that each image or video keeps; a fraction is of its tokens before any cut.
+    """
+
+    site: str
+    pruner: Pruner
+    budget: Budget
+
+    @property
+    def place(self) -> str:
+        """The site without its number: "pixels", "vision", "input" or "layer"."""
+        return self.site.partition(":")[0]
+
+    def signals(self, tower: Tower) -> tuple[Signal, ...]:
+        """What the pruner wants recorded for this cut."""
+        return self.pruner.signals_at(tower, self.place, self.depth)
+
+    @property
+    def depth(self) -> int:
+        """L of "vision:L" or K of "layer:K"; 0 elsewhere."""
+        return int(self.site.partition(":")[2] or 0)
+
+
+@dataclass(frozen=True)
+class Depths:
+    """What a plan is made for.
+
+    Attributes:
+        vision: blocks of the vision tower.
+        feature: the block whose output becomes the visual tokens; None where the tower cannot be cut.
+        decoder: decoder layers.
+        first_cut: lowest K of "layer:K" (0 cuts at the input of the first layer).
+        resizable: whether the vision tower takes pictures of other sizes.
+        one_size: whether all images have the same number of visual tokens, and few: no crops, no native sizes.
+    """
+
+    vision: int
+    feature: int | None
+    decoder: int
+    first_cut: int = 1
+    resizable: bool = False
+    one_size: bool = True

@@ -1,0 +1,102 @@
+"""One image or one video of a prompt: its grids of tokens, as the processor lays them out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Raster:
+    """Tokens that stand in one grid: a whole image, one crop of it, or one frame of a video.
+
+    Attributes:
+        grid: (rows, cols), in raster order.
+        start: index of its first token among the tokens of its visual.
+        kind: "image", "thumbnail", "mosaic", "crop" or "frame".
+    """
+
+    grid: tuple[int, int]
+    start: int = 0
+    kind: str = "image"
+
+    @property
+    def num_tokens(self) -> int:
+        """rows * cols."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Visual:
+    """One image or one video, as the processor lays it out. Adapters make these.
+
+    A visual has placeholders in the prompt. Most hold one token of a raster each; the others are separators (row ends,
+    frame ends), which carry no picture: they stay while their visual is whole and leave with its first cut.
+
+    Attributes:
+        rasters: its grids, in the order of its tokens.
+        kind: "image" or "video".
+        placeholders: how many it has, separators included; None means one per token.
+        offsets: `[N]` int64, which placeholder each token stands at; None where there are no separators.
+        crops: (rows, cols) of what the vision tower saw of it, in tower order; None means the rasters themselves.
+        sources: `[N]` int64, the cell of the concatenated crops that each token comes from; None means in order.
+        resample: from values by cell of the crops to values by token, `[cells]` -> `[N]`, where tokens are mixed from
+            several cells; None means `sources`.
+        projected: tokens that the projector makes of it; None means one of each cell of the crops.
+        scattered: whether text may stand between its placeholders (time stamps of frames, labels of tiles).
+    """
+
+    rasters: tuple[Raster, ...]
+    kind: str = "image"
+    placeholders: int | None = None
+    offsets: Tensor | None = None
+    crops: tuple[tuple[int, int], ...] | None = None
+    sources: Tensor | None = None
+    resample: Callable[[Tensor], Tensor] | None = None
+    projected: int | None = None
+    scattered: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """N, tokens that a method can choose among."""
+        return sum(raster.num_tokens for raster in self.rasters)
+
+    @property
+    def length(self) -> int:
+        """Placeholders in the prompt."""
+        return self.num_tokens if self.placeholders is None else self.placeholders
+
+    @property
+    def tower_grids(self) -> tuple[tuple[int, int], ...]:
+        """Grids that the vision tower works on."""
+        return tuple(raster.grid for raster in self.rasters) if self.crops is None else self.crops
+
+
+def one_raster(grid: tuple[int, int]) -> Visual:
+    """An image that is a single grid, with no separators."""
+    return Visual((Raster(grid),))
+
+
+@dataclass(frozen=True)
+class TowerWork:
+    """One run of the vision tower over pictures.
+
+    Attributes:
+        grids: (rows, cols) of visual tokens that the tower makes of each picture.
+        blocks: patches in each block from `first` on, per picture, where tokens left inside the tower; else empty.
+        first: the block that `blocks` begins with.
+        left: visual tokens that the projector makes, all pictures together.
+        whole: as many as it would make if nothing left the tower.
+        plain: the grids as they would have been, where a method shrank the pictures.
+        cuts: by cut inside the tower, the block after which it was, and the cells left of each picture.
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    blocks: tuple[tuple[int, ...], ...] = ()
+    first: int = 0
+    left: int = 0
+    whole: int = 0
+    plain: tuple[tuple[int, int], ...] = ()
+    cuts: tuple[tuple[int, tuple[Tensor | None, ...]], ...] = ()

@@ -1,0 +1,147 @@
+"""Stages: which pruner acts where, with which budget.
+
+A method is one or more stages. Sites are "pixels" (before the vision tower), "vision:L" (after block L of the tower),
+"input" (after the projector, before the decoder) and "layer:K" (entering decoder layer K); blocks and layers count
+from 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tokenprune.interfaces.pruner import Depths, Stage
+from tokenprune.interfaces.signals import VISION_SIGNALS
+
+if TYPE_CHECKING:
+    from tokenprune.interfaces.pruner import Pruner
+    from tokenprune.interfaces.signals import Signal
+
+SITES = ("pixels", "vision:L", "input", "layer:K")
+_ORDER = {"pixels": 0, "vision": 1, "input": 2, "layer": 3}
+
+
+def check_vision_signal(signal: Signal, stage: Stage, feature: int) -> None:
+    """Raise ValueError if a stage inside the vision tower asks for what the tower computes behind its cut; `feature` is
+    the block that makes the visual tokens, before which the last cut can be."""
+    if stage.place != "vision" or signal.name not in VISION_SIGNALS or signal.layer <= stage.depth:
+        return
+    instead = f"'vision:{signal.layer}' or later, or at " if signal.layer < feature else ""
+    raise ValueError(
+        f"{stage.pruner.name} reads block {signal.layer} of the vision tower, and {stage.site!r} comes before that has "
+        f"run. Cut at {instead}'input'."
+    )
+
+
+def check_site(site: Any, numbered: bool = True) -> str:
+    """Return `site` if it is one; with `numbered=False` also "vision" and "layer", of which a method knows the depths.
+
+    Raises:
+        ValueError: it is not; the message lists the sites.
+    """
+    name, colon, number = str(site).partition(":")
+    wants = name in ("vision", "layer") and (numbered or bool(colon))
+    if name not in _ORDER or wants != bool(colon) or (colon and not number.isdigit()):
+        raise ValueError(f"There is no site {site!r}; sites are {', '.join(SITES)}, with a number for L and K.")
+    return str(site)
+
+
+def check_plan(stages: Sequence[Stage], depths: Depths) -> tuple[Stage, ...]:
+    """Stages in the order in which they run.
+
+    Raises:
+        ValueError: two stages at one site, a depth that the model does not have, or pixels beside another cut of the
+            picture.
+    """
+    if not stages:
+        raise ValueError("A method needs at least one stage.")
+    ordered = tuple(sorted(stages, key=lambda stage: (_ORDER[stage.place], stage.depth)))
+    for before, after in zip(ordered, ordered[1:]):
+        if before.site == after.site:
+            raise ValueError(f"Two stages act at {before.site!r}; give each its own site.")
+    for stage in ordered:
+        if (stage.place == "pixels") != (stage.pruner.site == "pixels"):
+            raise ValueError(
+                f"{stage.pruner.name} acts at {stage.pruner.site!r}, not at {stage.site!r}: smaller pictures and fewer "
+                "tokens are different things."
+            )
+        if stage.pruner.needs_grid and stage is not ordered[0]:
+            raise ValueError(
+                f"{stage.pruner.name} works on a whole grid of tokens, so nothing may leave before it, and "
+                f"{ordered[0].pruner.name} cuts at {ordered[0].site!r}."
+            )
+        if stage.pruner.merges and stage.place == "vision":
+            raise ValueError(
+                f"{stage.pruner.name} merges tokens, and what it merges has no place inside the vision tower (at "
+                f"{stage.site!r}). Cut at 'input'."
+            )
+        if stage.place == "pixels" and not depths.resizable:
+            raise ValueError(
+                f"{stage.pruner.name} gives the vision tower smaller pictures, and this family's tower takes pictures "
+                "of one size only, or its crops follow from the size: its adapter says so."
+            )
+        if stage.place == "vision":
+            if depths.feature is None:
+                raise ValueError(
+                    f"{stage.pruner.name} cuts inside the vision tower (at {stage.site!r}), and this family's tower "
+                    "cannot be cut: its adapter says so."
+                )
+            if stage.depth >= depths.feature:
+                raise ValueError(
+                    f"{stage.site!r} would cut behind the block that makes the visual tokens; this tower can be cut "
+                    f"after blocks 0 to {depths.feature - 1}."
+                )
+        if stage.place == "layer" and not depths.first_cut <= stage.depth < depths.decoder:
+            raise ValueError(
+                f"{stage.site!r} is not a place to cut in this model: K goes from {depths.first_cut} to "
+                f"{depths.decoder - 1} (cut before the first layer with the site 'input')."
+            )
+    if ordered[0].place == "pixels" and any(stage.place == "vision" for stage in ordered):
+        raise ValueError("A picture that 'pixels' shrank cannot be cut again inside the vision tower.")
+    return ordered
+
+
+def visual_lengths(stages: Sequence[Stage], num_tokens: int, layers: int) -> list[int]:
+    """Visual tokens of one image in each decoder layer, if every stage keeps exactly its budget."""
+    count, lengths = num_tokens, []
+    cuts = {stage.depth: stage for stage in stages if stage.place == "layer"}
+    for stage in stages:
+        if stage.place != "layer":
+            count = min(count, stage.pruner.kept_tokens(num_tokens, stage.budget))
+    for layer in range(layers):
+        if layer in cuts:
+            count = min(count, cuts[layer].pruner.kept_tokens(num_tokens, cuts[layer].budget))
+        lengths.append(count)
+    return lengths
+
+
+def solve_average(name: str, mean: Callable[[int], float], average: float, num_tokens: int) -> int:
+    """The `keep` (tokens after the last cut) with which a method holds `average` visual tokens over all layers.
+
+    Takes the count whose mean over the decoder's layers is nearest to `average`; among equals the smaller.
+
+    Args:
+        name: of the method, for the message.
+        mean: from keep to the mean over the layers; grows with keep.
+        num_tokens: N.
+
+    Raises:
+        ValueError: the method cannot reach it at its layers; the message says what it can.
+    """
+    least, most = mean(1), mean(num_tokens)
+    if not least - 0.5 <= average <= most:
+        raise ValueError(
+            f"{name} cannot hold an average of {average:g} tokens of {num_tokens}: with its layers the average over "
+            f"all layers goes from {least:.1f} to {most:.1f}. Cut at lower layers, or add a stage at 'input'."
+        )
+    low, high = 1, num_tokens
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if mean(middle) <= average else (low, middle)
+    return min((low, high), key=lambda keep: (abs(mean(keep) - average), keep))
+
+
+def with_positions(pruner: Pruner, positions: str) -> Pruner:
+    """A copy of `pruner` under that position policy."""
+    return dataclasses.replace(pruner, positions=positions)  # type: ignore[type-var]

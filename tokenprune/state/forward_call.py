@@ -1,0 +1,108 @@
+"""What one forward call of a wrapped model brought, and what becomes of it: nothing of a prompt stands on the model.
+
+Each thread has its own, so requests that run at the same time on one model know nothing of each other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tokenprune.capture.decoder_attention import DecoderSignals, LayerInput
+    from tokenprune.engine.decoder_pass import DecoderPass
+    from tokenprune.interfaces.signals import Signal
+    from tokenprune.interfaces.visual import Visual
+    from tokenprune.state.prompt_state import Prompt
+    from tokenprune.state.tower_recording import Recording
+
+
+@dataclass(eq=False)
+class ForwardCall:
+    """One forward call, from the outermost wrapped module that was called to its return.
+
+    Attributes:
+        module: that module: the model, or the one inside it that merges text and pictures.
+        before: the call that was at work when this one began; None for most.
+        arguments: what the call was given, by name.
+        entered: whether the module that merges text and pictures has begun.
+        drafted: tokens at the end of each row that are not the prompt's: proposed by a draft, or answered already.
+        prompt: the prompts with pictures, laid out; None without pictures.
+        decoder: the pass through the decoder, while it is at work on rows that differ from what it was given.
+        inputs: by layer, what entered it, where a stage reads its attention.
+        read: by layer, what was read of its attention for the stage behind it.
+        laid_out: by kind, pixels of this call and how they are laid out, so that sizes are read once.
+        recordings: by kind, runs of the vision tower inside this call.
+        transitions: signals of decoder layers that were read on the way, by place in the rows as they stand.
+        branch: what entered a layer's attention, and what came out, until its MLP has run.
+        attention: what interventions know of this call.
+        served: the pruned KV cache that this call may add keys to.
+        labels: a copy of the caller's labels `[B, S]`, for the loss; None if there are none.
+        learning: whether it holds the lock under which interventions learn from prompts.
+    """
+
+    module: Any
+    before: ForwardCall | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    entered: bool = False
+    drafted: int = 0
+    prompt: Prompt | None = None
+    decoder: DecoderPass | None = None
+    inputs: dict[int, LayerInput] = field(default_factory=dict)
+    read: dict[int, DecoderSignals] = field(default_factory=dict)
+    laid_out: dict[str, tuple[Tensor, list[Visual]]] = field(default_factory=dict)
+    recordings: dict[str, list[Recording]] = field(default_factory=dict)
+    transitions: dict[Signal, Tensor] = field(default_factory=dict)
+    branch: tuple[Tensor, Tensor] | None = None
+    attention: Any = None
+    served: Any = None
+    labels: Tensor | None = None
+    learning: bool = False
+
+    def clear(self) -> None:
+        """Let go of all that is needed only while the module that merges text and pictures is at work."""
+        self.prompt, self.decoder, self.branch, self.attention = None, None, None, None
+        self.inputs, self.read, self.laid_out, self.recordings, self.transitions = {}, {}, {}, {}, {}
+        self.learning = False
+
+
+@dataclass(eq=False)
+class Generation:
+    """One call of `generate`; `prompt_length` is how many ids it began with, once that is known."""
+
+    prompt_length: int | None = None
+
+
+class Calls(threading.local):
+    """The calls at work on one model, of the thread that asks.
+
+    Attributes:
+        now: the forward call at work.
+        tower: the run of the vision tower at work; `generate` may start one before any forward call.
+        drafted: tokens at the end of the next forward call that are not the prompt's.
+        generation: the call of `generate` at work.
+        hints: what the caller told of the pictures, see `Handle.set_hints`.
+        passes: lists that wish to know of each prompt that ran, see `Handle.watch`.
+    """
+
+    def __init__(self) -> None:
+        self.now: ForwardCall | None = None
+        self.tower: Any = None
+        self.drafted = 0
+        self.generation: Generation | None = None
+        self.hints: dict[str, list[Any]] = {}
+        self.passes: list[list[Any]] = []
+
+    def begin(self, module: Any) -> ForwardCall:
+        """A forward call of `module` begins."""
+        self.now = ForwardCall(module, before=self.now)
+        return self.now
+
+    def end(self, module: Any) -> None:
+        """The call that `module` began is over, perhaps with an exception."""
+        if self.now is not None and self.now.module is module:
+            self.now = self.now.before

@@ -1,0 +1,202 @@
+"""What becomes of one batch of prompts: which visual tokens are still there, and where they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tokenprune.interfaces.intervention import Facts
+from tokenprune.interfaces.visual import TowerWork
+from tokenprune.state.compaction import Compaction, plan_compaction
+from tokenprune.state.device_timer import Stopwatch
+from tokenprune.state.prompt_layout import Layout, Span
+from tokenprune.state.tower_recording import Recording
+
+
+@dataclass
+class Alive:
+    """The tokens of one visual that are still in its row.
+
+    Attributes:
+        tokens: `[n]` int64, which of its tokens; None while all are there.
+        count: n, known on the host.
+        places: `[n]` int64, where they stand in the row now.
+        placeholders: `[P]` int64, where all of its placeholders stand, separators included; None after its first cut.
+        carry: name -> `[n]`, what an earlier stage left with them.
+    """
+
+    tokens: Tensor | None
+    count: int
+    places: Tensor
+    placeholders: Tensor | None
+    carry: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What one site left.
+
+    Attributes:
+        site: where.
+        counts: tokens left of each span.
+        lengths: attended tokens left of each row.
+        tokens: which tokens are left of each span, `[n]` int64; None where all are.
+    """
+
+    site: str
+    counts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    tokens: tuple[Tensor | None, ...]
+
+
+@dataclass
+class Prompt:
+    """One batch of prompts.
+
+    Attributes:
+        layout: where its visual tokens were.
+        sources: recording and row of each span.
+        lengths: attended tokens of each row before pruning.
+        pad_left: whether padding stands on the left.
+        attended: `[B, S]` bool on the CPU, False at padding, before pruning; None where no mask was given.
+        alive: for each span, what is still there.
+        cuts: what each site left, in the order in which they ran; empty where nothing left.
+        watch: time of signals and selection.
+        flops: matrix products of methods and signals, all sites together.
+        tower: what the vision tower was given, for each of its runs.
+        noted: for each intervention, what it noted on keys, by layer.
+        attention_flops: by decoder layer, matrix products of interventions beside the layer's own attention.
+        drafted: tokens at the end of each row that a draft proposed.
+    """
+
+    layout: Layout
+    sources: list[tuple[Recording, int]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    pad_left: bool = True
+    attended: Tensor | None = None
+    alive: list[Alive] = field(default_factory=list)
+    cuts: list[Cut] = field(default_factory=list)
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    flops: int = 0
+    tower: list[TowerWork] = field(default_factory=list)
+    noted: list[dict[int, Facts]] = field(default_factory=list)
+    attention_flops: dict[int, int] = field(default_factory=dict)
+    drafted: int = 0
+
+    @property
+    def lengths_now(self) -> list[int]:
+        """Attended tokens of each row after the cuts so far."""
+        return list(self.cuts[-1].lengths) if self.cuts else list(self.lengths)
+
+    @property
+    def recordings(self) -> list[Recording]:
+        """Runs of the vision tower behind the prompt, each once."""
+        return list({id(recording): recording for recording, _ in self.sources}.values())
+
+    def text_after_visual(self) -> list[int]:
+        """For each row, tokens after its last visual token, padding not counted; 0 for a row without visuals."""
+        counts = [0] * self.layout.batch_size
+        for span in self.layout.spans:  # row by row and left to right, so the last of a row counts
+            after = int(span.places[-1]) + 1
+            text = self.layout.length - after
+            if self.attended is not None:
+                text = int(self.attended[span.sample, after:].sum())
+            counts[span.sample] = text - self.drafted
+        return counts
+
+    def place_of(self, index: int) -> int:
+        """Which visual of the batch, as the caller handed them in, span `index` shows: beams show the same ones again,
+        and a recording counts pictures and videos apart."""
+        seen = dict.fromkeys((id(recording), row) for recording, row in self.sources)
+        recording, row = self.sources[index]
+        return list(seen).index((id(recording), row))
+
+    def text_before_visual(self) -> bool:
+        """Whether some visual token of a row comes after text that follows another one."""
+        reach: dict[int, tuple[int, int]] = {}  # by row: where its first visual starts, and visual tokens from there
+        for span in self.layout.spans:
+            first, count = reach.get(span.sample, (int(span.places[0]), 0))
+            reach[span.sample] = first, count + len(span.places)
+            if int(span.places[-1]) - first + 1 > count + len(span.places):
+                return True
+        return False
+
+    def place(self, device: torch.device) -> None:
+        """Put every span where the processor laid it."""
+        self.alive = [_whole(span, device) for span in self.layout.spans]
+
+
+def _whole(span: Span, device: torch.device) -> Alive:
+    placeholders = span.places.to(device)
+    offsets = span.visual.offsets
+    places = placeholders if offsets is None else placeholders[offsets.to(device)]
+    return Alive(None, span.num_tokens, places, placeholders)
+
+
+class Cutter:
+    """Collects what leaves the rows `[B, S]` at one site, and moves what stays.
+
+    Args:
+        prompt: brought up to date by `compact`.
+        site: where.
+        length: S.
+    """
+
+    def __init__(self, prompt: Prompt, site: str, length: int) -> None:
+        self._prompt, self._site, self._length = prompt, site, length
+        self._lengths = prompt.lengths_now
+        self._gone: list[tuple[int, Tensor]] = []
+        self._kept: dict[int, tuple[int, Tensor]] = {}  # by span: a second stage here may cut a span again
+
+    def keep(self, index: int, chosen: Tensor, carry: dict[str, Tensor]) -> Tensor:
+        """Of the present tokens of span `index`, keep those at `chosen` `[k]` int64 (increasing); all others leave,
+        separators with them. Returns the places of the kept ones."""
+        alive, span = self._prompt.alive[index], self._prompt.layout.spans[index]
+        leaves_whole = alive.placeholders is not None
+        before = span.visual.length if leaves_whole else alive.count
+        count = chosen.shape[0]
+        self._gone.append((span.sample, alive.placeholders if alive.placeholders is not None else alive.places))
+        places = alive.places[chosen]
+        self._kept[index] = (span.sample, places)
+        self._lengths[span.sample] -= before - count
+        tokens = chosen if alive.tokens is None else alive.tokens[chosen]
+        self._prompt.alive[index] = Alive(tokens, count, places, None, {name: v[chosen] for name, v in carry.items()})
+        return places
+
+    def compact(self, attended: Tensor | None, batch_size: int) -> Compaction | None:
+        """Plan the move and note the cut; None if nothing left.
+
+        Args:
+            attended: `[B, S]` bool, False at padding; None means no padding.
+        """
+        prompt = self._prompt
+        if not self._gone:
+            return None
+        if min(self._lengths) < 1:
+            row = self._lengths.index(min(self._lengths))
+            raise ValueError(
+                f"Every token of row {row} would leave at {self._site!r}: this prompt is pictures alone, and the "
+                "method keeps nothing of them. Add text, or keep some of their tokens."
+            )
+        keep = torch.ones(batch_size, self._length, dtype=torch.bool, device=self._gone[0][1].device)
+        keep[_pairs(self._gone)] = False
+        keep[_pairs(list(self._kept.values()))] = True
+        tails = [0 if prompt.pad_left else int(count < prompt.layout.length) for count in prompt.lengths]
+        plan = plan_compaction(keep, attended, self._lengths, prompt.pad_left, tails)
+        for span, alive in zip(prompt.layout.spans, prompt.alive):
+            alive.places = plan.target[span.sample][alive.places]
+            if alive.placeholders is not None:
+                alive.placeholders = plan.target[span.sample][alive.placeholders]
+        counts = tuple(alive.count for alive in prompt.alive)
+        tokens = tuple(alive.tokens for alive in prompt.alive)
+        prompt.cuts.append(Cut(self._site, counts, tuple(self._lengths), tokens))
+        return plan
+
+
+def _pairs(entries: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
+    places = torch.cat([part for _, part in entries])
+    rows = [torch.full_like(part, sample) for sample, part in entries]
+    return torch.cat(rows), places
