@@ -5,38 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tokenprune.adapters.llava_next import AnyRes
-from tokenprune.interfaces.visual import Raster, Visual
+from tokenprune.adapters._anyres import AnyRes, pooled_video
+from tokenprune.interfaces.visual import Visual
 from tokenprune.registry import MODELS
-
-
-def pooled_video(frames: int, side: int, pool: Any, separators: int = 0, before_projector: bool = False) -> Visual:
-    """A video of `frames` frames, each `side` x `side` in the tower, by the model's own pooling.
-
-    Args:
-        pool: `[frames, side * side, 1]` -> `[frames, n, 1]`.
-        separators: placeholders behind the last frame.
-        before_projector: whether the projector gets what was pooled.
-    """
-    count = pool(torch.zeros(1, side * side, 1)).shape[1]
-    small = round(count**0.5)
-    rasters = tuple(Raster((small, small), frame * count, "frame") for frame in range(frames))
-
-    def resample(values: Tensor) -> Tensor:
-        return pool(values.view(frames, side * side, 1)).reshape(-1)
-
-    return Visual(
-        rasters,
-        kind="video",
-        placeholders=frames * count + separators,
-        offsets=torch.arange(frames * count) if separators else None,
-        crops=((side, side),) * frames,
-        resample=resample,
-        projected=frames * count if before_projector else None,
-    )
 
 
 @MODELS.register("llava_next_video")

@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenprune.adapters._anyres import anyres_visual, split_crops
+from tokenprune.adapters._anyres import anyres_visual, pooled_video, split_crops
 from tokenprune.adapters._cost import llava_shape
 from tokenprune.adapters._vit import Vit, feature_block, vit_facts
-from tokenprune.adapters.llava_next_video import pooled_video
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, decoder_of
 from tokenprune.interfaces.visual import Visual

@@ -33,7 +33,7 @@ from tokenprune.kernels import (
     segmented_topk,
     token_transition,
 )
-from tokenprune.kernels._triton import HAS_TRITON, Launch, noting
+from tokenprune.kernels.launch import HAS_TRITON, Launch, noting
 
 ARCHITECTURES = (80, 90)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

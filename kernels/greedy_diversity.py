@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.kernels._ops import Op
-from tokenprune.kernels._triton import Kernel, power_of_two, runs_triton
+from tokenprune.kernels.dispatch import Op
+from tokenprune.kernels.launch import Kernel, power_of_two, runs_triton
 
 if TYPE_CHECKING:
     import triton.language as tl

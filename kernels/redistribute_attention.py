@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from tokenprune.kernels._ops import Op
-from tokenprune.kernels._triton import Kernel, block_of_width, ceil_div, must_widen, power_of_two
 from tokenprune.kernels.attention_rows import check_heads
+from tokenprune.kernels.dispatch import Op
+from tokenprune.kernels.launch import Kernel, block_of_width, ceil_div, must_widen, power_of_two
 
 if TYPE_CHECKING:
     import triton.language as tl

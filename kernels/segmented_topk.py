@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tokenprune.kernels._ops import Op
-from tokenprune.kernels._triton import Kernel, on_device, power_of_two
+from tokenprune.kernels.dispatch import Op
+from tokenprune.kernels.launch import Kernel, on_device, power_of_two
 
 if TYPE_CHECKING:
     import triton.language as tl

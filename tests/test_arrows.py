@@ -91,7 +91,9 @@ def test_no_private_name_is_taken_across_rooms():
 
 def test_every_room_says_its_subject():
     for room in sorted(set(map(room_of, sources())) - {""}):
-        folder = ROOT / ("" if room.startswith(("adapters", "kernels", "evals")) else "tokenprune") / room.replace(".", "/")
+        folder = (
+            ROOT / ("" if room.startswith(("adapters", "kernels", "evals")) else "tokenprune") / room.replace(".", "/")
+        )
         if folder.is_dir():
             said = folder / "__init__.py" if (folder / "__init__.py").is_file() else folder / "README.md"
             text = said.read_text(encoding="utf-8")

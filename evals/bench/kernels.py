@@ -33,7 +33,7 @@ from tokenprune.kernels import (
     segmented_topk,
     token_transition,
 )
-from tokenprune.kernels._triton import runs_triton
+from tokenprune.kernels.launch import runs_triton
 
 COLUMNS = (
     "op", "tokens", "width", "batch", "keep", "dtype", "kernel_ms", "reference_ms", "floor_ms", "to_reference",

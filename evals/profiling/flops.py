@@ -18,7 +18,7 @@ from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.evaluation.applied_method import pruned
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.tasks.task import Sample
-from tokenprune.kernels._ops import FORMULAS
+from tokenprune.kernels.dispatch import FORMULAS
 from tokenprune.state.device_timer import Stopwatch
 
 PARTS: tuple[str, ...] = ("vision", "projector", "selection", "prefill", "decode")

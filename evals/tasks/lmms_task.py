@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.evals.io.digest import file_digest
-from tokenprune.evals.tasks.load import LMMS
-from tokenprune.evals.tasks.task import Sample, Task
+from tokenprune.evals.tasks.task import LMMS, Sample, Task
 from tokenprune.registry import UnknownName, near
 
 _THINKING = [["<think>", "</think>"], ["<analysis>", "</analysis>"]]  # what lmms-eval's command line strips by default

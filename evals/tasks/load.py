@@ -11,18 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from tokenprune.evals.io.digest import file_digest
-from tokenprune.evals.tasks.task import Task
+from tokenprune.evals.pocket.catalog import FILES, SUITES, suite_file, suite_fingerprint
+from tokenprune.evals.tasks.task import LMMS, Task
 from tokenprune.registry import UnknownName, near
 
 if TYPE_CHECKING:
     pass
-
-# Kept here beside evals.pocket so that `tokenprune ls tasks` imports no torch.
-POCKET_FAMILIES = ("exist", "attribute", "count", "relation", "read", "global", "easy_vqa")
-SUITES = {"pocket": POCKET_FAMILIES, "pocket-mixed": (*POCKET_FAMILIES, "video")}
-_FILES = {"pocket": "test.parquet", "pocket-mixed": "test_mixed.parquet"}
-LMMS = "lmms:"  # what names of lmms-eval's tasks begin with
 
 
 def task_names() -> list[str]:
@@ -85,8 +79,8 @@ def count_samples(name: str) -> int | None:
     import pyarrow.parquet as pq
 
     suite, _, family = name.partition(":")
-    if suite in _FILES:
-        file = Path(__file__).parents[1] / "pocket" / "data" / _FILES[suite]
+    if suite in FILES:
+        file = suite_file(suite)
         families = pq.read_table(file, columns=["family"]).column("family").to_pylist()
         return sum(family in ("", own) for own in families)
     from tokenprune.evals.tasks.yaml_task import read_spec
@@ -115,16 +109,11 @@ def task_fingerprint(name: str) -> str | None:
         return None
     check_task(name)
     suite = name.partition(":")[0]
-    if suite in _FILES:
+    if suite in FILES:
         return suite_fingerprint(suite)
     from tokenprune.evals.tasks.yaml_task import fingerprint_of, read_spec
 
     return fingerprint_of(Path(name), read_spec(Path(name)))
-
-
-def suite_fingerprint(suite: str) -> str:
-    """Of a pocket suite: its file."""
-    return file_digest(Path(__file__).parents[1] / "pocket" / "data" / _FILES[suite])
 
 
 def task_needs(name: str) -> list[str]:

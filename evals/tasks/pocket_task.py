@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenprune.evals.io.picture_reader import read_picture
 from tokenprune.evals.pocket import suite
-from tokenprune.evals.tasks.load import SUITES, suite_fingerprint
+from tokenprune.evals.pocket.catalog import SUITES, suite_fingerprint
 from tokenprune.evals.tasks.task import Sample, Task
 
 FRAME = 336  # pixels: side of the square in which the suite `pocket` gives its boxes

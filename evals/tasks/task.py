@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+LMMS = "lmms:"  # what names of lmms-eval's tasks begin with
+
 
 @dataclass
 class Sample:

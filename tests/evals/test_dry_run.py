@@ -19,10 +19,11 @@ from tokenprune.cli import main
 from tokenprune.evals.config.measure import Measure, Overlays
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.config.run_config import RunConfig
+from tokenprune.evals.pocket.catalog import POCKET_FAMILIES
 from tokenprune.evals.profiling.estimate import PICTURE, QUESTION, estimate, of_prompt, outline
 from tokenprune.evals.sweep.dry_run import _ids, make_plan, plan_lines, plan_tables
 from tokenprune.evals.sweep.sweep import run
-from tokenprune.evals.tasks.load import POCKET_FAMILIES, count_samples, load_task
+from tokenprune.evals.tasks.load import count_samples, load_task
 from tokenprune.registry import METHODS
 
 PARTS = ("vision", "projector", "prefill", "decode")

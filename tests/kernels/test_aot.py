@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tokenprune.kernels import aot
-from tokenprune.kernels._triton import Kernel
+from tokenprune.kernels.launch import Kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = sorted((ROOT / "docs/bench").glob("kernels-aot-*.csv"))[-1]

@@ -57,7 +57,7 @@ NAMES = list(examples())
 
 
 def test_every_op_is_here_and_is_compiled_ahead_of_time() -> None:
-    modules = {path.stem for path in (ROOT / "kernels").glob("[a-z]*.py")} - {"aot"}
+    modules = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"aot", "dispatch", "launch"}
     assert modules == set(NAMES) == {case.op for case in aot.CASES}
 
 

@@ -20,7 +20,7 @@ from tokenprune.kernels import (
     segmented_topk,
     token_transition,
 )
-from tokenprune.kernels._triton import INTERPRETED
+from tokenprune.kernels.launch import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 HALF = [torch.float16, torch.bfloat16]

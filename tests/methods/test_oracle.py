@@ -5,8 +5,8 @@ import torch
 from _views import make_view, random_boxes
 
 import tokenprune
+from tokenprune.methods._places import spread
 from tokenprune.methods.oracle import Oracle, coverage, keep_covered
-from tokenprune.methods.uniform import spread
 
 
 def covered_by_hand(boxes: list[list[float]], grid: tuple[int, int]) -> list[float]:

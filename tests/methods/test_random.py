@@ -4,7 +4,8 @@ import pytest
 import torch
 from _views import make_view
 
-from tokenprune.methods.random import Random, _mix, _signed, hash_tokens
+from tokenprune.methods._places import _mix, _signed, hash_tokens
+from tokenprune.methods.random import Random
 from tokenprune.state.tower_recording import Recording
 
 BITS = (1 << 64) - 1

@@ -4,7 +4,8 @@ import pytest
 import torch
 from _views import make_view
 
-from tokenprune.methods.uniform import Uniform, spread
+from tokenprune.methods._places import spread
+from tokenprune.methods.uniform import Uniform
 
 
 def test_exactly_k_places_for_every_k_and_grid() -> None:

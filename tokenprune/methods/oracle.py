@@ -18,7 +18,7 @@ from torch import Tensor
 from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.selection import Selection, topk_indices
 from tokenprune.interfaces.view import View
-from tokenprune.methods.uniform import spread
+from tokenprune.methods._places import spread
 from tokenprune.registry import register_method
 
 _TOUCH = 1e-4  # of a patch: a box that ends on the border of a patch does not touch it, even if rounded to fp32

@@ -13,48 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.view import View
+from tokenprune.methods._places import hash_tokens
 from tokenprune.registry import register_method
-
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: the increment of the splitmix64 generator
-
-
-def _signed(value: int) -> int:
-    """The int64 that has the same 64 bits as `value` modulo 2^64."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    # int64 shifts copy the sign bit, the hash needs zeros
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64, elementwise on int64 with wrap-around; a bijection."""
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
-
-
-def hash_tokens(keys: Tensor, num_tokens: int, seed: int) -> Tensor:
-    """A random number for each token of each image, the same on every device and in every batch.
-
-    Args:
-        keys: `[M]` int64, one per image.
-        num_tokens: N.
-        seed: any integer.
-
-    Returns:
-        `[M, N]` int64, uniform over all 64-bit values, distinct within a row.
-    """
-    start = _mix(keys ^ _signed((seed + 1) * _GOLDEN))[:, None]
-    places = torch.arange(1, num_tokens + 1, device=keys.device)
-    return _mix(start + places * _signed(_GOLDEN))
 
 
 @register_method("random")

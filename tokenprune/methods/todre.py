@@ -48,7 +48,7 @@ from tokenprune.interfaces.selection import Selection, topk_indices
 from tokenprune.interfaces.signals import CLS_ATTENTION, TEXT_TO_VISUAL, VISUAL_TO_TEXT, Signal, Tower
 from tokenprune.interfaces.view import View
 from tokenprune.kernels.greedy_diversity import OBJECTIVES, greedy_diversity, greedy_diversity_flops
-from tokenprune.methods.random import hash_tokens
+from tokenprune.methods._places import hash_tokens
 from tokenprune.registry import register_method
 
 PIVOTS = ("cls", "center", "random")

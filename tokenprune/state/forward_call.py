@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tokenprune.capture.decoder_attention import DecoderSignals, LayerInput
-    from tokenprune.engine.decoder_pass import DecoderPass
     from tokenprune.interfaces.signals import Signal
     from tokenprune.interfaces.visual import Visual
     from tokenprune.state.prompt_state import Prompt
@@ -51,9 +49,9 @@ class ForwardCall:
     entered: bool = False
     drafted: int = 0
     prompt: Prompt | None = None
-    decoder: DecoderPass | None = None
-    inputs: dict[int, LayerInput] = field(default_factory=dict)
-    read: dict[int, DecoderSignals] = field(default_factory=dict)
+    decoder: Any = None  # DecoderPass, and below LayerInput and DecoderSignals: types of rooms above this one
+    inputs: dict[int, Any] = field(default_factory=dict)
+    read: dict[int, Any] = field(default_factory=dict)
     laid_out: dict[str, tuple[Tensor, list[Visual]]] = field(default_factory=dict)
     recordings: dict[str, list[Recording]] = field(default_factory=dict)
     transitions: dict[Signal, Tensor] = field(default_factory=dict)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from tokenprune.kernels._triton import HAS_TRITON, runs_triton
+from tokenprune.kernels.launch import HAS_TRITON, runs_triton
 
 _LIBRARY = torch.library.Library("tokenprune", "FRAGMENT")
 
