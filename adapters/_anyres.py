@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenprune.adapters._cost import llava_shape
 from tokenprune.adapters._vit import Vit, check_patches_only, feature_block, vit_facts
 from tokenprune.cost import ModelShape
-from tokenprune.interfaces.adapter import Adapter, decoder_of
+from tokenprune.interfaces.adapter import Adapter, submodule
 from tokenprune.interfaces.visual import Raster, Visual
 
 Pack = Callable[[Tensor, Tensor], Tensor]
@@ -69,10 +69,10 @@ class AnyRes(Adapter):
         vision = config.vision_config
         check_patches_only(config)
         super().__init__(model)
-        tower = decoder_of(model, "model.vision_tower")
+        tower = submodule(model, "model.vision_tower")
         block = feature_block(config.vision_feature_layer, vision.num_hidden_layers)
         facts = vit_facts(vision, block, has_cls=True)
-        self.vision = Vit(tower, decoder_of(tower, "encoder.layers"), self.projector, facts, vision.patch_size)
+        self.vision = Vit(tower, submodule(tower, "encoder.layers"), self.projector, facts, vision.patch_size)
         self._side = vision.image_size // vision.patch_size
 
     def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:

@@ -15,7 +15,7 @@ from tokenprune.adapters._cost import text_sizes
 from tokenprune.adapters._vit import CLIP_PIXELS
 from tokenprune.cost import ModelShape, tower_flops
 from tokenprune.hooks import Scratch
-from tokenprune.interfaces.adapter import Adapter, VisionTower, decoder_of
+from tokenprune.interfaces.adapter import Adapter, VisionTower, submodule
 from tokenprune.interfaces.signals import (
     GREY_ENTROPY,
     MEAN_QUERY_ATTENTION,
@@ -23,7 +23,7 @@ from tokenprune.interfaces.signals import (
     SINK_ATTENTION,
     SINK_ATTENTION_SUM,
     VALUE_NORM,
-    Tower,
+    TowerInfo,
 )
 from tokenprune.interfaces.visual import Raster, TowerWork, Visual
 
@@ -51,7 +51,7 @@ class QwenTower(VisionTower):
         self._vision, self._extra = vision, extra
         merge = vision.spatial_merge_size
         self.patches_per_cell = merge**2
-        self.facts = Tower(
+        self.facts = TowerInfo(
             num_layers=vision.depth,
             feature_layer=vision.depth - 1,
             has_cls=False,
@@ -67,7 +67,7 @@ class QwenTower(VisionTower):
     def exits(self) -> Sequence[Any]:
         return (self.exit, *getattr(self.module, "deepstack_merger_list", ()))
 
-    def watch(self, block: int, done: Callable[[Any], None]) -> list[Any]:
+    def hook_attention(self, block: int, done: Callable[[Any], None]) -> list[Any]:
         attention = self.blocks[block].attn
         seen = Scratch()
 
@@ -133,7 +133,7 @@ class QwenTower(VisionTower):
         starts = [sum(run["counts"][:picture]) for picture in pictures]
         return torch.stack([cells[at : at + count] for at in starts])
 
-    def thin(self, run: Any, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
+    def drop_tokens(self, run: Any, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
         hidden, group = args[0], self.patches_per_cell
         if kept is not None:
             before = run["there"]
@@ -164,7 +164,7 @@ class QwenTower(VisionTower):
             known = run["bounds"][id(bounds)] = bounds, bounds.cpu().long()
         return known[1]
 
-    def leave(self, run: Any, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
+    def restore_length(self, run: Any, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
         if output.shape[0] == len(run["there"]):
             return output
         full = output.new_zeros(len(run["there"]), output.shape[-1])
@@ -275,7 +275,7 @@ class QwenVL(Adapter):
     def __init__(self, model: Any) -> None:
         config = model.config
         super().__init__(model)
-        module = decoder_of(model, "model.visual")
+        module = submodule(model, "model.visual")
         self.vision = QwenTower(module, config.vision_config, self.extra_mergers(config), self.pixel_facts)
 
     def extra_mergers(self, config: Any) -> Sequence[int]:

@@ -22,7 +22,7 @@ from tokenprune.interfaces.signals import (
     SINK_ATTENTION,
     SINK_ATTENTION_SUM,
     VALUE_NORM,
-    Tower,
+    TowerInfo,
 )
 from tokenprune.interfaces.visual import TowerWork, Visual
 
@@ -34,7 +34,7 @@ class Vit(VisionTower):
         module: the tower.
         blocks: its blocks; each has `self_attn` with `q_proj`, `k_proj` and `v_proj`.
         exit: the projector.
-        facts: see `Tower`.
+        facts: see `TowerInfo`.
         patch: side of a patch in pixels.
         can_cut: whether what comes after the tower takes each patch on its own.
         pooling_head: whether the tower pools its last states by attention as well, for costs.
@@ -46,7 +46,7 @@ class Vit(VisionTower):
         module: Any,
         blocks: Any,
         exit: Any,
-        facts: Tower,
+        facts: TowerInfo,
         patch: int,
         can_cut: bool = True,
         cell_patches: Tensor | None = None,
@@ -64,7 +64,7 @@ class Vit(VisionTower):
         self._patch = patch
         self._before = int(facts.has_cls)
 
-    def watch(self, block: int, done: Callable[[Any], None]) -> list[Any]:
+    def hook_attention(self, block: int, done: Callable[[Any], None]) -> list[Any]:
         block_module = self.blocks[block]
         attention = getattr(block_module, "self_attn", None) or block_module.attention
         patches = self.patches_per_cell
@@ -129,7 +129,7 @@ class Vit(VisionTower):
     def states(self, run: Any, args: Any, pictures: Sequence[int], count: int) -> Tensor:
         return args[0][list(pictures), self._before : self._before + count]
 
-    def thin(self, run: Any, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
+    def drop_tokens(self, run: Any, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
         hidden = args[0]
         if kept is not None:
             counts = [index.shape[0] for index in kept]
@@ -151,7 +151,7 @@ class Vit(VisionTower):
             return (hidden, *args[1:]), {**kwargs, "attention_mask": run["mask"]}
         return (hidden, run["mask"], *args[2:]), kwargs
 
-    def leave(self, run: Any, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
+    def restore_length(self, run: Any, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
         full = output.new_zeros(output.shape[0], run["cells"], output.shape[-1])
         for row, places in enumerate(alive):
             full[row, places] = output[row, : places.shape[0]]
@@ -174,11 +174,11 @@ SIGLIP_PIXELS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 """Mean and standard deviation of red, green and blue in the published processors of these towers."""
 
 
-def vit_facts(vision: Any, feature_block: int, has_cls: bool, pixels: Any = None) -> Tower:
+def vit_facts(vision: Any, feature_block: int, has_cls: bool, pixels: Any = None) -> TowerInfo:
     """Facts from a CLIP or SigLIP vision config; `feature_block` is 0-based. `pixels` is one of the pairs above; None
     takes CLIP's for towers with [CLS] and SigLIP's for others."""
     mean, std = pixels or (CLIP_PIXELS if has_cls else SIGLIP_PIXELS)
-    return Tower(
+    return TowerInfo(
         num_layers=vision.num_hidden_layers,
         feature_layer=feature_block,
         has_cls=has_cls,

@@ -14,7 +14,7 @@ import torch
 from tokenprune.adapters._cost import text_sizes, vit_sizes
 from tokenprune.adapters._vit import IMAGENET_PIXELS, Vit, feature_block, vit_facts
 from tokenprune.cost import ModelShape
-from tokenprune.interfaces.adapter import Adapter, decoder_of
+from tokenprune.interfaces.adapter import Adapter, submodule
 from tokenprune.interfaces.visual import Visual, one_raster
 from tokenprune.registry import MODELS
 
@@ -29,7 +29,7 @@ class InternVL(Adapter):
         config = model.config
         vision = config.vision_config
         super().__init__(model)
-        tower = decoder_of(model, "model.vision_tower")
+        tower = submodule(model, "model.vision_tower")
         block = feature_block(config.vision_feature_layer, vision.num_hidden_layers)
         has_cls = config.vision_feature_select_strategy == "default"
         facts = vit_facts(vision, block, has_cls, IMAGENET_PIXELS)
@@ -41,7 +41,7 @@ class InternVL(Adapter):
         joined = self.entry.pixel_shuffle(numbers, scale_factor=self._ratio)
         cells = joined.reshape(-1, joined.shape[-1]).long()
         self.vision = Vit(
-            tower, decoder_of(tower, "encoder.layer"), self.projector, facts, self._patch, cell_patches=cells
+            tower, submodule(tower, "encoder.layer"), self.projector, facts, self._patch, cell_patches=cells
         )
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 from tokenprune.adapters._cost import llava_shape
 from tokenprune.adapters._vit import Vit, check_patches_only, feature_block, vit_facts
 from tokenprune.cost import ModelShape
-from tokenprune.interfaces.adapter import Adapter, decoder_of
+from tokenprune.interfaces.adapter import Adapter, submodule
 from tokenprune.interfaces.visual import Visual, one_raster
 from tokenprune.registry import MODELS
 
@@ -29,10 +29,10 @@ class Llava(Adapter):
         check_patches_only(config)
         super().__init__(model)
         self._patch = vision.patch_size
-        tower = decoder_of(model, "model.vision_tower")
+        tower = submodule(model, "model.vision_tower")
         block = feature_block(config.vision_feature_layer, vision.num_hidden_layers)
         facts = vit_facts(vision, block, has_cls=True)
-        self.vision = Vit(tower, decoder_of(tower, "encoder.layers"), self.projector, facts, vision.patch_size)
+        self.vision = Vit(tower, submodule(tower, "encoder.layers"), self.projector, facts, vision.patch_size)
         self.vision.can_resize = True
 
     @property

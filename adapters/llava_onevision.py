@@ -15,7 +15,7 @@ from tokenprune.adapters._anyres import anyres_visual, pooled_video, split_crops
 from tokenprune.adapters._cost import llava_shape
 from tokenprune.adapters._vit import Vit, feature_block, vit_facts
 from tokenprune.cost import ModelShape
-from tokenprune.interfaces.adapter import Adapter, decoder_of
+from tokenprune.interfaces.adapter import Adapter, submodule
 from tokenprune.interfaces.visual import Visual
 from tokenprune.registry import MODELS
 
@@ -31,10 +31,10 @@ class LlavaOnevision(Adapter):
         config = model.config
         vision = config.vision_config
         super().__init__(model)
-        tower = decoder_of(model, "model.vision_tower")
+        tower = submodule(model, "model.vision_tower")
         block = feature_block(config.vision_feature_layer, vision.num_hidden_layers)
         facts = vit_facts(vision, block, has_cls=False)
-        blocks, head = decoder_of(tower, "encoder.layers"), bool(getattr(tower, "use_head", False))
+        blocks, head = submodule(tower, "encoder.layers"), bool(getattr(tower, "use_head", False))
         self.vision = Vit(tower, blocks, self.projector, facts, vision.patch_size, pooling_head=head)
         self._side = vision.image_size // vision.patch_size
 

@@ -42,7 +42,9 @@ class Qwen3VL(QwenVL):
             for features in output.deepstack_features
         ]
 
-    def beside(self, kwargs: Mapping[str, Any], rows: Callable[[Tensor], Tensor], real: Tensor) -> dict[str, Any]:
+    def per_token_kwargs(
+        self, kwargs: Mapping[str, Any], rows: Callable[[Tensor], Tensor], real: Tensor
+    ) -> dict[str, Any]:
         visual, added = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
         if visual is None or added is None:
             return {}

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenprune.adapters._cost import text_sizes, vit_sizes
 from tokenprune.adapters._vit import Vit, vit_facts
 from tokenprune.cost import ModelShape
-from tokenprune.interfaces.adapter import Adapter, decoder_of
+from tokenprune.interfaces.adapter import Adapter, submodule
 from tokenprune.interfaces.visual import Raster, Visual
 from tokenprune.registry import MODELS
 
@@ -32,15 +32,15 @@ class SmolVLM(Adapter):
         config = model.config
         vision = config.vision_config
         super().__init__(model)
-        tower = decoder_of(model, "model.vision_model")
+        tower = submodule(model, "model.vision_model")
         patches = vision.image_size // vision.patch_size
         self._side = patches // config.scale_factor
         # the model's own joining, given numbers in place of features, says which patches make a token
         numbers = torch.arange(patches**2, dtype=torch.float64).view(1, -1, 1)
-        cells = decoder_of(model, "model.connector").pixel_shuffle(numbers, config.scale_factor)[0].long()  # type: ignore[operator]
+        cells = submodule(model, "model.connector").pixel_shuffle(numbers, config.scale_factor)[0].long()  # type: ignore[operator]
         facts = vit_facts(vision, vision.num_hidden_layers - 1, has_cls=False)
         self.vision = Vit(
-            tower, decoder_of(tower, "encoder.layers"), self.projector, facts, vision.patch_size, cell_patches=cells
+            tower, submodule(tower, "encoder.layers"), self.projector, facts, vision.patch_size, cell_patches=cells
         )
 
     def _tiles(self, call: Mapping[str, Any]) -> list[int]:

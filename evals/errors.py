@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Refused(Exception):
+class UserError(Exception):
     """What was asked for cannot be run; the message is a sentence for whoever asked."""
 
 
 @contextmanager
-def refusing() -> Iterator[None]:
-    """Turn errors of the checks before the work into `Refused`; an error during the work keeps its traceback."""
+def as_user_error() -> Iterator[None]:
+    """Turn errors of the checks before the work into `UserError`; an error during the work keeps its traceback."""
     try:
         yield
     except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
-        raise Refused(str(error)) from error
+        raise UserError(str(error)) from error

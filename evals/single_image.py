@@ -12,8 +12,14 @@ from rich.table import Table
 
 from tokenprune.api import applied
 from tokenprune.evals.config.points import NONE, Point
-from tokenprune.evals.errors import refusing
-from tokenprune.evals.evaluation.applied_method import answer_batch, give_boxes, method_of, settle, visual_tokens
+from tokenprune.evals.errors import as_user_error
+from tokenprune.evals.evaluation.applied_method import (
+    answer_batch,
+    calibrate_interventions,
+    give_boxes,
+    method_of,
+    visual_tokens,
+)
 from tokenprune.evals.io.picture_reader import read_picture
 from tokenprune.evals.models.load import LoadedModel, load_model
 from tokenprune.evals.report.overlay import draw_kept, seen_views
@@ -48,7 +54,7 @@ def run_single(
     """
     from transformers.utils import logging
 
-    with refusing():
+    with as_user_error():
         if image is not None and not Path(image).is_file():
             raise FileNotFoundError(f"There is no picture {image}.")
         pruners = [METHODS.get(split_name(part)[0]) for part in pruner_parts(method)]
@@ -63,7 +69,7 @@ def run_single(
             asked = next(task.load(sample, sample + 1))
     logging.disable_progress_bar()
     target = Path(output)
-    with refusing():
+    with as_user_error():
         target.parent.mkdir(parents=True, exist_ok=True)
         loaded = load_model(model, dtype, device)
         inputs = dict(loaded.inputs([asked.question], [asked.image]))
@@ -98,7 +104,7 @@ def _settle(loaded: LoadedModel, point: Point, asked: Sample, inputs: dict[str, 
     with applied(loaded.model, method_of(point, 0)) as handle:
         if not handle.interventions:
             return ()
-        settle(loaded, load_task(default_task(loaded.name)), point, handle, 0)
+        calibrate_interventions(loaded, load_task(default_task(loaded.name)), point, handle, 0)
         give_boxes(handle, point, [asked])
         with torch.inference_mode():
             loaded.model(**inputs, logits_to_keep=1)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from _decoders import llava_with
 from _tiny import prompts
-from oracle import relative_error
+from masked_reference import relative_error
 
 import tokenprune
 

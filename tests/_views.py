@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from tokenprune.interfaces.pruner import Pruner
-from tokenprune.interfaces.signals import Tower
+from tokenprune.interfaces.signals import TowerInfo
 from tokenprune.interfaces.view import View
 from tokenprune.interfaces.visual import Raster
 
-TOWER = Tower(num_layers=6, feature_layer=4, has_cls=True, num_heads=2, hidden_size=32)
+TOWER = TowerInfo(num_layers=6, feature_layer=4, has_cls=True, num_heads=2, hidden_size=32)
 
 
 def random_boxes(generator: torch.Generator) -> list[list[float]]:
@@ -33,7 +33,7 @@ def make_view(
     images: int = 3,
     width: int = 16,
     seed: int = 0,
-    tower: Tower = TOWER,
+    tower: TowerInfo = TOWER,
     features: Tensor | None = None,
     **fields: Any,
 ) -> View:

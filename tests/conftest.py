@@ -42,7 +42,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     if cells:
         families = len({name for name, _ in found})
         terminalreporter.write_line(
-            f"oracle matrix: {len(cells)} cells of {families} families, {cells.count('passed')} green"
+            f"masked-model matrix: {len(cells)} cells of {families} families, {cells.count('passed')} green"
         )
     path, versions = config.getoption("--support"), config.getoption("--versions")
     if path is None:
@@ -71,7 +71,7 @@ def table(found: dict[tuple[str, str], list[str]], count: int) -> str:
     families = sorted({name for name, _ in found})
     methods = sorted({method for _, method in found})
     lines = [
-        "Written by `make test SUPPORT=docs/support.md` from the results of the oracle cells of tests/test_families.py",
+        "Written by `make test SUPPORT=docs/support.md` from the results of the masked-model cells of tests/test_families.py",
         f"({count} of them): the pruned model against the full-length model in which the dropped tokens are masked,",
         "logits and greedy tokens, on tiny models built from configs. A cell says how many of its layouts (ragged",
         "batches, padding on either side, videos; SDPA and eager) agree; `-` means that `apply` refuses the pair, with",
@@ -113,7 +113,7 @@ def versions_table(before: str, name: str, row: str) -> str:
     lines = [
         "Each row is written by the command in it, with `SUPPORT=docs/support.md` behind it.",
         "",
-        "| set | versions | oracle cells that agree | tests passed | failed | skipped, and why |",
+        "| set | versions | cells that agree | tests passed | failed | skipped, and why |",
         "|---|---|---:|---:|---:|---|",
         *(rows[other] for other in SETS if other in rows),
     ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from _families import batch_of, family
 from _tiny import IMAGE, PAD, prompts, tiny_llava
-from oracle import masked_by, relative_error
+from masked_reference import masked_by, relative_error
 from torch import Tensor
 from transformers.cache_utils import Cache, QuantizedLayer
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from _decoders import llava_with
 from _tiny import prompts
-from oracle import compare, relative_error, run_pruned
+from masked_reference import compare, relative_error, run_pruned
 
 import tokenprune
 from tokenprune.api import adapter_for

@@ -12,19 +12,19 @@ import pytest
 import torch
 from _families import BUILDERS, batch_of, family
 from _tiny import prompts, tiny_llava
-from oracle import relative_error
+from masked_reference import relative_error
 from torch import Tensor
 
 import tokenprune
 from tokenprune.capture.decoder_attention import DecoderSignals, LayerInput
 from tokenprune.methods.fastv import FastV
-from tokenprune.methods.todre import Fade
+from tokenprune.methods.todre import DropAllStage
 from tokenprune.seams import cache_argument, cache_in
 
 PLAN = [
     {"at": "input", "prune": "random", "keep": 20},
     {"at": "layer:2", "prune": "fastv", "keep": 12},
-    {"at": "layer:3", "prune": Fade(tau=0.0), "keep": 1.0},
+    {"at": "layer:3", "prune": DropAllStage(tau=0.0), "keep": 1.0},
 ]
 SIGNALS = ("last_attention", "instruction_attention", "text_to_visual", "visual_to_text", "decoder_value_norm",
            "last_value_similarity", "last_visual_attention")  # fmt: skip

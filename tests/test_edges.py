@@ -13,7 +13,7 @@ import pytest
 import torch
 from _families import VIDEO, _qwen_batch, batch_of, family
 from _tiny import IMAGE, TEXT, prompts, tiny_llava
-from oracle import relative_error
+from masked_reference import relative_error
 from torch import Tensor
 
 import tokenprune
@@ -21,7 +21,7 @@ from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.selection import Selection, grid_places
 from tokenprune.interfaces.signals import CLS_ATTENTION, LAST_ATTENTION, Signal
 from tokenprune.interfaces.view import View
-from tokenprune.methods.todre import Fade, ToDRE
+from tokenprune.methods.todre import DropAllStage, ToDRE
 from tokenprune.methods.transprune import TransPrune
 from tokenprune.methods.vtc_cls import VtcCls
 from tokenprune.seams import cache_argument, cache_in
@@ -256,7 +256,7 @@ def test_todre_asks_the_last_token_where_no_text_follows_the_pictures(before):
     seen: list[dict[str, float]] = []
 
     @dataclass
-    class Watched(Fade):
+    class Watched(DropAllStage):
         def select(self, view):
             seen.append({signal.name: float(values[0]) for signal, values in view.signals.items()})
             return super().select(view)

@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 from _families import BUILDERS, batch_of, family, layouts
-from oracle import compare, run_pruned
+from masked_reference import compare, run_pruned
 
 import tokenprune
 from tokenprune.api import adapter_for

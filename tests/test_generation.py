@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from _tiny import IMAGE, prompts, tiny_llava
-from oracle import MaskedModel, masked_by, relative_error
+from masked_reference import MaskedModel, masked_by, relative_error
 from packaging.version import Version
 
 import tokenprune

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from _families import BUILDERS, batch_of, family
-from oracle import masked_by, relative_error
+from masked_reference import masked_by, relative_error
 from packaging.version import Version
 
 import tokenprune

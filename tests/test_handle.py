@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from _tiny import prompts, tiny_llava
-from oracle import compare, example_hints, run_pruned
+from masked_reference import compare, example_hints, run_pruned
 
 import tokenprune
 from tokenprune.registry import METHODS

@@ -11,7 +11,7 @@ from _families import BUILDERS, batch_of, family, layouts
 from _tiny import prompts, tiny_llava
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import relative_error
+from masked_reference import relative_error
 
 import tokenprune
 from tokenprune.api import adapter_for

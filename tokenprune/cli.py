@@ -39,11 +39,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status. What the user got wrong is one sentence on stderr and status 2."""
     args = _parser().parse_args(argv)
-    from tokenprune.evals.errors import Refused
+    from tokenprune.evals.errors import UserError
 
     try:
         return args.handler(args)
-    except Refused as error:
+    except UserError as error:
         print(f"tokenprune: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokenprune import cost
-from tokenprune.engine.attention import Attending
+from tokenprune.engine.attention import AttentionInterventions
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.visual import TowerWork
@@ -98,7 +98,9 @@ def _si(value: float) -> str:
     return f"{value:.4g}"
 
 
-def make_report(prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Adapter, attending: Attending) -> Report:
+def make_report(
+    prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Adapter, attending: AttentionInterventions
+) -> Report:
     """Count one prompt batch. See `Report`."""
     shape = adapter.cost_shape()
     layout = prompt.layout
@@ -124,7 +126,7 @@ def make_report(prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Ad
         visual_by_layer=tuple(visual for visual, _ in by_layer),
         tokens_by_layer=tuple(sum(rows) for _, rows in by_layer),
         equivalent_tokens=cost.equivalent_tokens([visual for visual, _ in by_layer]),
-        selection_seconds=prompt.watch.seconds,
+        selection_seconds=prompt.timer.seconds,
         flops=dataclasses.replace(flops, prefill=flops.prefill + sum(beside.values())),
         flops_unpruned=_flops(adapter, shape, plain, [lengths] * shape.layers, 0),
         flops_by_layer=tuple(own + beside.get(layer, 0) for layer, own in enumerate(by_depth)),

@@ -133,10 +133,10 @@ def draws(entry: MethodEntry) -> bool:
     spec = parse_method(entry.method, keep, **dict(entry.options))
     if "seed" in dict(entry.options):
         return False
-    return any(one.pruner.draws and getattr(one.pruner, "seed", 0) == 0 for one in spec.entries)
+    return any(one.pruner.is_random and getattr(one.pruner, "seed", 0) == 0 for one in spec.entries)
 
 
-def beside(point: Point, points: Sequence[Point], method: str = "random") -> Point | None:
+def matching_reference(point: Point, points: Sequence[Point], method: str = "random") -> Point | None:
     """The point of `method`, without options, that a point is compared with: at the same budget and seed; for a method
     that draws nothing, with the first of the seeds. None where there is none, and for that point itself."""
     place = (point.model, point.task, method, point.keep, ())

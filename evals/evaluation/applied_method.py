@@ -16,13 +16,13 @@ from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.evaluation.batching import read_batch
 from tokenprune.evals.evaluation.fingerprint import code_fingerprint
-from tokenprune.evals.evaluation.retry import in_halves
+from tokenprune.evals.evaluation.retry import retry_in_halves
 from tokenprune.evals.io.digest import digest
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.tasks.task import Sample, Task
 from tokenprune.handle import Handle
 from tokenprune.interfaces.pruner import Pruner
-from tokenprune.interfaces.signals import VISION_SIGNALS, Signal, Tower
+from tokenprune.interfaces.signals import VISION_SIGNALS, Signal, TowerInfo
 from tokenprune.plan.parse import Spec, parse_method
 
 
@@ -51,7 +51,7 @@ def method_of(point: Point, seed: int) -> Spec:
     return replace(spec, entries=entries)
 
 
-def settle(loaded: LoadedModel, task: Task, point: Point, handle: Handle, seed: int) -> None:
+def calibrate_interventions(loaded: LoadedModel, task: Task, point: Point, handle: Handle, seed: int) -> None:
     """Let interventions see the prompts that they have to see before they act, the first ones of the task; every later
     use of the point starts with what they learned."""
 
@@ -65,7 +65,7 @@ def settle(loaded: LoadedModel, task: Task, point: Point, handle: Handle, seed: 
         stop = min(seen + batch, task.size)
         samples = read_batch(task, seen, stop).samples
         if samples:
-            in_halves(samples, show)
+            retry_in_halves(samples, show)
         seen = stop
     if seen:
         interventions = tuple(one.settled() for one in handle.interventions)
@@ -117,7 +117,7 @@ def check_points(loaded: LoadedModel, task: Task, points: list[Point], seed: int
         with applied(loaded.model, method_of(point, seed)) as handle:
             if _wants_boxes(handle) and not task.has_boxes:
                 raise ValueError(f"{point.method} needs the boxes that suffice for an answer; {task.name} has none.")
-            settle(loaded, task, point, handle, seed)
+            calibrate_interventions(loaded, task, point, handle, seed)
 
 
 @dataclass
@@ -126,7 +126,7 @@ class _Recorder(Pruner):
 
     wanted: tuple[Signal, ...] = field(default=())
 
-    def signals(self, tower: Tower) -> tuple[Signal, ...]:
+    def signals(self, tower: TowerInfo) -> tuple[Signal, ...]:
         return self.wanted
 
 

@@ -18,7 +18,7 @@ from tokenprune.evals.config.points import Point
 from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.evaluation.applied_method import SharedTower, answer_batch, settings_digest, visual_tokens
 from tokenprune.evals.evaluation.batching import WHOLE, Share, batches
-from tokenprune.evals.evaluation.retry import Failure, failure_of, in_halves
+from tokenprune.evals.evaluation.retry import Failure, failure_of, retry_in_halves
 from tokenprune.evals.io.row_store import RowStore
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.tasks.task import Sample, Task, drawn_samples
@@ -28,7 +28,7 @@ SAMPLE_KEY = ("settings", "point", "sample_id")
 
 
 @dataclass
-class Answered:
+class AskedSamples:
     """What was asked.
 
     Attributes:
@@ -96,7 +96,7 @@ def evaluate(
     store: RowStore,
     on_progress: Callable[[int, str], None] = lambda done, label: None,
     share: Share = WHOLE,
-) -> Answered:
+) -> AskedSamples:
     """Answer every sample at every point, skipping what the store holds already.
 
     The batches go round the points, not the points round the batches, so that a picture is read and processed once. A
@@ -111,7 +111,7 @@ def evaluate(
     Raises:
         DiskRefuses: the disk takes no more rows.
     """
-    answered = Answered(settings_digest(config, loaded, task.fingerprint))
+    answered = AskedSamples(settings_digest(config, loaded, task.fingerprint))
     drawn = set(drawn_samples(task, config.overlays.samples, config.limit))
     asking = _Asking(config, loaded, task, points)
     for batch in batches(task, config.limit, config.batch_size, share):
@@ -127,7 +127,7 @@ def evaluate(
             empty = {"family": "", "question": "", "answer": None, **_NOTHING}
             rows = [{**head, "sample_id": i, **empty, **failure.as_dict()} for i, failure in batch.unread.items()]
             readable = any(sample.sample_id in missing for sample in batch.samples)
-            found = in_halves(batch.samples, partial(asking.rows, point)) if readable else []
+            found = retry_in_halves(batch.samples, partial(asking.rows, point)) if readable else []
             for sample, said in zip(batch.samples, found):
                 row: Row = {**head, "sample_id": sample.sample_id, "family": sample.family, "question": sample.question}
                 row["answer"] = sample.answer

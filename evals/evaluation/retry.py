@@ -52,7 +52,7 @@ def release_memory(failure: Failure) -> None:
             torch.cuda.empty_cache()
 
 
-def in_halves(samples: list[Any], work: Callable[[list[Any]], list[T]]) -> list[T | Failure]:
+def retry_in_halves(samples: list[Any], work: Callable[[list[Any]], list[T]]) -> list[T | Failure]:
     """`work` on all samples at once; if it raises, on halves of them, down to single samples.
 
     So a batch that does not fit in memory is answered in smaller ones, and a sample that raises fails alone.
@@ -74,4 +74,4 @@ def in_halves(samples: list[Any], work: Callable[[list[Any]], list[T]]) -> list[
     if len(samples) == 1:
         return [failure]
     middle = (len(samples) + 1) // 2
-    return in_halves(samples[:middle], work) + in_halves(samples[middle:], work)
+    return retry_in_halves(samples[:middle], work) + retry_in_halves(samples[middle:], work)

@@ -10,10 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tokenprune.evals.errors import Refused
+from tokenprune.evals.errors import UserError
 
 
-class DiskRefuses(Refused):
+class DiskRefuses(UserError):
     """The disk did not take what was to be written; what was finished before is whole."""
 
     def __init__(self, path: Path, error: OSError) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
-from tokenprune.evals.errors import Refused
+from tokenprune.evals.errors import UserError
 from tokenprune.evals.io.atomic_files import DiskRefuses, replace_file
 
 
@@ -27,7 +27,7 @@ def held(folder: Path, writer: str = "", wait: float = 0.0) -> Iterator[None]:
         wait: seconds in which another process may let go.
 
     Raises:
-        Refused: another process holds it.
+        UserError: another process holds it.
     """
     from filelock import FileLock, Timeout
 
@@ -36,7 +36,7 @@ def held(folder: Path, writer: str = "", wait: float = 0.0) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise Refused(
+        raise UserError(
             f"{folder} is being written by {_describe(holder)}. Wait until it is done, or give another folder with "
             "--output."
         ) from None

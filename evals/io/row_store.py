@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tokenprune.evals.errors import Refused
+from tokenprune.evals.errors import UserError
 from tokenprune.evals.io.atomic_files import DiskRefuses
 
 
@@ -52,7 +52,7 @@ class RowStore:
                     row = json.loads(line)
                     self._take(row)
                 except (ValueError, TypeError, KeyError):
-                    raise Refused(
+                    raise UserError(
                         f"Line {number} of {path} is no JSON row. Remove that line, or the file, to run again."
                     ) from None
 

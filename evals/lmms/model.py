@@ -162,14 +162,14 @@ class _Tokenprune(lmms):
         )
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """Refused."""
+        """UserError."""
         raise NotImplementedError(
             f"tokenprune answers by generation; {_task_of(requests)} scores likelihoods (output_type multiple_choice "
             "or loglikelihood). Choose a variant of the task that generates."
         )
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[Any]:
-        """Refused."""
+        """UserError."""
         raise NotImplementedError(
             f"tokenprune answers one round; {_task_of(requests)} asks several (output_type generate_until_multi_round)."
         )

@@ -19,7 +19,7 @@ from tokenprune.evals.evaluation.applied_method import pruned
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.tasks.task import Sample
 from tokenprune.kernels.dispatch import FORMULAS
-from tokenprune.state.device_timer import Stopwatch
+from tokenprune.state.device_timer import DeviceTimer
 
 PARTS: tuple[str, ...] = ("vision", "projector", "selection", "prefill", "decode")
 TOLERANCE = 0.01
@@ -73,7 +73,7 @@ class _Tally:
         """Count in these modules and in selections."""
         hooks = []
         self.spent = dict.fromkeys(modules, 0)
-        Stopwatch.listener = self._listen
+        DeviceTimer.listener = self._listen
         try:
             for name, module in modules.items():
                 if module is not None:
@@ -82,7 +82,7 @@ class _Tally:
                     hooks.append(module.register_forward_hook(functools.partial(self._after, name)))
             yield
         finally:
-            Stopwatch.listener = None
+            DeviceTimer.listener = None
             for hook in hooks:
                 hook.remove()
 

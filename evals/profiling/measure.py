@@ -10,7 +10,7 @@ from typing import Any
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.evaluation.batching import read_batch
-from tokenprune.evals.evaluation.evaluate import Answered
+from tokenprune.evals.evaluation.evaluate import AskedSamples
 from tokenprune.evals.evaluation.retry import failure_of, release_memory
 from tokenprune.evals.io.digest import digest
 from tokenprune.evals.io.row_store import RowStore
@@ -97,7 +97,7 @@ def _pictured(task: Task, wanted: int) -> tuple[list[Sample], int]:
 def read_costs(
     config: RunConfig,
     points: list[Point],
-    answered: dict[tuple[str, str], Answered],
+    answered: dict[tuple[str, str], AskedSamples],
     store: RowStore,
     machines: dict[str, str],
 ) -> tuple[dict[str, Record], list[str]]:

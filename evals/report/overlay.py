@@ -62,7 +62,7 @@ def shrunk(picture: Image.Image, grid: tuple[int, int], patch: int) -> Image.Ima
     return small.resize(picture.size, Image.Resampling.NEAREST)
 
 
-class View(NamedTuple):
+class SeenView(NamedTuple):
     """A picture, the raster of visual tokens that lies over it, and which visual of the prompt the raster is of."""
 
     picture: Image.Image
@@ -74,7 +74,9 @@ _SCALE = 14  # pixels a token where the picture is drawn anew
 _MOST = 13  # views that are drawn: twelve tiles and a thumbnail
 
 
-def seen_views(loaded: LoadedModel, inputs: Mapping[str, Any], image: Image.Image | list[Image.Image]) -> list[View]:
+def seen_views(
+    loaded: LoadedModel, inputs: Mapping[str, Any], image: Image.Image | list[Image.Image]
+) -> list[SeenView]:
     """The picture of a prompt as its visual tokens lie over it: once for a plain image, once for the thumbnail and once
     for the mosaic of a picture in crops, once a tile where the model gets tiles, once a raster of a video.
 
@@ -88,15 +90,15 @@ def seen_views(loaded: LoadedModel, inputs: Mapping[str, Any], image: Image.Imag
     if isinstance(image, list):
         step = max(1, len(image) // len(rasters))  # several frames may share a raster: the first is shown
         frames = enumerate(rasters[:_MOST])
-        return [View(_drawn(image[number * step], raster), raster, which) for number, (raster, which) in frames]
+        return [SeenView(_drawn(image[number * step], raster), raster, which) for number, (raster, which) in frames]
     pixels = inputs["pixel_values"]
-    views: list[View] = []
+    views: list[SeenView] = []
     for number, (raster, which) in enumerate(rasters[:_MOST]):
         tile = pixels[which] if pixels.dim() == 4 else pixels[0, number] if raster.kind == "crop" else None
         if tile is not None and raster.kind in ("image", "crop"):
-            views.append(View(seen_picture(tile, loaded.processor), raster, which))
+            views.append(SeenView(seen_picture(tile, loaded.processor), raster, which))
         else:
-            views.append(View(_drawn(image, raster), raster, which))
+            views.append(SeenView(_drawn(image, raster), raster, which))
     return views
 
 
@@ -105,7 +107,7 @@ def _drawn(picture: Image.Image, raster: Raster) -> Image.Image:
     return read_picture(picture).resize(size, Image.Resampling.BICUBIC)
 
 
-def draw_kept(views: Sequence[View], point: Point, images: list[list[int]]) -> Image.Image:
+def draw_kept(views: Sequence[SeenView], point: Point, images: list[list[int]]) -> Image.Image:
     """The overlay of one sample at one point, its views side by side.
 
     Args:
@@ -124,7 +126,7 @@ def draw_kept(views: Sequence[View], point: Point, images: list[list[int]]) -> I
     return sheet
 
 
-def _draw_view(view: View, point: Point, images: list[list[int]]) -> Image.Image:
+def _draw_view(view: SeenView, point: Point, images: list[list[int]]) -> Image.Image:
     picture, raster, visual = view
     if point.method == NONE or not images:
         return picture

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.evals.config.points import Point
-from tokenprune.evals.errors import Refused
-from tokenprune.evals.evaluation.evaluate import Answered
+from tokenprune.evals.errors import UserError
+from tokenprune.evals.evaluation.evaluate import AskedSamples
 from tokenprune.evals.io.row_store import RowStore
 
 Record = dict[str, Any]
@@ -34,7 +34,7 @@ class Counted:
     notes: list[str] = field(default_factory=list)
 
 
-def count_rows(store: RowStore, points: list[Point], answered: dict[tuple[str, str], Answered]) -> Counted:
+def count_rows(store: RowStore, points: list[Point], answered: dict[tuple[str, str], AskedSamples]) -> Counted:
     """What counts of each model and task.
 
     An accuracy is only comparable over the same samples, so one that failed at a point is left out at all points of its
@@ -44,22 +44,22 @@ def count_rows(store: RowStore, points: list[Point], answered: dict[tuple[str, s
         answered: settings and sample ids by model and task.
 
     Raises:
-        Refused: two samples share an id, or nothing is left.
+        UserError: two samples share an id, or nothing is left.
     """
     counted = Counted()
     for (model, task), asked in answered.items():
         own = [point for point in points if (point.model, point.task) == (model, task)]
         _count_task(store, own, asked, counted, f"{Path(model).name} on {task}")
     if not counted.points:
-        raise Refused("No point has answered a sample. " + " ".join(counted.notes))
+        raise UserError("No point has answered a sample. " + " ".join(counted.notes))
     return counted
 
 
-def _count_task(store: RowStore, points: list[Point], asked: Answered, counted: Counted, where: str) -> None:
+def _count_task(store: RowStore, points: list[Point], asked: AskedSamples, counted: Counted, where: str) -> None:
     ids = [asked.ids[place] for place in sorted(asked.ids)]
     twice = [sample_id for sample_id, times in Counter(ids).items() if times > 1]
     if twice:
-        raise Refused(f"The samples of a task need ids of their own; {where} has {twice[0]!r} twice.")
+        raise UserError(f"The samples of a task need ids of their own; {where} has {twice[0]!r} twice.")
     found: dict[str, dict[str, Record]] = {}
     for point in points:
         rows = {i: row for i in ids if (row := store.get((asked.settings, point.key, i))) is not None}
@@ -83,7 +83,7 @@ def _count_task(store: RowStore, points: list[Point], asked: Answered, counted: 
             counted.failed[point.key] = len(failures)
     common = [i for i in ids if all("error" not in rows[i] for rows in found.values())]
     if found and not common:
-        raise Refused(f"No sample was answered by all points of {where}. " + " ".join(counted.notes))
+        raise UserError(f"No sample was answered by all points of {where}. " + " ".join(counted.notes))
     if len(common) < len(ids) and found:
         counted.notes.append(
             f"Accuracies of {where} are over the {len(common)} of {len(ids)} samples that all of its points answered. "

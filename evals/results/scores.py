@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tokenprune.evals.config.grid import beside
+from tokenprune.evals.config.grid import matching_reference
 from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.statistics.bootstrap import bootstrap_mean, headroom_share
 from tokenprune.evals.statistics.significance import compare_paired, holm
@@ -39,7 +39,7 @@ class References:
         """Those of `point` among `points`, whose `rows` are given by key."""
         if point.method == NONE:
             return cls(itself=True)
-        others = {name: beside(point, points, name) for name in ("random", "downsample", "oracle")}
+        others = {name: matching_reference(point, points, name) for name in ("random", "downsample", "oracle")}
         found = {name: rows.get(other.key) for name, other in others.items() if other is not None}
         unpruned = rows.get(Point(point.model, point.task, NONE, None).key)
         return cls(unpruned, found.get("random"), found.get("downsample"), found.get("oracle"))

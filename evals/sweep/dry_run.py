@@ -14,7 +14,7 @@ from rich.table import Table
 from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.models.load import LoadedModel, model_source
-from tokenprune.evals.tasks.load import called, count_samples, task_fingerprint, task_needs
+from tokenprune.evals.tasks.load import count_samples, display_name, task_fingerprint, task_needs
 
 if TYPE_CHECKING:
     from tokenprune.evals.profiling.estimate import Estimate, Outline
@@ -190,7 +190,7 @@ def plan_tables(plan: Plan) -> list[Table]:
     tables = []
     for key, tasks in alike.items():
         model = str(key[0])
-        title = f"{Path(model).name} on {', '.join(map(called, tasks))}"
+        title = f"{Path(model).name} on {', '.join(map(display_name, tasks))}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for head in _HEADS:
             table.add_column(head, justify="left" if head in ("point", "cuts at", "needs") else "right", no_wrap=True)

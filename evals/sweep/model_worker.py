@@ -14,10 +14,10 @@ from transformers.utils import logging
 
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.config.run_config import RunConfig
-from tokenprune.evals.errors import refusing
+from tokenprune.evals.errors import as_user_error
 from tokenprune.evals.evaluation.applied_method import check_points
 from tokenprune.evals.evaluation.batching import WHOLE, Share
-from tokenprune.evals.evaluation.evaluate import SAMPLE_KEY, Answered, evaluate
+from tokenprune.evals.evaluation.evaluate import SAMPLE_KEY, AskedSamples, evaluate
 from tokenprune.evals.io.row_store import folder_store
 from tokenprune.evals.models.load import load_model
 from tokenprune.evals.profiling.measure import MEASURE_KEY, measure
@@ -36,7 +36,7 @@ class Worked:
         machines: by model, which machine measured its costs, see `costs.measure_key`.
     """
 
-    answered: dict[tuple[str, str], Answered] = field(default_factory=dict)
+    answered: dict[tuple[str, str], AskedSamples] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     machines: dict[str, str] = field(default_factory=dict)
 
@@ -77,7 +77,7 @@ def show_progress(console: Console) -> Iterator[Progress]:
         yield progress
 
 
-class ModelWork:
+class ModelWorker:
     """One model, loaded, and those points of a run that are its own. Every method was tried on it once.
 
     Args:
@@ -85,7 +85,7 @@ class ModelWork:
         tasks: by name; loaded here where missing.
 
     Raises:
-        Refused: the model or a task cannot be loaded, or a method cannot work on them.
+        UserError: the model or a task cannot be loaded, or a method cannot work on them.
     """
 
     def __init__(
@@ -96,16 +96,16 @@ class ModelWork:
         self.points = {name: own for name, own in self.points.items() if own}
         logging.disable_progress_bar()
         torch.manual_seed(config.seed)
-        with refusing():
+        with as_user_error():
             self.tasks = {name: (tasks or {}).get(name) or load_task(name) for name in self.points}
             self.loaded = load_model(model, config.dtype, config.device)
             for name, own in self.points.items():
                 check_points(self.loaded, self.tasks[name], own, config.seed)
 
-    def answer(self, share: Share = WHOLE, writer: str = "") -> dict[tuple[str, str], Answered]:
+    def answer(self, share: Share = WHOLE, writer: str = "") -> dict[tuple[str, str], AskedSamples]:
         """Answer the samples of a share at all points, into the rows of `writer`."""
         store = folder_store(self.config.folder, "samples", SAMPLE_KEY, writer)
-        found: dict[tuple[str, str], Answered] = {}
+        found: dict[tuple[str, str], AskedSamples] = {}
         for name, own in self.points.items():
             task = self.tasks[name]
             count = task.count(self.config.limit)
@@ -124,7 +124,7 @@ class ModelWork:
                 progress.update(bar, description="answers")
         return found
 
-    def measure(self, answered: dict[tuple[str, str], Answered], writer: str = "") -> Worked:
+    def measure(self, answered: dict[tuple[str, str], AskedSamples], writer: str = "") -> Worked:
         """Measure times and FLOPs of all points into the rows of `writer`, and save pictures of what the model sees.
 
         Returns:

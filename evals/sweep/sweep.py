@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tokenprune.evals.config.run_config import RunConfig
-from tokenprune.evals.errors import refusing
+from tokenprune.evals.errors import as_user_error
 from tokenprune.evals.evaluation.evaluate import SAMPLE_KEY
 from tokenprune.evals.io.atomic_files import replace_file
 from tokenprune.evals.io.folder_lock import held
@@ -52,11 +52,11 @@ def run(config: RunConfig, console: Console | None = None, executor: Executor | 
             `accelerate launch` or torchrun started.
 
     Raises:
-        Refused: what was asked for cannot be run, another process is writing to the folder, or the disk is full.
+        UserError: what was asked for cannot be run, another process is writing to the folder, or the disk is full.
     """
     console = console or Console()
     begin = time.perf_counter()
-    with refusing():
+    with as_user_error():
         config.check()
         tasks = {name: load_task(name) for name in config.all_tasks}
         config.folder.mkdir(parents=True, exist_ok=True)

@@ -94,7 +94,7 @@ def count_samples(name: str) -> int | None:
     return sum(bool(line.strip()) for line in source.read_bytes().splitlines())
 
 
-def called(name: str) -> str:
+def display_name(name: str) -> str:
     """What tables call a task: the name that its file gives, or its own."""
     if not name.endswith((".yaml", ".yml")):
         return name

@@ -19,7 +19,7 @@ QUESTIONS = "questions.jsonl"
 
 
 @dataclass(frozen=True)
-class Asked:
+class SelectionRequest:
     """An unlabelled sample: a picture and a question."""
 
     sample_id: str
@@ -39,7 +39,7 @@ def check_data(data: str) -> None:
         )
 
 
-def _candidates(data: str, scenes: int, seed: int) -> Iterator[Asked]:
+def _candidates(data: str, scenes: int, seed: int) -> Iterator[SelectionRequest]:
     """Samples in a shuffled order that depends on the seed only."""
     draw = random.Random(seed)
     folder = Path(data).expanduser()
@@ -47,7 +47,7 @@ def _candidates(data: str, scenes: int, seed: int) -> Iterator[Asked]:
         lines = read_lines(folder / QUESTIONS)
         for number in draw.sample(range(len(lines)), len(lines)):
             line = lines[number]
-            yield Asked(str(number), str(line["question"]), read_picture(folder / line["image"]))
+            yield SelectionRequest(str(number), str(line["question"]), read_picture(folder / line["image"]))
     elif data in task_names():
         rows: dict[str, list[Any]] = {}
         suite, _, family = data.partition(":")
@@ -56,12 +56,12 @@ def _candidates(data: str, scenes: int, seed: int) -> Iterator[Asked]:
                 rows.setdefault(row["scene_id"], []).append(row)
         for own in rows.values():  # scenes come at random already; one question about each
             row = draw.choice(own)
-            yield Asked(row["sample_id"], row["question"], row["image"]())
+            yield SelectionRequest(row["sample_id"], row["question"], row["image"]())
     else:
         task = load_task(data)
         for number in draw.sample(range(task.size), task.size):
             sample = next(task.load(number, number + 1))
-            yield Asked(sample.sample_id, sample.question, sample.image)
+            yield SelectionRequest(sample.sample_id, sample.question, sample.image)
 
 
 def _square_scenes(family: str, scenes: int) -> Iterator[dict[str, Any]]:
@@ -93,14 +93,16 @@ def _hash(image: Any) -> str:
     return hashlib.sha256(b"".join(frame.tobytes() for frame in frames)).hexdigest()
 
 
-def draw_samples(data: str, samples: int, held_out: int, seed: int) -> tuple[list[Asked], list[Asked]]:
+def draw_samples(
+    data: str, samples: int, held_out: int, seed: int
+) -> tuple[list[SelectionRequest], list[SelectionRequest]]:
     """Samples to tune on and held-out ones, no picture in both.
 
     Raises:
         ValueError: there are not enough.
     """
-    first: list[Asked] = []
-    rest: list[Asked] = []
+    first: list[SelectionRequest] = []
+    rest: list[SelectionRequest] = []
     seen: set[str] = set()
     for asked in _candidates(data, samples + held_out, seed):
         picture = _hash(asked.image)

@@ -20,11 +20,11 @@ from typing import Any
 from rich.console import Console
 
 from tokenprune.evals.config.points import NONE, check_method_name
-from tokenprune.evals.errors import Refused, refusing
+from tokenprune.evals.errors import UserError, as_user_error
 from tokenprune.evals.io.atomic_files import replace_file, write_csv
 from tokenprune.evals.io.digest import digest
 from tokenprune.evals.models.load import LoadedModel, check_dtype, load_model, model_source
-from tokenprune.evals.tasks.unlabelled import Asked, check_data, draw_samples
+from tokenprune.evals.tasks.unlabelled import SelectionRequest, check_data, draw_samples
 from tokenprune.registry import METHODS
 
 
@@ -99,7 +99,7 @@ class Discrepancy:
         batch_size: prompts a forward pass.
     """
 
-    def __init__(self, loaded: LoadedModel, samples: Sequence[Asked], batch_size: int) -> None:
+    def __init__(self, loaded: LoadedModel, samples: Sequence[SelectionRequest], batch_size: int) -> None:
         from tokenprune.api import adapter_for
 
         self._model, self._decoder = loaded.model, adapter_for(loaded.model).language_model
@@ -235,12 +235,12 @@ def tune(config: TuneConfig, console: Console | None = None) -> Tuned:
     """Run the study to its number of trials, check its best on held-out samples, and write everything down.
 
     Raises:
-        Refused: something that was asked for cannot be done.
+        UserError: something that was asked for cannot be done.
     """
     from transformers.utils import logging
 
     console = console or Console()
-    with refusing():
+    with as_user_error():
         config.check()
     import optuna
 
@@ -250,7 +250,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> Tuned:
 
     logging.disable_progress_bar()
     cls = METHODS.get(config.method)
-    with refusing():
+    with as_user_error():
         loaded = load_model(config.model, config.dtype, config.device)
         depths = adapter_for(loaded.model).depths
         space = _search_space(config, depths)
@@ -269,7 +269,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> Tuned:
         "options": json.loads(json.dumps(fixed)), "samples": digest([[s.sample_id, s.question] for s in first]),
     }  # fmt: skip
     config.folder.mkdir(parents=True, exist_ok=True)
-    with refusing():
+    with as_user_error():
         study = _open_study(config, space, made_of)
         objective = Discrepancy(loaded, first, config.batch_size)
         objective(shipped)  # a method that this model cannot take is refused here
@@ -300,7 +300,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> Tuned:
 
         study.optimize(score, n_trials=left, callbacks=[on_trial])
     if not any(trial.value is not None for trial in study.trials):
-        raise Refused(f"No trial of {config.method} could hold a mean of {config.budget} of the visual tokens.")
+        raise UserError(f"No trial of {config.method} could hold a mean of {config.budget} of the visual tokens.")
     held_out = Discrepancy(loaded, rest, config.batch_size)
 
     def check(method: dict[str, Any]) -> Check:

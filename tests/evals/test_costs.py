@@ -11,7 +11,7 @@ from _runs import UNTIMED, config
 from tokenprune.evals.config.measure import Measure
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.evaluation.applied_method import check_points
-from tokenprune.evals.evaluation.evaluate import Answered
+from tokenprune.evals.evaluation.evaluate import AskedSamples
 from tokenprune.evals.io.row_store import RowStore
 from tokenprune.evals.profiling import flops
 from tokenprune.evals.profiling.measure import MEASURE_KEY, measure, read_costs
@@ -31,7 +31,7 @@ def store(tmp_path: Path) -> RowStore:
 def measured(store: RowStore, tiny, task: Task, how: Measure = UNTIMED) -> tuple[dict, list[str]]:
     asked = config(store.path.parent, "m", "t", measure=how)
     machine = measure(asked, tiny, task, POINTS, store, "settings")
-    return read_costs(asked, POINTS, {("m", "t"): Answered("settings")}, store, {"m": machine})
+    return read_costs(asked, POINTS, {("m", "t"): AskedSamples("settings")}, store, {"m": machine})
 
 
 def test_times_of_another_machine_are_not_taken_for_this_ones(store, tiny, tiny_task, monkeypatch):

@@ -16,7 +16,7 @@ from _runs import QUIET, answers_of, config, table_of
 
 from tokenprune.cli import main
 from tokenprune.evals.config.measure import Overlays
-from tokenprune.evals.errors import Refused
+from tokenprune.evals.errors import UserError
 from tokenprune.evals.evaluation.batching import Share, batches
 from tokenprune.evals.sweep.executors import ray as cluster
 from tokenprune.evals.sweep.model_worker import Worked
@@ -86,7 +86,7 @@ def test_tasks_of_single_points_answer_as_one_process(tmp_path, tiny_folder, tin
     assert table_of(tmp_path / "tasks") == table_of(tmp_path / "one")
     assert len(list((tmp_path / "tasks").glob("samples.ray-*.jsonl"))) == 3 == len(done.records)
     assert not (tmp_path / "tasks" / "samples.jsonl").exists(), "the driver asks nothing itself"
-    with pytest.raises(Refused, match="does not see .*elsewhere"):
+    with pytest.raises(UserError, match="does not see .*elsewhere"):
         cluster._answer(config(tmp_path / "elsewhere", tiny_folder, tiny_task), done.config.points()[0], str(tmp_path))
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tokenprune.evals.config.points import Point
-from tokenprune.evals.report.overlay import View, dim_dropped, draw_kept, seen_picture, square_grid
+from tokenprune.evals.report.overlay import SeenView, dim_dropped, draw_kept, seen_picture, square_grid
 from tokenprune.evals.tasks.load import load_task
 from tokenprune.evals.tasks.task import drawn_samples
 from tokenprune.interfaces.visual import Raster
@@ -41,10 +41,10 @@ def test_the_picture_is_what_the_model_saw(tiny):
 
 def test_downsample_shows_fewer_pixels_and_unpruned_the_picture():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (42, 42, 3), dtype=np.uint8))
-    whole = draw_kept([View(picture, Raster((6, 6)))], Point("m", "t", "none", None), [])
+    whole = draw_kept([SeenView(picture, Raster((6, 6)))], Point("m", "t", "none", None), [])
     assert whole is picture
     small = draw_kept(
-        [View(picture, Raster((6, 6)))], Point("m", "t", "downsample", 9), [[7, 9, 11, 19, 21, 23, 31, 33, 35]]
+        [SeenView(picture, Raster((6, 6)))], Point("m", "t", "downsample", 9), [[7, 9, 11, 19, 21, 23, 31, 33, 35]]
     )
     assert small.size == picture.size and np.asarray(small).std() < np.asarray(picture).std()
 

@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from tokenprune import cost
 from tokenprune.adapters._cost import llava_shape
-from tokenprune.interfaces.pruner import Depths
+from tokenprune.interfaces.pruner import ModelDepths
 from tokenprune.plan.checks import visual_lengths
 from tokenprune.plan.parse import parse_method
 
@@ -24,11 +24,11 @@ SHAPE = llava_shape(
     ),
     has_cls=True,
 )  # fmt: skip
-LLAVA = Depths(vision=24, feature=22, decoder=32)
-ONEVISION = Depths(vision=26, feature=25, decoder=28)
+LLAVA = ModelDepths(vision=24, feature=22, decoder=32)
+ONEVISION = ModelDepths(vision=26, feature=25, decoder=28)
 
 
-def lengths(method: object, num_tokens: int, depths: Depths = LLAVA, **options: object) -> list[int]:
+def lengths(method: object, num_tokens: int, depths: ModelDepths = LLAVA, **options: object) -> list[int]:
     """Visual tokens in each layer under a method."""
     stages = parse_method(method, **options).plan(depths, num_tokens)
     return visual_lengths(stages, num_tokens, depths.decoder)
@@ -81,7 +81,7 @@ def test_transprune_behind_a_method_at_the_input(first, last, published):
 
 def test_transprunes_share_on_qwen2_5_vl_is_that_of_layers_7_9_and_12_of_28():
     """Published: 45.1 % of the FLOPs. Layers in proportion to the depth, 6, 8 and 11, would be 42 %."""
-    qwen = Depths(vision=32, feature=31, decoder=28)
+    qwen = ModelDepths(vision=32, feature=31, decoder=28)
     share = cost.equivalent_tokens(lengths("transprune@0.125", 1000, qwen)) / 1000
     assert round(100 * share, 1) == 45.1
     other = cost.equivalent_tokens(lengths("transprune@0.125", 1000, qwen, layers=(6, 8, 11))) / 1000

@@ -16,7 +16,7 @@ pytest.importorskip("optuna")
 import tokenprune
 from tokenprune.cli import main
 from tokenprune.evals.config.points import Point
-from tokenprune.evals.errors import Refused
+from tokenprune.evals.errors import UserError
 from tokenprune.evals.tuning.recommend import halving
 from tokenprune.evals.tuning.recommend.evaluator import default_budgets, split
 from tokenprune.evals.tuning.recommend.output import sentences, write
@@ -226,7 +226,7 @@ def test_a_study_of_something_else_is_refused(tmp_path):
     recommend(config, bench=drawn(5, 400, LADDER))
     other = drawn(5, 400, LADDER)
     other.made_of = {"table": "another"}
-    with pytest.raises(Refused, match="made with another table .'toy', now 'another'.; give another"):
+    with pytest.raises(UserError, match="made with another table .'toy', now 'another'.; give another"):
         recommend(config, bench=other)
 
 

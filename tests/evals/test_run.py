@@ -15,7 +15,7 @@ from rich.console import Console
 from tokenprune.evals.config.measure import Measure, Overlays
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.config.run_config import RunConfig
-from tokenprune.evals.errors import Refused
+from tokenprune.evals.errors import UserError
 from tokenprune.evals.io.row_store import RowStore
 from tokenprune.evals.report.tables import result_tables
 from tokenprune.evals.sweep.sweep import run
@@ -158,7 +158,7 @@ def test_store_drops_a_torn_line_and_refuses_a_broken_one(tmp_path):
     assert [row["id"] for row in again.rows()] == [1, 2, 3] and again.get((2,)) == {"id": 2}
     assert path.read_bytes().endswith(b"\n")
     path.write_bytes(b"no json\n" + path.read_bytes())
-    with pytest.raises(Refused, match="Line 1 of .* is no JSON"):
+    with pytest.raises(UserError, match="Line 1 of .* is no JSON"):
         RowStore(path, ("id",))
 
 
@@ -181,10 +181,10 @@ def test_other_weights_are_asked_anew(tmp_path, tiny_folder, tiny_task):
 
 
 def test_a_method_that_cannot_work_here_fails_before_the_work(tmp_path, tiny_folder, tiny_task):
-    with pytest.raises(Refused, match="no option"):
+    with pytest.raises(UserError, match="no option"):
         run(config(tmp_path, tiny_folder, tiny_task, methods=[{"method": "uniform", "start_layer": 3}]), QUIET)
     settings = config(tmp_path, tiny_folder, tiny_task, methods=[{"method": "vtc_cls", "start_layer": 9}])
-    with pytest.raises(Refused, match="start_layer"):
+    with pytest.raises(UserError, match="start_layer"):
         run(settings, QUIET)
     assert not (tmp_path / "samples.jsonl").exists() or not (tmp_path / "samples.jsonl").read_bytes()
 

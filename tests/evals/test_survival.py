@@ -15,9 +15,9 @@ import pytest
 import torch
 from _runs import QUIET, answers_of, config, rows_of, table_of
 
-from tokenprune.evals.errors import Refused
+from tokenprune.evals.errors import UserError
 from tokenprune.evals.evaluation import applied_method as runner
-from tokenprune.evals.evaluation.retry import Failure, in_halves
+from tokenprune.evals.evaluation.retry import Failure, retry_in_halves
 from tokenprune.evals.io.atomic_files import DiskRefuses, replace_file
 from tokenprune.evals.io.folder_lock import held
 from tokenprune.evals.io.row_store import RowStore, folder_store
@@ -115,7 +115,7 @@ def test_halves_find_every_culprit():
             raise RuntimeError(f"got {numbers}")
         return [10 * number for number in numbers]
 
-    found = in_halves(list(range(11)), work)
+    found = retry_in_halves(list(range(11)), work)
     assert [f if isinstance(f, int) else f.error for f in found] == [
         0, 10, 20, "RuntimeError: got [3]", "RuntimeError: got [4]", 50, 60, 70, 80, "RuntimeError: got [9]", 100,
     ]  # fmt: skip
@@ -125,7 +125,7 @@ def test_halves_find_every_culprit():
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
     with pytest.raises(torch.AcceleratorError):  # nothing after it can be trusted
-        in_halves([1, 2], broken_device)
+        retry_in_halves([1, 2], broken_device)
 
 
 def test_a_picture_that_cannot_be_read_fails_at_every_point(tmp_path, tiny_folder):
@@ -156,7 +156,7 @@ def test_a_point_that_answers_nothing_is_left_out_and_named(tmp_path, tiny_folde
     assert [(record["label"], record["overall"]["n"]) for record in done.records] == [("none", 10)]
     assert "uniform@9 has answered no sample of tiny" in " ".join(done.warnings)
     breaking(monkeypatch, lambda point, samples: 1 / 0)
-    with pytest.raises(Refused, match="No point has answered a sample. none failed on 4 of 4 samples .*ZeroDivision"):
+    with pytest.raises(UserError, match="No point has answered a sample. none failed on 4 of 4 samples .*ZeroDivision"):
         run(config(tmp_path / "none", tiny_folder, tiny_task, methods=["none"], limit=4), QUIET)
 
 
@@ -208,7 +208,7 @@ def test_a_full_disk_says_so_and_the_next_run_goes_on(tmp_path, tiny_folder, tin
 
     settings = config(tmp_path, tiny_folder, tiny_task)
     monkeypatch.setattr("tokenprune.evals.io.row_store.os.write", full)
-    with pytest.raises(Refused, match="Could not write .*samples.jsonl: No space left on device. What was finished"):
+    with pytest.raises(UserError, match="Could not write .*samples.jsonl: No space left on device. What was finished"):
         run(settings, QUIET)
     monkeypatch.undo()
     left = (tmp_path / "samples.jsonl").read_bytes()
@@ -267,7 +267,7 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path, 
     try:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         settings = config(tmp_path, tiny_folder, tiny_task, methods=["none"], limit=2)
-        with pytest.raises(Refused, match=f"is being written by process {process.pid} on .* since"):
+        with pytest.raises(UserError, match=f"is being written by process {process.pid} on .* since"):
             run(settings, QUIET)
         assert not (tmp_path / "samples.jsonl").exists()
         with held(tmp_path, "rank1"):  # another writer has files of its own

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tokenprune.evals.config.grid import beside, expand
+from tokenprune.evals.config.grid import expand, matching_reference
 from tokenprune.evals.config.measure import Measure, Overlays
 from tokenprune.evals.config.points import NONE, MethodEntry, Point, read_entry
 from tokenprune.evals.config.run_config import RunConfig
@@ -120,7 +120,7 @@ def test_comparisons_are_within_a_seed():
 
     points = [random(3), random(0), random(1), random(0, keep=9), Point("m", "t", "random", 4, (("seed", 8),))]
     points += [Point("m", "t", "uniform", 4), Point("m", "t", "todre", 4, seed=1), Point("m", "t", "uniform", 2)]
-    others = [beside(point, points) for point in points]
+    others = [matching_reference(point, points) for point in points]
     assert others == [None] * 4 + [points[0], points[0], points[2], None]
 
 

@@ -17,8 +17,8 @@ pytest.importorskip("optuna")
 import tokenprune
 from tokenprune.cli import main
 from tokenprune.evals.config.run_config import RunConfig
-from tokenprune.evals.errors import Refused
-from tokenprune.evals.tasks.unlabelled import Asked, draw_samples
+from tokenprune.evals.errors import UserError
+from tokenprune.evals.tasks.unlabelled import SelectionRequest, draw_samples
 from tokenprune.evals.tuning import tune as tuning
 from tokenprune.evals.tuning.tune import Discrepancy, TuneConfig, tune
 from tokenprune.interfaces.pruner import Pruner
@@ -35,7 +35,7 @@ def config(tmp_path, tiny_folder, tiny_task) -> TuneConfig:
 
 
 @pytest.fixture
-def asked(tiny_task) -> list[Asked]:
+def asked(tiny_task) -> list[SelectionRequest]:
     return draw_samples(tiny_task, 5, 1, 0)[0]
 
 
@@ -116,7 +116,7 @@ def test_a_study_of_other_settings_is_not_mixed_in(config):
     config.trials = 1
     tune(config)
     config.budget = 0.4
-    with pytest.raises(Refused, match=r"made with budget = 0.5, not 0.4; give another --output"):
+    with pytest.raises(UserError, match=r"made with budget = 0.5, not 0.4; give another --output"):
         tune(config)
 
 
@@ -247,7 +247,7 @@ def test_without_optuna_it_says_what_to_install(config, monkeypatch):
         tuning.importlib.util, "find_spec", lambda name, *a: None if name == "optuna" else find(name, *a)
     )
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(Refused, match=r"needs Optuna: pip install 'tokenprune-vlm\[tune\]'"):
+    with pytest.raises(UserError, match=r"needs Optuna: pip install 'tokenprune-vlm\[tune\]'"):
         tune(config)
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from _tiny import prompts, tiny_llava
 from interventions.explicit import Explicit, explicit_var
-from oracle import compare, run_pruned
+from masked_reference import compare, run_pruned
 
 import tokenprune
-from tokenprune.interfaces.intervention import DecoderFacts
+from tokenprune.interfaces.intervention import DecoderInfo
 from tokenprune.interventions._sinks import known_channels
 
 CHANNEL = 17
@@ -155,13 +155,13 @@ def test_a_discovered_var_equals_the_explicit_matrix():
 
 
 def test_the_table_is_read_by_family_and_sizes():
-    llava = DecoderFacts("llava", "llama", 4096, 32, 32, 32)
+    llava = DecoderInfo("llava", "llama", 4096, 32, 32, 32)
     known = known_channels(llava)
     assert known is not None and known.channels == (1415, 2533) and "code" in known.evidence
-    assert known_channels(DecoderFacts("llava_next", "mistral", 5120, 40, 40, 40)) is None
-    assert known_channels(DecoderFacts("qwen2_5_vl", "qwen2_5_vl_text", 3584, 28, 28, 4)).channels == (458, 2570)
-    assert known_channels(DecoderFacts("llava", "llama", 48, 4, 4, 4)) is None
-    assert known_channels(DecoderFacts("llava", "llama", 4096, 32, 32, 8)) is None, "Llama 3 is no Vicuna"
+    assert known_channels(DecoderInfo("llava_next", "mistral", 5120, 40, 40, 40)) is None
+    assert known_channels(DecoderInfo("qwen2_5_vl", "qwen2_5_vl_text", 3584, 28, 28, 4)).channels == (458, 2570)
+    assert known_channels(DecoderInfo("llava", "llama", 48, 4, 4, 4)) is None
+    assert known_channels(DecoderInfo("llava", "llama", 4096, 32, 32, 8)) is None, "Llama 3 is no Vicuna"
 
 
 def test_a_model_of_the_table_is_reported_with_its_evidence(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from _families import BUILDERS, batch_of, family
 from _tiny import prompts, tiny_llava
 from interventions.explicit import Explicit, explicit_var
-from oracle import MaskedModel, compare, masked_by, relative_error, run_pruned
+from masked_reference import MaskedModel, compare, masked_by, relative_error, run_pruned
 
 import tokenprune
 from tokenprune.seams import cache_argument, cache_in

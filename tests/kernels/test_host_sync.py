@@ -18,7 +18,7 @@ import tokenprune
 from tokenprune.engine.decoder_pass import DecoderPass
 from tokenprune.interfaces.selection import Selection
 from tokenprune.methods.divprune import DivPrune
-from tokenprune.state.device_timer import Stopwatch
+from tokenprune.state.device_timer import DeviceTimer
 
 METHODS = ["vtc_cls", "holov", "todre", "divprune", "random", "uniform", {"prune": "holov", "variant": "paper"}]
 
@@ -83,7 +83,7 @@ def test_what_reads_a_value_is_found(read: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 def run(method: Any, images: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Stopwatch, "_timed", nothing_timed)
+    monkeypatch.setattr(DeviceTimer, "_timed", nothing_timed)
     model, inputs = tiny_llava(), prompts(images)
     handle = tokenprune.apply(model, method, keep=12)
     try:

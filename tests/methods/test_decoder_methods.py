@@ -11,16 +11,16 @@ import pytest
 import torch
 from _families import BUILDERS, batch_of, family
 from _tiny import prompts, tiny_llava
-from oracle import compare, relative_error, run_pruned
+from masked_reference import compare, relative_error, run_pruned
 
 import tokenprune
-from tokenprune.interfaces.pruner import Depths
+from tokenprune.interfaces.pruner import ModelDepths
 from tokenprune.interfaces.view import View
 from tokenprune.methods.fastv import FastV
 from tokenprune.methods.pyramiddrop import PyramidDrop, StepBudget
-from tokenprune.methods.todre import Fade, ToDRE
+from tokenprune.methods.todre import DropAllStage, ToDRE
 
-LLAVA = Depths(vision=24, feature=22, decoder=32)
+LLAVA = ModelDepths(vision=24, feature=22, decoder=32)
 
 
 @functools.cache
@@ -132,7 +132,7 @@ def test_shares_equal_those_of_the_eager_attention_matrix(side):
     batch, seen = prompts([1, 4], side), _Seen()  # more tokens than are read at a time
     model = tiny_llava()
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    plan = [{"at": "layer:3", "prune": watched(Fade, seen)(tau=0.0), "keep": 1.0}]
+    plan = [{"at": "layer:3", "prune": watched(DropAllStage, seen)(tau=0.0), "keep": 1.0}]
     with tokenprune.applied(model, plan) as handle, torch.no_grad():
         model(**batch, position_ids=positions)
         layout = handle._engine.last.layout
@@ -168,12 +168,12 @@ def test_the_decision_is_each_prompts_own():
     """A threshold between the shares of two prompts: one loses its visual tokens, the other keeps them."""
     batch, seen = prompts([1, 1]), _Seen()
     model = tiny_llava()
-    with tokenprune.applied(model, [{"at": "layer:3", "prune": watched(Fade, seen)(tau=0.0), "keep": 1.0}]):
+    with tokenprune.applied(model, [{"at": "layer:3", "prune": watched(DropAllStage, seen)(tau=0.0), "keep": 1.0}]):
         model(**batch)
     (signal,) = [s for s in seen.views[0].signals if s.name == "text_to_visual"]
     shares = seen.views[0].signals[signal]
     tau = float(shares.mean())
-    plan = [{"at": "layer:3", "prune": Fade(tau=tau), "keep": 1.0}]
+    plan = [{"at": "layer:3", "prune": DropAllStage(tau=tau), "keep": 1.0}]
     run = run_pruned(model, plan, None, batch, tokens=6)
     compare(run, batch, 1e-5)
     assert sorted(len(images[0]) for images in run["kept"]) == [0, 36]
@@ -191,21 +191,21 @@ def test_a_threshold_of_zero_never_fires_and_changes_no_bit():
 
 def test_the_flops_of_the_shares_are_those_that_torch_counts():
     from tokenprune.evals.profiling.flops import flop_counter
-    from tokenprune.state.device_timer import Stopwatch
+    from tokenprune.state.device_timer import DeviceTimer
 
     model, batch, spent = tiny_llava(), prompts([4]), [0, 0]
-    plan = [{"at": "layer:3", "prune": Fade(tau=0.0), "keep": 1.0}]
+    plan = [{"at": "layer:3", "prune": DropAllStage(tau=0.0), "keep": 1.0}]
     with tokenprune.applied(model, plan) as handle, torch.no_grad(), flop_counter() as counter:
 
         def listen(begins: bool) -> None:
             now = counter.get_total_flops()
             spent[0], spent[1] = (spent[0], now) if begins else (spent[0] + now - spent[1], now)
 
-        Stopwatch.listener = listen
+        DeviceTimer.listener = listen
         try:
             model(**batch)
         finally:
-            Stopwatch.listener = None
+            DeviceTimer.listener = None
         assert handle.report().flops.selection == pytest.approx(spent[0], rel=0.01)
 
 

@@ -11,20 +11,20 @@ from _tiny import prompts, tiny_llava
 from _views import make_view
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import relative_error
+from masked_reference import relative_error
 
 import tokenprune
 from tokenprune.api import adapter_for
 from tokenprune.interfaces.budget import Budget
-from tokenprune.interfaces.pruner import Depths
-from tokenprune.interfaces.signals import CLS_ATTENTION, CLS_VALUE_SIMILARITY, VALUE_NORM, Signal, Tower
+from tokenprune.interfaces.pruner import ModelDepths
+from tokenprune.interfaces.signals import CLS_ATTENTION, CLS_VALUE_SIMILARITY, VALUE_NORM, Signal, TowerInfo
 from tokenprune.methods.flowcut import FlowCut, drop_count, entropy_ratio
 
-CLIP = Tower(num_layers=24, feature_layer=22, has_cls=True, num_heads=16, hidden_size=1024)
+CLIP = TowerInfo(num_layers=24, feature_layer=22, has_cls=True, num_heads=16, hidden_size=1024)
 
 
 def test_cuts_stand_after_every_second_block_and_the_last_before_the_feature_block():
-    stages = FlowCut().stages(Budget(64), Depths(vision=24, feature=22, decoder=32))
+    stages = FlowCut().stages(Budget(64), ModelDepths(vision=24, feature=22, decoder=32))
     assert [stage.depth for stage in stages] == list(range(1, 22, 2))
     scored = [block for stage in stages for block in FlowCut().blocks(stage.depth, CLIP)]
     assert scored == list(range(22)), "the running score takes every block up to the last cut, once"

@@ -12,12 +12,12 @@ import torch
 from _families import _anyres_batch, batch_of, family
 from _tiny import prompts, tiny_llava
 from _views import TOWER
-from oracle import compare, relative_error, run_pruned
+from masked_reference import compare, relative_error, run_pruned
 
 import tokenprune
 from tokenprune.api import adapter_for
 from tokenprune.interfaces.budget import Budget
-from tokenprune.interfaces.pruner import Depths
+from tokenprune.interfaces.pruner import ModelDepths
 from tokenprune.interfaces.signals import (
     CLS_PATCH_ATTENTION,
     CLS_PATCH_SIMILARITY,
@@ -26,14 +26,14 @@ from tokenprune.interfaces.signals import (
     LAST_VISUAL_ATTENTION,
     MEAN_VALUE_SIMILARITY,
     Signal,
-    Tower,
+    TowerInfo,
 )
 from tokenprune.interfaces.view import View
 from tokenprune.interfaces.visual import Raster, Visual
 from tokenprune.methods.flowcut import FlowCut, OverBudget, TextCut
 
 VARIANTS = ["official", "paper"]
-MANY = Depths(vision=24, feature=22, decoder=32, one_size=False)
+MANY = ModelDepths(vision=24, feature=22, decoder=32, one_size=False)
 
 
 def to_one(values: list[float]) -> list[float]:
@@ -97,9 +97,9 @@ def test_the_tower_is_cut_as_in_loops(variant, has_cls):
     for _ in range(120):
         count, blocks = draw.randint(1, 40), draw.randint(1, 9)
         target = draw.choice([1, count, draw.randint(1, count)])
-        tower = Tower(num_layers=blocks + 2, feature_layer=blocks, has_cls=has_cls, num_heads=2, hidden_size=32)
+        tower = TowerInfo(num_layers=blocks + 2, feature_layer=blocks, has_cls=has_cls, num_heads=2, hidden_size=32)
         method = FlowCut(variant=variant)
-        stages = method.stages(Budget(target), Depths(blocks + 2, blocks, 32))
+        stages = method.stages(Budget(target), ModelDepths(blocks + 2, blocks, 32))
         reference, carry = Reference(count, target, blocks, draw), {}
         similar = has_cls or variant == "paper"
         done = -1

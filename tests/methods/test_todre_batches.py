@@ -12,14 +12,14 @@ import torch
 from _families import BUILDERS, batch_of, family
 from _tiny import prompts, tiny_llava
 from _views import TOWER
-from oracle import compare, run_pruned
+from masked_reference import compare, run_pruned
 from torch import Tensor
 
 import tokenprune
 from tokenprune.interfaces.signals import CLS_ATTENTION, TEXT_TO_VISUAL, VISUAL_TO_TEXT, Signal
 from tokenprune.interfaces.view import View
 from tokenprune.interfaces.visual import Raster
-from tokenprune.methods.todre import Fade, ToDRE
+from tokenprune.methods.todre import DropAllStage, ToDRE
 from tokenprune.seams import cache_in
 
 # --- stage 1 ----------------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def test_the_rule_of_stage_two_on_many_cases():
             Signal(name, 2): torch.tensor(values) for name, values in zip((TEXT_TO_VISUAL, VISUAL_TO_TEXT), shares)
         }
         view = View(torch.zeros(images, count, 4), (Raster((1, count)),), count, TOWER, signals, site="layer:3")
-        selection = Fade(tau=tau).select(view).validate(images, count, least=0)
+        selection = DropAllStage(tau=tau).select(view).validate(images, count, least=0)
         assert selection.counts == [0 if a < tau and b < tau else count for a, b in zip(*shares)]
 
 
@@ -90,7 +90,7 @@ def watched(seen: dict[str, Tensor]) -> Any:
     """A stage 2 that never fires and writes down the shares of each visual, in the order of the spans."""
 
     @dataclasses.dataclass
-    class Watched(Fade):
+    class Watched(DropAllStage):
         def select(self, view):
             for signal, values in view.signals.items():
                 seen.setdefault(signal.name, []).append(values)  # type: ignore[arg-type]
@@ -141,13 +141,16 @@ def test_in_a_ragged_batch_each_prompt_decides_for_all_of_its_pictures(side):
     """Thresholds between the prompts' shares, from none to all of them firing; also a prompt without pictures."""
     batch, model, fired = prompts([1, 3, 0, 2, 1], side), tiny_llava(), set()
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    with tokenprune.applied(model, [{"at": "layer:3", "prune": Fade(tau=0.0), "keep": 1.0}]) as handle, torch.no_grad():
+    with (
+        tokenprune.applied(model, [{"at": "layer:3", "prune": DropAllStage(tau=0.0), "keep": 1.0}]) as handle,
+        torch.no_grad(),
+    ):
         model(**batch, position_ids=positions)
         spans = handle._engine.last.layout.spans
     shares = shares_by_loops(batch, spans)
     largest = sorted(max(pair) for pair in shares.values())
     for tau in (0.0, *((a + b) / 2 for a, b in zip(largest, largest[1:])), 2.0):
-        plan = [{"at": "layer:3", "prune": Fade(tau=tau), "keep": 1.0}]
+        plan = [{"at": "layer:3", "prune": DropAllStage(tau=tau), "keep": 1.0}]
         with tokenprune.applied(model, plan) as handle, torch.no_grad():
             cache = cache_in(model(**batch, position_ids=positions))
             kept = handle.kept

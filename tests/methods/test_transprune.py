@@ -12,18 +12,18 @@ import pytest
 import torch
 from _tiny import prompts, tiny_llava
 from _views import TOWER
-from oracle import relative_error
+from masked_reference import relative_error
 
 import tokenprune
 from tokenprune.capture import decoder_attention as decoder_signals
 from tokenprune.interfaces.budget import Budget
-from tokenprune.interfaces.pruner import Depths
+from tokenprune.interfaces.pruner import ModelDepths
 from tokenprune.interfaces.signals import INSTRUCTION_ATTENTION, Signal
 from tokenprune.interfaces.view import View
 from tokenprune.interfaces.visual import Raster
 from tokenprune.methods.transprune import SCHEDULES, MultipleBudget, TransPrune
 
-LLAVA = Depths(vision=24, feature=22, decoder=32)
+LLAVA = ModelDepths(vision=24, feature=22, decoder=32)
 VARIANTS = ["official", "paper"]
 
 
@@ -126,7 +126,7 @@ def test_three_cuts_equal_the_reference_on_random_signals(variant, alpha):
 # --- the schedules ----------------------------------------------------------------------------------------------------
 
 
-def counts(method: TransPrune, keep: int | float, num_tokens: int, depths: Depths = LLAVA) -> dict[str, int]:
+def counts(method: TransPrune, keep: int | float, num_tokens: int, depths: ModelDepths = LLAVA) -> dict[str, int]:
     return {stage.site: stage.budget.tokens(num_tokens) for stage in method.stages(Budget(keep), depths)}
 
 

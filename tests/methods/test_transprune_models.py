@@ -6,15 +6,15 @@ import pytest
 import torch
 from _families import batch_of, family
 from _tiny import prompts, tiny_llava
-from oracle import MaskedModel, compare, relative_error, run_pruned
+from masked_reference import MaskedModel, compare, relative_error, run_pruned
 
 import tokenprune
 from tokenprune.capture import decoder_attention as decoder_signals
-from tokenprune.interfaces.pruner import Depths
+from tokenprune.interfaces.pruner import ModelDepths
 from tokenprune.methods.transprune import TransPrune
 from tokenprune.seams import cache_argument, cache_in
 
-LLAVA = Depths(vision=24, feature=22, decoder=32)
+LLAVA = ModelDepths(vision=24, feature=22, decoder=32)
 
 VARIANTS = ["official", "paper"]
 
@@ -128,7 +128,7 @@ def test_nothing_is_read_while_tokens_are_generated(monkeypatch):
 @pytest.mark.parametrize("chunk", [128, 3])
 def test_the_flops_of_the_attention_rows_are_those_that_torch_counts(chunk, monkeypatch):
     from tokenprune.evals.profiling.flops import flop_counter
-    from tokenprune.state.device_timer import Stopwatch
+    from tokenprune.state.device_timer import DeviceTimer
 
     monkeypatch.setattr(decoder_signals, "_CHUNK", chunk)
     model, batch, spent = tiny_llava(), prompts([1, 2]), [0, 0]
@@ -138,6 +138,6 @@ def test_the_flops_of_the_attention_rows_are_those_that_torch_counts(chunk, monk
             now = counter.get_total_flops()
             spent[0], spent[1] = (spent[0], now) if begins else (spent[0] + now - spent[1], now)
 
-        monkeypatch.setattr(Stopwatch, "listener", listen)
+        monkeypatch.setattr(DeviceTimer, "listener", listen)
         model(**batch)
         assert handle.report().flops.selection == pytest.approx(spent[0], rel=0.01) and spent[0] > 0

@@ -13,11 +13,11 @@ from _tiny import prompts, tiny_llava
 from _views import TOWER
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import compare, run_pruned
+from masked_reference import compare, run_pruned
 
 import tokenprune
 from tokenprune.interfaces.budget import Budget
-from tokenprune.interfaces.pruner import Depths
+from tokenprune.interfaces.pruner import ModelDepths
 from tokenprune.interfaces.signals import GREY_ENTROPY, SINK_ATTENTION, SINK_ATTENTION_SUM
 from tokenprune.interfaces.view import View
 from tokenprune.interfaces.visual import Raster
@@ -25,7 +25,7 @@ from tokenprune.methods.vflowopt import SHIPPED, VFlowOpt, retention, shipped_ra
 from tokenprune.plan.checks import visual_lengths
 from tokenprune.plan.parse import parse_method
 
-ONEVISION = Depths(vision=27, feature=25, decoder=28)
+ONEVISION = ModelDepths(vision=27, feature=25, decoder=28)
 
 
 # The reference, in loops and float64
@@ -201,9 +201,9 @@ def test_tuned_holds_the_budget_or_refuses():
 
 def test_later_stages_stand_at_thirds_or_where_a_model_can_be_cut():
     assert stage_layers(ONEVISION) == (9, 18)
-    assert stage_layers(Depths(24, 22, 32)) == (10, 20)
-    assert stage_layers(Depths(3, 2, 4, first_cut=2)) == (2, 3)
-    assert stage_layers(Depths(3, 2, 2)) == (1,)
+    assert stage_layers(ModelDepths(24, 22, 32)) == (10, 20)
+    assert stage_layers(ModelDepths(3, 2, 4, first_cut=2)) == (2, 3)
+    assert stage_layers(ModelDepths(3, 2, 2)) == (1,)
 
 
 # Invariants

@@ -5,10 +5,10 @@ import pytest
 import torch
 from _views import TOWER, make_view, pick
 
-from tokenprune.interfaces.signals import CLS_ATTENTION, SINK_ATTENTION, Signal, Tower
+from tokenprune.interfaces.signals import CLS_ATTENTION, SINK_ATTENTION, Signal, TowerInfo
 from tokenprune.methods.vtc_cls import VtcCls
 
-CLIP = Tower(num_layers=24, feature_layer=22, has_cls=True, num_heads=16, hidden_size=1024)
+CLIP = TowerInfo(num_layers=24, feature_layer=22, has_cls=True, num_heads=16, hidden_size=1024)
 
 
 def test_default_blocks_are_the_official_ones_on_clip() -> None:

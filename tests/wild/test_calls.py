@@ -11,7 +11,7 @@ import pytest
 import torch
 from _families import batch_of, family
 from _tiny import IMAGE, prompts, tiny_llava
-from oracle import masked_by, relative_error
+from masked_reference import masked_by, relative_error
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import tokenprune

@@ -80,7 +80,7 @@ class Transitions:
         if call is None or call.branch is None or call.prompt is None or call.decoder is None:
             return
         (prompt, attended), entered, call.branch = (call.prompt, call.decoder.attended), call.branch, None
-        with prompt.watch.running(output.device):
+        with prompt.timer.running(output.device):
             gains, cosines = token_transition(*entered, _first(args, kwargs), output)
             for names, gain, cosine in zip(_NAMES, gains, cosines):
                 turn = 1 - cosine

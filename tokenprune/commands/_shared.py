@@ -62,9 +62,9 @@ def execute(config: Any, executor: Any = None) -> int:
     Args:
         executor: who does the work, see `evals/executors/`.
     """
-    from tokenprune.evals.errors import refusing
+    from tokenprune.evals.errors import as_user_error
 
-    with refusing():
+    with as_user_error():
         config.check()
     from rich.console import Console
 

@@ -28,10 +28,10 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _compare(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from tokenprune.evals.errors import refusing
+    from tokenprune.evals.errors import as_user_error
     from tokenprune.evals.results.compare import OVERALL, compare
 
-    with refusing():
+    with as_user_error():
         found = compare(args.first, args.second, args.method, args.seed)
     console = Console() if sys.stdout.isatty() else Console(width=160)
     for task in dict.fromkeys(each.task for each in found):

@@ -42,9 +42,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from tokenprune.evals.errors import refusing
+    from tokenprune.evals.errors import as_user_error
 
-    with refusing():
+    with as_user_error():
         config = _eval_config(args)
     return execute(config)
 

@@ -21,10 +21,10 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _parity(args: argparse.Namespace) -> int:
-    from tokenprune.evals.errors import refusing
+    from tokenprune.evals.errors import as_user_error
     from tokenprune.evals.results.parity import compare, read_run, read_targets
 
-    with refusing():
+    with as_user_error():
         records, targets = read_run(args.run)
         if args.targets:
             targets = read_targets(args.targets)

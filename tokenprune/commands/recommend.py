@@ -38,13 +38,13 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _recommend(args: argparse.Namespace) -> int:
-    from tokenprune.evals.errors import refusing
+    from tokenprune.evals.errors import as_user_error
     from tokenprune.evals.tuning.recommend.settings import RecommendConfig
 
     given = {name: value for name, value in vars(args).items() if name not in ("command", "handler")}
     if args.methods is not None:
         given["methods"] = [name.strip() for name in args.methods.split(",")]
-    with refusing():
+    with as_user_error():
         if args.budgets is not None:
             given["budgets"] = [_budget(text.strip()) for text in args.budgets.split(",")]
         config = RecommendConfig(**given)

@@ -25,12 +25,12 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _report(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from tokenprune.evals.errors import refusing
+    from tokenprune.evals.errors import as_user_error
     from tokenprune.evals.report.markdown import write_markdown
     from tokenprune.evals.report.page import write_report
     from tokenprune.evals.results.run_folder import read_run
 
-    with refusing():
+    with as_user_error():
         runs = [read_run(folder) for folder in args.runs]
         path = Path(args.output) if args.output else runs[0].folder / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,9 +30,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _run(args: argparse.Namespace) -> int:
     from tokenprune.evals.config.points import check_method_name
     from tokenprune.evals.config.run_config import RunConfig
-    from tokenprune.evals.errors import refusing
+    from tokenprune.evals.errors import as_user_error
 
-    with refusing():
+    with as_user_error():
         if (args.image is None) != (args.question is None):
             raise ValueError("Give both --image and --question, or neither to ask about a picture of the pocket suite.")
         options = parse_options(args.set)

@@ -38,9 +38,9 @@ def sweep_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _sweep(args: argparse.Namespace) -> int:
     from tokenprune.evals.config.sweep_file import read_config
-    from tokenprune.evals.errors import refusing
+    from tokenprune.evals.errors import as_user_error
 
-    with refusing():
+    with as_user_error():
         config = read_config(args.config, limit=args.limit, output=args.output, device=args.device)
     if args.dry_run:
         return _show_plan(config)

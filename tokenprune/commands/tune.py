@@ -31,11 +31,11 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from tokenprune.evals.errors import refusing
+    from tokenprune.evals.errors import as_user_error
     from tokenprune.evals.tuning.tune import TuneConfig, tune
 
     given = {name: value for name, value in vars(args).items() if name not in ("command", "handler", "set")}
-    with refusing():
+    with as_user_error():
         config = TuneConfig(**given, options=parse_options(args.set))
     from rich.console import Console
 

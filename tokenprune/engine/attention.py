@@ -20,10 +20,10 @@ from torch import Tensor
 
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
-from tokenprune.interfaces.intervention import Attended, DecoderFacts, Entering, Facts, Intervention
+from tokenprune.interfaces.intervention import Attended, DecoderInfo, Entering, Facts, Intervention
 from tokenprune.state.compaction import Compaction
 from tokenprune.state.forward_call import Calls
-from tokenprune.state.kv_cache import KeyFacts, LayerFacts, key_facts, mark_facts
+from tokenprune.state.kv_cache import KeyAnnotations, LayerFacts, key_facts, mark_facts
 from tokenprune.state.prompt_state import Prompt
 from tokenprune.wrappers import runs_again, unwrap
 
@@ -44,7 +44,7 @@ class _Call:
         joined: by layer, facts on all keys.
     """
 
-    before: KeyFacts | None
+    before: KeyAnnotations | None
     prompt: Prompt | None
     noting: bool
     first: bool
@@ -56,7 +56,7 @@ class _Call:
     joined: dict[int, LayerFacts] = field(default_factory=dict)
 
 
-class Attending:
+class AttentionInterventions:
     """Runs interventions on one model.
 
     Args:
@@ -74,7 +74,7 @@ class Attending:
     ) -> None:
         self.adapter, self.interventions, self._calls = adapter, tuple(interventions), calls
         config = adapter.language_model.config
-        decoder = DecoderFacts(
+        decoder = DecoderInfo(
             adapter.name,
             config.model_type,
             config.hidden_size,
@@ -239,7 +239,7 @@ class Attending:
         if call.prompt is not None:
             call.prompt.noted = self.by_intervention({layer: facts.values for layer, facts in layers.items()})
         if cache is not None:
-            mark_facts(cache, KeyFacts(layers, call.seen))
+            mark_facts(cache, KeyAnnotations(layers, call.seen))
 
     def by_intervention(self, layers: Mapping[int, Facts]) -> list[dict[int, Facts]]:
         """Facts by layer, for each intervention."""
@@ -369,7 +369,7 @@ class Attending:
         return _put(output, rows, real, changed), None
 
 
-def _weakly(attending: Attending) -> Callable[..., tuple[Tensor, Any]]:
+def _weakly(attending: AttentionInterventions) -> Callable[..., tuple[Tensor, Any]]:
     """Its attention function, which a table of transformers can hold without holding the model."""
     found = weakref.ref(attending)
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.selection import Selection
-from tokenprune.interfaces.signals import Signal, Tower
+from tokenprune.interfaces.signals import Signal, TowerInfo
 from tokenprune.interfaces.view import View
 from tokenprune.interfaces.visual import Raster
 
 
 @dataclass
-class Asked:
+class SelectionRequest:
     """One image, video, crop or frame that a method shall choose in.
 
     Attributes:
@@ -43,7 +43,7 @@ class Asked:
     hint: Callable[[str], object]
     carry: Mapping[str, Tensor]
 
-    def only(self, places: Tensor, budget: int) -> Asked:
+    def only(self, places: Tensor, budget: int) -> SelectionRequest:
         """The same about some of its tokens, `places` `[n]` int64 among those that are there."""
         count = places.shape[0]
 
@@ -63,8 +63,8 @@ class Asked:
 
 
 @dataclass
-class Answer:
-    """What was chosen in one `Asked`.
+class SelectionResult:
+    """What was chosen in one `SelectionRequest`.
 
     Attributes:
         indices: `[k]` int64, increasing, among the tokens that were there.
@@ -77,20 +77,22 @@ class Answer:
     carry: dict[str, Tensor]
 
 
-def choose(stage: Stage, tower: Tower, asked: Sequence[Asked]) -> tuple[list[Answer | None], int]:
+def choose(
+    stage: Stage, tower: TowerInfo, asked: Sequence[SelectionRequest]
+) -> tuple[list[SelectionResult | None], int]:
     """Ask the stage's method about each of `asked`, those of one shape together.
 
     Returns:
         An answer each, None where all stay; and the method's own matrix products.
     """
     pruner = stage.pruner
-    answers: list[Answer | None] = [None] * len(asked)
+    answers: list[SelectionResult | None] = [None] * len(asked)
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, item in enumerate(asked):
         if item.budget >= item.count and not pruner.adaptive:
             continue
         if item.budget == 0 and not pruner.adaptive:
-            answers[index] = Answer(torch.empty(0, dtype=torch.int64), None, {})
+            answers[index] = SelectionResult(torch.empty(0, dtype=torch.int64), None, {})
             continue
         shape = tuple((raster.grid, raster.kind) for raster in item.rasters)
         key = (shape, item.count, item.budget, item.tokens is None, tuple(item.carry))
@@ -108,7 +110,7 @@ def choose(stage: Stage, tower: Tower, asked: Sequence[Asked]) -> tuple[list[Ans
     return answers, flops
 
 
-def make_view(stage: Stage, tower: Tower, items: Sequence[Asked]) -> View:
+def make_view(stage: Stage, tower: TowerInfo, items: Sequence[SelectionRequest]) -> View:
     """The view of items of one shape."""
     pruner, first = stage.pruner, items[0]
     found = [item.features() for item in items]
@@ -136,16 +138,16 @@ def _present(tokens: Tensor | None) -> Tensor:
     return tokens
 
 
-def _answer(selection: Selection, row: int, num_tokens: int) -> Answer | None:
+def _answer(selection: Selection, row: int, num_tokens: int) -> SelectionResult | None:
     count = selection.indices.shape[1] if selection.counts is None else selection.counts[row]
     carry = {name: values[row] for name, values in (selection.carry or {}).items()}
     if count == num_tokens and selection.features is None and not carry:
         return None
     features = None if selection.features is None else selection.features[row, :count]
-    return Answer(selection.indices[row, :count], features, carry)
+    return SelectionResult(selection.indices[row, :count], features, carry)
 
 
-def joined_carry(before: Mapping[str, Tensor], answers: Sequence[Answer | None]) -> dict[str, Tensor]:
+def joined_carry(before: Mapping[str, Tensor], answers: Sequence[SelectionResult | None]) -> dict[str, Tensor]:
     """What goes on with the tokens of one visual: what stood there before this stage, and what all its parts left."""
     given = [{} if answer is None else answer.carry for answer in answers]
     names = set(given[0]).intersection(*given)

@@ -19,12 +19,12 @@ from torch import Tensor
 from tokenprune.capture.decoder_attention import DecoderSignals, LayerInput, check_decoder_signal
 from tokenprune.capture.token_transition import Transitions
 from tokenprune.engine.assisted_decoding import Drafts
-from tokenprune.engine.attention import Attending
+from tokenprune.engine.attention import AttentionInterventions
 from tokenprune.engine.decoder_pass import DecoderPass
 from tokenprune.engine.outputs import Outputs, restore, strike_out
 from tokenprune.engine.prompt_reader import PromptReader
-from tokenprune.engine.prompt_selection import RowChooser
-from tokenprune.engine.vision_tower import TowerWatch
+from tokenprune.engine.prompt_selection import PromptSelector
+from tokenprune.engine.vision_tower import TowerHooks
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.intervention import Intervention
@@ -36,7 +36,7 @@ from tokenprune.state.compaction import Compaction
 from tokenprune.state.forward_call import Calls, ForwardCall, Generation
 from tokenprune.state.kv_cache import mark_pruned, pruned_prompt
 from tokenprune.state.prompt_layout import Layout
-from tokenprune.state.prompt_state import Cutter, Prompt
+from tokenprune.state.prompt_state import CutBuilder, Prompt
 from tokenprune.state.tower_recording import Recording
 from tokenprune.wrappers import Links, drop_graphs
 
@@ -64,7 +64,7 @@ class Engine:
         self.last: Prompt | None = None
         self.calls = Calls()
         cuts = [stage.depth for stage in stages if stage.place == "layer"]
-        self.attending = Attending(adapter, interventions, self.calls, cuts)
+        self.attending = AttentionInterventions(adapter, interventions, self.calls, cuts)
         self._input = next((stage for stage in stages if stage.place == "input"), None)
         # tokens that left before the projector leave the rows here too, under their own method's policy
         self._first_cut = self._input or next((stage for stage in stages if stage.place != "layer"), None)
@@ -75,7 +75,7 @@ class Engine:
                 check_decoder_signal(signal, stage.site, stage.depth if stage.place == "layer" else -2)
                 check_vision_signal(signal, stage, adapter.tower.feature_layer)
         self._reader = PromptReader(adapter)
-        self._tower = TowerWatch(adapter, stages, tuple(dict.fromkeys(signals)), self._tower_hint, self.calls)
+        self._tower = TowerHooks(adapter, stages, tuple(dict.fromkeys(signals)), self._tower_hint, self.calls)
         self._read_layers = {signal.layer for signal in signals if signal.name in DECODER_SIGNALS}
         self._read_after = {stage.depth - 1: stage for stage in stages if _reads_before(stage, adapter.tower)}
         self._text_aware = any(signal.name in (*DECODER_SIGNALS, *TRANSITION_SIGNALS) for signal in signals)
@@ -83,7 +83,7 @@ class Engine:
         self._transitions = Transitions(adapter, signals, self.calls)
         self._drafts = Drafts(self.calls)
         self._outputs = Outputs(self.calls, outputs)
-        self._rows = RowChooser(adapter.tower, self._transitions, self.attending, self._hint)
+        self._rows = PromptSelector(adapter.tower, self._transitions, self.attending, self._hint)
         self._last_of: Generation | None = None  # the `generate` call that `last` is of
         self._learning = threading.RLock()
         self._hooking = threading.Lock()
@@ -166,9 +166,9 @@ class Engine:
     def _serve(self, call: ForwardCall, cache: Any) -> None:
         """Let the pruned `cache` take keys until this is called again."""
         if call.served is not None:
-            call.served.tokenprune_served = False
+            call.served.tokenprune_active = False
         if cache is not None:
-            cache.tokenprune_served = True
+            cache.tokenprune_active = True
         call.served = cache
 
     # --- the decoder ------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ class Engine:
         """What else the decoder is handed by place (visual features that are added inside it)."""
         if compaction is None:
             return {}
-        return self.adapter.beside(kwargs, compaction.rows, compaction.real)
+        return self.adapter.per_token_kwargs(kwargs, compaction.rows, compaction.real)
 
     @staticmethod
     def _check_mask(mask: Any, length: int) -> None:
@@ -281,11 +281,11 @@ class Engine:
         if not prompt.sources:
             prompt.sources = self._recorded(prompt.layout)
         for recording in prompt.recordings:
-            prompt.watch.join(recording.watch)
+            prompt.timer.join(recording.timer)
             prompt.flops += recording.selection_flops
             prompt.tower.append(recording.work())
         prompt.place(embeds.device)
-        cutter = Cutter(prompt, self._cut_site, embeds.shape[1])
+        cutter = CutBuilder(prompt, self._cut_site, embeds.shape[1])
         for index, (recording, row) in enumerate(prompt.sources):
             left = recording.kept[row]
             if left is not None and left.count < prompt.layout.spans[index].num_tokens:
@@ -293,7 +293,7 @@ class Engine:
                 carry = left.carry
                 prompt.alive[index].carry = {name: values.to(embeds.device) for name, values in carry.items()}
         if self._input is not None:
-            with prompt.watch.running(embeds.device):
+            with prompt.timer.running(embeds.device):
                 embeds = self._rows.choose(self._input, prompt, cutter, embeds, None)
         attended = None if mask is None else mask[:, -embeds.shape[1] :].to(device=embeds.device, dtype=torch.bool)
         return embeds, cutter.compact(attended, embeds.shape[0])
@@ -350,7 +350,7 @@ class Engine:
             fitted = current.arguments(layer, hidden, kwargs) if current.differs(layer) else kwargs
             call.inputs[layer] = self._layer_input(layer, module, hidden, fitted, current)
         if stage is not None and prompt is not None:
-            with prompt.watch.running(hidden.device):
+            with prompt.timer.running(hidden.device):
                 hidden = self._cut_layer(stage, call, prompt, current, hidden)
         differs = current.differs(layer)
         if differs:
@@ -388,7 +388,7 @@ class Engine:
         budgets = [stage.budget.tokens(span.num_tokens) for span in prompt.layout.spans]
         cuts = [0 < budget < alive.count for budget, alive in zip(budgets, prompt.alive)]
         if any(cuts) or (stage.pruner.adaptive and any(alive.count for alive in prompt.alive)):
-            with prompt.watch.running(given.hidden.device):
+            with prompt.timer.running(given.hidden.device):
                 wanted = stage.signals(self.adapter.tower)
                 signals.prepare([signal.name for signal in wanted if signal.layer == layer])
 
@@ -400,7 +400,7 @@ class Engine:
         for layer in {signal.layer for signal in wanted if signal.name in DECODER_SIGNALS}:
             ran = layer < stage.depth
             signals[layer] = call.read[layer] if ran else DecoderSignals(self.adapter, call.inputs[layer], prompt)
-        cutter = Cutter(prompt, stage.site, hidden.shape[1])
+        cutter = CutBuilder(prompt, stage.site, hidden.shape[1])
         hidden = self._rows.choose(stage, prompt, cutter, hidden, signals)
         prompt.flops += sum(computed.flops for computed in signals.values())
         compaction = cutter.compact(current.attended, hidden.shape[0])

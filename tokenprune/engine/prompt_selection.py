@@ -9,16 +9,16 @@ from torch import Tensor
 
 from tokenprune.capture.decoder_attention import DecoderSignals
 from tokenprune.capture.token_transition import Transitions
-from tokenprune.engine.attention import Attending
-from tokenprune.engine.batched_selection import Answer, Asked, choose, joined_carry
+from tokenprune.engine.attention import AttentionInterventions
+from tokenprune.engine.batched_selection import SelectionRequest, SelectionResult, choose, joined_carry
 from tokenprune.interfaces.budget import split_budget
 from tokenprune.interfaces.pruner import Stage
-from tokenprune.interfaces.signals import DECODER_SIGNALS, TRANSITION_SIGNALS, Signal, Tower
+from tokenprune.interfaces.signals import DECODER_SIGNALS, TRANSITION_SIGNALS, Signal, TowerInfo
 from tokenprune.interfaces.visual import Raster
-from tokenprune.state.prompt_state import Cutter, Prompt
+from tokenprune.state.prompt_state import CutBuilder, Prompt
 
 
-class RowChooser:
+class PromptSelector:
     """Lets stages choose among the visual tokens that stand in the decoder's rows.
 
     Args:
@@ -29,24 +29,33 @@ class RowChooser:
     """
 
     def __init__(
-        self, tower: Tower, transitions: Transitions, attending: Attending, hint: Callable[[str, int], object]
+        self,
+        tower: TowerInfo,
+        transitions: Transitions,
+        attending: AttentionInterventions,
+        hint: Callable[[str, int], object],
     ) -> None:
         self._tower, self._transitions, self._attending, self._hint = tower, transitions, attending, hint
 
     def choose(
-        self, stage: Stage, prompt: Prompt, cutter: Cutter, hidden: Tensor, signals: dict[int, DecoderSignals] | None
+        self,
+        stage: Stage,
+        prompt: Prompt,
+        cutter: CutBuilder,
+        hidden: Tensor,
+        signals: dict[int, DecoderSignals] | None,
     ) -> Tensor:
         """Let a stage choose in every visual; note what leaves in `cutter`, and return hidden states with what a
         method merged."""
         kept_out = self._attending.kept_out(stage.depth) if stage.place == "layer" else None
         if kept_out is not None:
             return self._choose_beside(stage, prompt, cutter, hidden, signals, *kept_out)
-        asked: list[Asked] = []
+        asked: list[SelectionRequest] = []
         for index in range(len(prompt.layout.spans)):
             asked += self._ask(stage, prompt, index, hidden, signals)
         answers, flops = choose(stage, self._tower, asked)
         prompt.flops += flops
-        by_span: dict[int, list[tuple[Asked, Answer | None]]] = {}
+        by_span: dict[int, list[tuple[SelectionRequest, SelectionResult | None]]] = {}
         for item, answer in zip(asked, answers):
             by_span.setdefault(item.owner, []).append((item, answer))
         for index, parts in by_span.items():
@@ -76,7 +85,7 @@ class RowChooser:
         self,
         stage: Stage,
         prompt: Prompt,
-        cutter: Cutter,
+        cutter: CutBuilder,
         hidden: Tensor,
         signals: dict[int, DecoderSignals] | None,
         out: Tensor,
@@ -129,7 +138,7 @@ class RowChooser:
         hidden: Tensor,
         signals: dict[int, DecoderSignals] | None,
         together: bool = False,
-    ) -> list[Asked]:
+    ) -> list[SelectionRequest]:
         """What is asked about one visual; with `together` all of its rasters at once, whatever the scope."""
         span, alive = prompt.layout.spans[index], prompt.alive[index]
         recording, row = prompt.sources[index]
@@ -138,7 +147,7 @@ class RowChooser:
         scope = stage.pruner.scope or stage.pruner.default_scope
         whole = alive.tokens is None and (scope == "visual" or len(rasters) == 1)
 
-        def one(rasters: tuple[Raster, ...], begin: int, count: int, budget: int) -> Asked:
+        def one(rasters: tuple[Raster, ...], begin: int, count: int, budget: int) -> SelectionRequest:
             places = alive.places[begin : begin + count]
 
             def signal(wanted: Signal) -> Tensor:
@@ -153,7 +162,7 @@ class RowChooser:
                 found = recording.signal(wanted, row)
                 return found[begin : begin + count] if alive.tokens is None else found[alive.tokens.to(found.device)]
 
-            return Asked(
+            return SelectionRequest(
                 owner=index,
                 rasters=rasters,
                 count=count,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.capture.vision import grey_entropy, grey_levels, vision_signal
-from tokenprune.engine.batched_selection import Asked, choose
+from tokenprune.engine.batched_selection import SelectionRequest, choose
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
@@ -23,7 +23,7 @@ from tokenprune.interfaces.selection import grid_places
 from tokenprune.interfaces.signals import PIXEL_SIGNALS, VISION_SIGNALS, Signal
 from tokenprune.interfaces.visual import Raster, Visual
 from tokenprune.state.forward_call import Calls
-from tokenprune.state.tower_recording import Recording, Survivors, tag
+from tokenprune.state.tower_recording import KeptBeforeProjector, Recording, tag
 
 _OF_ANY_CALL = {"return_dict", "output_attentions", "output_hidden_states", "use_cache"}
 
@@ -36,13 +36,13 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0)
 
 
-class TowerRun:
+class TowerPass:
     """One run of the tower over the visuals of one kind.
 
     Pictures are the crops of all visuals in tower order. `alive[p]` says which cells of picture p are left.
     """
 
-    def __init__(self, recording: Recording, owner: TowerWatch) -> None:
+    def __init__(self, recording: Recording, owner: TowerHooks) -> None:
         self.recording, self._owner = recording, owner
         self._spread: list[Tensor] = []
         self.grids = [grid for visual in recording.visuals for grid in visual.tower_grids]
@@ -123,14 +123,14 @@ class TowerRun:
         self.recording.cuts.append((stage.depth, tuple(self.alive)))
         return kept
 
-    def _ask(self, stage: Stage, args: Any, picture: int) -> Asked:
+    def _ask(self, stage: Stage, args: Any, picture: int) -> SelectionRequest:
         visual, count = self.recording.visuals[self.visual_of[picture]], self.counts[picture]
         first = self.visual_of.index(self.visual_of[picture])
         budget = stage.budget.pictures(visual)[picture - first]
         rows, cols = self.grids[picture]
         vision = self._owner.adapter.vision
         place = self.visual_of[picture]
-        return Asked(
+        return SelectionRequest(
             owner=picture,
             rasters=(Raster((rows, cols)),),
             count=count,
@@ -201,12 +201,12 @@ class TowerRun:
         parts = iter(torch.cat(there).cpu().split([alive.shape[0] for alive in there]))
         return [None if alive is None else next(parts) for alive in self.alive]
 
-    def _survivors(self, visual: Visual, pictures: list[int]) -> Survivors:
+    def _survivors(self, visual: Visual, pictures: list[int]) -> KeptBeforeProjector:
         cells = [self.grids[p][0] * self.grids[p][1] for p in pictures]
         if visual.sources is None and len(pictures) == 1:
             alive = self.alive[pictures[0]]
             tokens = torch.arange(cells[0]) if alive is None else alive
-            return Survivors(tokens, self.counts[pictures[0]], dict(self.carry[pictures[0]]))
+            return KeptBeforeProjector(tokens, self.counts[pictures[0]], dict(self.carry[pictures[0]]))
         there = []
         for picture, count in zip(pictures, cells):
             alive = self._alive_on_host[picture]
@@ -214,7 +214,7 @@ class TowerRun:
             there.append(mask if alive is None else mask.index_fill(0, alive, True))
         mask = torch.cat(there)
         tokens = (mask if visual.sources is None else mask[visual.sources]).nonzero()[:, 0]
-        return Survivors(tokens.to(self.recording.device), tokens.shape[0], {})
+        return KeptBeforeProjector(tokens.to(self.recording.device), tokens.shape[0], {})
 
 
 def _in_config(adapter: Adapter) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def _in_config(adapter: Adapter) -> dict[str, Any]:
     return {name: getattr(config, name) for name in sorted(names) if hasattr(config, name)}
 
 
-class TowerWatch:
+class TowerHooks:
     """Wraps the calls that run the vision tower.
 
     Args:
@@ -263,7 +263,7 @@ class TowerWatch:
                 )
 
     @property
-    def _run(self) -> TowerRun | None:
+    def _run(self) -> TowerPass | None:
         return self._calls.tower
 
     def install(self, ledger: Ledger) -> None:
@@ -274,7 +274,7 @@ class TowerWatch:
         of_blocks = [signal for signal in self._signals if signal.name not in PIXEL_SIGNALS]
         for block in sorted({signal.layer for signal in of_blocks}):
             names = [signal for signal in of_blocks if signal.layer == block]
-            for hook in vision.watch(block, opaque(functools.partial(self._record, names))):
+            for hook in vision.hook_attention(block, opaque(functools.partial(self._record, names))):
                 ledger.hook(hook)
         if self._cuts:
             for block in range(min(self._cuts) + 1, len(vision.blocks)):
@@ -300,7 +300,7 @@ class TowerWatch:
 
     def _record(self, signals: Sequence[Signal], read: Any) -> None:
         if self._run is not None:
-            with self._run.recording.watch.running(self._run.recording.device):
+            with self._run.recording.timer.running(self._run.recording.device):
                 self._run.record(signals, read)
 
     def _enter_block(self, block: int, module: Any, args: Any, kwargs: Any) -> Any:
@@ -309,14 +309,14 @@ class TowerWatch:
             return None
         stage, kept = self._cuts.get(block - 1), None
         if stage is not None:
-            with run.recording.watch.running(run.recording.device):
+            with run.recording.timer.running(run.recording.device):
                 kept = run.cut(stage, args)
         if not run.patches:
             run.first_short = block
         run.patches.append([count * vision.patches_per_cell for count in vision.computed(run.counts)])
         if all(alive is None for alive in run.alive):
             return None
-        return vision.thin(run.run, args, kwargs, kept)
+        return vision.drop_tokens(run.run, args, kwargs, kept)
 
     def _leave_tower(self, module: Any, args: Any, output: Any) -> Any:
         run = self._run
@@ -327,7 +327,7 @@ class TowerWatch:
             torch.arange(rows * cols, device=device) if alive is None else alive.to(device)
             for (rows, cols), alive in zip(run.grids, run.alive)
         ]
-        return self.adapter.vision.leave(run.run, output, whole)
+        return self.adapter.vision.restore_length(run.run, output, whole)
 
     def _wrap(self, kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
@@ -356,11 +356,11 @@ class TowerWatch:
                     "from several places there (interpolated or pooled). Use a method that cuts at 'input' or at a "
                     "layer."
                 )
-            run = self._calls.tower = TowerRun(recording, self)
+            run = self._calls.tower = TowerPass(recording, self)
             try:
                 for signal in self._signals:
                     if signal.name in PIXEL_SIGNALS:
-                        with recording.watch.running(recording.device):
+                        with recording.timer.running(recording.device):
                             run.read_pixels(signal, pixels)
                 if self._shrink is not None:
                     output = self._small(kind, original, call, run)
@@ -376,7 +376,7 @@ class TowerWatch:
 
         return opaque(features)
 
-    def _small(self, kind: str, original: Callable[..., Any], call: dict[str, Any], run: TowerRun) -> Any:
+    def _small(self, kind: str, original: Callable[..., Any], call: dict[str, Any], run: TowerPass) -> Any:
         """Run the tower on fewer pixels; its tokens stand at their cells' centres, zeros elsewhere (they leave)."""
         stage, recording = self._shrink, run.recording
         if stage is None:
@@ -393,7 +393,7 @@ class TowerWatch:
         run.shrink(small, places)
         output = original(**{**self.adapter.vision.resize(kind, call, recording.visuals, small), "return_dict": True})
         recording.shrunk = small
-        recording.kept = [Survivors(index, index.shape[0], {}) for index in places]
+        recording.kept = [KeptBeforeProjector(index, index.shape[0], {}) for index in places]
 
         def expand(features: Sequence[Tensor]) -> list[Tensor]:
             sizes = [visual.num_tokens for visual in recording.visuals]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tokenprune.cost import ModelShape, tower_flops
 from tokenprune.interfaces.attention_reading import AttentionReading, attention_of, mlp_of, read_attention
-from tokenprune.interfaces.pruner import Depths
-from tokenprune.interfaces.signals import Tower
+from tokenprune.interfaces.pruner import ModelDepths
+from tokenprune.interfaces.signals import TowerInfo
 from tokenprune.interfaces.visual import TowerWork, Visual
 
 
@@ -32,7 +32,7 @@ class VisionTower:
         patches_per_cell: patches that one visual token comes from.
     """
 
-    facts: Tower
+    facts: TowerInfo
     blocks: Sequence[Any]
     signals: tuple[str, ...] = ()
     module: Any
@@ -46,7 +46,7 @@ class VisionTower:
         """All modules that make visual tokens of the tower's states: `exit`, and those for other depths."""
         return (self.exit,)
 
-    def watch(self, block: int, done: Any) -> list[Any]:
+    def hook_attention(self, block: int, done: Any) -> list[Any]:
         """Hook a block so that `done(read)` is called when its attention ran.
 
         `read(run, pictures, count)` gives query, key and value `[m, H, T, d]` of pictures that all have `count` cells
@@ -66,7 +66,7 @@ class VisionTower:
         """Hidden states `[m, count, D]` of pictures that all have `count` cells, mean over the patches of a cell."""
         raise TypeError(f"{type(self).__name__} cannot be cut inside.")
 
-    def thin(self, run: Any, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
+    def drop_tokens(self, run: Any, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
         """Arguments for a block of a run that was cut.
 
         Args:
@@ -75,7 +75,7 @@ class VisionTower:
         """
         raise TypeError(f"{type(self).__name__} cannot be cut inside.")
 
-    def leave(self, run: Any, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
+    def restore_length(self, run: Any, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
         """Output of one of `exits` at full length: zeros where tokens left; `alive` are the cells left of each picture.
         An output that has its full length already is handed back."""
         raise TypeError(f"{type(self).__name__} cannot be cut inside.")
@@ -155,13 +155,13 @@ class Adapter:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.entry = decoder_of(model, "model")
-        self.language_model = decoder_of(model, self.decoder_path)
-        self.projector = decoder_of(model, self.projector_path)
+        self.entry = submodule(model, "model")
+        self.language_model = submodule(model, self.decoder_path)
+        self.projector = submodule(model, self.projector_path)
         self.placeholder_ids = {kind: getattr(model.config, f"{kind}_token_id") for kind in self.features}
 
     @property
-    def tower(self) -> Tower:
+    def tower(self) -> TowerInfo:
         """Facts on the vision tower."""
         return self.vision.facts
 
@@ -182,11 +182,11 @@ class Adapter:
         return found
 
     @property
-    def depths(self) -> Depths:
+    def depths(self) -> ModelDepths:
         """What stages can be planned for."""
         feature = self.tower.feature_layer if self.vision.can_cut else None
         one_size = self.num_tokens is not None
-        return Depths(
+        return ModelDepths(
             self.tower.num_layers, feature, len(self.layers), self.first_cut, self.vision.can_resize, one_size
         )
 
@@ -240,7 +240,9 @@ class Adapter:
         """Put what a features call made of smaller pictures at full length, in place: all of its per-visual tensors."""
         output.pooler_output = expand(output.pooler_output)
 
-    def beside(self, kwargs: Mapping[str, Any], rows: Callable[[Tensor], Tensor], real: Tensor) -> dict[str, Any]:
+    def per_token_kwargs(
+        self, kwargs: Mapping[str, Any], rows: Callable[[Tensor], Tensor], real: Tensor
+    ) -> dict[str, Any]:
         """Arguments of the decoder that go by place, shortened: what is added to visual tokens inside it.
 
         Args:
@@ -255,7 +257,7 @@ class Adapter:
         raise TypeError(f"{type(self).__name__} defines no cost_shape().")
 
 
-def decoder_of(module: Any, path: str) -> nn.Module:
+def submodule(module: Any, path: str) -> nn.Module:
     """The submodule at a dotted path, with a sentence if it is not there."""
     for part in path.split("."):
         module = getattr(module, part, None)

@@ -20,7 +20,7 @@ Facts = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class DecoderFacts:
+class DecoderInfo:
     """What an intervention may know of a decoder.
 
     Attributes:
@@ -112,11 +112,11 @@ class Intervention:
         if any(isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in numbers):
             raise ValueError(f"layers must be a list of decoder layers from 0 on, got {self.layers!r}.")
 
-    def default_layers(self, decoder: DecoderFacts) -> Sequence[int]:
+    def default_layers(self, decoder: DecoderInfo) -> Sequence[int]:
         """Layers in which it acts unless told otherwise; [] for an intervention whose options switch it off."""
         return range(decoder.layers)
 
-    def prepare(self, decoder: DecoderFacts) -> tuple[int, ...]:
+    def prepare(self, decoder: DecoderInfo) -> tuple[int, ...]:
         """Get ready for a model; the layers in which it acts, in order.
 
         Raises:

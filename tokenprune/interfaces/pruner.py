@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenprune.interfaces.budget import AVERAGE, Budget
 from tokenprune.interfaces.search_space import Choice, Range
 from tokenprune.interfaces.selection import Selection, topk_indices
-from tokenprune.interfaces.signals import Signal, Tower
+from tokenprune.interfaces.signals import Signal, TowerInfo
 from tokenprune.interfaces.view import View
 
 
@@ -64,11 +64,11 @@ class Pruner:
             raise ValueError(f"positions must be 'compact' or 'keep', got {self.positions!r}.")
 
     @property
-    def draws(self) -> bool:
+    def is_random(self) -> bool:
         """Whether what stays depends on a seed, the option `seed`."""
         return hasattr(self, "seed")
 
-    def stages(self, budget: Budget, depths: Depths) -> tuple[Stage, ...]:
+    def stages(self, budget: Budget, depths: ModelDepths) -> tuple[Stage, ...]:
         """The cuts that make up the method, for a model of these depths; one cut at `site` by default."""
         return (Stage(self.site, self, budget),)
 
@@ -77,7 +77,7 @@ class Pruner:
         return Stage(site, self, budget)
 
     @classmethod
-    def search_space(cls, mean: float, depths: Depths) -> Mapping[str, Range | Choice]:
+    def search_space(cls, mean: float, depths: ModelDepths) -> Mapping[str, Range | Choice]:
         """Options that `tokenprune tune` searches, by name; empty for a method without any.
 
         Args:
@@ -87,21 +87,21 @@ class Pruner:
         return {}
 
     @classmethod
-    def tuned(cls, values: Mapping[str, Any], mean: float, depths: Depths) -> dict[str, Any] | None:
+    def tuned(cls, values: Mapping[str, Any], mean: float, depths: ModelDepths) -> dict[str, Any] | None:
         """The method with these values of its search space at that budget, as a mapping that `apply` takes; None where
         they cannot hold it. By default the method's cuts are solved for the mean, whatever the values are."""
         return {"method": cls.name, "keep": f"{AVERAGE}{mean}", **values}
 
-    def signals(self, tower: Tower) -> tuple[Signal, ...]:
+    def signals(self, tower: TowerInfo) -> tuple[Signal, ...]:
         """Signals to record, for a given tower. Raise ValueError where the method cannot work on it."""
         return ()
 
-    def signals_at(self, tower: Tower, place: str, depth: int) -> tuple[Signal, ...]:
+    def signals_at(self, tower: TowerInfo, place: str, depth: int) -> tuple[Signal, ...]:
         """Signals for one cut, at "pixels", "vision" (after block `depth`), "input" or "layer" (`depth` is K); those of
         `signals` unless the method reads what is near its cut."""
         return self.signals(tower)
 
-    def notes(self, tower: Tower) -> tuple[str, ...]:
+    def notes(self, tower: TowerInfo) -> tuple[str, ...]:
         """What a reader of results must know of this method on this tower, for example a stand-in for a signal."""
         return ()
 
@@ -122,7 +122,7 @@ class Pruner:
         would give `grid`; rows * cols <= budget."""
         raise TypeError(f"{type(self).__name__} acts at {self.site!r} and resizes no picture.")
 
-    def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: Tower) -> int:
+    def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: TowerInfo) -> int:
         """Floating-point operations of one `select` (2 per multiply-add), matrix products only: what torch's
         FlopCounterMode counts. Signals are counted apart."""
         return 0
@@ -147,7 +147,7 @@ class Stage:
         """The site without its number: "pixels", "vision", "input" or "layer"."""
         return self.site.partition(":")[0]
 
-    def signals(self, tower: Tower) -> tuple[Signal, ...]:
+    def signals(self, tower: TowerInfo) -> tuple[Signal, ...]:
         """What the pruner wants recorded for this cut."""
         return self.pruner.signals_at(tower, self.place, self.depth)
 
@@ -158,7 +158,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Depths:
+class ModelDepths:
     """What a plan is made for.
 
     Attributes:

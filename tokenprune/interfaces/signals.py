@@ -137,7 +137,7 @@ class Signal:
 
 
 @dataclass(frozen=True)
-class Tower:
+class TowerInfo:
     """What a method may know of the vision tower.
 
     Attributes:
@@ -159,7 +159,7 @@ class Tower:
     pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
 
-def summary_attention(tower: Tower, layer: int) -> Signal:
+def summary_attention(tower: TowerInfo, layer: int) -> Signal:
     """Which patches a block of the tower finds important: [CLS] attention, and on a tower without [CLS] the attention
     that each patch gets from all patches of its picture (the mean of all rows)."""
     return Signal(CLS_ATTENTION, layer) if tower.has_cls else Signal(SINK_ATTENTION, layer, (0.0,))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenprune.interfaces.signals import Signal, Tower
+from tokenprune.interfaces.signals import Signal, TowerInfo
 from tokenprune.interfaces.visual import Raster
 
 
@@ -36,7 +36,7 @@ class View:
     features: Tensor
     rasters: tuple[Raster, ...]
     budget: int
-    tower: Tower
+    tower: TowerInfo
     signals: Mapping[Signal, Tensor] = field(default_factory=dict)
     hints: Mapping[str, list[Any]] = field(default_factory=dict)
     make_keys: Callable[[], Tensor] | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokenprune.interfaces.intervention import DecoderFacts, Entering
+from tokenprune.interfaces.intervention import DecoderInfo, Entering
 
 TAU = 20.0
 _PRESENT = 0.6  # part of (prompt, layer) pairs in which a channel must stand out
@@ -30,7 +30,7 @@ class Known:
     evidence: str
 
 
-def known_channels(decoder: DecoderFacts) -> Known | None:
+def known_channels(decoder: DecoderInfo) -> Known | None:
     """The row for a decoder of this family and these sizes, or None."""
     import yaml
 

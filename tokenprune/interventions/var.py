@@ -41,7 +41,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.interfaces.intervention import Attended, DecoderFacts, Entering, Facts, Intervention
+from tokenprune.interfaces.intervention import Attended, DecoderInfo, Entering, Facts, Intervention
 from tokenprune.interventions._sinks import Discovery, SinkSearch, known_channels, sink_score
 from tokenprune.kernels.attention_rows import attention_rows
 from tokenprune.kernels.redistribute_attention import OTHER, TEXT_SINK, VISUAL, VISUAL_SINK, redistribute_attention
@@ -110,10 +110,10 @@ class VAR(Intervention):
 
     # --- the model --------------------------------------------------------------------------------------------------
 
-    def default_layers(self, decoder: DecoderFacts) -> Sequence[int]:
+    def default_layers(self, decoder: DecoderInfo) -> Sequence[int]:
         return range(2, decoder.layers - (self.variant == "paper"))
 
-    def prepare(self, decoder: DecoderFacts) -> tuple[int, ...]:
+    def prepare(self, decoder: DecoderInfo) -> tuple[int, ...]:
         layers = super().prepare(decoder)
         self._search, self._channels, self.discovery, self._start = None, (), None, -1
         known = known_channels(decoder) if self.channels is None else None

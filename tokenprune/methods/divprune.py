@@ -25,7 +25,7 @@ from typing import ClassVar
 
 from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.selection import Selection
-from tokenprune.interfaces.signals import Tower
+from tokenprune.interfaces.signals import TowerInfo
 from tokenprune.interfaces.view import View
 from tokenprune.kernels.greedy_diversity import greedy_diversity, greedy_diversity_flops
 from tokenprune.registry import register_method
@@ -46,5 +46,5 @@ class DivPrune(Pruner):
         chosen = greedy_diversity(view.features, view.budget, "k_center")
         return Selection(chosen.sort(dim=1).values)
 
-    def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: Tower) -> int:
+    def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: TowerInfo) -> int:
         return greedy_diversity_flops(num_images, num_tokens, width, keep, has_first=False)

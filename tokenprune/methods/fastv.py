@@ -28,9 +28,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from tokenprune.interfaces.budget import Budget
-from tokenprune.interfaces.pruner import Depths, Pruner, Stage
+from tokenprune.interfaces.pruner import ModelDepths, Pruner, Stage
 from tokenprune.interfaces.search_space import Range
-from tokenprune.interfaces.signals import LAST_ATTENTION, Signal, Tower
+from tokenprune.interfaces.signals import LAST_ATTENTION, Signal, TowerInfo
 from tokenprune.interfaces.view import View
 from tokenprune.registry import register_method
 
@@ -60,13 +60,13 @@ class FastV(Pruner):
             raise ValueError(f"layer must be a decoder layer from 1 on, got {self.layer!r}.")
 
     @classmethod
-    def search_space(cls, mean: float, depths: Depths) -> Mapping[str, Range]:
+    def search_space(cls, mean: float, depths: ModelDepths) -> Mapping[str, Range]:
         return {"layer": Range(depths.first_cut, depths.decoder - 1, max(2, depths.first_cut))}
 
-    def stages(self, budget: Budget, depths: Depths) -> tuple[Stage, ...]:
+    def stages(self, budget: Budget, depths: ModelDepths) -> tuple[Stage, ...]:
         return (Stage(f"layer:{max(self.layer, depths.first_cut)}", self, budget),)
 
-    def signals_at(self, tower: Tower, place: str, depth: int) -> tuple[Signal, ...]:
+    def signals_at(self, tower: TowerInfo, place: str, depth: int) -> tuple[Signal, ...]:
         if place != "layer":
             raise ValueError(f"fastv ranks by attention inside the decoder, so it acts at 'layer:K', not at {place!r}.")
         return (Signal(LAST_ATTENTION, depth - 1),)

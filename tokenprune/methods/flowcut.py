@@ -38,7 +38,7 @@ Deviations:
 - Qwen towers: the 2 x 2 patches of a visual token leave or stay together. Their score is the product of their mean a
   and their mean d, and the entropy is over such groups; the official code scores and drops single patches, so that the
   merger joins four survivors that need not be neighbours. The last cut is before the last block; officially it is after
-  it. Survivors keep their own 3-D positions, where the official code gives the decoder the first 2 T of the grid. The
+  it. Those that stay keep their own 3-D positions, where the official code gives the decoder the first 2 T of the grid. The
   official code is for Qwen2-VL; that the method suits the windows of Qwen2.5-VL's tower is unverified.
 - One cut at a site of the user's own (`at="vision:L"`) scores all blocks so far and leaves T.
 - In the decoder each image or video keeps its own T; the official code takes all images of a prompt for one. Families
@@ -56,7 +56,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.interfaces.budget import Budget
-from tokenprune.interfaces.pruner import Depths, Pruner, Stage
+from tokenprune.interfaces.pruner import ModelDepths, Pruner, Stage
 from tokenprune.interfaces.selection import Selection, refuse_nan
 from tokenprune.interfaces.signals import (
     CLS_ATTENTION,
@@ -70,7 +70,7 @@ from tokenprune.interfaces.signals import (
     MEAN_VALUE_SIMILARITY,
     VALUE_NORM,
     Signal,
-    Tower,
+    TowerInfo,
 )
 from tokenprune.interfaces.view import View
 from tokenprune.interfaces.visual import Visual
@@ -144,7 +144,7 @@ class FlowCut(Pruner):
         if self.variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}.")
 
-    def stages(self, budget: Budget, depths: Depths) -> tuple[Stage, ...]:
+    def stages(self, budget: Budget, depths: ModelDepths) -> tuple[Stage, ...]:
         last = -1 if depths.feature is None else depths.feature - 1
         blocks = [block for block in range(last + 1) if (last - block) % self.interval == 0]
         layer = max(_TEXT_CUT, depths.first_cut)
@@ -159,34 +159,34 @@ class FlowCut(Pruner):
     def stage_at(self, site: str, budget: Budget) -> Stage:
         return Stage(site, OneCut(**{field.name: getattr(self, field.name) for field in fields(self)}), budget)
 
-    def blocks(self, depth: int, tower: Tower) -> range:
+    def blocks(self, depth: int, tower: TowerInfo) -> range:
         """Blocks that are scored at the cut after block `depth`: those since the cut before it."""
         first = (tower.feature_layer - 1) % self.interval
         return range(0 if depth == first else depth - self.interval + 1, depth + 1)
 
-    def blocks_left(self, depth: int, tower: Tower) -> int:
+    def blocks_left(self, depth: int, tower: TowerInfo) -> int:
         """R, blocks behind the cut after block `depth` before the patches must be down to T."""
         return tower.feature_layer - 1 - depth
 
-    def signals_at(self, tower: Tower, place: str, depth: int) -> tuple[Signal, ...]:
+    def signals_at(self, tower: TowerInfo, place: str, depth: int) -> tuple[Signal, ...]:
         if place != "vision":
             raise ValueError(f"flowcut cuts inside the vision tower, at 'vision:L', not at {place!r}.")
         names = [name for name in (VALUE_NORM, self._attending(tower), self._similar(tower)) if name]
         return tuple(Signal(name, block) for block in self.blocks(depth, tower) for name in names)
 
-    def _attending(self, tower: Tower) -> str:
+    def _attending(self, tower: TowerInfo) -> str:
         """The signal behind a."""
         if not tower.has_cls:
             return MEAN_QUERY_ATTENTION
         return CLS_PATCH_ATTENTION if self.variant == "paper" else CLS_ATTENTION
 
-    def _similar(self, tower: Tower) -> str | None:
+    def _similar(self, tower: TowerInfo) -> str | None:
         """The signal behind m; None where there is no m."""
         if self.variant == "official":
             return CLS_VALUE_SIMILARITY if tower.has_cls else None
         return CLS_PATCH_SIMILARITY if tower.has_cls else MEAN_VALUE_SIMILARITY
 
-    def notes(self, tower: Tower) -> tuple[str, ...]:
+    def notes(self, tower: TowerInfo) -> tuple[str, ...]:
         if tower.has_cls:
             return ()
         return ("no [CLS] in this tower: the mean query, as in the official Qwen2-VL code (elsewhere an extension)",)
@@ -228,10 +228,10 @@ class FlowCut(Pruner):
 class OneCut(FlowCut):
     """All of the way to T `[M, T]` at one place, by the running score of the blocks so far."""
 
-    def blocks(self, depth: int, tower: Tower) -> range:
+    def blocks(self, depth: int, tower: TowerInfo) -> range:
         return range(depth + 1)
 
-    def blocks_left(self, depth: int, tower: Tower) -> int:
+    def blocks_left(self, depth: int, tower: TowerInfo) -> int:
         return 0
 
 
@@ -244,7 +244,7 @@ class TextCut(Pruner):
     default_scope: ClassVar[str] = "visual"
     text_aware: ClassVar[bool] = True
 
-    def signals_at(self, tower: Tower, place: str, depth: int) -> tuple[Signal, ...]:
+    def signals_at(self, tower: TowerInfo, place: str, depth: int) -> tuple[Signal, ...]:
         names = (LAST_VISUAL_ATTENTION, LAST_VALUE_SIMILARITY, DECODER_VALUE_NORM)
         return tuple(Signal(name, depth - 1) for name in names)
 

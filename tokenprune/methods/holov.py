@@ -58,7 +58,7 @@ from torch import Tensor
 
 from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.selection import Selection
-from tokenprune.interfaces.signals import Signal, Tower, summary_attention
+from tokenprune.interfaces.signals import Signal, TowerInfo, summary_attention
 from tokenprune.interfaces.view import View
 from tokenprune.kernels.segmented_topk import segmented_topk
 from tokenprune.registry import register_method
@@ -182,10 +182,10 @@ class HoloV(Pruner):
         if not 0 <= self.power < float("inf"):
             raise ValueError(f"power must be a number from 0 on, got {self.power!r}.")
 
-    def signals(self, tower: Tower) -> tuple[Signal, ...]:
+    def signals(self, tower: TowerInfo) -> tuple[Signal, ...]:
         return (summary_attention(tower, tower.feature_layer),)
 
-    def notes(self, tower: Tower) -> tuple[str, ...]:
+    def notes(self, tower: TowerInfo) -> tuple[str, ...]:
         if tower.has_cls:
             return ()
         return ("no [CLS] in this tower: received attention, as the official Qwen2.5-VL port (elsewhere an extension)",)
@@ -274,7 +274,7 @@ class HoloV(Pruner):
         ranked = attention if self.variant == "official" else score
         return Selection(segmented_topk(ranked, sizes, quota, budget))
 
-    def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: Tower) -> int:
+    def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: TowerInfo) -> int:
         official = self.variant == "official"
         pairs = sum(m * m for m in self.strips(num_tokens, keep, tower.has_cls) if not (official and m == 1))
         return 2 * num_images * width * pairs

@@ -17,7 +17,7 @@ Deviations:
   variant: how the paper rounds was not checked. The lists behind published rows at 192 / 128 / 64 are not in the
   official repository (unverified), so no setting here claims to be those; an average below N / 4 needs lower layers.
 - Each image or video has its own budget; the official code has one image per sample.
-- Depths other than 32 take the quarters rounded down (our choice).
+- ModelDepths other than 32 take the quarters rounded down (our choice).
 - The forms for training (last tokens before each answer) are not here.
 - Ties go to the lower raster index.
 """
@@ -31,8 +31,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from tokenprune.interfaces.budget import Budget
-from tokenprune.interfaces.pruner import Depths, Pruner, Stage
-from tokenprune.interfaces.signals import LAST_ATTENTION, Signal, Tower
+from tokenprune.interfaces.pruner import ModelDepths, Pruner, Stage
+from tokenprune.interfaces.signals import LAST_ATTENTION, Signal, TowerInfo
 from tokenprune.interfaces.view import View
 from tokenprune.registry import register_method
 
@@ -79,7 +79,7 @@ class PyramidDrop(Pruner):
         if layers != sorted(set(layers)):
             raise ValueError(f"layers must increase, got {self.layers!r}.")
 
-    def stages(self, budget: Budget, depths: Depths) -> tuple[Stage, ...]:
+    def stages(self, budget: Budget, depths: ModelDepths) -> tuple[Stage, ...]:
         if self.layers is None:
             quarters = (max(depths.decoder * quarter // 4, depths.first_cut) for quarter in (1, 2, 3))
             layers = sorted({layer for layer in quarters if layer < depths.decoder})
@@ -90,7 +90,7 @@ class PyramidDrop(Pruner):
             Stage(f"layer:{layer}", self, StepBudget(budget.keep, step, steps)) for step, layer in enumerate(layers, 1)
         )
 
-    def signals_at(self, tower: Tower, place: str, depth: int) -> tuple[Signal, ...]:
+    def signals_at(self, tower: TowerInfo, place: str, depth: int) -> tuple[Signal, ...]:
         if place != "layer":
             raise ValueError(
                 f"pyramiddrop ranks by attention inside the decoder, so it acts at 'layer:K', not at {place!r}."

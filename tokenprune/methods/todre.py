@@ -43,9 +43,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokenprune.interfaces.budget import Budget
-from tokenprune.interfaces.pruner import Depths, Pruner, Stage
+from tokenprune.interfaces.pruner import ModelDepths, Pruner, Stage
 from tokenprune.interfaces.selection import Selection, topk_indices
-from tokenprune.interfaces.signals import CLS_ATTENTION, TEXT_TO_VISUAL, VISUAL_TO_TEXT, Signal, Tower
+from tokenprune.interfaces.signals import CLS_ATTENTION, TEXT_TO_VISUAL, VISUAL_TO_TEXT, Signal, TowerInfo
 from tokenprune.interfaces.view import View
 from tokenprune.kernels.greedy_diversity import OBJECTIVES, greedy_diversity, greedy_diversity_flops
 from tokenprune.methods._places import hash_tokens
@@ -93,22 +93,22 @@ class ToDRE(Pruner):
             raise ValueError(f"pivot must be one of {', '.join(PIVOTS)}, got {self.pivot!r}.")
 
     @property
-    def draws(self) -> bool:
+    def is_random(self) -> bool:
         return self.pivot == "random"
 
-    def stages(self, budget: Budget, depths: Depths) -> tuple[Stage, ...]:
+    def stages(self, budget: Budget, depths: ModelDepths) -> tuple[Stage, ...]:
         first = Stage("input", self, budget)
         layer = int(self.depth * depths.decoder)
         if not self.fade or layer < depths.first_cut or (isinstance(budget.keep, float) and budget.keep == 1.0):
             return (first,)
-        return (first, Stage(f"layer:{layer}", Fade(tau=self.tau), Budget(1.0)))
+        return (first, Stage(f"layer:{layer}", DropAllStage(tau=self.tau), Budget(1.0)))
 
-    def notes(self, tower: Tower) -> tuple[str, ...]:
+    def notes(self, tower: TowerInfo) -> tuple[str, ...]:
         if self.pivot == "cls" and not tower.has_cls:
             return ("our choice: no [CLS] in this tower, the pivot is the token nearest the mean",)
         return ()
 
-    def signals(self, tower: Tower) -> tuple[Signal, ...]:
+    def signals(self, tower: TowerInfo) -> tuple[Signal, ...]:
         if self.pivot == "cls" and tower.has_cls:
             return (Signal(CLS_ATTENTION, tower.num_layers - 1),)
         return ()
@@ -139,14 +139,14 @@ class ToDRE(Pruner):
         chosen = greedy_diversity(view.features, view.budget, self.objective, self.first(view))
         return Selection(chosen.sort(dim=1).values)
 
-    def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: Tower) -> int:
+    def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: TowerInfo) -> int:
         center = self.pivot == "center" or (self.pivot == "cls" and not tower.has_cls)
         nearest_mean = 2 * num_images * num_tokens * width if center else 0
         return nearest_mean + greedy_diversity_flops(num_images, num_tokens, width, keep, has_first=True)
 
 
 @dataclass
-class Fade(Pruner):
+class DropAllStage(Pruner):
     """Stage 2: keeps all N visual tokens of a prompt, or none.
 
     Attributes:
@@ -162,7 +162,7 @@ class Fade(Pruner):
     positions: str | None = "keep"
     tau: float = 0.1
 
-    def signals_at(self, tower: Tower, place: str, depth: int) -> tuple[Signal, ...]:
+    def signals_at(self, tower: TowerInfo, place: str, depth: int) -> tuple[Signal, ...]:
         return (Signal(TEXT_TO_VISUAL, depth - 1), Signal(VISUAL_TO_TEXT, depth - 1))
 
     def select(self, view: View) -> Selection:

@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.interfaces.budget import Budget
-from tokenprune.interfaces.pruner import Depths, Pruner, Stage
+from tokenprune.interfaces.pruner import ModelDepths, Pruner, Stage
 from tokenprune.interfaces.selection import Selection, topk_indices
 from tokenprune.interfaces.signals import (
     ATTENTION_COSINE,
@@ -61,7 +61,7 @@ from tokenprune.interfaces.signals import (
     MLP_GAIN,
     MLP_TURN,
     Signal,
-    Tower,
+    TowerInfo,
 )
 from tokenprune.interfaces.view import View
 from tokenprune.registry import near, register_method
@@ -88,7 +88,7 @@ class MultipleBudget(Budget):
         return min(num_tokens, max(1, math.floor(last * self._times + 1e-9)))
 
 
-def default_layers(depths: Depths) -> tuple[int, ...]:
+def default_layers(depths: ModelDepths) -> tuple[int, ...]:
     """Where the three cuts stand: 7, 9 and 12, in proportion in decoders of fewer than 28 layers (our choice)."""
     scale = 1.0 if depths.decoder >= 28 else depths.decoder / 32
     return tuple(math.floor(layer * scale + 0.5) for layer in LAYERS)
@@ -154,7 +154,7 @@ class TransPrune(Pruner):
             )
         return SCHEDULES[self.schedule]
 
-    def stages(self, budget: Budget, depths: Depths) -> tuple[Stage, ...]:
+    def stages(self, budget: Budget, depths: ModelDepths) -> tuple[Stage, ...]:
         wanted = self.layers or [max(layer, depths.first_cut) for layer in default_layers(depths)]
         # where cuts of a shallow decoder fall together, the later one counts
         times = dict(zip(wanted, self.times))
@@ -166,7 +166,7 @@ class TransPrune(Pruner):
         before = [layer for layer in self.layers or () if layer < depth]
         return range(before[-1] if before else depth - 1, depth)
 
-    def signals_at(self, tower: Tower, place: str, depth: int) -> tuple[Signal, ...]:
+    def signals_at(self, tower: TowerInfo, place: str, depth: int) -> tuple[Signal, ...]:
         if place != "layer":
             raise ValueError(
                 f"transprune reads what decoder layers do to the tokens, so it acts at 'layer:K', not at {place!r}."

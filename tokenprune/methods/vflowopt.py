@@ -50,10 +50,10 @@ import torch
 from torch import Tensor
 
 from tokenprune.interfaces.budget import Budget
-from tokenprune.interfaces.pruner import Depths, Pruner, Stage
+from tokenprune.interfaces.pruner import ModelDepths, Pruner, Stage
 from tokenprune.interfaces.search_space import Choice, Range
 from tokenprune.interfaces.selection import Selection, refuse_nan, topk_indices
-from tokenprune.interfaces.signals import GREY_ENTROPY, SINK_ATTENTION, SINK_ATTENTION_SUM, Signal, Tower
+from tokenprune.interfaces.signals import GREY_ENTROPY, SINK_ATTENTION, SINK_ATTENTION_SUM, Signal, TowerInfo
 from tokenprune.interfaces.view import View
 from tokenprune.interfaces.visual import Raster
 from tokenprune.kernels.merge import merge
@@ -131,7 +131,7 @@ def third_ratio(mean: float, first: float, second: float, layers: Sequence[int])
     return min(1.0, left / (first * second * l3))
 
 
-def stage_layers(depths: Depths) -> tuple[int, ...]:
+def stage_layers(depths: ModelDepths) -> tuple[int, ...]:
     """Decoder layers before which stages 2 and 3 cut, as far as there are any."""
     second = max(depths.decoder // 3, depths.first_cut)
     third = max(2 * (depths.decoder // 3), second + 1)
@@ -233,7 +233,7 @@ class VFlowOpt(Pruner):
 
     # --- the plan ---------------------------------------------------------------------------------------------------
 
-    def stages(self, budget: Budget, depths: Depths) -> tuple[Stage, ...]:
+    def stages(self, budget: Budget, depths: ModelDepths) -> tuple[Stage, ...]:
         last = budget.keep if isinstance(budget.keep, float) else _USUAL.last
         own = dataclasses.replace(
             self,
@@ -248,7 +248,7 @@ class VFlowOpt(Pruner):
         return tuple(Stage(site, pruner, kept) for (site, pruner), kept in zip(places, [*steps, Budget(budget.keep)]))
 
     @classmethod
-    def search_space(cls, mean: float, depths: Depths) -> Mapping[str, Range | Choice]:
+    def search_space(cls, mean: float, depths: ModelDepths) -> Mapping[str, Range | Choice]:
         """The box of the code, which was published for a mean of 25 %; for others R1 is scaled (our choice)."""
         first, second = shipped_ratios(_between(mean, [(0.0, 0.0), *((r.mean, r.last) for r in SHIPPED), (1.0, 1.0)]))
         knobs = [(row.mean, row.threshold, row.cell) for row in SHIPPED]
@@ -261,7 +261,7 @@ class VFlowOpt(Pruner):
         }
 
     @classmethod
-    def tuned(cls, values: Mapping[str, Any], mean: float, depths: Depths) -> dict[str, Any] | None:
+    def tuned(cls, values: Mapping[str, Any], mean: float, depths: ModelDepths) -> dict[str, Any] | None:
         layers = stage_layers(depths)
         if len(layers) < 2:
             raise ValueError(f"vflowopt has three stages; a decoder of {depths.decoder} layers has no room for them.")
@@ -273,7 +273,7 @@ class VFlowOpt(Pruner):
 
     # --- the map ----------------------------------------------------------------------------------------------------
 
-    def signals_at(self, tower: Tower, place: str, depth: int) -> tuple[Signal, ...]:
+    def signals_at(self, tower: TowerInfo, place: str, depth: int) -> tuple[Signal, ...]:
         if place not in ("input", "layer"):
             raise ValueError(
                 f"vflowopt ranks by the last block of the vision tower, so it acts at 'input' and 'layer:K', not at "
@@ -288,7 +288,7 @@ class VFlowOpt(Pruner):
         colours = (*(self.mean or tower.pixel_mean), *(self.std or tower.pixel_std))
         return (attention, Signal(GREY_ENTROPY, 0, (base, *map(float, colours))))
 
-    def notes(self, tower: Tower) -> tuple[str, ...]:
+    def notes(self, tower: TowerInfo) -> tuple[str, ...]:
         found = []
         if self.threshold is None and tower.has_cls:
             found.append("knobs as shipped for LLaVA-OneVision's SigLIP; other towers want `tokenprune tune vflowopt`")

@@ -28,7 +28,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from tokenprune.interfaces.pruner import Pruner
-from tokenprune.interfaces.signals import Signal, Tower, summary_attention
+from tokenprune.interfaces.signals import Signal, TowerInfo, summary_attention
 from tokenprune.interfaces.view import View
 from tokenprune.registry import register_method
 
@@ -54,7 +54,7 @@ class VtcCls(Pruner):
         if self.start_layer is not None and (isinstance(self.start_layer, bool) or self.start_layer < 0):
             raise ValueError(f"start_layer must be None or a block number from 0 on, got {self.start_layer!r}.")
 
-    def layers(self, tower: Tower) -> range:
+    def layers(self, tower: TowerInfo) -> range:
         """The vision blocks that are summed, 0-based.
 
         Raises:
@@ -73,10 +73,10 @@ class VtcCls(Pruner):
             )
         return range(start, tower.feature_layer + 1)
 
-    def signals(self, tower: Tower) -> tuple[Signal, ...]:
+    def signals(self, tower: TowerInfo) -> tuple[Signal, ...]:
         return tuple(summary_attention(tower, layer) for layer in self.layers(tower))
 
-    def notes(self, tower: Tower) -> tuple[str, ...]:
+    def notes(self, tower: TowerInfo) -> tuple[str, ...]:
         if tower.has_cls:
             return ()
         return ("extension: no [CLS] in this tower, the attention that patches receive stands in",)

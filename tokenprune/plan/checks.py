@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.interfaces.pruner import Depths, Stage
+from tokenprune.interfaces.pruner import ModelDepths, Stage
 from tokenprune.interfaces.signals import VISION_SIGNALS
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def check_site(site: Any, numbered: bool = True) -> str:
     return str(site)
 
 
-def check_plan(stages: Sequence[Stage], depths: Depths) -> tuple[Stage, ...]:
+def check_plan(stages: Sequence[Stage], depths: ModelDepths) -> tuple[Stage, ...]:
     """Stages in the order in which they run.
 
     Raises:

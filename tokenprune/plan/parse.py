@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenprune.interfaces.budget import Budget, average_of, read_budget
 from tokenprune.interfaces.intervention import Intervention
-from tokenprune.interfaces.pruner import Depths, Pruner, Stage
+from tokenprune.interfaces.pruner import ModelDepths, Pruner, Stage
 from tokenprune.plan.checks import check_plan, check_site, solve_average, visual_lengths, with_positions
 from tokenprune.plan.expression import read_yaml, split_name, split_outside
 from tokenprune.registry import INTERVENTIONS, METHODS, near
@@ -103,7 +103,7 @@ class Spec:
             parts.append(f"{entry.pruner.name}@{keep}" + (f" at {entry.site}" if entry.site else ""))
         return " + ".join([*parts, *map(_intervention_label, self.interventions)])
 
-    def plan(self, depths: Depths, num_tokens: int | None, positions: str | None = None) -> tuple[Stage, ...]:
+    def plan(self, depths: ModelDepths, num_tokens: int | None, positions: str | None = None) -> tuple[Stage, ...]:
         """Stages for a model.
 
         Args:
@@ -125,7 +125,7 @@ class Spec:
             stages += _stages(pruner, entry.site, keep, depths)
         return check_plan(stages, depths)
 
-    def _solve(self, pruner: Pruner, entry: Entry, depths: Depths, num_tokens: int | None) -> int | float:
+    def _solve(self, pruner: Pruner, entry: Entry, depths: ModelDepths, num_tokens: int | None) -> int | float:
         average = self.average
         if average is None:
             raise ValueError(f"Say how many visual tokens {pruner.name} shall keep.")
@@ -157,7 +157,7 @@ class Spec:
         return keep if isinstance(average, int) else keep / nominal
 
 
-def _stages(pruner: Pruner, site: str | None, keep: int | float, depths: Depths) -> tuple[Stage, ...]:
+def _stages(pruner: Pruner, site: str | None, keep: int | float, depths: ModelDepths) -> tuple[Stage, ...]:
     """The cuts of one entry: the method's own plan, or one cut where the user wants it."""
     budget = Budget(keep)
     return pruner.stages(budget, depths) if site is None else (pruner.stage_at(site, budget),)

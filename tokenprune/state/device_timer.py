@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 
-class Stopwatch:
+class DeviceTimer:
     """Adds up the time of the blocks run under `running()`: all that a method and its signals do, and nothing else.
 
     On CUDA it uses events, and only `seconds` waits for the device; elsewhere it uses the host clock.
@@ -57,7 +57,7 @@ class Stopwatch:
             finally:
                 self._seconds += time.perf_counter() - begin
 
-    def join(self, other: Stopwatch) -> None:
+    def join(self, other: DeviceTimer) -> None:
         """Count the time of `other` here too."""
         self._seconds += other._seconds
         self._events += other._events

@@ -109,7 +109,7 @@ class LayerFacts:
 
 
 @dataclass(frozen=True)
-class KeyFacts:
+class KeyAnnotations:
     """What interventions noted on the keys of a cache.
 
     Attributes:
@@ -120,12 +120,12 @@ class KeyFacts:
     layers: Mapping[int, LayerFacts]
     visual: Tensor
 
-    def rows(self, index: Tensor) -> KeyFacts:
+    def rows(self, index: Tensor) -> KeyAnnotations:
         """The same for the rows in `index`, in that order."""
         layers = {layer: facts.rows(index) for layer, facts in self.layers.items()}
-        return KeyFacts(layers, self.visual[index.to(self.visual.device)])
+        return KeyAnnotations(layers, self.visual[index.to(self.visual.device)])
 
-    def cropped(self, lengths: Mapping[int, int]) -> KeyFacts:
+    def cropped(self, lengths: Mapping[int, int]) -> KeyAnnotations:
         """The same where layers hold so many keys only."""
         layers = {
             layer: replace(facts, values={name: values[:, : lengths[layer]] for name, values in facts.values.items()})
@@ -138,8 +138,8 @@ class PrunedCacheMixin:
     """Overrides of a transformers `Cache` whose prompt was pruned, or on whose keys facts were noted."""
 
     tokenprune: PrunedPrompt | None = None
-    tokenprune_facts: KeyFacts | None = None
-    tokenprune_served: bool = False
+    tokenprune_facts: KeyAnnotations | None = None
+    tokenprune_active: bool = False
     """Whether a model that knows of the pruning is at work on it."""
     layers: list[Any]
 
@@ -149,7 +149,7 @@ class PrunedCacheMixin:
         Raises:
             RuntimeError: the prompt was pruned, and the model that goes on has no method applied.
         """
-        if self.tokenprune is not None and not self.tokenprune_served:
+        if self.tokenprune is not None and not self.tokenprune_active:
             raise RuntimeError(
                 "This cache holds a pruned prompt, and the model that goes on from it has no method applied, so masks "
                 "and positions would be wrong. Apply the method again, or run the prompt anew."
@@ -219,7 +219,7 @@ class PrunedCacheMixin:
         """Empty the cache; it is an ordinary one again."""
         super().reset()  # type: ignore[misc]
         self.__class__ = type(self).__mro__[2]
-        for name in ("tokenprune", "tokenprune_facts", "tokenprune_served"):
+        for name in ("tokenprune", "tokenprune_facts", "tokenprune_active"):
             vars(self).pop(name, None)
 
 
@@ -228,7 +228,7 @@ def pruned_prompt(cache: Any) -> PrunedPrompt | None:
     return getattr(cache, "tokenprune", None)
 
 
-def key_facts(cache: Any) -> KeyFacts | None:
+def key_facts(cache: Any) -> KeyAnnotations | None:
     """What interventions noted on the keys of `cache`, or None."""
     return getattr(cache, "tokenprune_facts", None)
 
@@ -242,7 +242,7 @@ def mark_pruned(cache: Any, prompt: PrunedPrompt) -> None:
     cache.tokenprune = prompt
 
 
-def mark_facts(cache: Any, facts: KeyFacts) -> None:
+def mark_facts(cache: Any, facts: KeyAnnotations) -> None:
     """Make `cache` carry `facts`, in the same way."""
     _subclass(cache)
     cache.tokenprune_facts = facts

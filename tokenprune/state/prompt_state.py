@@ -11,13 +11,13 @@ from torch import Tensor
 from tokenprune.interfaces.intervention import Facts
 from tokenprune.interfaces.visual import TowerWork
 from tokenprune.state.compaction import Compaction, plan_compaction
-from tokenprune.state.device_timer import Stopwatch
+from tokenprune.state.device_timer import DeviceTimer
 from tokenprune.state.prompt_layout import Layout, Span
 from tokenprune.state.tower_recording import Recording
 
 
 @dataclass
-class Alive:
+class KeptTokens:
     """The tokens of one visual that are still in its row.
 
     Attributes:
@@ -64,7 +64,7 @@ class Prompt:
         attended: `[B, S]` bool on the CPU, False at padding, before pruning; None where no mask was given.
         alive: for each span, what is still there.
         cuts: what each site left, in the order in which they ran; empty where nothing left.
-        watch: time of signals and selection.
+        timer: time of signals and selection.
         flops: matrix products of methods and signals, all sites together.
         tower: what the vision tower was given, for each of its runs.
         noted: for each intervention, what it noted on keys, by layer.
@@ -77,9 +77,9 @@ class Prompt:
     lengths: list[int] = field(default_factory=list)
     pad_left: bool = True
     attended: Tensor | None = None
-    alive: list[Alive] = field(default_factory=list)
+    alive: list[KeptTokens] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
-    watch: Stopwatch = field(default_factory=Stopwatch)
+    timer: DeviceTimer = field(default_factory=DeviceTimer)
     flops: int = 0
     tower: list[TowerWork] = field(default_factory=list)
     noted: list[dict[int, Facts]] = field(default_factory=list)
@@ -129,14 +129,14 @@ class Prompt:
         self.alive = [_whole(span, device) for span in self.layout.spans]
 
 
-def _whole(span: Span, device: torch.device) -> Alive:
+def _whole(span: Span, device: torch.device) -> KeptTokens:
     placeholders = span.places.to(device)
     offsets = span.visual.offsets
     places = placeholders if offsets is None else placeholders[offsets.to(device)]
-    return Alive(None, span.num_tokens, places, placeholders)
+    return KeptTokens(None, span.num_tokens, places, placeholders)
 
 
-class Cutter:
+class CutBuilder:
     """Collects what leaves the rows `[B, S]` at one site, and moves what stays.
 
     Args:
@@ -163,7 +163,9 @@ class Cutter:
         self._kept[index] = (span.sample, places)
         self._lengths[span.sample] -= before - count
         tokens = chosen if alive.tokens is None else alive.tokens[chosen]
-        self._prompt.alive[index] = Alive(tokens, count, places, None, {name: v[chosen] for name, v in carry.items()})
+        self._prompt.alive[index] = KeptTokens(
+            tokens, count, places, None, {name: v[chosen] for name, v in carry.items()}
+        )
         return places
 
     def compact(self, attended: Tensor | None, batch_size: int) -> Compaction | None:

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from tokenprune.interfaces.signals import Signal
 from tokenprune.interfaces.visual import TowerWork, Visual
-from tokenprune.state.device_timer import Stopwatch
+from tokenprune.state.device_timer import DeviceTimer
 
 _TAG = "_tokenprune_source"
 _WIDTH = 1024  # of the table that pixels are laid out in to be added up
 
 
 @dataclass
-class Survivors:
+class KeptBeforeProjector:
     """Which tokens of one visual a cut before the projector left.
 
     Attributes:
@@ -46,13 +46,13 @@ class Recording:
         shrunk: (rows, cols) of each visual that the tower really worked on, if a method shrank the pictures.
         patches: patches of each picture in each block from `first_short` on, where a method cut inside the tower.
         selection_flops: matrix products of signals and of methods while the tower ran.
-        watch: time of signals and selections while the tower ran.
+        timer: time of signals and selections while the tower ran.
     """
 
     def __init__(self, visuals: Sequence[Visual], pixels: Tensor, pixel_rows: Sequence[Tensor]) -> None:
         self.visuals = list(visuals)
         self.signals: dict[Signal, list[Tensor]] = {}
-        self.kept: list[Survivors | None] = [None] * len(self.visuals)
+        self.kept: list[KeptBeforeProjector | None] = [None] * len(self.visuals)
         self.shrunk: list[tuple[int, int]] | None = None
         self.patches: list[list[int]] = []
         self.first_short = 0
@@ -60,7 +60,7 @@ class Recording:
         self.cuts: list[tuple[int, tuple[Tensor | None, ...]]] = []
         self.left: list[int] = []  # cells of each picture behind the tower, where a method cut inside it
         self.device = pixels.device
-        self.watch = Stopwatch()
+        self.timer = DeviceTimer()
         self._pixels = list(pixel_rows)
 
     def work(self) -> TowerWork:

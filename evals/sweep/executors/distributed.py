@@ -14,11 +14,11 @@ from rich.console import Console
 
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.config.run_config import RunConfig
-from tokenprune.evals.errors import Refused
+from tokenprune.evals.errors import UserError
 from tokenprune.evals.evaluation.batching import Share
-from tokenprune.evals.evaluation.evaluate import Answered
+from tokenprune.evals.evaluation.evaluate import AskedSamples
 from tokenprune.evals.io.folder_lock import holder_file
-from tokenprune.evals.sweep.model_worker import ModelWork, Worked
+from tokenprune.evals.sweep.model_worker import ModelWorker, Worked
 from tokenprune.evals.tasks.task import Task
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
@@ -40,7 +40,7 @@ class Processes:
         self._state: Any = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
         self.share = Share(self._state.process_index, self._state.num_processes)
         if self.share.of != int(os.environ["WORLD_SIZE"]):
-            raise Refused(f"{os.environ['WORLD_SIZE']} processes were launched, but they found {self.share.of}.")
+            raise UserError(f"{os.environ['WORLD_SIZE']} processes were launched, but they found {self.share.of}.")
         self.first = self.share.rank == 0
         self.writer = "" if self.first else f"rank{self.share.rank}"
 
@@ -48,29 +48,31 @@ class Processes:
         """Answer a share of each model's batches; measure and draw on rank 0, while the others wait."""
         self._state.wait_for_everyone()
         if not holder_file(config.folder).exists():
-            raise Refused(
+            raise UserError(
                 f"Process {self.share.rank} does not see the files of the first one in {config.folder.resolve()}; give "
                 "--output on a file system that all machines share."
             )
         config = replace(config, device=config.device or str(self._state.device))
         worked = Worked()
         for model in config.models:
-            own = ModelWork(config, model, points, console, tasks)
+            own = ModelWorker(config, model, points, console, tasks)
             worked.answered.update(self._together(own.answer(self.share, self.writer)))
             if self.first:
                 worked.take(own.measure(worked.answered))
             self._state.wait_for_everyone()
         return worked
 
-    def _together(self, found: dict[tuple[str, str], Answered]) -> dict[tuple[str, str], Answered]:
+    def _together(self, found: dict[tuple[str, str], AskedSamples]) -> dict[tuple[str, str], AskedSamples]:
         """The samples of all shares; waits until every process is done."""
         from accelerate.utils import gather_object
 
-        whole: dict[tuple[str, str], Answered] = {}
+        whole: dict[tuple[str, str], AskedSamples] = {}
         for each in gather_object([found]):
             for key, answered in each.items():
-                known = whole.setdefault(key, Answered(answered.settings))
+                known = whole.setdefault(key, AskedSamples(answered.settings))
                 if known.settings != answered.settings:
-                    raise Refused("The processes of this run have different code or weights; their answers don't mix.")
+                    raise UserError(
+                        "The processes of this run have different code or weights; their answers don't mix."
+                    )
                 known.ids.update(answered.ids)
         return whole

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.config.run_config import RunConfig
-from tokenprune.evals.sweep.model_worker import ModelWork, Worked
+from tokenprune.evals.sweep.model_worker import ModelWorker, Worked
 from tokenprune.evals.tasks.task import Task
 
 
@@ -20,7 +20,7 @@ class Local:
         """Answer, measure and draw."""
         worked = Worked()
         for model in config.models:
-            own = ModelWork(config, model, points, console, tasks)
+            own = ModelWorker(config, model, points, console, tasks)
             worked.answered.update(own.answer())
             worked.take(own.measure(worked.answered))
         return worked

@@ -17,11 +17,11 @@ from rich.console import Console
 
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.config.run_config import RunConfig
-from tokenprune.evals.errors import Refused
-from tokenprune.evals.evaluation.evaluate import Answered
+from tokenprune.evals.errors import UserError
+from tokenprune.evals.evaluation.evaluate import AskedSamples
 from tokenprune.evals.io.digest import digest
 from tokenprune.evals.io.folder_lock import held, holder_file
-from tokenprune.evals.sweep.model_worker import ModelWork, Worked, show_progress
+from tokenprune.evals.sweep.model_worker import ModelWorker, Worked, show_progress
 from tokenprune.evals.tasks.task import Task
 
 RETRIES = 3
@@ -38,7 +38,7 @@ class RayCluster:
         cpus: cores that each point gets.
 
     Raises:
-        Refused: Ray is not installed.
+        UserError: Ray is not installed.
     """
 
     first = True
@@ -46,9 +46,9 @@ class RayCluster:
 
     def __init__(self, gpus: float | None = None, cpus: float = 1) -> None:
         if importlib.util.find_spec("ray") is None:
-            raise Refused("--executor ray needs Ray: pip install 'tokenprune-vlm[ray]'.")
+            raise UserError("--executor ray needs Ray: pip install 'tokenprune-vlm[ray]'.")
         if cpus <= 0 or (gpus or 0) < 0:
-            raise Refused(
+            raise UserError(
                 f"A point needs some CPUs and no negative share of GPUs, got {cpus:g} CPUs and {gpus or 0:g} GPUs."
             )
         self.gpus, self.cpus = gpus, cpus
@@ -104,36 +104,36 @@ class RayCluster:
         gpus = self.gpus if self.gpus is not None else float(there.get("GPU", 0) > 0)
         for kind, wanted in (("GPU", gpus), ("CPU", self.cpus)):
             if wanted > there.get(kind, 0):
-                raise Refused(f"A point is to get {wanted:g} {kind}s, the Ray cluster has {there.get(kind, 0):g}.")
+                raise UserError(f"A point is to get {wanted:g} {kind}s, the Ray cluster has {there.get(kind, 0):g}.")
         return {"num_gpus": gpus, "num_cpus": self.cpus}
 
 
 def _start(config: RunConfig, folder: str) -> None:
     """Relative paths are meant from where the run was started."""
     if not Path(folder).is_dir():
-        raise Refused(f"{os.uname().nodename} has no folder {folder}; run from one that all machines share.")
+        raise UserError(f"{os.uname().nodename} has no folder {folder}; run from one that all machines share.")
     os.chdir(folder)
     if not holder_file(config.folder).exists():
-        raise Refused(
+        raise UserError(
             f"{os.uname().nodename} does not see {config.folder.resolve()}; give --output on a file system that all "
             "machines share."
         )
 
 
-def _answer(config: RunConfig, point: Point, folder: str) -> dict[tuple[str, str], Answered]:
+def _answer(config: RunConfig, point: Point, folder: str) -> dict[tuple[str, str], AskedSamples]:
     """In a worker: one point, into files of its own."""
     _start(config, folder)
     writer = f"ray-{digest(point.key)[:8]}"
     # a worker that Ray takes for dead may take a moment to die
     with held(config.folder, writer, wait=30.0):
-        return ModelWork(config, point.model, [point], Console(quiet=True)).answer(writer=writer)
+        return ModelWorker(config, point.model, [point], Console(quiet=True)).answer(writer=writer)
 
 
 def _measure(
-    config: RunConfig, model: str, points: list[Point], answered: dict[tuple[str, str], Answered], folder: str
+    config: RunConfig, model: str, points: list[Point], answered: dict[tuple[str, str], AskedSamples], folder: str
 ) -> Worked:
     """In a worker: times, FLOPs and pictures of one model."""
     _start(config, folder)
     writer = f"ray-{digest(model)[:8]}"
     with held(config.folder, writer, wait=30.0):
-        return ModelWork(config, model, points, Console(quiet=True)).measure(answered, writer)
+        return ModelWorker(config, model, points, Console(quiet=True)).measure(answered, writer)

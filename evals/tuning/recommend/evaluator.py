@@ -13,7 +13,7 @@ from rich.console import Console
 from tokenprune.evals.config.measure import Measure, Overlays
 from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.config.run_config import RunConfig
-from tokenprune.evals.errors import Refused, refusing
+from tokenprune.evals.errors import UserError, as_user_error
 from tokenprune.evals.io.digest import digest
 from tokenprune.evals.io.picture_reader import read_picture
 from tokenprune.evals.tasks.load import load_task
@@ -93,7 +93,7 @@ class ModelBench:
         from tokenprune.evals.profiling.measure import MEASURE_KEY
 
         logging.disable_progress_bar()
-        with refusing():
+        with as_user_error():
             self._loaded = load_model(self._config.model, self._config.dtype, self._config.device)
         self._answers = RowStore(self._config.folder / "samples.jsonl", SAMPLE_KEY)
         self._costs = RowStore(self._config.folder / "measures.jsonl", MEASURE_KEY)
@@ -170,7 +170,7 @@ class ModelBench:
         rows = [[self._answers.get(key) or {} for key in own] for own in keys]
         failed = [row for own in rows for row in own if row.get("correct") is None]
         if failed:
-            raise Refused(
+            raise UserError(
                 f"Sample {failed[0].get('sample_id')} has no answer by {failed[0].get('point')}: "
                 f"{failed[0].get('error')}. "
                 "Accuracies can only be compared on the same samples; leave the sample or the method out."

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from tokenprune.evals.config.points import Point
-from tokenprune.evals.errors import Refused, refusing
+from tokenprune.evals.errors import UserError, as_user_error
 from tokenprune.evals.statistics.drop_bounds import Answers, Drop, Pairs, exact_bound, samples_needed, smallest_sample
 from tokenprune.evals.tuning.recommend.evaluator import Bench, ModelBench, split
 from tokenprune.evals.tuning.recommend.settings import RecommendConfig
@@ -84,11 +84,11 @@ def recommend(
         keep_study: whether the study is a file, from which a killed search goes on.
 
     Raises:
-        Refused: something that was asked for cannot be done, or so few samples can show nothing.
+        UserError: something that was asked for cannot be done, or so few samples can show nothing.
     """
     console = console or Console()
     begin = time.perf_counter()
-    with refusing():
+    with as_user_error():
         config.check()
         asked = bench or ModelBench(config, console)
     from tokenprune.evals.tuning.recommend.halving import Study
@@ -100,7 +100,7 @@ def recommend(
         f"the held-out half shows a drop of at most {at_best:.2%} at 95 percent confidence."
     )
     asked.open()
-    with refusing():
+    with as_user_error():
         settings, left_out = _settings(config, asked, console)
     made_of = {
         **asked.made_of, "--max-drop": config.max_drop, "--cost": config.cost,
@@ -108,7 +108,7 @@ def recommend(
     }  # fmt: skip
     if keep_study:
         config.results.mkdir(parents=True, exist_ok=True)
-    with refusing():
+    with as_user_error():
         study = Study(config.results / "study.db" if keep_study else None, made_of, config.finalists)
     found = _search(config, asked, study, settings, search, begin)
     tested = _confirm(config, asked, _sequence(found, config), held_out)
@@ -125,13 +125,13 @@ def recommend(
 
 
 def _enough(config: RecommendConfig, samples: int, held_out: int) -> float:
-    """The best bound that the held-out half can give. Raises Refused where that is above the one asked for."""
+    """The best bound that the held-out half can give. Raises UserError where that is above the one asked for."""
     at_best = exact_bound(held_out, 0, 0) if held_out else 1.0
     if at_best > config.max_drop:
         least = "no number of samples shows a drop of exactly 0; raise --max-drop"
         if config.max_drop > 0:
             least = f"at least {2 * smallest_sample(config.max_drop)} are needed, or raise --max-drop"
-        raise Refused(
+        raise UserError(
             f"{samples} samples can at best show a drop within {at_best:.2%}, on the {held_out} that are held out, and "
             f"--max-drop is {config.max_drop:.2%}: {least}."
         )

@@ -1,4 +1,4 @@
-"""The masked-model oracle on the trained pocket-llava: 576 visual tokens, real pictures and questions."""
+"""The masked model on the trained pocket-llava: 576 visual tokens, real pictures and questions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from oracle import compare, run_pruned
+from masked_reference import compare, run_pruned
 
 from tokenprune.registry import METHODS
 

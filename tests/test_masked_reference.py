@@ -9,7 +9,7 @@ import pytest
 import torch
 from _families import _qwen_batch, family
 from _tiny import prompts, tiny_llava
-from oracle import compare, masked_of, relative_error, run_pruned, tower_runs
+from masked_reference import compare, masked_of, relative_error, run_pruned, tower_runs
 
 from tokenprune.registry import METHODS
 
@@ -49,7 +49,7 @@ def test_removal_equals_masking(name, attention, layout, policy):
 
 
 @pytest.mark.parametrize("name", METHODS.names())
-def test_the_oracle_can_fail(name):
+def test_the_masked_reference_can_fail(name):
     """One other token kept at the last cut, and the masked model must say no."""
     batch = prompts([2, 1])
     run = run_pruned(model("sdpa"), name, 9, batch)
