@@ -1,6 +1,6 @@
 """A model in which the tokens that a pruned run dropped are hidden: it can stand wherever the pruned one stood.
 
-`MaskedModel` of `masked_reference` answers one batch. The twin answers every call that somebody else's training loop makes, at
+`MaskedModel` answers one batch. The twin answers every call that somebody else's training loop makes, at
 full length and in the order in which the pruned model made them, so that whole runs can be compared: losses, gradients,
 weights. It shares no code with the engine but the layout of the prompt.
 """

@@ -38,7 +38,7 @@ Deviations:
 - Qwen towers: the 2 x 2 patches of a visual token leave or stay together. Their score is the product of their mean a
   and their mean d, and the entropy is over such groups; the official code scores and drops single patches, so that the
   merger joins four survivors that need not be neighbours. The last cut is before the last block; officially it is after
-  it. Those that stay keep their own 3-D positions, where the official code gives the decoder the first 2 T of the grid. The
+  it. Tokens that stay keep their own 3-D positions; the official code gives the decoder the first 2 T of the grid. The
   official code is for Qwen2-VL; that the method suits the windows of Qwen2.5-VL's tower is unverified.
 - One cut at a site of the user's own (`at="vision:L"`) scores all blocks so far and leaves T.
 - In the decoder each image or video keeps its own T; the official code takes all images of a prompt for one. Families
