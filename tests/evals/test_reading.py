@@ -354,8 +354,8 @@ def test_every_command_names_a_broken_file(tmp_path, tiny_folder, capsys):
         Image.open(half).convert("RGB")
 
 
-OWN_ARRAYS = {"evals/report/overlay.py"} | {
-    f"evals/pocket/{name}.py" for name in ("easy", "measure", "scenes", "suite", "qwen/suite")
+OWN_ARRAYS = {"evals/report/overlay.py", "evals/pocket_training/measure.py"} | {
+    f"evals/pocket/{name}.py" for name in ("easy_vqa", "scenes", "suite", "mixed_suite")
 }
 """Files that make pictures from arrays that they have drawn themselves."""
 STORED = {"evals/pocket/suite.py"}
