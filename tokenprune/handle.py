@@ -73,9 +73,7 @@ class Handle:
         for name in hints:
             if name not in used:
                 raise ValueError(f"{self.label} uses no hint {name!r}; it uses: {', '.join(used) or 'none'}.")
-        self._engine.calls.hints.update(hints)
-        if threading.get_ident() == self._thread:
-            self._engine.hints.update(hints)
+        self._engine.hints.set(hints, threading.get_ident() == self._thread)
 
     @property
     def kept(self) -> list[list[Tensor]]:

@@ -11,6 +11,7 @@ from tokenprune import cost
 from tokenprune.engine.attention import AttentionInterventions
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
+from tokenprune.interfaces.site import read_site
 from tokenprune.interfaces.visual import TowerWork
 from tokenprune.state.prompt_state import Cut, Prompt
 
@@ -163,7 +164,8 @@ def _by_layer(prompt: Prompt, lengths: list[int], layers: int) -> list[tuple[int
 
 def _first_layer(cut: Cut) -> int:
     """The decoder layer from which on a cut is felt."""
-    return int(cut.site.partition(":")[2]) if cut.site.startswith("layer:") else 0
+    place, depth = read_site(cut.site)
+    return depth or 0 if place == "layer" else 0
 
 
 def _by_row(by_layer: Sequence[tuple[int, list[int]]]) -> list[list[int]]:

@@ -9,19 +9,24 @@ inputs of each of its forward calls, and its generators of candidates are asked 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 from tokenprune.hooks import Ledger
 from tokenprune.seams import CANDIDATE_GENERATOR
+from tokenprune.state.call_inputs import CallInputs
 from tokenprune.state.forward_call import Calls, Generation
 
 
 class Drafts:
-    """Notes each `generate` call of one model, and how many tokens of its next forward call are not the prompt's."""
+    """Notes each `generate` call of one model, and how many tokens of its next forward call are not the prompt's.
 
-    def __init__(self, calls: Calls) -> None:
-        self._calls = calls
+    Args:
+        calls: the calls at work.
+        reads_text: whether the method looks at the text.
+    """
+
+    def __init__(self, calls: Calls, reads_text: bool) -> None:
+        self._calls, self._reads_text = calls, reads_text
 
     def install(self, model: Any, ledger: Ledger) -> None:
         """Watch `generate` of this object and what it calls before each forward; `ledger` takes that back."""
@@ -66,12 +71,11 @@ class Drafts:
             generation.prompt_length = length
         return length - generation.prompt_length
 
-    def proposed(self, call: Mapping[str, Any], text_aware: bool) -> int:
+    def proposed(self, inputs: CallInputs) -> int:
         """How many tokens at the end of the forward call that begins are not the prompt's; asked once a call.
 
         Args:
-            call: its arguments, by name.
-            text_aware: whether the method looks at the text.
+            inputs: what the call was given.
 
         Raises:
             ValueError: `generate` goes on without a cache, and something stands between it and the model, so that
@@ -80,7 +84,7 @@ class Drafts:
         drafted, self._calls.drafted = self._calls.drafted, 0
         generation = self._calls.generation
         unknown = generation is not None and generation.prompt_length is None
-        if text_aware and unknown and call.get("use_cache") is False:
+        if self._reads_text and unknown and inputs.arguments.get("use_cache") is False:
             raise ValueError(
                 "generate() without a cache hands the model prompt and answer in one, and here its inputs are prepared "
                 "by a wrapper (prompt tuning does that), so that the two cannot be told apart, and this method looks "

@@ -21,6 +21,7 @@ from torch import Tensor
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.intervention import Attended, DecoderInfo, Entering, Facts, Intervention
+from tokenprune.state.call_inputs import CallInputs
 from tokenprune.state.compaction import Compaction
 from tokenprune.state.forward_call import Calls
 from tokenprune.state.kv_cache import KeyAnnotations, LayerFacts, key_facts, mark_facts
@@ -148,34 +149,29 @@ class AttentionInterventions:
 
     # --- a call of the decoder --------------------------------------------------------------------------------------
 
-    def begin(self, cache: Any, past: int, prompt: Prompt | None, embeds: Tensor, mask: Any) -> None:
-        """A call begins.
+    def begin(self, inputs: CallInputs, prompt: Prompt | None) -> None:
+        """A call of the decoder begins.
 
         Args:
-            cache: the KV cache, or None.
-            past: logical tokens that it holds.
+            inputs: what the decoder was given, before any cut.
             prompt: of this call, laid out; None without pictures.
-            embeds: `[B, S, D]`, before any cut.
-            mask: the call's attention mask, `[B, past + S]` or another form.
         """
-        if not self or self._calls.now is None:
+        if not self or self._calls.now is None or inputs.embeds is None:
             return
         if torch.is_grad_enabled():
             self._check_checkpointing()
-        batch_size, length, _ = embeds.shape
-        attended = None
-        if isinstance(mask, Tensor) and mask.dim() == 2 and length > 1:
-            attended = mask[:, -length:].to(device=embeds.device, dtype=torch.bool)
+        cache, batch_size = inputs.cache, inputs.batch_size
+        device = inputs.embeds.device  # that of the weights may be "meta": accelerate brings them when they are needed
+        attended = inputs.attended(device) if inputs.length > 1 else None  # [B, S]
         before = key_facts(cache)
         if before is None:
-            seen = torch.zeros(batch_size, dtype=torch.bool, device=embeds.device)
+            seen = torch.zeros(batch_size, dtype=torch.bool, device=device)
         else:
             seen = before.visual
-        noting = prompt is not None or (past == 0 and not getattr(cache, "is_compileable", False))
-        call = self._calls.now.attention = _Call(before, prompt, noting, past == 0, seen, attended)
+        noting = prompt is not None or (inputs.past == 0 and not getattr(cache, "is_compileable", False))
+        call = self._calls.now.attention = _Call(before, prompt, noting, inputs.past == 0, seen, attended)
         if prompt is None:
             return
-        device = embeds.device  # that of the weights may be "meta": accelerate brings them when they are needed
         visual = torch.zeros(batch_size, prompt.layout.length, dtype=torch.bool)
         for span in prompt.layout.spans:
             visual[span.sample, span.places] = True

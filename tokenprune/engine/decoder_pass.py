@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.interfaces.adapter import Adapter
+from tokenprune.state.call_inputs import CallInputs
 from tokenprune.state.compaction import Compaction
 from tokenprune.state.kv_cache import PrunedPrompt, Segment
 
@@ -24,17 +25,13 @@ class DecoderPass:
     Args:
         adapter: the family.
         before: the map of the cache's keys, None where its prompt was not pruned.
-        past: logical tokens that the cache holds.
-        batch_size: B.
-        length: logical tokens of the call.
-        device: of the embeddings.
+        inputs: what the decoder was given.
     """
 
-    def __init__(
-        self, adapter: Adapter, before: PrunedPrompt | None, past: int, batch_size: int, length: int, device: Any
-    ) -> None:
-        self.adapter, self.before, self.past, self.length = adapter, before, past, length
-        self.batch_size, self.device = batch_size, device
+    def __init__(self, adapter: Adapter, before: PrunedPrompt | None, inputs: CallInputs) -> None:
+        self.adapter, self.before, self._inputs = adapter, before, inputs
+        self.past, self.length, self.batch_size = inputs.past, inputs.length, inputs.batch_size
+        self.device: Any = None if inputs.embeds is None else inputs.embeds.device
         self.compaction: Compaction | None = None  # of the whole pass so far
         # [B, P] bool, None where there is no padding: False at padding that cuts of this pass made, and at any padding
         self.real: Tensor | None = None
@@ -45,7 +42,6 @@ class DecoderPass:
         self.segments: list[Segment] = []
         # the layer before which rows were shortened, and how they stand to the full rows from then on
         self.moves: list[tuple[int, Compaction]] = []
-        self._given_mask: Tensor | None = None
         self._masks: dict[tuple[int, int, str], Any] = {}
         self._rotations: dict[tuple[int, int, str], Any] = {}
         self._cuts = 0
@@ -55,20 +51,24 @@ class DecoderPass:
 
     # --- the base ---------------------------------------------------------------------------------------------------
 
-    def begin(
-        self, compaction: Compaction | None, policy: str, embeds: Tensor, mask: Tensor | None, positions: Tensor | None
-    ) -> dict[str, Any]:
-        """Arguments for the decoder: shortened rows, and the mask and positions that fit them."""
+    def begin(self, compaction: Compaction | None, policy: str, embeds: Tensor) -> dict[str, Any]:
+        """Arguments for the decoder: shortened rows, and the mask and positions that fit them.
+
+        Args:
+            compaction: what shortens rows at the input; None where nothing leaves there.
+            policy: "compact" or "keep", of positions there.
+            embeds: `[B, S, D]`, with what a method merged.
+        """
         past, length = self.past, self.length
-        self._given_mask = mask
+        mask, positions = self._inputs.mask, self._inputs.positions
         if positions is None:
             positions = torch.arange(past, past + length, device=embeds.device)[None]
         first = self.before.segments[0] if self.before else None
         if first is not None:
             old_mask = first.mask(mask, self.before.length, past)  # type: ignore[union-attr]
         else:
-            old_mask = None if mask is None else mask[:, :past]
-        new_mask = None if mask is None else mask[:, past:]
+            old_mask = self._inputs.past_mask
+        new_mask = self._inputs.new_mask
         self.attended = None if new_mask is None else new_mask.to(torch.bool)
         if compaction is not None:
             positions = compaction.positions(positions, policy)
@@ -133,8 +133,8 @@ class DecoderPass:
 
     def seen(self, layer: int) -> Tensor | None:
         """`[B, K]` bool: which of the keys that a layer's cache held before this call are no padding; None: all."""
-        mask, before = self._given_mask, self.before
-        found = None if mask is None else mask[:, : self.past]
+        mask, before = self._inputs.mask, self.before
+        found = self._inputs.past_mask
         if before is not None:
             found = before.segment(layer).mask(mask, before.length, self.past)
         return None if found is None else found.to(torch.bool)

@@ -7,20 +7,21 @@ object. It knows neither a family's name nor a method's.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tokenprune.capture.decoder_attention import DecoderSignals, LayerInput, check_decoder_signal
+from tokenprune.capture.decoder_attention import check_decoder_signal
 from tokenprune.capture.token_transition import Transitions
 from tokenprune.engine.assisted_decoding import Drafts
 from tokenprune.engine.attention import AttentionInterventions
 from tokenprune.engine.decoder_pass import DecoderPass
+from tokenprune.engine.guards import check_mask, check_replica, check_window, sliding_window
+from tokenprune.engine.hints import Hints
+from tokenprune.engine.layer_cuts import LayerCuts
 from tokenprune.engine.outputs import Outputs, restore, strike_out
 from tokenprune.engine.prompt_reader import PromptReader
 from tokenprune.engine.prompt_selection import PromptSelector
@@ -31,7 +32,8 @@ from tokenprune.interfaces.intervention import Intervention
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.signals import DECODER_SIGNALS, TRANSITION_SIGNALS
 from tokenprune.plan.checks import check_vision_signal
-from tokenprune.seams import cache_in, cache_of
+from tokenprune.seams import cache_in
+from tokenprune.state.call_inputs import CallInputs
 from tokenprune.state.compaction import Compaction
 from tokenprune.state.forward_call import Calls, ForwardCall, Generation
 from tokenprune.state.kv_cache import mark_pruned, pruned_prompt
@@ -58,38 +60,36 @@ class Engine:
         interventions: Sequence[Intervention] = (),
         outputs: str = "auto",
     ) -> None:
-        self.adapter = adapter
-        self.stages = tuple(stages)
-        self.hints: dict[str, list[Any]] = {}  # of threads that gave none of their own
+        self.adapter, self.stages = adapter, tuple(stages)
         self.last: Prompt | None = None
+        self._last_of: Generation | None = None  # the `generate` call that `last` is of
         self.calls = Calls()
-        cuts = [stage.depth for stage in stages if stage.place == "layer"]
-        self.attending = AttentionInterventions(adapter, interventions, self.calls, cuts)
-        self._input = next((stage for stage in stages if stage.place == "input"), None)
-        # tokens that left before the projector leave the rows here too, under their own method's policy
-        self._first_cut = self._input or next((stage for stage in stages if stage.place != "layer"), None)
-        self._layers = {stage.depth: stage for stage in stages if stage.place == "layer"}
+        self.hints = Hints(adapter, self.stages, self.calls)
         signals = [signal for stage in stages for signal in stage.signals(adapter.tower)]
         for stage in stages:
             for signal in stage.signals(adapter.tower):
                 check_decoder_signal(signal, stage.site, stage.depth if stage.place == "layer" else -2)
                 check_vision_signal(signal, stage, adapter.tower.feature_layer)
+        cuts = [stage.depth for stage in stages if stage.place == "layer"]
+        self.attending = AttentionInterventions(adapter, interventions, self.calls, cuts)
+        self._input = next((stage for stage in stages if stage.place == "input"), None)
+        # tokens that left before the projector leave the rows here too, under their own method's policy
+        before_layers = [stage for stage in stages if stage.place != "layer"]
+        first_cut = self._input or next(iter(before_layers), None)
+        self._policy = "keep" if first_cut is None else str(first_cut.pruner.positions)
+        self._cut_site = before_layers[-1].site if before_layers else "input"
         self._reader = PromptReader(adapter)
-        self._tower = TowerHooks(adapter, stages, tuple(dict.fromkeys(signals)), self._tower_hint, self.calls)
-        self._read_layers = {signal.layer for signal in signals if signal.name in DECODER_SIGNALS}
-        self._read_after = {stage.depth - 1: stage for stage in stages if _reads_before(stage, adapter.tower)}
-        self._text_aware = any(signal.name in (*DECODER_SIGNALS, *TRANSITION_SIGNALS) for signal in signals)
-        self._text_aware |= bool(self.attending)
+        self._tower = TowerHooks(adapter, stages, tuple(dict.fromkeys(signals)), self.hints, self.calls)
         self._transitions = Transitions(adapter, signals, self.calls)
-        self._drafts = Drafts(self.calls)
+        self._selector = PromptSelector(adapter.tower, self._transitions, self.attending, self.hints)
+        self._layers = LayerCuts(adapter, self.stages, self._selector, self._transitions, self.attending, self.calls)
+        reads_text = any(signal.name in (*DECODER_SIGNALS, *TRANSITION_SIGNALS) for signal in signals)
+        self._drafts = Drafts(self.calls, reads_text or bool(self.attending))
         self._outputs = Outputs(self.calls, outputs)
-        self._rows = PromptSelector(adapter.tower, self._transitions, self.attending, self._hint)
-        self._last_of: Generation | None = None  # the `generate` call that `last` is of
         self._learning = threading.RLock()
-        self._hooking = threading.Lock()
-        self._window = _window(adapter.language_model.config)
-        self._cut_site = next((stage.site for stage in reversed(stages) if stage.place != "layer"), "input")
+        self._window = sliding_window(adapter.language_model.config) if self.stages else None
         self._parameters = list(inspect.signature(adapter.entry.forward).parameters)
+        self._links = Links(adapter.model, ())  # of the modules that are hooked, once they are
 
     def install(self, ledger: Ledger) -> None:
         """Place every hook; `ledger` takes them away."""
@@ -103,47 +103,27 @@ class Engine:
         ledger.hook(decoder.register_forward_pre_hook(opaque(self._before_decoder), with_kwargs=True))
         ledger.hook(decoder.register_forward_hook(opaque(self._after_decoder)))
         ledger.hook(decoder.register_forward_hook(opaque(self._leave_decoder), always_call=True))
-        self.attending.install(ledger)
-        self._ledger, self._hooked = ledger, len(adapter.layers)
-        if self._layers:
-            self._hook_layers(min({*self._layers, *self._read_layers}))
-        for layer in self._read_after:
-            hook = opaque(functools.partial(self._after_attention, layer))
-            # first, while what shards or offloads weights still has those of this layer here
-            ledger.hook(adapter.attention(adapter.layers[layer]).register_forward_hook(hook, prepend=True))
-        self._tower.install(ledger)
+        for part in (self.attending, self._layers, self._tower):
+            part.install(ledger)
         self._drafts.install(adapter.model, ledger)
         self._transitions.install(ledger)
         hooked = [module for module, count in _hooks(adapter.model).items() if count != before.get(module)]
         self._links = Links(adapter.model, [*hooked, *adapter.layers, *adapter.vision.blocks, *adapter.vision.exits])
 
-    def _hook_layers(self, first: int) -> None:
-        """Watch all decoder layers from `first` on."""
-        with self._hooking:
-            for layer in range(first, self._hooked):
-                hook = opaque(functools.partial(self._enter_layer, layer))
-                self._ledger.hook(self.adapter.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
-            self._hooked = min(self._hooked, first)
-
     # --- a call -----------------------------------------------------------------------------------------------------
 
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is not self.adapter.entry:
-            raise RuntimeError(
-                "A replica of the wrapped model was called (DataParallel makes them), and the method is at work on the "
-                "original. Use DistributedDataParallel, one process a device, and apply the method in each."
-            )
-        arguments = {**dict(zip(self._parameters, args)), **kwargs}
+        check_replica(module, self.adapter)
+        inputs = CallInputs({**dict(zip(self._parameters, args)), **kwargs})
         call = self.calls.now
         if call is None or call.module is not self.adapter.model or call.entered:
             call = self.calls.begin(module)
-            call.arguments = arguments
-        call.entered, call.drafted = True, self._drafts.proposed(arguments, self._text_aware)
-        given = next((arguments[n] for n in ("input_ids", "inputs_embeds") if arguments.get(n) is not None), None)
-        if given is not None and given.shape[1] > 1:
+            call.arguments = inputs.arguments
+        call.entered, call.drafted = True, self._drafts.proposed(inputs)
+        if inputs.length > 1:
             self._links.check()
-        self._tower.check_planned(arguments)
-        call.prompt = self._reader.read(arguments, call.laid_out)
+        self._tower.check_planned(inputs.arguments)
+        call.prompt = self._reader.read(inputs, call.laid_out)
         if call.prompt is not None:
             call.prompt.drafted = call.drafted
             if self.attending.learns:
@@ -174,38 +154,34 @@ class Engine:
     # --- the decoder ------------------------------------------------------------------------------------------------
 
     def _before_decoder(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        embeds = kwargs.get("inputs_embeds")
+        inputs = CallInputs(kwargs)
         call = self.calls.now or self.calls.begin(module)  # a caller may go on from a cache with the decoder alone
         call.decoder = None
-        if embeds is None:
+        if inputs.embeds is None:
             return None
-        cache, prompt = cache_of(kwargs), call.prompt
-        before = pruned_prompt(cache)
-        past = cache.get_seq_length() if cache is not None else 0
-        if prompt is None and past == 0:
-            self._remember(Prompt(Layout((), embeds.shape[0], embeds.shape[1])))
-        mask = kwargs.get("attention_mask")
-        self.attending.begin(cache, past, prompt, embeds, mask)
+        prompt, before = call.prompt, pruned_prompt(inputs.cache)
+        if prompt is None and inputs.past == 0:
+            self._remember(Prompt(Layout((), inputs.batch_size, inputs.length)))
+        self.attending.begin(inputs, prompt)
         if prompt is None and before is None:
             return None
         if before is not None and len(before.segments) > 1:  # another method cut it inside the decoder
-            self._hook_layers(before.segments[1].first_layer)
-        self._check_mask(mask, past + embeds.shape[1])
-        self._check_window(past + embeds.shape[1])
-        self._serve(call, None if before is None else cache)
-        compaction = None
+            self._layers.hook_from(before.segments[1].first_layer)
+        check_mask(inputs)
+        check_window(inputs, self._window)
+        self._serve(call, None if before is None else inputs.cache)
+        embeds, compaction = inputs.embeds, None  # [B, S, D]
         if prompt is not None:
-            embeds, compaction = self._cut_input(prompt, embeds, mask)
+            embeds, compaction = self._cut_input(prompt, inputs)
             self._remember(prompt)
             if compaction is not None:
                 self.attending.cut(compaction)
         if compaction is None and before is None and not self._layers:
             return None
-        current = DecoderPass(self.adapter, before, past, embeds.shape[0], embeds.shape[1], embeds.device)
-        policy = self._policy(self._first_cut)
-        changed = current.begin(compaction, policy, embeds, mask, kwargs.get("position_ids"))
-        call.decoder = current
-        changed |= self._beside(kwargs, compaction)
+        call.decoder = DecoderPass(self.adapter, before, inputs)
+        changed = call.decoder.begin(compaction, self._policy, embeds)
+        if compaction is not None:  # what else the decoder is handed by place: features that are added inside it
+            changed |= self.adapter.per_token_kwargs(kwargs, compaction.rows, compaction.real)
         return args, {**kwargs, **changed}
 
     def _after_decoder(self, module: Any, args: Any, output: Any) -> None:
@@ -241,43 +217,14 @@ class Engine:
             return
         self.last, self._last_of = prompt, generation
 
-    @staticmethod
-    def _policy(stage: Stage | None) -> str:
-        return "keep" if stage is None else str(stage.pruner.positions)
+    # --- the cut at its input ---------------------------------------------------------------------------------------
 
-    def _beside(self, kwargs: dict[str, Any], compaction: Compaction | None) -> dict[str, Any]:
-        """What else the decoder is handed by place (visual features that are added inside it)."""
-        if compaction is None:
-            return {}
-        return self.adapter.per_token_kwargs(kwargs, compaction.rows, compaction.real)
-
-    @staticmethod
-    def _check_mask(mask: Any, length: int) -> None:
-        if mask is None:
-            return
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"A pruned prompt needs the 2-D attention mask [B, tokens], got {shape}; its 4-D form is made after "
-                "the pruning. Static caches, which make it earlier, cannot hold a pruned prompt."
-            )
-        if mask.shape[1] != length:
-            raise ValueError(
-                f"The attention mask covers {mask.shape[1]} tokens, but the cache and the new input together have "
-                f"{length}. Count every token that the model was given, pruned ones included."
-            )
-
-    def _check_window(self, length: int) -> None:
-        if self._window is not None and self.stages and length > self._window:
-            raise ValueError(
-                f"Layers of this decoder see the last {self._window} tokens only, and the prompt with its answer has "
-                f"{length}: where tokens leave, others come into that window that the model would not have seen. Keep "
-                "prompts shorter, or load a model without a sliding window."
-            )
-
-    # --- cuts -------------------------------------------------------------------------------------------------------
-
-    def _cut_input(self, prompt: Prompt, embeds: Tensor, mask: Tensor | None) -> tuple[Tensor, Compaction | None]:
+    def _cut_input(self, prompt: Prompt, inputs: CallInputs) -> tuple[Tensor, Compaction | None]:
+        """Let tokens leave that the tower or the stage at "input" took out; embeddings `[B, S, D]`, merged where the
+        method merges, and what shortens them to `[B, P, D]`."""
+        embeds = inputs.embeds
+        if embeds is None:
+            raise ValueError("The decoder was called without inputs_embeds, and a pruned prompt needs them.")
         if not prompt.sources:
             prompt.sources = self._recorded(prompt.layout)
         for recording in prompt.recordings:
@@ -285,7 +232,7 @@ class Engine:
             prompt.flops += recording.selection_flops
             prompt.tower.append(recording.work())
         prompt.place(embeds.device)
-        cutter = CutBuilder(prompt, self._cut_site, embeds.shape[1])
+        cutter = CutBuilder(prompt, self._cut_site, inputs.length)
         for index, (recording, row) in enumerate(prompt.sources):
             left = recording.kept[row]
             if left is not None and left.count < prompt.layout.spans[index].num_tokens:
@@ -294,9 +241,8 @@ class Engine:
                 prompt.alive[index].carry = {name: values.to(embeds.device) for name, values in carry.items()}
         if self._input is not None:
             with prompt.timer.running(embeds.device):
-                embeds = self._rows.choose(self._input, prompt, cutter, embeds, None)
-        attended = None if mask is None else mask[:, -embeds.shape[1] :].to(device=embeds.device, dtype=torch.bool)
-        return embeds, cutter.compact(attended, embeds.shape[0])
+                embeds = self._selector.choose(self._input, prompt, cutter, embeds, None)
+        return embeds, cutter.compact(inputs.attended(embeds.device), inputs.batch_size)
 
     def _recorded(self, layout: Layout) -> list[tuple[Recording, int]]:
         """Recording and row of each span, from the features calls of this very forward."""
@@ -307,124 +253,7 @@ class Engine:
         }
         return [by_kind[span.visual.kind][order] for span, order in zip(layout.spans, layout.order)]
 
-    def _hint(self, name: str, row: int) -> object:
-        hints = self.calls.hints if name in self.calls.hints else self.hints
-        if name not in hints:
-            method = next((s.pruner.name for s in self.stages if name in s.pruner.hints), "")
-            raise ValueError(
-                f"Method {method!r} needs {name!r} of each image: call handle.set_hints({name}=[...]) first."
-            )
-        values = hints[name]
-        if row >= len(values):
-            raise ValueError(f"set_hints({name}=...) gave {len(values)} value(s) for {row + 1} images or more.")
-        return values[row]
-
-    def _tower_hint(self, name: str, kind: str, place: int, count: int) -> object:
-        """The hint of a visual that the tower counts apart from those of other kinds: number `place` of `count`."""
-        prompt = None if self.calls.now is None else self.calls.now.prompt
-        if prompt is not None:
-            layout = prompt.layout
-            seen = dict.fromkeys((span.visual.kind, order) for span, order in zip(layout.spans, layout.order))
-            return self._hint(name, list(seen).index((kind, place)))
-        given = len(self.calls.hints.get(name, self.hints.get(name, ())))
-        if len(self.adapter.features) > 1 and given not in (0, count):
-            raise ValueError(
-                f"set_hints({name}=...) gave {given} values, and the vision tower runs on {count} visuals of kind "
-                f"{kind!r} before the prompt is known, so it cannot tell whose they are. Put pictures and videos into "
-                "different batches, or cut at 'input'."
-            )
-        return self._hint(name, place)
-
-    # --- a decoder layer --------------------------------------------------------------------------------------------
-
-    def _enter_layer(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = self.calls.now
-        if call is None or call.decoder is None:
-            return None
-        current, prompt = call.decoder, call.prompt
-        positional = bool(args)
-        hidden = args[0] if positional else kwargs["hidden_states"]
-        stage = self._layers.get(layer) if prompt is not None else None
-        reads = prompt is not None and layer in self._read_layers
-        if reads and stage is not None:  # what this layer would do, for the stage before it
-            fitted = current.arguments(layer, hidden, kwargs) if current.differs(layer) else kwargs
-            call.inputs[layer] = self._layer_input(layer, module, hidden, fitted, current)
-        if stage is not None and prompt is not None:
-            with prompt.timer.running(hidden.device):
-                hidden = self._cut_layer(stage, call, prompt, current, hidden)
-        differs = current.differs(layer)
-        if differs:
-            kwargs = current.arguments(layer, hidden, kwargs)
-        if reads:  # what it does, for the stage after it
-            call.inputs[layer] = self._layer_input(layer, module, hidden, kwargs, current)
-        if not differs:
-            return None
-        if positional:
-            return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": hidden}
-
-    def _layer_input(
-        self, layer: int, module: Any, hidden: Tensor, kwargs: dict[str, Any], current: DecoderPass
-    ) -> LayerInput:
-        cache, keys, seen = cache_of(kwargs), None, None
-        if current.past and cache is not None:
-            held = current.past - (current.before.hidden(layer) if current.before else 0)
-            keys, seen = cache.layers[layer].keys, current.seen(layer)
-            if keys.dim() != 4 or keys.shape[2] != held:
-                raise ValueError(
-                    f"A stage here looks at the attention of decoder layer {layer} to earlier turns, and this cache "
-                    f"({type(cache.layers[layer]).__name__}) does not hold their keys as they were. Use the default "
-                    "cache, or a method that cuts at 'input'."
-                )
-        return LayerInput(module, hidden, kwargs["position_embeddings"], current.attended, keys, seen, cache=cache)
-
-    def _after_attention(self, layer: int, module: Any, args: Any, output: Any) -> None:
-        """Read for the stage after this layer what that one wants to know, while the layer runs."""
-        call = self.calls.now
-        if call is None or call.prompt is None or layer not in call.inputs:
-            return
-        prompt, given, stage = call.prompt, call.inputs.pop(layer), self._read_after[layer]
-        call.read[layer] = signals = DecoderSignals(self.adapter, given.after(layer), prompt)
-        budgets = [stage.budget.tokens(span.num_tokens) for span in prompt.layout.spans]
-        cuts = [0 < budget < alive.count for budget, alive in zip(budgets, prompt.alive)]
-        if any(cuts) or (stage.pruner.adaptive and any(alive.count for alive in prompt.alive)):
-            with prompt.timer.running(given.hidden.device):
-                wanted = stage.signals(self.adapter.tower)
-                signals.prepare([signal.name for signal in wanted if signal.layer == layer])
-
-    def _cut_layer(
-        self, stage: Stage, call: ForwardCall, prompt: Prompt, current: DecoderPass, hidden: Tensor
-    ) -> Tensor:
-        wanted = stage.signals(self.adapter.tower)
-        signals = {}
-        for layer in {signal.layer for signal in wanted if signal.name in DECODER_SIGNALS}:
-            ran = layer < stage.depth
-            signals[layer] = call.read[layer] if ran else DecoderSignals(self.adapter, call.inputs[layer], prompt)
-        cutter = CutBuilder(prompt, stage.site, hidden.shape[1])
-        hidden = self._rows.choose(stage, prompt, cutter, hidden, signals)
-        prompt.flops += sum(computed.flops for computed in signals.values())
-        compaction = cutter.compact(current.attended, hidden.shape[0])
-        if compaction is None:
-            return hidden
-        current.cut(stage.depth, compaction, self._policy(stage))
-        self._transitions.move(compaction)
-        self.attending.cut(compaction, stage.depth)
-        return compaction.rows(hidden)
-
-
-def _reads_before(stage: Stage, tower: Any) -> bool:
-    """Whether a stage asks for what the layer before its cut did."""
-    wanted = stage.signals(tower) if stage.place == "layer" else ()
-    return any(signal.name in DECODER_SIGNALS and signal.layer < stage.depth for signal in wanted)
-
 
 def _hooks(model: Any) -> dict[Any, int]:
     """How many hooks each module of a model has."""
     return {module: len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()}
-
-
-def _window(config: Any) -> int | None:
-    """How many tokens the layers of a decoder see, where some do not see all."""
-    kinds = getattr(config, "layer_types", None)
-    active = kinds is None or any(kind == "sliding_attention" for kind in kinds)
-    return getattr(config, "sliding_window", None) if active else None

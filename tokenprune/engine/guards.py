@@ -1,15 +1,22 @@
-"""Uses of a wrapped model that could only go wrong, refused with a sentence before anything runs."""
+"""Uses of a wrapped model that could only go wrong: each is refused here, with a sentence, before it can."""
 
 from __future__ import annotations
 
 import inspect
+import warnings
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
+from tokenprune.state.call_inputs import CallInputs
+from tokenprune.state.prompt_layout import Layout
 from tokenprune.wrappers import runs_again
+
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # where samples of a packed row begin
 
 
 def _refuse_copies(label: str) -> Any:
@@ -38,6 +45,7 @@ class Guards:
     def __init__(self, adapter: Adapter, label: str, cuts_layers: bool, changes_attention: bool) -> None:
         self._adapter, self._label = adapter, label
         self._cuts_layers, self._changes_attention = cuts_layers, changes_attention
+        self._run_again = False  # whether checkpoint wrappers run a block a second time
 
     def install(self, ledger: Ledger) -> None:
         """Place the hooks; `ledger` takes them away."""
@@ -82,3 +90,124 @@ def _runs_hooks_again(block: type) -> bool:
         for cls in block.__mro__
         if "__call__" in vars(cls) and cls.__module__.startswith("transformers")
     )
+
+
+# --- what a call brings -----------------------------------------------------------------------------------------------
+
+
+def check_replica(module: Any, adapter: Adapter) -> None:
+    """Raise RuntimeError where another module than the adapter's own is called with its hooks."""
+    if module is not adapter.entry:
+        raise RuntimeError(
+            "A replica of the wrapped model was called (DataParallel makes them), and the method is at work on the "
+            "original. Use DistributedDataParallel, one process a device, and apply the method in each."
+        )
+
+
+def check_cache(inputs: CallInputs) -> None:
+    """Raise ValueError where the cache cannot hold a pruned prompt."""
+    if getattr(inputs.cache, "is_compileable", False):
+        raise ValueError(
+            "A static cache has one fixed length for all layers and rows, so it cannot hold a pruned prompt, and its "
+            "keys cannot be kept track of. Use the default dynamic cache (leave cache_implementation and the cache "
+            "alone)."
+        )
+
+
+def warn_of_features(inputs: CallInputs) -> None:
+    """Warn where a prompt may hold pictures that nobody says are there."""
+    if inputs.ids is None and inputs.length > 1 and inputs.past == 0:
+        warnings.warn(
+            "This prompt came as inputs_embeds without pixels. If it holds visual features already, they run unpruned: "
+            "which embeddings they are cannot be seen. Pass pixel_values (and input_ids, or inputs_embeds with the "
+            "placeholders' own embeddings) and let the model put the features in.",
+            stacklevel=3,
+        )
+
+
+def check_packed(
+    call: Mapping[str, Any], attended: Tensor | None, mask: Tensor | None, positions: Tensor | None
+) -> None:
+    """Raise ValueError where one row holds several samples.
+
+    Args:
+        call: arguments, by name.
+        attended: `[B, S]` bool on the CPU, False at padding; None: there is none.
+        mask: `[B, S]` on the CPU, as given.
+        positions: `[B, S]` on the CPU, positions in the text.
+    """
+    how = next((name for name in _PACKED if call.get(name) is not None), "")
+    if not how and mask is not None and int(mask.max()) > 1:
+        how = "an attention_mask that numbers samples"
+    if not how and positions is not None:
+        backwards = positions.diff(dim=1) < 0  # [B, S - 1]
+        if attended is not None:
+            backwards &= attended[:, 1:] & attended[:, :-1]
+        how = "position_ids that go back" if bool(backwards.any()) else ""
+    if how:
+        raise ValueError(
+            f"A row of this batch holds several samples ({how}): a method would rank the pictures of one by the text "
+            "of another, and the boundaries would move. Give each sample its own row (packing=False, "
+            "padding_free=False), or remove the method for packed training."
+        )
+
+
+def check_attended(layout: Layout, attended: Tensor | None) -> None:
+    """Raise ValueError where the mask `[B, S]` hides visual tokens."""
+    for span in layout.spans if attended is not None else ():
+        hidden = int((~attended[span.sample, span.places]).sum())  # type: ignore[index]
+        if hidden:
+            raise ValueError(
+                f"The attention mask hides {hidden} of the {len(span.places)} visual tokens of a picture in row "
+                f"{span.sample}; a method would choose among tokens that nothing attends to. Mask padding only, or "
+                "leave the picture out of the prompt."
+            )
+
+
+# --- what the decoder is given ----------------------------------------------------------------------------------------
+
+
+def check_mask(inputs: CallInputs) -> None:
+    """Raise ValueError where the decoder's mask cannot be cut as the rows are."""
+    mask, length = inputs.mask, inputs.past + inputs.length
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"A pruned prompt needs the 2-D attention mask [B, tokens], got {shape}; its 4-D form is made after the "
+            "pruning. Static caches, which make it earlier, cannot hold a pruned prompt."
+        )
+    if mask.shape[1] != length:
+        raise ValueError(
+            f"The attention mask covers {mask.shape[1]} tokens, but the cache and the new input together have "
+            f"{length}. Count every token that the model was given, pruned ones included."
+        )
+
+
+def sliding_window(config: Any) -> int | None:
+    """How many tokens the layers of a decoder see, where some do not see all."""
+    kinds = getattr(config, "layer_types", None)
+    active = kinds is None or any(kind == "sliding_attention" for kind in kinds)
+    return getattr(config, "sliding_window", None) if active else None
+
+
+def check_window(inputs: CallInputs, window: int | None) -> None:
+    """Raise ValueError where a prompt is longer than what some layers see, `window`; None: all see all."""
+    length = inputs.past + inputs.length
+    if window is not None and length > window:
+        raise ValueError(
+            f"Layers of this decoder see the last {window} tokens only, and the prompt with its answer has {length}: "
+            "where tokens leave, others come into that window that the model would not have seen. Keep prompts "
+            "shorter, or load a model without a sliding window."
+        )
+
+
+def check_cached_keys(keys: Tensor, length: int, layer: int, cache: Any) -> None:
+    """Raise ValueError where a layer's cache does not hold the `length` keys of earlier turns as they were."""
+    if keys.dim() != 4 or keys.shape[2] != length:
+        raise ValueError(
+            f"A stage here looks at the attention of decoder layer {layer} to earlier turns, and this cache "
+            f"({type(cache.layers[layer]).__name__}) does not hold their keys as they were. Use the default cache, or "
+            "a method that cuts at 'input'."
+        )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from tokenprune.capture.decoder_attention import DecoderSignals
 from tokenprune.capture.token_transition import Transitions
 from tokenprune.engine.attention import AttentionInterventions
 from tokenprune.engine.batched_selection import SelectionRequest, SelectionResult, choose, joined_carry
+from tokenprune.engine.hints import Hints
 from tokenprune.interfaces.budget import split_budget
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.signals import DECODER_SIGNALS, TRANSITION_SIGNALS, Signal, TowerInfo
@@ -25,7 +24,7 @@ class PromptSelector:
         tower: facts on the vision tower.
         transitions: signals of decoder layers that were read on the way.
         attending: interventions at work, which may keep tokens out of a ranking.
-        hint: a hint by name and picture, see `Handle.set_hints`.
+        hints: what the caller knows of pictures.
     """
 
     def __init__(
@@ -33,9 +32,9 @@ class PromptSelector:
         tower: TowerInfo,
         transitions: Transitions,
         attending: AttentionInterventions,
-        hint: Callable[[str, int], object],
+        hints: Hints,
     ) -> None:
-        self._tower, self._transitions, self._attending, self._hint = tower, transitions, attending, hint
+        self._tower, self._transitions, self._attending, self._hints = tower, transitions, attending, hints
 
     def choose(
         self,
@@ -171,7 +170,7 @@ class PromptSelector:
                 features=lambda: hidden[span.sample, places],
                 signal=signal,
                 key=lambda: recording.pixel_key(row) + (span.image * 0x9E3779B1 + begin),
-                hint=lambda name: self._hint(name, prompt.place_of(index)),
+                hint=lambda name: self._hints.of_visual(name, prompt.place_of(index)),
                 carry={name: values[begin : begin + count] for name, values in alive.carry.items()},
             )
 

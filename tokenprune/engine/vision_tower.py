@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokenprune.capture.vision import grey_entropy, grey_levels, vision_signal
 from tokenprune.engine.batched_selection import SelectionRequest, choose
+from tokenprune.engine.hints import Hints
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
@@ -26,8 +27,6 @@ from tokenprune.state.forward_call import Calls
 from tokenprune.state.tower_recording import KeptBeforeProjector, Recording, tag
 
 _OF_ANY_CALL = {"return_dict", "output_attentions", "output_hidden_states", "use_cache"}
-
-Hints = Callable[[str, str, int, int], object]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -139,7 +138,7 @@ class TowerPass:
             features=lambda: vision.states(self.run, args, [picture], count)[0],
             signal=lambda signal: self._signal(signal, picture),
             key=lambda: self.recording.pixel_key(place) + picture - first,
-            hint=lambda name: self._owner.hint(name, visual.kind, place, len(self.recording.visuals)),
+            hint=lambda name: self._owner.hints.of_tower(name, visual.kind, place, len(self.recording.visuals)),
             carry=self.carry[picture],
         )
 
@@ -232,15 +231,14 @@ class TowerHooks:
         adapter: the family.
         stages: those at "pixels" and "vision:L".
         signals: what has to be recorded, for any stage of the method.
-        hint: reads what the caller knows of a visual: (name, its kind, its place among that kind in tower order, their
-            number).
+        hints: what the caller knows of a visual.
         calls: the calls at work.
     """
 
     def __init__(
-        self, adapter: Adapter, stages: Sequence[Stage], signals: Sequence[Signal], hint: Hints, calls: Calls
+        self, adapter: Adapter, stages: Sequence[Stage], signals: Sequence[Signal], hints: Hints, calls: Calls
     ) -> None:
-        self.adapter, self.hint, self._calls = adapter, hint, calls
+        self.adapter, self.hints, self._calls = adapter, hints, calls
         self._signals = [signal for signal in signals if signal.name in VISION_SIGNALS]
         self._planned = _in_config(adapter)
         self._shrink = next((stage for stage in stages if stage.place == "pixels"), None)

@@ -12,6 +12,7 @@ from tokenprune.interfaces.budget import AVERAGE, Budget
 from tokenprune.interfaces.search_space import Choice, Range
 from tokenprune.interfaces.selection import Selection, topk_indices
 from tokenprune.interfaces.signals import Signal, TowerInfo
+from tokenprune.interfaces.site import read_site
 from tokenprune.interfaces.view import View
 
 
@@ -32,7 +33,7 @@ class Pruner:
 
     name: ClassVar[str] = ""
     site: ClassVar[str] = "input"
-    """Where it acts unless told otherwise, see `tokenprune.plan.checks`."""
+    """Where it acts unless told otherwise, see `tokenprune.interfaces.site`."""
     default_scope: ClassVar[str] = "raster"
     needs_grid: ClassVar[bool] = False
     """Whether it works on a single grid of tokens only."""
@@ -133,7 +134,7 @@ class Stage:
     """One cut.
 
     Attributes:
-        site: see the module.
+        site: see `tokenprune.interfaces.site`.
         pruner: what chooses.
         budget: tokens that each image or video keeps; a fraction is of its tokens before any cut.
     """
@@ -145,7 +146,7 @@ class Stage:
     @property
     def place(self) -> str:
         """The site without its number: "pixels", "vision", "input" or "layer"."""
-        return self.site.partition(":")[0]
+        return read_site(self.site).place
 
     def signals(self, tower: TowerInfo) -> tuple[Signal, ...]:
         """What the pruner wants recorded for this cut."""
@@ -154,7 +155,7 @@ class Stage:
     @property
     def depth(self) -> int:
         """L of "vision:L" or K of "layer:K"; 0 elsewhere."""
-        return int(self.site.partition(":")[2] or 0)
+        return read_site(self.site).depth or 0
 
 
 @dataclass(frozen=True)

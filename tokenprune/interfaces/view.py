@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.interfaces.signals import Signal, TowerInfo
+from tokenprune.interfaces.site import read_site
 from tokenprune.interfaces.visual import Raster
 
 
@@ -57,6 +58,11 @@ class View:
                 "have scope 'raster'."
             )
         return self.rasters[0].grid
+
+    @property
+    def depth(self) -> int:
+        """L of "vision:L" or K of "layer:K"; 0 elsewhere."""
+        return read_site(self.site).depth or 0
 
     @property
     def num_images(self) -> int:

@@ -72,4 +72,4 @@ class FastV(Pruner):
         return (Signal(LAST_ATTENTION, depth - 1),)
 
     def score(self, view: View) -> Tensor:
-        return view.signal(LAST_ATTENTION, int(view.site.partition(":")[2]) - 1)
+        return view.signal(LAST_ATTENTION, view.depth - 1)

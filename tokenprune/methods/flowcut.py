@@ -206,7 +206,7 @@ class FlowCut(Pruner):
         everything = torch.arange(num_tokens, device=view.features.device).expand(view.num_images, -1)
         if num_tokens <= target:
             return Selection(everything)
-        depth = int(view.site.partition(":")[2])
+        depth = view.depth
         score = view.carry.get(_HISTORY)
         for block in self.blocks(depth, view.tower):
             now = self.block_score(view, block)
@@ -249,7 +249,7 @@ class TextCut(Pruner):
         return tuple(Signal(name, depth - 1) for name in names)
 
     def score(self, view: View) -> Tensor:
-        layer = int(view.site.partition(":")[2]) - 1
+        layer = view.depth - 1
         seen = _to_one(view.signal(LAST_VISUAL_ATTENTION, layer)) + _to_one(view.signal(LAST_VALUE_SIMILARITY, layer))
         return seen * view.signal(DECODER_VALUE_NORM, layer)
 

@@ -98,4 +98,4 @@ class PyramidDrop(Pruner):
         return (Signal(LAST_ATTENTION, depth),)
 
     def score(self, view: View) -> Tensor:
-        return view.signal(LAST_ATTENTION, int(view.site.partition(":")[2]))
+        return view.signal(LAST_ATTENTION, view.depth)

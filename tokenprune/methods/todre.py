@@ -166,7 +166,7 @@ class DropAllStage(Pruner):
         return (Signal(TEXT_TO_VISUAL, depth - 1), Signal(VISUAL_TO_TEXT, depth - 1))
 
     def select(self, view: View) -> Selection:
-        layer = int(view.site.partition(":")[2]) - 1
+        layer = view.depth - 1
         fades = (view.signal(TEXT_TO_VISUAL, layer) < self.tau) & (view.signal(VISUAL_TO_TEXT, layer) < self.tau)
         everything = torch.arange(view.num_tokens, device=view.features.device).expand(view.num_images, -1)
         return Selection(everything, counts=[0 if gone else view.num_tokens for gone in fades.tolist()])

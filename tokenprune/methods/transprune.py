@@ -187,7 +187,7 @@ class TransPrune(Pruner):
     def accumulated(self, view: View) -> Tensor:
         """TTV of all layers up to this cut, `[M, N]` fp32."""
         total = view.carry.get(_HISTORY)
-        for layer in self.window(int(view.site.partition(":")[2])):
+        for layer in self.window(view.depth):
             now = self.transition(view, layer)
             total = now if total is None else total + now
         if total is None:
@@ -206,6 +206,6 @@ class TransPrune(Pruner):
         if view.budget in (0, view.num_tokens):
             kept = torch.arange(view.budget, device=view.features.device).expand(view.num_images, -1)
         else:
-            attention = view.signal(INSTRUCTION_ATTENTION, int(view.site.partition(":")[2]))
+            attention = view.signal(INSTRUCTION_ATTENTION, view.depth)
             kept = topk_indices(self.combine(transition, attention), view.budget)
         return Selection(kept, carry={_HISTORY: transition})

@@ -1,9 +1,4 @@
-"""Stages: which pruner acts where, with which budget.
-
-A method is one or more stages. Sites are "pixels" (before the vision tower), "vision:L" (after block L of the tower),
-"input" (after the projector, before the decoder) and "layer:K" (entering decoder layer K); blocks and layers count
-from 0.
-"""
+"""Whether stages can run on a model, how many tokens they leave by layer, and what budget holds an average."""
 
 from __future__ import annotations
 
@@ -13,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from tokenprune.interfaces.pruner import ModelDepths, Stage
 from tokenprune.interfaces.signals import VISION_SIGNALS
+from tokenprune.interfaces.site import NUMBERED, PLACES, SITES, read_site
 
 if TYPE_CHECKING:
     from tokenprune.interfaces.pruner import Pruner
     from tokenprune.interfaces.signals import Signal
-
-SITES = ("pixels", "vision:L", "input", "layer:K")
-_ORDER = {"pixels": 0, "vision": 1, "input": 2, "layer": 3}
 
 
 def check_vision_signal(signal: Signal, stage: Stage, feature: int) -> None:
@@ -40,9 +33,8 @@ def check_site(site: Any, numbered: bool = True) -> str:
     Raises:
         ValueError: it is not; the message lists the sites.
     """
-    name, colon, number = str(site).partition(":")
-    wants = name in ("vision", "layer") and (numbered or bool(colon))
-    if name not in _ORDER or wants != bool(colon) or (colon and not number.isdigit()):
+    place, depth = read_site(str(site))
+    if numbered and place in NUMBERED and depth is None:
         raise ValueError(f"There is no site {site!r}; sites are {', '.join(SITES)}, with a number for L and K.")
     return str(site)
 
@@ -56,7 +48,7 @@ def check_plan(stages: Sequence[Stage], depths: ModelDepths) -> tuple[Stage, ...
     """
     if not stages:
         raise ValueError("A method needs at least one stage.")
-    ordered = tuple(sorted(stages, key=lambda stage: (_ORDER[stage.place], stage.depth)))
+    ordered = tuple(sorted(stages, key=lambda stage: (PLACES.index(stage.place), stage.depth)))
     for before, after in zip(ordered, ordered[1:]):
         if before.site == after.site:
             raise ValueError(f"Two stages act at {before.site!r}; give each its own site.")

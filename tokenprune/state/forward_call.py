@@ -31,7 +31,7 @@ class ForwardCall:
         drafted: tokens at the end of each row that are not the prompt's: proposed by a draft, or answered already.
         prompt: the prompts with pictures, laid out; None without pictures.
         decoder: the pass through the decoder, while it is at work on rows that differ from what it was given.
-        inputs: by layer, what entered it, where a stage reads its attention.
+        layer_inputs: by layer, what entered it, where a stage reads its attention.
         read: by layer, what was read of its attention for the stage behind it.
         laid_out: by kind, pixels of this call and how they are laid out, so that sizes are read once.
         recordings: by kind, runs of the vision tower inside this call.
@@ -50,7 +50,7 @@ class ForwardCall:
     drafted: int = 0
     prompt: Prompt | None = None
     decoder: Any = None  # DecoderPass, and below LayerInput and DecoderSignals: types of rooms above this one
-    inputs: dict[int, Any] = field(default_factory=dict)
+    layer_inputs: dict[int, Any] = field(default_factory=dict)
     read: dict[int, Any] = field(default_factory=dict)
     laid_out: dict[str, tuple[Tensor, list[Visual]]] = field(default_factory=dict)
     recordings: dict[str, list[Recording]] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class ForwardCall:
     def clear(self) -> None:
         """Let go of all that is needed only while the module that merges text and pictures is at work."""
         self.prompt, self.decoder, self.branch, self.attention = None, None, None, None
-        self.inputs, self.read, self.laid_out, self.recordings, self.transitions = {}, {}, {}, {}, {}
+        self.layer_inputs, self.read, self.laid_out, self.recordings, self.transitions = {}, {}, {}, {}, {}
         self.learning = False
 
 
