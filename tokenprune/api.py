@@ -1,4 +1,4 @@
-"""The two calls of the library: `apply` and `applied`."""
+"""The calls of the library: `apply` and `applied`, and `prepare` for whoever changes between methods."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tokenprune.interfaces.pruner import Stage
 from tokenprune.plan.parse import Spec, parse_method
 from tokenprune.registry import MODELS, near
 from tokenprune.seams import check_seams
-from tokenprune.wrappers import unwrap
+from tokenprune.wrappers import Links, unwrap
 
 # text, not handles: those hold the model, which would then never be freed
 _applied: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
@@ -51,6 +51,75 @@ def plan_for(adapter: Adapter, spec: Spec) -> tuple[Stage, ...]:
         ValueError: see `Spec.plan`.
     """
     return spec.plan(adapter.depths, adapter.num_tokens, "keep" if adapter.mrope else None)
+
+
+class Prepared:
+    """A method that is made ready for a model: checked and planned once, put to work as often as one likes.
+
+    For whoever changes between methods on one model; `prepare` makes it.
+
+    Args:
+        model: what the caller holds, wrappers and all.
+        adapter: of the model inside.
+        spec: the method, read.
+        stages: its cuts on this model.
+        outputs: see `apply`.
+
+    Raises:
+        ValueError: a decoder layer is not what the method takes it for.
+    """
+
+    def __init__(
+        self, model: Any, adapter: Adapter, spec: Spec, stages: tuple[Stage, ...], outputs: str = "auto"
+    ) -> None:
+        self.model, self.adapter, self.stages, self.label = model, adapter, stages, spec.label
+        self._engine = Engine(adapter, stages, spec.interventions, outputs)
+        check_decoder_reads(adapter, stages, tuple(self._engine.attending.layers))
+        inside = any(stage.place in ("vision", "layer") for stage in stages)
+        self._guards = Guards(adapter, spec.label, inside, bool(self._engine.attending))
+        vision = adapter.vision
+        self._links = Links(adapter.model, [*adapter.layers, *vision.blocks, *vision.exits])
+
+    def apply(self) -> Handle:
+        """Put the method to work.
+
+        Raises:
+            ValueError: a method is at work on the model already.
+            RuntimeError: modules of the model were replaced since; prepare again.
+        """
+        entry = self.adapter.entry
+        _check_free(entry)
+        self._links.check()
+        ledger = Ledger()
+        try:
+            self._guards.install(ledger)
+            self._engine.install(ledger)
+        except BaseException:
+            ledger.undo()
+            raise
+        handle = Handle(self.model, self._engine, ledger, self.label)
+        _applied[entry] = repr(handle)
+
+        def forget() -> None:
+            _applied.pop(entry, None)
+
+        ledger.add(forget)
+        return handle
+
+    @contextmanager
+    def applied(self) -> Iterator[Handle]:
+        """`apply` for the length of a `with` block."""
+        handle = self.apply()
+        try:
+            yield handle
+        finally:
+            handle.remove()
+
+
+def _check_free(entry: Any) -> None:
+    present = _applied.get(entry)  # which several wrappers may share
+    if present is not None:
+        raise ValueError(f"{present} is at work on this model already; call its remove() first.")
 
 
 def apply(
@@ -89,12 +158,26 @@ def apply(
         ValueError: a bad budget, a tower that lacks what the method needs, a layer that the decoder does not have, or a
             method is applied already.
     """
-    if outputs not in OUTPUTS:
-        raise ValueError(f"outputs must be one of {', '.join(map(repr, OUTPUTS))}, got {outputs!r}.")
-    adapter = adapter_for(unwrap(model))
-    present = _applied.get(adapter.entry)  # which several wrappers may share
-    if present is not None:
-        raise ValueError(f"{present} is at work on this model already; call its remove() first.")
+    adapter = _checked_adapter(model, outputs)
+    _check_free(adapter.entry)
+    return prepare(model, method, keep, average, outputs, adapter, **options).apply()
+
+
+def prepare(
+    model: Any,
+    method: Any,
+    keep: int | float | str | None = None,
+    average: int | float | None = None,
+    outputs: str = "auto",
+    adapter: Adapter | None = None,
+    **options: Any,
+) -> Prepared:
+    """Make a method ready for a model and leave the model as it is; takes and raises what `apply` does.
+
+    Args:
+        adapter: of the model, where `adapter_for` made one already.
+    """
+    adapter = _checked_adapter(model, outputs, adapter)
     spec = parse_method(method, keep, average, **options)
     stages = plan_for(adapter, spec)
     if adapter.mrope and any(stage.pruner.positions == "compact" for stage in stages):
@@ -102,24 +185,13 @@ def apply(
             f"positions='compact' has no meaning for {type(model).__name__}: its positions are 3-D ids (M-RoPE), of "
             "which gaps are no counts of tokens. Leave positions alone, or pass positions='keep'."
         )
-    ledger = Ledger()
-    engine = Engine(adapter, stages, spec.interventions, outputs)
-    check_decoder_reads(adapter, stages, tuple(engine.attending.layers))
-    inside = any(stage.place in ("vision", "layer") for stage in stages)
-    try:
-        Guards(adapter, spec.label, inside, bool(engine.attending)).install(ledger)
-        engine.install(ledger)
-    except BaseException:
-        ledger.undo()
-        raise
-    handle = Handle(model, engine, ledger, spec.label)
-    _applied[adapter.entry] = repr(handle)
+    return Prepared(model, adapter, spec, stages, outputs)
 
-    def forget() -> None:
-        _applied.pop(adapter.entry, None)
 
-    ledger.add(forget)
-    return handle
+def _checked_adapter(model: Any, outputs: str, adapter: Adapter | None = None) -> Adapter:
+    if outputs not in OUTPUTS:
+        raise ValueError(f"outputs must be one of {', '.join(map(repr, OUTPUTS))}, got {outputs!r}.")
+    return adapter_for(unwrap(model)) if adapter is None else adapter
 
 
 @contextmanager

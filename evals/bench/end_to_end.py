@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from tokenprune.api import adapter_for
 from tokenprune.evals.bench.sizes import SIZES, SizedModel, build, find_size
 from tokenprune.evals.bench.table import Table
 from tokenprune.evals.config.points import NONE, Point, check_method_name
@@ -51,7 +50,7 @@ def tower_seconds(sized: SizedModel, inputs: dict[str, Any], rounds: int) -> flo
     """Median seconds of the vision tower and the projector."""
     import inspect
 
-    adapter = adapter_for(sized.model)
+    adapter = sized.adapter
     kind = next(kind for kind, name in adapter.pixels.items() if inputs.get(name) is not None)
     encode = getattr(adapter.entry, adapter.features[kind])
     given = {name: value for name, value in inputs.items() if name in inspect.signature(encode).parameters}

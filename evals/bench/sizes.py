@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from tokenprune.registry import UnknownName, near
@@ -123,7 +124,14 @@ class SizedModel:
     frames: int = 0
     batch: int = 1
     picture: tuple[int, int] | None = None
-    settled: dict[str, Any] = field(default_factory=dict)
+    prepared: dict[Any, Any] = field(default_factory=dict)
+
+    @cached_property
+    def adapter(self) -> Any:
+        """As that of a loaded model."""
+        from tokenprune.api import adapter_for
+
+        return adapter_for(self.model)
 
     def inputs(self, *_: Any) -> dict[str, Any]:
         """Random pixels and words, `[batch, S]`, on the model's device."""

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenprune.evals.config.points import NONE, MethodEntry, Point, read_entry
+from tokenprune.evals.config.points import NONE, MethodEntry, Point, compile_method, read_entry
 from tokenprune.registry import near
 
 POINT_KEYS = ("model", "task", "method", "keep", "options")
@@ -126,11 +126,9 @@ def draws(entry: MethodEntry) -> bool:
     """Whether another seed makes another choice: a part draws, and was not given a seed of its own."""
     if entry.method == NONE:
         return False
-    from tokenprune.plan.parse import parse_method
-
     # a budget of its own has only a method of several parts
-    keep = 1 if entry.keeps != (None,) else None
-    spec = parse_method(entry.method, keep, **dict(entry.options))
+    keep = entry.keeps[0] if entry.keeps else 1
+    spec = compile_method(entry.method, keep, entry.options)
     if "seed" in dict(entry.options):
         return False
     return any(one.pruner.is_random and getattr(one.pruner, "seed", 0) == 0 for one in spec.entries)

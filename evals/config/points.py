@@ -7,11 +7,14 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenprune.interfaces.budget import read_budget
 from tokenprune.plan.expression import pruner_parts, read_yaml, split_name, split_outside
 from tokenprune.registry import INTERVENTIONS, METHODS, UnknownName, near
+
+if TYPE_CHECKING:
+    from tokenprune.plan.parse import Spec
 
 NONE = "none"
 """The method name of the unpruned model."""
@@ -59,6 +62,10 @@ class Point:
     def _seeded(self, text: str) -> str:
         return text if self.seed is None else f"{text} seed {self.seed}"
 
+    def compile(self) -> Spec:
+        """Its method, see `compile_method`."""
+        return compile_method(self.method, self.keep, self.options)
+
     @property
     def key(self) -> str:
         """Unique within a run folder."""
@@ -101,6 +108,29 @@ def check_method_name(method: str) -> None:
             raise UnknownName(
                 f"There is no method called {name!r}.{near(name, known)} Known: {', '.join(sorted(known))}."
             )
+
+
+_compiled: dict[Any, Spec] = {}
+
+
+def compile_method(method: str, keep: Any, options: tuple[tuple[str, Any], ...]) -> Spec:
+    """The method of a point, as `apply` takes it: read once, however often a run asks.
+
+    Args:
+        method, keep, options: see `Point`.
+
+    Raises:
+        TypeError, ValueError, UnknownName: see `parse_method`.
+    """
+    from tokenprune.plan.parse import parse_method
+
+    names = [split_name(part)[0] for part in split_outside(method, "+")]
+    # a class that a user registers anew makes another method of the same name
+    classes = tuple(METHODS.get(name) for name in names if name in METHODS.names())
+    key = (method, repr(keep), repr(options), classes)
+    if key not in _compiled:
+        _compiled[key] = parse_method(method, keep, **dict(options))
+    return _compiled[key]
 
 
 def needs_budget(method: str) -> bool:

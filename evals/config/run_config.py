@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenprune.evals.config.grid import Listed, expand, read_point
 from tokenprune.evals.config.measure import Measure, Overlays
-from tokenprune.evals.config.points import NONE, MethodEntry, Point, check_method_name, read_entry
+from tokenprune.evals.config.points import NONE, MethodEntry, Point, check_method_name, compile_method, read_entry
 from tokenprune.evals.config.targets import Target
 from tokenprune.evals.models.load import check_dtype, model_source
 from tokenprune.evals.tasks.load import check_task
@@ -136,12 +136,10 @@ class RunConfig:
                 raise ValueError(f"The unpruned model has no options, got {dict(one.options)}.")
             if one.method != NONE and not one.keeps:
                 raise ValueError(f"Say how many visual tokens {one.method!r} keeps: keep: [192, 128, 64].")
-        from tokenprune.plan.parse import parse_method
-
         for one in entries:
             one.check_keys()
             for keep in one.keeps if one.method != NONE else ():
-                parse_method(one.method, keep, **dict(one.options))
+                compile_method(one.method, keep, one.options)
         budgets = list(dict.fromkeys(point.keep for point in self.points() if point.keep is not None))
         if self.overlays.keep is not None and self.overlays.keep not in budgets:
             there = ", ".join(map(str, budgets)) or "no budget"

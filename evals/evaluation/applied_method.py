@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tokenprune import cost
-from tokenprune.api import adapter_for, applied, plan_for
+from tokenprune.api import Prepared, prepare
 from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.evaluation.batching import read_batch
@@ -23,7 +23,7 @@ from tokenprune.evals.tasks.task import Sample, Task
 from tokenprune.handle import Handle
 from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.signals import VISION_SIGNALS, Signal, TowerInfo
-from tokenprune.plan.parse import Spec, parse_method
+from tokenprune.plan.parse import Spec
 
 
 def settings_digest(config: RunConfig, loaded: LoadedModel, task: str) -> str:
@@ -40,9 +40,8 @@ def settings_digest(config: RunConfig, loaded: LoadedModel, task: str) -> str:
 def method_of(point: Point, seed: int) -> Spec:
     """The method of a point; what draws gets the point's seed, or the run's, unless the options set one."""
     seed = seed if point.seed is None else point.seed
-    options = dict(point.options)
-    spec = parse_method(point.method, point.keep, **options)
-    if not seed or "seed" in options:
+    spec = point.compile()
+    if not seed or "seed" in dict(point.options):
         return spec
     entries = tuple(
         replace(entry, pruner=replace(entry.pruner, seed=seed)) if getattr(entry.pruner, "seed", seed) == 0 else entry
@@ -68,8 +67,21 @@ def calibrate_interventions(loaded: LoadedModel, task: Task, point: Point, handl
             retry_in_halves(samples, show)
         seen = stop
     if seen:
-        interventions = tuple(one.settled() for one in handle.interventions)
-        loaded.settled[point.key] = replace(method_of(point, seed), interventions=interventions)
+        learned = tuple(one.settled() for one in handle.interventions)
+        spec = replace(method_of(point, seed), interventions=learned)
+        loaded.prepared[_place(point, seed)] = prepare(loaded.model, spec, adapter=loaded.adapter)
+
+
+def _place(point: Point, seed: int) -> tuple[str, int | None, int, int]:
+    return point.label, point.seed, seed, id(point.compile())  # which lives as long as the process
+
+
+def prepared_method(loaded: LoadedModel, point: Point, seed: int) -> Prepared:
+    """The method of a point, made ready for a model; the same object whenever it is asked for."""
+    key = _place(point, seed)
+    if key not in loaded.prepared:
+        loaded.prepared[key] = prepare(loaded.model, method_of(point, seed), adapter=loaded.adapter)
+    return loaded.prepared[key]
 
 
 @contextlib.contextmanager
@@ -78,7 +90,7 @@ def pruned(loaded: LoadedModel, point: Point, seed: int, samples: list[Sample]) 
     if point.method == NONE:
         yield None
         return
-    with applied(loaded.model, loaded.settled.get(point.key) or method_of(point, seed)) as handle:
+    with prepared_method(loaded, point, seed).applied() as handle:
         give_boxes(handle, point, samples)
         yield handle
 
@@ -107,14 +119,14 @@ def _wants_boxes(handle: Handle) -> bool:
 def check_points(loaded: LoadedModel, task: Task, points: list[Point], seed: int) -> None:
     """Apply and remove every method once, so that one that cannot work on this model or task fails before the work, and
     so does a task whose samples the processor does not take; and let what learns from prompts do so."""
-    adapter_for(loaded.model)
+    _ = loaded.adapter  # refuses what is no model of a known family
     # rows go round the families, so these are one of each
     for sample in read_batch(task, 0, min(max(1, len(task.families)), task.size)).samples:
         loaded.inputs([sample.question], [sample.image])
     for point in points:
         if point.method == NONE:
             continue
-        with applied(loaded.model, method_of(point, seed)) as handle:
+        with prepared_method(loaded, point, seed).applied() as handle:
             if _wants_boxes(handle) and not task.has_boxes:
                 raise ValueError(f"{point.method} needs the boxes that suffice for an answer; {task.name} has none.")
             calibrate_interventions(loaded, task, point, handle, seed)
@@ -139,9 +151,9 @@ class SharedTower:
 
     def __init__(self, loaded: LoadedModel, points: list[Point], seed: int) -> None:
         self._model = loaded.model
-        self._adapter = adapter_for(loaded.model)
+        self._adapter = loaded.adapter
         self._stages = {
-            point.key: plan_for(self._adapter, method_of(point, seed)) for point in points if point.method != NONE
+            point.key: prepared_method(loaded, point, seed).stages for point in points if point.method != NONE
         }
         self.possible = "mm_encoder_outputs" in inspect.signature(loaded.model.forward).parameters
         signals = [
@@ -152,7 +164,10 @@ class SharedTower:
             for signal in stage.signals(self._adapter.tower)
             if signal.name in VISION_SIGNALS
         ]
-        self._recorder = _Recorder(wanted=tuple(dict.fromkeys(signals)))
+        self._recorder: Prepared | None = None
+        if self.possible:
+            recorder = _Recorder(wanted=tuple(dict.fromkeys(signals)))
+            self._recorder = prepare(loaded.model, recorder, 1.0, adapter=self._adapter)
 
     def covers(self, point: Point) -> bool:
         """Whether the point cuts behind the tower only."""
@@ -162,7 +177,9 @@ class SharedTower:
         """The same inputs with features in place of pixels."""
         encoded: dict[str, Any] = {}
         pixels = {kind: name for kind, name in self._adapter.pixels.items() if inputs.get(name) is not None}
-        with applied(self._model, self._recorder, 1.0):
+        if self._recorder is None:
+            raise ValueError("This release of transformers takes no features computed ahead, so no tower is shared.")
+        with self._recorder.applied():
             for kind in pixels:
                 encode: Callable[..., Any] = getattr(self._adapter.entry, self._adapter.features[kind])
                 names = inspect.signature(encode).parameters
@@ -195,5 +212,5 @@ def answer_batch(
 def visual_tokens(loaded: LoadedModel, inputs: dict[str, Any]) -> list[int]:
     """Visual tokens of each prompt before pruning."""
     ids = inputs["input_ids"]
-    placeholders = adapter_for(loaded.model).placeholder_ids.values()
+    placeholders = loaded.adapter.placeholder_ids.values()
     return sum((ids == number for number in placeholders), torch.zeros_like(ids)).sum(1).tolist()

@@ -21,7 +21,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics  # pyright: ign
 from tqdm import tqdm
 
 from tokenprune import cost
-from tokenprune.api import applied
+from tokenprune.api import Prepared, prepare
 from tokenprune.evals.evaluation.applied_method import visual_tokens
 from tokenprune.evals.lmms.arguments import read_arguments
 from tokenprune.evals.models.chat_template import Message
@@ -57,6 +57,7 @@ class _Tokenprune(lmms):
         self._loaded: Any = load_model(self.arguments.pretrained, self.arguments.dtype, device)
         self.device = self._loaded.model.device
         self._tokens: list[tuple[int, float]] = []
+        self._prepared: Prepared | None = None
         with self._pruned() as handle:  # what cannot work on this model fails now, not after the data is there
             if handle is not None and any("boxes" in stage.pruner.hints for stage in handle.stages):
                 raise ValueError(
@@ -74,7 +75,9 @@ class _Tokenprune(lmms):
         if self._spec is None:
             yield None
             return
-        with applied(self._loaded.model, self._spec) as handle:
+        if self._prepared is None:
+            self._prepared = prepare(self._loaded.model, self._spec, adapter=self._loaded.adapter)
+        with self._prepared.applied() as handle:
             yield handle
 
     def _request(self, arguments: tuple[Any, ...]) -> tuple[list[Message], Any]:
@@ -146,7 +149,7 @@ class _Tokenprune(lmms):
                     self._loaded.model(**self._loaded.pack([self._with_system(one) for one in batch]))
             if handle and seen:
                 settled = tuple(one.settled() for one in handle.interventions)
-                self._spec = replace(self._spec, interventions=settled)
+                self._spec, self._prepared = replace(self._spec, interventions=settled), None
 
     def _log(self, made: int, seconds: float) -> None:
         """Into `throughput` of the results file, beside what every model of lmms-eval reports there."""
@@ -162,14 +165,14 @@ class _Tokenprune(lmms):
         )
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """UserError."""
+        """Refused."""
         raise NotImplementedError(
             f"tokenprune answers by generation; {_task_of(requests)} scores likelihoods (output_type multiple_choice "
             "or loglikelihood). Choose a variant of the task that generates."
         )
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[Any]:
-        """UserError."""
+        """Refused."""
         raise NotImplementedError(
             f"tokenprune answers one round; {_task_of(requests)} asks several (output_type generate_until_multi_round)."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,21 @@ class LoadedModel:
         model: the transformers model, in eval mode.
         processor: its processor, left padding.
         fingerprint: changes when the weights do; finished samples of other weights are not reused.
-        settled: by point, its method after interventions have seen the prompts that they learn from.
+        prepared: by what a run asked for, its method made ready for this model (`tokenprune.api.Prepared`).
     """
 
     name: str
     model: Any
     processor: Any
     fingerprint: str
-    settled: dict[str, Any] = field(default_factory=dict)
+    prepared: dict[Any, Any] = field(default_factory=dict)
+
+    @cached_property
+    def adapter(self) -> Any:
+        """The description of the model's family, `tokenprune.interfaces.adapter.Adapter`."""
+        from tokenprune.api import adapter_for
+
+        return adapter_for(self.model)
 
     def inputs(self, questions: list[str], images: Sequence[Any]) -> Any:
         """Processor output for a batch of questions, each on a picture, a video (its frames, a list) or several of

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from tokenprune import cost
-from tokenprune.api import adapter_for, applied
+from tokenprune.api import prepare
 from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.evaluation.applied_method import pruned
 from tokenprune.evals.models.load import LoadedModel
@@ -23,6 +23,7 @@ from tokenprune.state.device_timer import DeviceTimer
 
 PARTS: tuple[str, ...] = ("vision", "projector", "selection", "prefill", "decode")
 TOLERANCE = 0.01
+_EVERYTHING = "keeps everything"  # under which its method stands among those that are ready
 """Largest relative difference between measured and analytic FLOPs that raises no warning."""
 
 
@@ -104,7 +105,7 @@ def _measure_once(loaded: LoadedModel, inputs: dict[str, Any]) -> dict[str, floa
     """One prefill and one decode step, through `generate`, by part and (`layer:K`) by decoder layer."""
     counter = flop_counter()
     tally = _Tally(counter)
-    adapter = adapter_for(loaded.model)
+    adapter = loaded.adapter
     vision, projector = adapter.vision.module, adapter.projector
     layers = {f"layer:{i}": layer for i, layer in enumerate(adapter.layers)}
     with torch.inference_mode(), counter, tally.of({"vision": vision, "projector": projector, **layers}):
@@ -138,7 +139,7 @@ def measure_flops(
         `difference` (relative, by part, and under `layers` the largest of a decoder layer at prefill), `agree` (all
         within `TOLERANCE`) and `paper` (see `tokenprune.cost`).
     """
-    shape = adapter_for(loaded.model).cost_shape()
+    shape = loaded.adapter.cost_shape()
     measured, analytic, unpruned = (dict.fromkeys(PARTS, 0.0) for _ in range(3))
     by_layer: list[float] = []
     paper = 0.0
@@ -177,7 +178,9 @@ def measure_flops(
 def _watched(loaded: LoadedModel, point: Point, seed: int, sample: Sample) -> Iterator[Any]:
     """The model at the point; for the unpruned one, with a method that keeps everything, for its report."""
     if point.method == NONE:
-        with applied(loaded.model, "random", 1.0) as handle:
+        if _EVERYTHING not in loaded.prepared:
+            loaded.prepared[_EVERYTHING] = prepare(loaded.model, "random", 1.0, adapter=loaded.adapter)
+        with loaded.prepared[_EVERYTHING].applied() as handle:
             yield handle
         return
     with pruned(loaded, point, seed, [sample]) as handle:

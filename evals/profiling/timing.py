@@ -18,7 +18,6 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from tokenprune import cost
-from tokenprune.api import adapter_for
 from tokenprune.evals.config.measure import Measure
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.evaluation.applied_method import pruned, visual_tokens
@@ -57,7 +56,7 @@ def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], stays: torch.Tens
     Raises:
         ValueError: the prompts keep different numbers of places.
     """
-    model, adapter = loaded.model, adapter_for(loaded.model)
+    model, adapter = loaded.model, loaded.adapter
     ids = inputs["input_ids"]
     kind = next(kind for kind, name in adapter.pixels.items() if inputs.get(name) is not None)
     placeholder = adapter.placeholder_ids[kind]
@@ -123,7 +122,7 @@ def measure_times(
         token), and of the ratios `to_ideal`, `to_unpruned` and `selection_share`, each taken within
         a round. The unpruned model has no ideal and no selection.
     """
-    shape = adapter_for(loaded.model).cost_shape()
+    shape = loaded.adapter.cost_shape()
     itemsize = loaded.model.dtype.itemsize
     logs: dict[str, list[float]] = {}
     kv: dict[str, Any] = {"measured": 0.0, "analytic": 0.0, "unpruned": 0.0, "equivalent_tokens": 0.0}

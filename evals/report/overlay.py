@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from tokenprune.api import adapter_for
 from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.io.picture_reader import read_picture
 from tokenprune.evals.models.load import LoadedModel
@@ -85,7 +84,7 @@ def seen_views(
         image: the picture, or the frames of the video, as it was handed to the processor.
     """
     kind = "video" if isinstance(image, list) else "image"
-    visuals = adapter_for(loaded.model).visuals(kind, inputs)
+    visuals = loaded.adapter.visuals(kind, inputs)
     rasters = [(raster, which) for which, visual in enumerate(visuals) for raster in visual.rasters]
     if isinstance(image, list):
         step = max(1, len(image) // len(rasters))  # several frames may share a raster: the first is shown

@@ -100,9 +100,8 @@ class Discrepancy:
     """
 
     def __init__(self, loaded: LoadedModel, samples: Sequence[SelectionRequest], batch_size: int) -> None:
-        from tokenprune.api import adapter_for
 
-        self._model, self._decoder = loaded.model, adapter_for(loaded.model).language_model
+        self._model, self._decoder = loaded.model, loaded.adapter.language_model
         groups = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
         self._batches = [loaded.inputs([s.question for s in g], [s.image for s in g]) for g in groups]
         self._plain = [self._last(batch) for batch in self._batches]
@@ -244,7 +243,6 @@ def tune(config: TuneConfig, console: Console | None = None) -> Tuned:
         config.check()
     import optuna
 
-    from tokenprune.api import adapter_for
     from tokenprune.evals.evaluation.fingerprint import code_fingerprint
     from tokenprune.evals.sweep.model_worker import show_progress
 
@@ -252,7 +250,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> Tuned:
     cls = METHODS.get(config.method)
     with as_user_error():
         loaded = load_model(config.model, config.dtype, config.device)
-        depths = adapter_for(loaded.model).depths
+        depths = loaded.adapter.depths
         space = _search_space(config, depths)
         fixed = {**_known_to_processor(cls, loaded.processor), **config.options}
         first, rest = draw_samples(config.data, config.samples, config.held_out, config.seed)

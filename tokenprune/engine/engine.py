@@ -92,8 +92,10 @@ class Engine:
         self._links = Links(adapter.model, ())  # of the modules that are hooked, once they are
 
     def install(self, ledger: Ledger) -> None:
-        """Place every hook; `ledger` takes them away."""
+        """Place every hook; `ledger` takes them away, and they may be placed again later."""
         adapter = self.adapter
+        self.last, self._last_of = None, None
+        self.hints.clear()
         drop_graphs(ledger)
         before = _hooks(adapter.model)
         self._outputs.install(adapter.model, ledger)

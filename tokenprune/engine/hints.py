@@ -29,6 +29,11 @@ class Hints:
         if for_all_threads:
             self._of_all_threads.update(values)
 
+    def clear(self) -> None:
+        """Forget what this thread and those that set none were told."""
+        self._calls.hints.clear()
+        self._of_all_threads.clear()
+
     def of_visual(self, name: str, place: int) -> object:
         """The hint of the visual at `place` in the batch, row by row and left to right.
 

@@ -60,7 +60,7 @@ class LayerCuts:
 
     def install(self, ledger: Ledger) -> None:
         """Place the hooks; `ledger` takes them away."""
-        self._ledger = ledger
+        self._ledger, self._hooked_from = ledger, len(self._adapter.layers)
         if self._stages:
             self.hook_from(min({*self._stages, *self._read_layers}))
         for layer in self._read_after:

@@ -115,14 +115,13 @@ class ModelBench:
 
     def settings(self) -> list[Point]:
         """Methods x budgets; without --methods, those that need no hints such as boxes."""
-        from tokenprune.api import adapter_for
 
         names = self._config.methods or [name for name in METHODS.names() if not METHODS.get(name).hints]
         blind = [name for name in names if METHODS.get(name).hints]
         if blind:
             needs = ", ".join(METHODS.get(blind[0]).hints)
             raise ValueError(f"{blind[0]} needs {needs}, which nobody knows in use, so it cannot be recommended.")
-        budgets = self._config.budgets or default_budgets(adapter_for(self._loaded.model).num_tokens)
+        budgets = self._config.budgets or default_budgets(self._loaded.adapter.num_tokens)
         return [Point(self._config.model, self._config.data, name, keep) for name in names for keep in budgets]
 
     def cost(self, setting: Point) -> float:
