@@ -85,10 +85,10 @@ class AttentionInterventions:
         )
         self.layers: dict[int, int] = {}  # which intervention acts in which layer
         for number, one in enumerate(self.interventions):
-            own = one.prepare(decoder)
-            if own:
-                one.check_cuts(own, cuts)
-            for layer in own:
+            layers = one.prepare(decoder)
+            if layers:
+                one.check_cuts(layers, cuts)
+            for layer in layers:
                 if layer in self.layers:
                     other = self.interventions[self.layers[layer]].name
                     raise ValueError(
@@ -141,9 +141,9 @@ class AttentionInterventions:
                     f"{self.interventions[self.layers[layer]].name} cannot act in it."
                 )
             self._stock[layer] = module.config, eager
-            own = copy.copy(module.config)
-            own._attn_implementation = name
-            ledger.set(module, "config", own)
+            renamed = copy.copy(module.config)
+            renamed._attn_implementation = name
+            ledger.set(module, "config", renamed)
             hook = opaque(self._enter_layer)
             ledger.hook(self.adapter.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -239,10 +239,10 @@ class AttentionInterventions:
 
     def by_intervention(self, layers: Mapping[int, Facts]) -> list[dict[int, Facts]]:
         """Facts by layer, for each intervention."""
-        found: list[dict[int, Facts]] = [{} for _ in self.interventions]
+        facts: list[dict[int, Facts]] = [{} for _ in self.interventions]
         for layer, values in layers.items():
-            found[self.layers[layer]][layer] = values
-        return found
+            facts[self.layers[layer]][layer] = values
+        return facts
 
     def summaries(self, prompt: Prompt) -> tuple[str, ...]:
         """A line for each intervention: name, layers, what it found in `prompt`."""
@@ -323,8 +323,8 @@ class AttentionInterventions:
 
         def stock() -> tuple[Tensor, Any]:
             config, eager = self._stock[layer]
-            own = self._interfaces.get_interface(config._attn_implementation, eager)
-            return own(module, query, key, value, attention_mask, **kwargs)
+            stock_function = self._interfaces.get_interface(config._attn_implementation, eager)
+            return stock_function(module, query, key, value, attention_mask, **kwargs)
 
         call, number = self._call, self.layers[layer]
         if call is None:
@@ -367,10 +367,10 @@ class AttentionInterventions:
 
 def _weakly(attending: AttentionInterventions) -> Callable[..., tuple[Tensor, Any]]:
     """Its attention function, which a table of transformers can hold without holding the model."""
-    found = weakref.ref(attending)
+    reference = weakref.ref(attending)
 
     def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        owner = found()
+        owner = reference()
         if owner is None:
             raise RuntimeError("An attention module of a model that is gone was called; load the model anew.")
         return owner._attention(*args, **kwargs)
@@ -431,9 +431,9 @@ def _allowed(mask: Any, rows: Tensor | None, queries: int, key: Tensor, window: 
         )
     if mask is None and queries == 1 and window is None:
         return None
-    own = torch.arange(queries, device=device)[None] if rows is None else rows
+    query_rows = torch.arange(queries, device=device)[None] if rows is None else rows
     at = torch.arange(count, device=device)
-    last = own[..., None] + (count - queries)
+    last = query_rows[..., None] + (count - queries)
     seen = at <= last
     if window is not None:  # flash attention is told so beside the mask
         seen = seen & (at > last - window)

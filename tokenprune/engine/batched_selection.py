@@ -48,8 +48,8 @@ class SelectionRequest:
         count = places.shape[0]
 
         def signal(wanted: Signal) -> Tensor:
-            found = self.signal(wanted)
-            return found if found.dim() == 0 else found[places.to(found.device)]
+            values = self.signal(wanted)
+            return values if values.dim() == 0 else values[places.to(values.device)]
 
         return replace(
             self,
@@ -113,8 +113,8 @@ def choose(
 def make_view(stage: Stage, tower: TowerInfo, items: Sequence[SelectionRequest]) -> View:
     """The view of items of one shape."""
     pruner, first = stage.pruner, items[0]
-    found = [item.features() for item in items]
-    features = found[0][None] if len(found) == 1 else torch.stack(found)  # they are copies already
+    parts = [item.features() for item in items]
+    features = parts[0][None] if len(parts) == 1 else torch.stack(parts)  # [M, N, D]; copies already
     device = features.device
     return View(
         features=features,

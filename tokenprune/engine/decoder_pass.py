@@ -62,17 +62,17 @@ class DecoderPass:
         past, length = self.past, self.length
         mask, positions = self._inputs.mask, self._inputs.positions
         if positions is None:
-            positions = torch.arange(past, past + length, device=embeds.device)[None]
+            positions = torch.arange(past, past + length, device=embeds.device)[None]  # [1, S]
         first = self.before.segments[0] if self.before else None
         if first is not None:
             old_mask = first.mask(mask, self.before.length, past)  # type: ignore[union-attr]
         else:
             old_mask = self._inputs.past_mask
-        new_mask = self._inputs.new_mask
+        new_mask = self._inputs.new_mask  # [B, S]
         self.attended = None if new_mask is None else new_mask.to(torch.bool)
         if compaction is not None:
-            positions = compaction.positions(positions, policy)
-            embeds = compaction.rows(embeds)
+            positions = compaction.positions(positions, policy)  # [..., B, P]
+            embeds = compaction.rows(embeds)  # [B, P, D]
             new_mask = compaction.real.to(torch.int64 if mask is None else mask.dtype) if compaction.padded else None
             self.real = self.attended = compaction.real if compaction.padded else None
             self.compaction = compaction
@@ -92,7 +92,7 @@ class DecoderPass:
             old_mask = torch.ones(self.batch_size, old_length, **kind)
         if new_mask is None:
             new_mask = torch.ones(self.batch_size, embeds.shape[1], **kind)
-        full = torch.cat([old_mask, new_mask.to(old_mask.device)], dim=1)
+        full = torch.cat([old_mask, new_mask.to(old_mask.device)], dim=1)  # [B, keys held + P]
         return {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": full}
 
     def _note(self, layer: int) -> None:
@@ -101,7 +101,7 @@ class DecoderPass:
             slots = torch.arange(self.past, self.past + self.length, device=self.device).expand(self.batch_size, -1)
             padded = False
         else:
-            slots = self.compaction.index + self.past
+            slots = self.compaction.index + self.past  # [B, P]
             padded = self.compaction.padded
             if padded:
                 slots = slots.masked_fill(~self.compaction.real, -1)
@@ -115,7 +115,7 @@ class DecoderPass:
     def cut(self, layer: int, compaction: Compaction, policy: str) -> None:
         """Tokens leave before `layer`."""
         self._cuts += 1
-        self.index = compaction.index if self.index is None else compaction.rows(self.index)
+        self.index = compaction.index if self.index is None else compaction.rows(self.index)  # [B, P]
         closed = self.closed if isinstance(self.closed, int) else compaction.rows(self.closed)
         if policy == "compact":
             closed = compaction.removed_before + closed
@@ -134,10 +134,10 @@ class DecoderPass:
     def seen(self, layer: int) -> Tensor | None:
         """`[B, K]` bool: which of the keys that a layer's cache held before this call are no padding; None: all."""
         mask, before = self._inputs.mask, self.before
-        found = self._inputs.past_mask
+        seen = self._inputs.past_mask
         if before is not None:
-            found = before.segment(layer).mask(mask, before.length, self.past)
-        return None if found is None else found.to(torch.bool)
+            seen = before.segment(layer).mask(mask, before.length, self.past)
+        return None if seen is None else seen.to(torch.bool)
 
     def arguments(self, layer: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a layer, from those that were made for the base."""
@@ -155,7 +155,7 @@ class DecoderPass:
         return changed
 
     def _rotation(self, layer: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        changed: dict[str, Any] = {}
         positions, rotation = kwargs.get("position_ids"), kwargs.get("position_embeddings")
         late: Tensor | None = None
         if self.before is not None and self.before.segment(layer).moved:
@@ -167,7 +167,7 @@ class DecoderPass:
                 positions = positions - self.closed
             if late is not None:
                 positions = positions - late.to(positions.device)[:, None]
-            found["position_ids"] = positions
+            changed["position_ids"] = positions
         if rotation is not None:
             if moved:
                 if positions is None:
@@ -175,10 +175,10 @@ class DecoderPass:
                         "This model's decoder layers get no position ids, so positions cannot be closed up at a layer; "
                         "use positions='keep'."
                     )
-                found["position_embeddings"] = self.adapter.rotary(hidden, positions, layer)
+                changed["position_embeddings"] = self.adapter.rotary(hidden, positions, layer)
             else:
-                found["position_embeddings"] = tuple(self._take(part, -2) for part in rotation)
-        return found
+                changed["position_embeddings"] = tuple(self._take(part, -2) for part in rotation)
+        return changed
 
     def _take(self, values: Tensor, dim: int) -> Tensor:
         """Of values by base place along `dim` (rows in the dimension before it), those of the tokens that are left."""
@@ -193,7 +193,7 @@ class DecoderPass:
         return values.gather(-2, wide)
 
     def _mask(self, layer: int, hidden: Tensor, mask: Any) -> Any:
-        columns, seen = self._columns(layer)
+        columns, seen = self._columns(layer)  # [B, K] each
         queries = hidden.shape[1]
         past = columns.shape[1] - queries
         if mask is None:
@@ -213,12 +213,12 @@ class DecoderPass:
         if self.index is not None:
             rows = self.index.to(mask.device)[:, None, :, None]
             mask = mask.expand(self.batch_size, *mask.shape[1:])
-            mask = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
+            mask = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))  # [B, 1, P, base keys]
         mask = mask.expand(self.batch_size, *mask.shape[1:])
-        mask = mask.gather(3, index.expand(-1, mask.shape[1], mask.shape[2], -1))
+        mask = mask.gather(3, index.expand(-1, mask.shape[1], mask.shape[2], -1))  # [B, 1, P, K]
         if seen is None:
             return mask
-        hidden_keys = ~seen.to(mask.device)[:, None, None]
+        hidden_keys = ~seen.to(mask.device)[:, None, None]  # [B, 1, 1, K]
         if mask.dtype == torch.bool:
             return _see_something(mask & ~hidden_keys, past)
         return mask.masked_fill(hidden_keys, torch.finfo(mask.dtype).min)
@@ -241,7 +241,7 @@ class DecoderPass:
         new = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         if self.attended is not None:
             new = self.attended.to(hidden.device)
-        seen = torch.cat([old.to(hidden.device), new], dim=1)
+        seen = torch.cat([old.to(hidden.device), new], dim=1)  # [B, K]
         if self._flash or (isinstance(mask, Tensor) and mask.dim() == 2):
             return seen.to(torch.int64)
         past = old.shape[1]
@@ -275,18 +275,18 @@ class DecoderPass:
             parts.append(held + self.index)
         last = parts[-1]
         seen.append(torch.ones_like(last, dtype=torch.bool) if self.real is None else self.real.to(device))
-        columns = torch.cat(parts, dim=1)
+        columns = torch.cat(parts, dim=1)  # [B, K]
         padded = self.real is not None or (self.before is not None and self.before.segment(layer).padded)
         return columns, torch.cat(seen, dim=1) if padded else None
 
     def _cached_columns(self, layer: int, before: PrunedPrompt) -> tuple[Tensor, Tensor]:
-        base, own = before.segments[0], before.segment(layer)
+        base, segment = before.segments[0], before.segment(layer)
         width = base.slots.shape[1]
         place = torch.zeros(self.batch_size, before.length + 1, dtype=torch.int64, device=self.device)
         at = torch.arange(width, device=self.device).expand(self.batch_size, -1)
         slots = base.slots.to(self.device)
         place = place.scatter(1, torch.where(slots < 0, before.length, slots), at)
-        mine = own.slots.to(self.device)
+        mine = segment.slots.to(self.device)
         columns = place.gather(1, mine.clamp(min=0))
         later = self.past - before.length
         tail = width + torch.arange(later, device=self.device).expand(self.batch_size, -1)
@@ -321,6 +321,6 @@ class DecoderPass:
 def _see_something(allowed: Tensor, past: int) -> Tensor:
     """Rows of padding that see no key see themselves, so that their softmax has something to divide by."""
     queries = allowed.shape[-2]
-    own = torch.eye(queries, allowed.shape[-1] - past, dtype=torch.bool, device=allowed.device)
-    own = torch.cat([torch.zeros(queries, past, dtype=torch.bool, device=allowed.device), own], dim=1)
-    return allowed | (own & ~allowed.any(-1, keepdim=True))
+    itself = torch.eye(queries, allowed.shape[-1] - past, dtype=torch.bool, device=allowed.device)
+    itself = torch.cat([torch.zeros(queries, past, dtype=torch.bool, device=allowed.device), itself], dim=1)
+    return allowed | (itself & ~allowed.any(-1, keepdim=True))

@@ -119,8 +119,8 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
         finally:
             for part, mode in modes:
                 part.training = mode
-            for hooks, own in zip(placed, before):
-                hooks.update(own)
+            for hooks, hooks_before in zip(placed, before):
+                hooks.update(hooks_before)
 
 
 def _check_attention(adapter: Adapter, layer: int) -> None:

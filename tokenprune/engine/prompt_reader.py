@@ -98,11 +98,11 @@ class PromptReader:
 
     @staticmethod
     def _sources(encoded: Any) -> list[tuple[Recording, int]]:
-        found = sources_of(encoded)
-        if found is None:
+        sources = sources_of(encoded)
+        if sources is None:
             raise ValueError(
                 "mm_encoder_outputs holds image features that were computed before tokenprune was applied to the "
                 "model, or that were cut up since (prefill_chunk_size does that). Compute them again, pass "
                 "pixel_values, or leave the prompt in one piece."
             )
-        return found
+        return sources

@@ -66,8 +66,8 @@ class PromptSelector:
                 indices = torch.arange(item.count) if answer is None else answer.indices
                 chosen.append(start + indices.to(hidden.device))
                 if merges:
-                    own = None if answer is None else answer.features
-                    merged.append(item.features()[indices.to(hidden.device)] if own is None else own)
+                    features = None if answer is None else answer.features
+                    merged.append(item.features()[indices.to(hidden.device)] if features is None else features)
                 start += item.count
             carry = joined_carry(prompt.alive[index].carry, [answer for _, answer in parts])
             kept = torch.cat(chosen)
@@ -158,8 +158,8 @@ class PromptSelector:
                     return signals[wanted.layer].value(wanted.name, index, places)
                 if wanted.name in TRANSITION_SIGNALS:
                     return self._transitions.value(wanted, span.sample, places)
-                found = recording.signal(wanted, row)
-                return found[begin : begin + count] if alive.tokens is None else found[alive.tokens.to(found.device)]
+                values = recording.signal(wanted, row)
+                return values[begin : begin + count] if alive.tokens is None else values[alive.tokens.to(values.device)]
 
             return SelectionRequest(
                 owner=index,

@@ -66,10 +66,10 @@ class TowerPass:
 
     def groups(self) -> dict[int, list[int]]:
         """Pictures by the number of cells they have left."""
-        found: dict[int, list[int]] = {}
+        by_count: dict[int, list[int]] = {}
         for picture, count in enumerate(self.counts):
-            found.setdefault(count, []).append(picture)
-        return found
+            by_count.setdefault(count, []).append(picture)
+        return by_count
 
     @functools.cached_property
     def run(self) -> Any:
@@ -91,11 +91,11 @@ class TowerPass:
             query, key, value = read(self.run, pictures, count)
             for signal in signals:
                 by_patch, multiplied = vision_signal(signal, query, key, value, before)
-                found = vision.in_raster_order(self.run, vision.by_cell(by_patch), pictures)
+                by_cell = vision.in_raster_order(self.run, vision.by_cell(by_patch), pictures)
                 # rows of every head against keys
                 self.recording.selection_flops += 2 * multiplied * key.shape[0] * query.shape[1] * key.shape[3]
                 for row, picture in enumerate(pictures):
-                    self.latest[signal][picture] = found[row]
+                    self.latest[signal][picture] = by_cell[row]
 
     def cut(self, stage: Stage, args: Any) -> list[Tensor] | None:
         """Let a stage choose among the cells after its block; what stays of each picture, among those that were
@@ -143,17 +143,17 @@ class TowerPass:
         )
 
     def _signal(self, signal: Signal, picture: int) -> Tensor:
-        found, alive = self.latest[signal][picture], self.alive[picture]
-        if found.shape[0] == self.counts[picture] or alive is None:
-            return found
+        values, alive = self.latest[signal][picture], self.alive[picture]
+        if values.shape[0] == self.counts[picture] or alive is None:
+            return values
         return self._full(signal, picture)[alive]
 
     def read_pixels(self, signal: Signal, pixels: Sequence[Tensor]) -> None:
         """Compute a signal of the pixels of each visual."""
         vision, base, colours = self._owner.adapter.vision, signal.settings[0], signal.settings[1:]
         values: list[Tensor] = []
-        for visual, own in zip(self.recording.visuals, pixels):
-            patches = vision.patch_pixels(own, len(visual.tower_grids))
+        for visual, of_visual in zip(self.recording.visuals, pixels):
+            patches = vision.patch_pixels(of_visual, len(visual.tower_grids))
             entropy = grey_entropy(grey_levels(patches, colours[:3], colours[3:]), base)
             values += vision.by_cell(entropy.softmax(dim=1))
         self.latest[signal] = values
@@ -385,9 +385,9 @@ class TowerHooks:
         if small == grids:
             return original(**call)
         places = []
-        for visual, grid, own in zip(recording.visuals, grids, small):
+        for visual, grid, small_grid in zip(recording.visuals, grids, small):
             step = torch.arange(len(visual.rasters))[:, None] * (grid[0] * grid[1])
-            places.append((step + torch.tensor(grid_places(grid, own))).flatten().to(recording.device))
+            places.append((step + torch.tensor(grid_places(grid, small_grid))).flatten().to(recording.device))
         run.shrink(small, places)
         output = original(**{**self.adapter.vision.resize(kind, call, recording.visuals, small), "return_dict": True})
         recording.shrunk = small

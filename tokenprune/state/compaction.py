@@ -45,7 +45,7 @@ class Compaction:
         """This move and the one before it as one."""
         if earlier is None:
             return self
-        index = self.rows(earlier.index)
+        index = self.rows(earlier.index)  # [B, P]
         removed_before = self.removed_before + self.rows(earlier.removed_before)
         real = self.real & self.rows(earlier.real)
         target = self.target.gather(1, earlier.target.clamp(0, self.target.shape[1] - 1))
@@ -65,7 +65,7 @@ class Compaction:
         """
         length = self.index.shape[1]
         places = torch.where(self.stays(), self.target, 0).cummax(dim=1).values  # [B, S]
-        last = torch.where(self.real, self.index, -1).amax(dim=1, keepdim=True)
+        last = torch.where(self.real, self.index, -1).amax(dim=1, keepdim=True)  # [B, 1]
         behind = torch.arange(places.shape[1], device=places.device) > last
         return places.masked_fill(behind & ~self.real[:, -1:], length - 1)
 
@@ -107,17 +107,17 @@ def plan_compaction(
     """
     batch_size, _ = keep.shape
     length = max(count + tail for count, tail in zip(lengths, tails or [0] * batch_size))
-    stays = keep if attended is None else keep & attended
+    stays = keep if attended is None else keep & attended  # [B, S]
     place = stays.cumsum(1) - 1  # [B, S]
     if pad_left:
         place = place + (length - torch.tensor(lengths, device=keep.device))[:, None]
     source = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
     # everything that leaves is written to a spare last column
-    target = torch.where(stays, place, length)
+    target = torch.where(stays, place, length)  # [B, S]
     index = torch.full((batch_size, length + 1), -1, dtype=torch.int64, device=keep.device)
-    index = index.scatter(1, target, source)[:, :length]
+    index = index.scatter(1, target, source)[:, :length]  # [B, P]
     real = index >= 0
     index = index.masked_fill(~real, 0 if pad_left else keep.shape[1] - 1)
-    left = (~keep).cumsum(1)
+    left = (~keep).cumsum(1)  # [B, S]
     padded = any(row != length for row in lengths)
     return Compaction(index, real, left.gather(1, index), left[:, -1], padded, place)

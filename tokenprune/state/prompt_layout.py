@@ -65,7 +65,7 @@ def build_layout(placeholders: dict[str, Tensor], visuals: dict[str, Sequence[Vi
     Raises:
         ValueError: the places and the visuals do not fit together.
     """
-    found: list[tuple[int, int, int, Visual, Tensor]] = []
+    placed: list[tuple[int, int, int, Visual, Tensor]] = []
     batch_size, length = next(iter(placeholders.values())).shape
     for kind, mask in placeholders.items():
         items = visuals.get(kind, ())
@@ -81,7 +81,7 @@ def build_layout(placeholders: dict[str, Tensor], visuals: dict[str, Sequence[Vi
         for order, visual in enumerate(items):
             if visual.length == 0:  # a prompt without pictures, in families that have an entry for each prompt
                 continue
-            own = slice(cursor, cursor + visual.length)
+            of_visual = slice(cursor, cursor + visual.length)
             first, last = int(rows[cursor]), int(rows[cursor + visual.length - 1])
             gaps = int(places[cursor + visual.length - 1]) - int(places[cursor]) != visual.length - 1
             if first != last or (gaps and not visual.scattered):
@@ -89,11 +89,11 @@ def build_layout(placeholders: dict[str, Tensor], visuals: dict[str, Sequence[Vi
                     f"{kind.capitalize()} {order} should be {visual.length} {kind} tokens in a row within one prompt, "
                     "but its tokens are split. Build the inputs with the model's own processor."
                 )
-            found.append((first, int(places[cursor]), order, visual, places[own]))
+            placed.append((first, int(places[cursor]), order, visual, places[of_visual]))
             cursor += visual.length
-    found.sort(key=lambda entry: entry[:2])
+    placed.sort(key=lambda entry: entry[:2])
     spans: list[Span] = []
-    for sample, _, _, visual, places in found:
+    for sample, _, _, visual, places in placed:
         image = spans[-1].image + 1 if spans and spans[-1].sample == sample else 0
         spans.append(Span(sample, image, visual, places))
-    return Layout(tuple(spans), batch_size, length, tuple(entry[2] for entry in found))
+    return Layout(tuple(spans), batch_size, length, tuple(entry[2] for entry in placed))

@@ -69,7 +69,7 @@ class Recording:
         plain: tuple[tuple[int, int], ...] = ()
         if self.shrunk is not None:
             plain = grids
-            grids = tuple(own for own, visual in zip(self.shrunk, self.visuals) for _ in visual.rasters)
+            grids = tuple(small for small, visual in zip(self.shrunk, self.visuals) for _ in visual.rasters)
         blocks = tuple(tuple(counts) for counts in self.patches)
         whole = sum(
             sum(rows * cols for rows, cols in visual.tower_grids) if visual.projected is None else visual.projected
@@ -122,8 +122,8 @@ def sources_of(output: Any) -> list[tuple[Recording, int]] | None:
     """
     features = output.pooler_output
     if not isinstance(features, Tensor):
-        found = [getattr(tensor, _TAG, None) for tensor in features]
-        return None if any(item is None for item in found) else found  # type: ignore[return-value]
+        sources = [getattr(tensor, _TAG, None) for tensor in features]
+        return None if any(item is None for item in sources) else sources  # type: ignore[return-value]
     recording, original = getattr(output, _TAG, None) or getattr(features, _TAG, (None, features))
     if recording is None or original.shape[1:] != features.shape[1:]:
         return None
