@@ -29,7 +29,7 @@ def anyres_visual(pack: Pack, crops: int, side: int) -> Visual:
     numbers = torch.arange(cells, dtype=torch.float64).view(crops, side * side, 1)
     packed = pack(numbers, torch.tensor([-1.0], dtype=torch.float64))[:, 0]
     offsets = (packed >= 0).nonzero()[:, 0]
-    found = packed[offsets]
+    sources = packed[offsets]
     count = offsets.shape[0]
     rows = packed.shape[0] - count
     if crops == 1 or rows == 0:  # of an extreme strip all rows of the mosaic are padding
@@ -39,17 +39,17 @@ def anyres_visual(pack: Pack, crops: int, side: int) -> Visual:
         rasters = (Raster((side, side), 0, "thumbnail"), Raster(mosaic, side * side, "mosaic"))
 
     def resample(values: Tensor) -> Tensor:
-        own = pack(values.view(crops, side * side, 1), values.new_zeros(1))[:, 0]
-        return own[offsets.to(own.device)]
+        values_by_token = pack(values.view(crops, side * side, 1), values.new_zeros(1))[:, 0]
+        return values_by_token[offsets.to(values_by_token.device)]
 
-    whole = bool((found == found.round()).all()) and found.unique().shape[0] == count
+    one_cell_each = bool((sources == sources.round()).all()) and sources.unique().shape[0] == count
     return Visual(
         rasters,
         placeholders=packed.shape[0],
         offsets=offsets,
         crops=((side, side),) * crops,
-        sources=found.long() if whole else None,
-        resample=None if whole else resample,
+        sources=sources.long() if one_cell_each else None,
+        resample=None if one_cell_each else resample,
     )
 
 
@@ -57,7 +57,7 @@ def split_crops(pixels: Tensor, visuals: Sequence[Visual]) -> list[Tensor]:
     """The crops of each picture, from `[images, most crops, C, H, W]` or `[all crops, C, H, W]`."""
     crops = [len(visual.tower_grids) for visual in visuals]
     if pixels.dim() == 5:
-        return [own[:count] for own, count in zip(pixels, crops)]
+        return [padded[:count] for padded, count in zip(pixels, crops)]
     return list(pixels.split(crops))
 
 
@@ -78,7 +78,7 @@ class AnyRes(Adapter):
     def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-        found, config = [], self.model.config
+        visuals, config = [], self.model.config
         for size in call["image_sizes"].cpu():  # read here and nowhere else
             crops = image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
@@ -88,8 +88,8 @@ class AnyRes(Adapter):
                 )
                 return packed[0]
 
-            found.append(anyres_visual(pack, crops, self._side))
-        return found
+            visuals.append(anyres_visual(pack, crops, self._side))
+        return visuals
 
     def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         return split_crops(call["pixel_values"], visuals)

@@ -98,7 +98,7 @@ class QwenTower(VisionTower):
     def in_raster_order(self, run: Any, values: Tensor, pictures: Sequence[int]) -> Tensor:
         if not self._windows:
             return values
-        order = run["order"][run["there"]].split(run["counts"])
+        order = run["order"][run["present"]].split(run["counts"])
         index = torch.stack([order[picture].argsort() for picture in pictures])
         return values.gather(1, index.to(values.device))
 
@@ -121,14 +121,14 @@ class QwenTower(VisionTower):
             "counts": counts,
             "starts": [sum(counts[:picture]) for picture in range(len(counts))],
             "alive": [torch.arange(count) for count in counts],
-            "there": torch.ones(sum(counts), dtype=torch.bool),
+            "present": torch.ones(sum(counts), dtype=torch.bool),
             "order": self._window_order(tuple(grids)),
             "bounds": {},
         }
 
     def states(self, run: Any, args: Any, pictures: Sequence[int], count: int) -> Tensor:
         hidden = args[0]
-        present = run["order"][run["there"]].to(hidden.device)
+        present = run["order"][run["present"]].to(hidden.device)
         cells = hidden.unflatten(0, (-1, self.patches_per_cell)).mean(dim=1)[present.argsort()]
         starts = [sum(run["counts"][:picture]) for picture in pictures]
         return torch.stack([cells[at : at + count] for at in starts])
@@ -136,19 +136,19 @@ class QwenTower(VisionTower):
     def drop_tokens(self, run: Any, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
         hidden, group = args[0], self.patches_per_cell
         if kept is not None:
-            before = run["there"]
+            before = run["present"]
             chosen = torch.cat(list(kept)).cpu().split([index.shape[0] for index in kept])  # one read for all
             run["alive"] = [alive[index] for alive, index in zip(run["alive"], chosen)]
             run["counts"] = [len(alive) for alive in run["alive"]]
             stays = torch.zeros(len(before), dtype=torch.bool)
             stays[torch.cat([start + alive for start, alive in zip(run["starts"], run["alive"])])] = True
-            run["there"] = there = stays[run["order"]]
-            patches = there.repeat_interleave(group)
+            run["present"] = present = stays[run["order"]]
+            patches = present.repeat_interleave(group)
             # numbers of places, made on the host: to index by a mask is to wait for the device
             run["patches"] = _places(patches, hidden.device)
             # how many patches are left before each place of the full row: boundaries of frames and windows follow it
             run["before"] = torch.cat([torch.zeros(1, dtype=torch.int64), patches.cumsum(0)])
-            hidden = hidden[_places(there[before].repeat_interleave(group), hidden.device)]
+            hidden = hidden[_places(present[before].repeat_interleave(group), hidden.device)]
         short = run["before"][self._bounds(run, kwargs["cu_seqlens"])].unique_consecutive()
         changed = {**kwargs, "cu_seqlens": short.to(kwargs["cu_seqlens"])}
         if kwargs.get("max_seqlen") is not None:
@@ -165,10 +165,10 @@ class QwenTower(VisionTower):
         return known[1]
 
     def restore_length(self, run: Any, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
-        if output.shape[0] == len(run["there"]):
+        if output.shape[0] == len(run["present"]):
             return output
-        full = output.new_zeros(len(run["there"]), output.shape[-1])
-        return full.index_copy(0, _places(run["there"], output.device), output)
+        full = output.new_zeros(len(run["present"]), output.shape[-1])
+        return full.index_copy(0, _places(run["present"], output.device), output)
 
     def _window_order(self, grids: tuple[tuple[int, int], ...]) -> Tensor:
         """`[cells]` int64: which cell, counted over all pictures, stands at each place of the full row, which may be
@@ -180,9 +180,9 @@ class QwenTower(VisionTower):
         merge = self._vision.spatial_merge_size
         # windows lie within a frame, so each frame may stand for a picture of its own
         boxes = torch.tensor([[1, rows * merge, cols * merge] for rows, cols in grids])
-        own = getattr(self.module, "get_window_index", None)
-        if own is not None:
-            index = own(boxes)[0]
+        window_index = getattr(self.module, "get_window_index", None)
+        if window_index is not None:
+            index = window_index(boxes)[0]
         else:
             from transformers.vision_utils import get_vision_window_index
 
@@ -207,18 +207,19 @@ class QwenTower(VisionTower):
         cells = [(len(visual.rasters), *visual.rasters[0].grid) for visual in visuals]
         before = [(frames, rows * merge, cols * merge) for frames, rows, cols in cells]
         parts, after = [], []
-        for own, (frames, rows, cols), (small_rows, small_cols) in zip(
+        for pixels_of_visual, (frames, rows, cols), (small_rows, small_cols) in zip(
             call[pixels].split([t * h * w for t, h, w in before]), before, grids
         ):
             # patches come as (frame, cell row, cell column, row and column in it) x (channel and time, row, column)
-            patches = own.view(frames, rows // merge, cols // merge, merge, merge, -1, patch, patch)
+            patches = pixels_of_visual.view(frames, rows // merge, cols // merge, merge, merge, -1, patch, patch)
             picture = patches.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(frames, -1, rows * patch, cols * patch)
             size = (small_rows * merge * patch, small_cols * merge * patch)
             small = torch.nn.functional.interpolate(
                 picture.float(), size=size, mode="bicubic", antialias=True, align_corners=False
             )
             patches = small.view(frames, -1, small_rows, merge, patch, small_cols, merge, patch)
-            parts.append(patches.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, own.shape[-1]).to(own.dtype))
+            patches = patches.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, pixels_of_visual.shape[-1])
+            parts.append(patches.to(pixels_of_visual.dtype))
             after.append([frames, small_rows * merge, small_cols * merge])
         return {**call, pixels: torch.cat(parts), name: call[name].new_tensor(after)}
 
@@ -286,14 +287,14 @@ class QwenVL(Adapter):
         names = ("image_grid_thw",) if kind == "image" else ("video_grid_thw", "image_grid_thw")
         grids = next(call[name] for name in names if call.get(name) is not None)
         merge = self.model.config.vision_config.spatial_merge_size
-        found = []
+        visuals = []
         for frames, rows, cols in grids.tolist():  # read here and nowhere else
             grid = (rows // merge, cols // merge)
             count = grid[0] * grid[1]
             name = "image" if kind == "image" else "frame"
             rasters = tuple(Raster(grid, frame * count, name) for frame in range(frames))
-            found.append(Visual(rasters, kind=kind, scattered=kind == "video" and self.timestamps))
-        return found
+            visuals.append(Visual(rasters, kind=kind, scattered=kind == "video" and self.timestamps))
+        return visuals
 
     def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         sizes = [visual.num_tokens * self.vision.patches_per_cell for visual in visuals]

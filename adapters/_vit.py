@@ -80,13 +80,12 @@ class Vit(VisionTower):
             return hook
 
         def on_done(module: Any, args: Any, output: Any) -> None:
-            found = seen.take("query", "key", "value")
+            projected = seen.take("query", "key", "value")
 
             def read(run: Any, pictures: Sequence[int], count: int) -> tuple[Tensor, ...]:
-                whole = len(pictures) == found[0].shape[0]
-                return tuple(
-                    (part if whole else part[list(pictures)])[:, :, : self._before + count * patches] for part in found
-                )
+                all_pictures = len(pictures) == projected[0].shape[0]
+                length = self._before + count * patches
+                return tuple((part if all_pictures else part[list(pictures)])[:, :, :length] for part in projected)
 
             done(read)
 
@@ -119,8 +118,8 @@ class Vit(VisionTower):
         return values[:, self._cell_patches.to(values.device)].mean(dim=2)
 
     def patch_pixels(self, pixels: Tensor, pictures: int) -> Tensor:
-        whole = pixels.reshape(pictures, *pixels.shape[-3:])
-        patches = whole.unfold(2, self._patch, self._patch).unfold(3, self._patch, self._patch)  # [m, C, r, c, p, p]
+        batch = pixels.reshape(pictures, *pixels.shape[-3:])
+        patches = batch.unfold(2, self._patch, self._patch).unfold(3, self._patch, self._patch)  # [m, C, r, c, p, p]
         return patches.permute(0, 2, 3, 1, 4, 5).flatten(4).flatten(1, 2)
 
     def start(self, grids: Sequence[tuple[int, int]]) -> dict[str, Any]:

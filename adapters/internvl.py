@@ -16,10 +16,10 @@ from tokenprune.adapters._vit import IMAGENET_PIXELS, Vit, feature_block, vit_fa
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, submodule
 from tokenprune.interfaces.visual import Visual, one_raster
-from tokenprune.registry import MODELS
+from tokenprune.registry import register_model
 
 
-@MODELS.register("internvl")
+@register_model("internvl")
 class InternVL(Adapter):
     """Stock `InternVLForConditionalGeneration`."""
 

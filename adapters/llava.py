@@ -10,10 +10,10 @@ from tokenprune.adapters._vit import Vit, check_patches_only, feature_block, vit
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, submodule
 from tokenprune.interfaces.visual import Visual, one_raster
-from tokenprune.registry import MODELS
+from tokenprune.registry import register_model
 
 
-@MODELS.register("llava")
+@register_model("llava")
 class Llava(Adapter):
     """Stock `LlavaForConditionalGeneration` with a CLIP vision tower."""
 

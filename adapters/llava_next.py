@@ -7,10 +7,10 @@ row-end tokens leave with the first cut of their picture.
 from __future__ import annotations
 
 from tokenprune.adapters._anyres import AnyRes
-from tokenprune.registry import MODELS
+from tokenprune.registry import register_model
 
 
-@MODELS.register("llava_next")
+@register_model("llava_next")
 class LlavaNext(AnyRes):
     """Stock `LlavaNextForConditionalGeneration` with a CLIP vision tower."""
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from tokenprune.adapters._anyres import AnyRes, pooled_video
 from tokenprune.interfaces.visual import Visual
-from tokenprune.registry import MODELS
+from tokenprune.registry import register_model
 
 
-@MODELS.register("llava_next_video")
+@register_model("llava_next_video")
 class LlavaNextVideo(AnyRes):
     """Stock `LlavaNextVideoForConditionalGeneration` with a CLIP vision tower."""
 

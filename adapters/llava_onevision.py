@@ -17,10 +17,10 @@ from tokenprune.adapters._vit import Vit, feature_block, vit_facts
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, submodule
 from tokenprune.interfaces.visual import Visual
-from tokenprune.registry import MODELS
+from tokenprune.registry import register_model
 
 
-@MODELS.register("llava_onevision")
+@register_model("llava_onevision")
 class LlavaOnevision(Adapter):
     """Stock `LlavaOnevisionForConditionalGeneration` with a SigLIP vision tower."""
 
@@ -46,9 +46,9 @@ class LlavaOnevision(Adapter):
         if isinstance(numbers, Tensor):
             numbers = numbers.tolist()
         tiled = [True] * len(sizes) if numbers is None else [n == 1 for n in numbers for _ in range(n)]
+        points, side = config.image_grid_pinpoints, config.vision_config.image_size
         return [
-            image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) if own else 1
-            for size, own in zip(sizes, tiled)
+            image_size_to_num_patches(size, points, side) if is_tiled else 1 for size, is_tiled in zip(sizes, tiled)
         ]
 
     def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
@@ -56,7 +56,7 @@ class LlavaOnevision(Adapter):
             videos, frames = call["pixel_values_videos"].shape[:2]
             return [pooled_video(frames, self._side, self.entry.apply_pooling, separators=1)] * videos
         ratio = call.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
-        found, sizes = [], call["image_sizes"].cpu()  # read here and nowhere else
+        visuals, sizes = [], call["image_sizes"].cpu()  # read here and nowhere else
         for size, crops in zip(sizes, self._crops(sizes, call.get("batch_num_images"))):
 
             def pack(values: Tensor, newline: Tensor, size: Tensor = size) -> Tensor:
@@ -65,8 +65,8 @@ class LlavaOnevision(Adapter):
                 )
                 return packed[0]
 
-            found.append(anyres_visual(pack, crops, self._side))
-        return found
+            visuals.append(anyres_visual(pack, crops, self._side))
+        return visuals
 
     def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         if kind == "video":

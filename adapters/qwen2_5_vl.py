@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from tokenprune.adapters._qwen import QwenVL
-from tokenprune.registry import MODELS
+from tokenprune.registry import register_model
 
 
-@MODELS.register("qwen2_5_vl")
+@register_model("qwen2_5_vl")
 class Qwen25VL(QwenVL):
     """Stock `Qwen2_5_VLForConditionalGeneration`."""
 

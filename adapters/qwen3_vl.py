@@ -14,10 +14,10 @@ from torch import Tensor
 
 from tokenprune.adapters._qwen import QwenVL
 from tokenprune.adapters._vit import SIGLIP_PIXELS
-from tokenprune.registry import MODELS
+from tokenprune.registry import register_model
 
 
-@MODELS.register("qwen3_vl")
+@register_model("qwen3_vl")
 class Qwen3VL(QwenVL):
     """Stock `Qwen3VLForConditionalGeneration`."""
 

@@ -17,10 +17,10 @@ from tokenprune.adapters._vit import Vit, vit_facts
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, submodule
 from tokenprune.interfaces.visual import Raster, Visual
-from tokenprune.registry import MODELS
+from tokenprune.registry import register_model
 
 
-@MODELS.register("smolvlm")
+@register_model("smolvlm")
 class SmolVLM(Adapter):
     """Stock `SmolVLMForConditionalGeneration`."""
 
@@ -58,7 +58,7 @@ class SmolVLM(Adapter):
         ]
 
     def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
-        return [own[: len(visual.rasters)] for own, visual in zip(call["pixel_values"], visuals)]
+        return [tiles[: len(visual.rasters)] for tiles, visual in zip(call["pixel_values"], visuals)]
 
     def cost_shape(self) -> ModelShape:
         config = self.model.config

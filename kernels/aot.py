@@ -209,10 +209,10 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         path.write_bytes(cubin)
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
-    if found is None:
+    resources = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    if resources is None:
         raise RuntimeError(f"cuobjdump said nothing of registers: {told}")
-    return int(found[1]), int(found[2])
+    return int(resources[1]), int(resources[2])
 
 
 def compile_all(ops: Sequence[str]) -> Iterator[dict[str, Any]]:

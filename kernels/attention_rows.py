@@ -107,7 +107,7 @@ def logits_kernel(
     key_head = tl.program_id(2) % key_heads
     o_i = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    there = o_i < group * rows
+    is_row = o_i < group * rows
     head, row = key_head * group + o_i // rows, o_i % rows
     p_q += batch * q_b + head * q_h + row * q_r
     p_k += batch * k_b + key_head * k_h + o_n * k_n
@@ -115,12 +115,12 @@ def logits_kernel(
     for start in range(0, width, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         inside = o_d < width
-        b_q = tl.load(p_q[:, None] + o_d[None] * q_d, mask=there[:, None] & inside[None], other=0.0)
+        b_q = tl.load(p_q[:, None] + o_d[None] * q_d, mask=is_row[:, None] & inside[None], other=0.0)
         b_k = tl.load(p_k[:, None] + o_d[None] * k_d, mask=(o_n < count)[:, None] & inside[None], other=0.0)
         if WIDEN:
             b_q, b_k = b_q.to(tl.float32), b_k.to(tl.float32)
         b_s += tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3")
-    seen = there[:, None] & (o_n < count)[None]
+    seen = is_row[:, None] & (o_n < count)[None]
     if MASKED:
         # a mask of rows x keys is the one tensor here that can have more than 2^31 entries in a batch
         p_mask += batch * m_b + row.to(tl.int64) * m_r
@@ -129,9 +129,9 @@ def logits_kernel(
     peak = tl.max(b_s, axis=1)
     power = tl.exp(b_s - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
     line = (batch * key_heads * group + head) * rows + row
-    tl.store(p_peaks + line * tiles + tile, peak, mask=there)
-    tl.store(p_sums + line * tiles + tile, tl.sum(power, axis=1), mask=there)
-    tl.store(p_logits + line[:, None] * count + o_n[None], b_s, mask=there[:, None] & (o_n < count)[None])
+    tl.store(p_peaks + line * tiles + tile, peak, mask=is_row)
+    tl.store(p_sums + line * tiles + tile, tl.sum(power, axis=1), mask=is_row)
+    tl.store(p_logits + line[:, None] * count + o_n[None], b_s, mask=is_row[:, None] & (o_n < count)[None])
 
 
 @Kernel

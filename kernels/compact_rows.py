@@ -84,17 +84,17 @@ def rows_kernel(
     o_w = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     line = batch * places + place
     source = tl.load(p_index + line)
-    there = (source >= 0).to(tl.int32)
-    row = tl.load(p_a + batch * a_b + source * a_s + o_w * a_w, mask=o_w < width_a * there, other=0)
+    is_kept = (source >= 0).to(tl.int32)
+    row = tl.load(p_a + batch * a_b + source * a_s + o_w * a_w, mask=o_w < width_a * is_kept, other=0)
     tl.store(p_a_out + line * width_a + o_w, row, mask=o_w < width_a)
     if COUNT > 1:
-        row = tl.load(p_b + batch * b_b + source * b_s + o_w * b_w, mask=o_w < width_b * there, other=0)
+        row = tl.load(p_b + batch * b_b + source * b_s + o_w * b_w, mask=o_w < width_b * is_kept, other=0)
         tl.store(p_b_out + line * width_b + o_w, row, mask=o_w < width_b)
     if COUNT > 2:
-        row = tl.load(p_c + batch * c_b + source * c_s + o_w * c_w, mask=o_w < width_c * there, other=0)
+        row = tl.load(p_c + batch * c_b + source * c_s + o_w * c_w, mask=o_w < width_c * is_kept, other=0)
         tl.store(p_c_out + line * width_c + o_w, row, mask=o_w < width_c)
     if COUNT > 3:
-        row = tl.load(p_d + batch * d_b + source * d_s + o_w * d_w, mask=o_w < width_d * there, other=0)
+        row = tl.load(p_d + batch * d_b + source * d_s + o_w * d_w, mask=o_w < width_d * is_kept, other=0)
         tl.store(p_d_out + line * width_d + o_w, row, mask=o_w < width_d)
 
 

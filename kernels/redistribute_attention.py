@@ -194,14 +194,14 @@ def _plan(groups: Tensor, share: float, least_mass: float, most_sink: float, sla
 def _kept_plan(groups: Tensor, share: float, least_mass: float, most_sink: float, slack: float) -> _Plan:
     if is_in_torch_dispatch_mode():  # a plan of fake or traced tensors is of use to nobody else
         return _plan(groups, share, least_mass, most_sink, slack)
-    found: _Plan | None = getattr(groups, "_plan", None)
+    plan: _Plan | None = getattr(groups, "_plan", None)
     version = None if groups.is_inference() else groups._version
-    if found is None or found.settings != (share, least_mass, most_sink, slack) or found.version != version:
+    if plan is None or plan.settings != (share, least_mass, most_sink, slack) or plan.version != version:
         # a plan of inference mode would be of no use to autograd
         with torch.inference_mode(False):
-            found = replace(_plan(groups, share, least_mass, most_sink, slack), version=version)
-        groups._plan = found  # type: ignore[attr-defined]
-    return found
+            plan = replace(_plan(groups, share, least_mass, most_sink, slack), version=version)
+        groups._plan = plan  # type: ignore[attr-defined]
+    return plan
 
 
 def launch(
@@ -255,7 +255,7 @@ def groups_kernel(
     key_head = tl.program_id(2) % key_heads
     o_i = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_v = tl.arange(0, BLOCK_V)
-    there = o_i < group * rows
+    is_row = o_i < group * rows
     head, row = key_head * group + o_i // rows, o_i % rows
     p_q += batch * q_b + head * q_h + row * q_r
     p_k += batch * k_b + key_head * k_h
@@ -273,12 +273,12 @@ def groups_kernel(
         for start in range(0, width, BLOCK_D):
             o_d = start + tl.arange(0, BLOCK_D)
             inside = o_d < width
-            b_q = tl.load(p_q[:, None] + o_d[None] * q_d, mask=there[:, None] & inside[None], other=0.0)
+            b_q = tl.load(p_q[:, None] + o_d[None] * q_d, mask=is_row[:, None] & inside[None], other=0.0)
             b_k = tl.load(p_k + o_n[None] * k_n + o_d[:, None] * k_d, mask=m_n_[None] & inside[:, None], other=0.0)
             if WIDEN_K:
                 b_q, b_k = b_q.to(tl.float32), b_k.to(tl.float32)
             b_s += tl.dot(b_q, b_k, input_precision="tf32x3")
-        seen = there[:, None] & m_n_[None]
+        seen = is_row[:, None] & m_n_[None]
         if MASKED:
             seen = seen & tl.load(p_mask + batch * m_b + row[:, None] * m_r + o_n[None] * m_n, mask=seen, other=0).to(
                 tl.int1
@@ -309,13 +309,13 @@ def groups_kernel(
         u_o = u_o * shrink[:, None] + tl.dot(power_o.to(b_v.dtype), b_v, input_precision="tf32x3")
     line = ((batch * key_heads * group + head) * rows + row) * splits + split
     p_sums += line * 5
-    tl.store(p_sums, peak, mask=there)
-    tl.store(p_sums + 1, z_s, mask=there)
-    tl.store(p_sums + 2, z_n, mask=there)
-    tl.store(p_sums + 3, z_t, mask=there)
-    tl.store(p_sums + 4, z_o, mask=there)
+    tl.store(p_sums, peak, mask=is_row)
+    tl.store(p_sums + 1, z_s, mask=is_row)
+    tl.store(p_sums + 2, z_n, mask=is_row)
+    tl.store(p_sums + 3, z_t, mask=is_row)
+    tl.store(p_sums + 4, z_o, mask=is_row)
     p_vectors += line[:, None] * 3 * out_width + o_v[None]
-    inside_v = there[:, None] & (o_v < out_width)[None]
+    inside_v = is_row[:, None] & (o_v < out_width)[None]
     tl.store(p_vectors, u_sinks, mask=inside_v)
     tl.store(p_vectors + out_width, u_n, mask=inside_v)
     tl.store(p_vectors + 2 * out_width, u_o, mask=inside_v)

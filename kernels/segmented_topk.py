@@ -105,22 +105,22 @@ def segment_kernel(
         quota = tl.sum(tl.where(o_s == segment, b_quota, 0), axis=0)
         before = tl.sum(tl.where(o_s < segment, b_quota, 0), axis=0)
     o_n = tl.arange(0, BLOCK)
-    there = o_n < size
-    score = tl.load(p_scores + row * s_m + (begin + o_n) * s_n, mask=there, other=0.0).to(tl.float32)
+    is_token = o_n < size
+    score = tl.load(p_scores + row * s_m + (begin + o_n) * s_n, mask=is_token, other=0.0).to(tl.float32)
     score = tl.where(score == 0.0, 0.0, score)
     # the bits of floats, negative ones flipped, sort as the floats do; so does every prefix of them
     bits = score.to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     bits = tl.where(score != score, 0x7FFFFFFF, bits)
     # the highest bit is the sign, whose weight is negative
-    positive = tl.sum((there & (bits >= 0)).to(tl.int32), axis=0) >= quota  # type: ignore[operator]
+    positive = tl.sum((is_token & (bits >= 0)).to(tl.int32), axis=0) >= quota  # type: ignore[operator]
     threshold = tl.where(positive, 0, -0x7FFFFFFF - 1)
     for bit in range(31):
         trial = threshold + (1 << (30 - bit))
-        enough = tl.sum((there & (bits >= trial)).to(tl.int32), axis=0) >= quota  # type: ignore[operator]
+        enough = tl.sum((is_token & (bits >= trial)).to(tl.int32), axis=0) >= quota  # type: ignore[operator]
         threshold = tl.where(enough, trial, threshold)
-    above = there & (bits > threshold)
-    level = there & (bits == threshold)
+    above = is_token & (bits > threshold)
+    level = is_token & (bits == threshold)
     left = quota - tl.sum(above.to(tl.int32), axis=0)  # type: ignore[operator]
     kept = above | (level & (tl.cumsum(level.to(tl.int32), axis=0) <= left))
     place = before + tl.cumsum(kept.to(tl.int32), axis=0) - 1

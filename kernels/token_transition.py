@@ -60,12 +60,12 @@ def launch(attention_in: Tensor, attention_out: Tensor, mlp_in: Tensor, mlp_out:
     batch, count, width = attention_in.shape
     given = (attention_in, attention_out, mlp_in, mlp_out)
     # two tensors: outputs of an op must not share memory
-    found = [attention_in.new_empty(2, batch, count, dtype=torch.float32) for _ in range(2)]
+    outputs = [attention_in.new_empty(2, batch, count, dtype=torch.float32) for _ in range(2)]
     strides = [step for tensor in given for step in tensor.stride()]
     transition_kernel[(count, batch)](
-        *given, found[0], found[1], count, width, batch * count, *strides, power_of_two(width, 16, 1024)
+        *given, outputs[0], outputs[1], count, width, batch * count, *strides, power_of_two(width, 16, 1024)
     )
-    return found[0], found[1]
+    return outputs[0], outputs[1]
 
 
 @Kernel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -11,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenprune.hooks import Ledger
+from tokenprune.interfaces.adapter import Adapter
+from tokenprune.interfaces.intervention import Intervention
+from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.selection import Selection, fit_grid, grid_places, topk_indices
 from tokenprune.interfaces.visual import one_raster
-from tokenprune.registry import METHODS, MODELS, Registry, UnknownName
+from tokenprune.registry import INTERVENTIONS, METHODS, MODELS, Registry, UnknownName
 from tokenprune.state.prompt_layout import build_layout
 
 
@@ -48,6 +52,26 @@ def test_registry_refuses_bad_and_taken_names():
     Twin = type("Twin", (), {"__module__": "elsewhere"})
     with pytest.raises(ValueError, match="is taken by"):
         registry.register("mine")(Twin)
+
+
+@pytest.mark.parametrize(("registry", "base"), [(METHODS, Pruner), (INTERVENTIONS, Intervention), (MODELS, Adapter)])
+def test_a_registry_takes_only_what_derives_from_its_base_class(registry, base):
+    before = registry.names()
+    message = f"The {registry.kind} 'stranger' must be a class that derives from tokenprune.{base.__name__}, got "
+    with pytest.raises(TypeError, match=re.escape(message) + ".*Stranger"):
+
+        @registry.register("stranger")
+        class Stranger:
+            pass
+
+    with pytest.raises(TypeError, match=re.escape(message) + "<function"):
+        registry.register("stranger")(lambda view: view)
+    assert registry.names() == before
+    try:
+        mine = registry.register("my_own")(type("MyOwn", (base,), {}))
+        assert registry.get("my_own") is mine and mine.name == "my_own"
+    finally:
+        registry.unregister("my_own")
 
 
 def test_the_ledger_undoes_in_reverse_and_finishes_even_if_an_entry_fails():

@@ -17,35 +17,54 @@ if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))
 
 if TYPE_CHECKING:
-    from tokenprune.api import applied, apply
-    from tokenprune.handle import Handle
-    from tokenprune.interfaces.intervention import Intervention
-    from tokenprune.interfaces.pruner import Pruner
-    from tokenprune.registry import (
-        list_interventions,
-        list_methods,
-        list_models,
-        register_intervention,
-        register_method,
-    )
+    # the names of `_public` once more, for type checkers (`as` says that they are exported); a test compares the two
+    from tokenprune.api import applied as applied
+    from tokenprune.api import apply as apply
+    from tokenprune.handle import Handle as Handle
+    from tokenprune.interfaces.adapter import Adapter as Adapter
+    from tokenprune.interfaces.budget import Budget as Budget
+    from tokenprune.interfaces.intervention import Intervention as Intervention
+    from tokenprune.interfaces.pruner import ModelDepths as ModelDepths
+    from tokenprune.interfaces.pruner import Pruner as Pruner
+    from tokenprune.interfaces.pruner import Stage as Stage
+    from tokenprune.interfaces.selection import Selection as Selection
+    from tokenprune.interfaces.signals import Signal as Signal
+    from tokenprune.interfaces.signals import TowerInfo as TowerInfo
+    from tokenprune.interfaces.view import View as View
+    from tokenprune.interfaces.visual import Raster as Raster
+    from tokenprune.interfaces.visual import Visual as Visual
+    from tokenprune.registry import list_interventions as list_interventions
+    from tokenprune.registry import list_methods as list_methods
+    from tokenprune.registry import list_models as list_models
+    from tokenprune.registry import register_intervention as register_intervention
+    from tokenprune.registry import register_method as register_method
+    from tokenprune.registry import register_model as register_model
 
-# Public names load on first use, so that `tokenprune --help` and `tokenprune ls` never import torch.
+# The public names and their modules. They load on first use, so that `tokenprune --help` and `ls` never import torch.
 _public = {
-    "apply": "tokenprune.api",
-    "applied": "tokenprune.api",
+    "Adapter": "tokenprune.interfaces.adapter",
+    "Budget": "tokenprune.interfaces.budget",
     "Handle": "tokenprune.handle",
-    "Pruner": "tokenprune.interfaces.pruner",
     "Intervention": "tokenprune.interfaces.intervention",
-    "register_intervention": "tokenprune.registry",
-    "register_method": "tokenprune.registry",
+    "ModelDepths": "tokenprune.interfaces.pruner",
+    "Pruner": "tokenprune.interfaces.pruner",
+    "Raster": "tokenprune.interfaces.visual",
+    "Selection": "tokenprune.interfaces.selection",
+    "Signal": "tokenprune.interfaces.signals",
+    "Stage": "tokenprune.interfaces.pruner",
+    "TowerInfo": "tokenprune.interfaces.signals",
+    "View": "tokenprune.interfaces.view",
+    "Visual": "tokenprune.interfaces.visual",
+    "applied": "tokenprune.api",
+    "apply": "tokenprune.api",
     "list_interventions": "tokenprune.registry",
     "list_methods": "tokenprune.registry",
     "list_models": "tokenprune.registry",
+    "register_intervention": "tokenprune.registry",
+    "register_method": "tokenprune.registry",
+    "register_model": "tokenprune.registry",
 }
-__all__ = [
-    "Handle", "Intervention", "Pruner", "__version__", "applied", "apply", "list_interventions", "list_methods",
-    "list_models", "register_intervention", "register_method",
-]  # fmt: skip
+__all__ = sorted([*_public, "__version__"])  # type: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
@@ -57,4 +76,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return list(__all__)

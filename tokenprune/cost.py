@@ -19,7 +19,7 @@ Lengths are lists with one entry per decoder layer, because a method may drop to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,6 @@ class Flops:
         return {**asdict(self), "total": self.total}
 
 
-def vision_flops(shape: ModelShape, images: int = 1, patches: int | None = None, blocks: int | None = None) -> int:
-    """The vision tower over `images` images.
-
-    Args:
-        patches: patches of one image; None means the shape's own.
-        blocks: blocks computed; None means `vision_blocks_run`.
-    """
-    patches = shape.image_patches if patches is None else patches
-    blocks = shape.vision_blocks_run if blocks is None else blocks
-    return images * tower_flops(replace(shape, vision_blocks_run=blocks), [patches])
-
-
 def tower_flops(
     shape: ModelShape, pictures: Sequence[int], blocks: Sequence[Sequence[int]] = (), first: int = 0
 ) -> int:
@@ -132,17 +120,6 @@ def tower_flops(
 def projector_flops(shape: ModelShape, tokens: int) -> int:
     """The projector over `tokens` visual tokens in all."""
     return sum(2 * tokens * a * b for a, b in zip(shape.projector[:-1], shape.projector[1:], strict=True))
-
-
-def signal_flops(shape: ModelShape, rows: int = 1, images: int = 1, patches: int | None = None) -> int:
-    """Attention rows recorded in the vision tower: one query of every head against all keys, 2 H (N+1) dh per row.
-
-    Args:
-        rows: rows per image in all (one [CLS] row in each of two blocks is two).
-    """
-    patches = shape.image_patches if patches is None else patches
-    head_dim = shape.vision_hidden // shape.vision_heads
-    return 2 * images * rows * shape.vision_heads * (patches + int(shape.has_cls)) * head_dim
 
 
 def _check(shape: ModelShape, lengths: Sequence[int]) -> None:
@@ -219,35 +196,3 @@ def paper_flops(shape: ModelShape, lengths: Sequence[int]) -> int:
     _check(shape, lengths)
     d, m, matrices = shape.hidden, shape.intermediate, 3 if shape.gated else 2
     return sum(4 * n * d * d + 2 * n * n * d + matrices * n * d * m for n in lengths)
-
-
-def prompt_flops(
-    shape: ModelShape,
-    lengths: Sequence[int],
-    images: int = 1,
-    tower_patches: int | None = None,
-    projector_tokens: int | None = None,
-    selection: int = 0,
-    signal_rows: int = 0,
-    logits: int = 1,
-) -> Flops:
-    """Every part of one prompt.
-
-    Args:
-        lengths: positions (text and visual) in each decoder layer.
-        images: images in the prompt, all of one size.
-        tower_patches: patches of one image in the vision tower; None means the shape's own.
-        projector_tokens: tokens of one image through the projector; None means as many as patches.
-        selection: the method's own matrix products, see `Pruner.flops`.
-        signal_rows: attention rows recorded per image in the vision tower.
-        logits: positions whose logits are computed at prefill.
-    """
-    patches = shape.image_patches if tower_patches is None else tower_patches
-    tokens = patches if projector_tokens is None else projector_tokens
-    return Flops(
-        vision=vision_flops(shape, images, patches),
-        projector=projector_flops(shape, images * tokens),
-        selection=selection + signal_flops(shape, signal_rows, images, patches),
-        prefill=prefill_flops(shape, lengths, logits),
-        decode=decode_flops(shape, [n + 1 for n in lengths]),
-    )

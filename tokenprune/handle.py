@@ -122,7 +122,7 @@ class Handle:
         try:
             yield passes
         finally:
-            self._engine.calls.passes[:] = [own for own in self._engine.calls.passes if own is not passes]
+            self._engine.calls.passes[:] = [other for other in self._engine.calls.passes if other is not passes]
 
     def _last(self) -> PromptView:
         if self._engine.last is None:

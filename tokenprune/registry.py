@@ -1,9 +1,10 @@
 """Names to classes: one registry each for methods, interventions and model families.
 
 A built-in is a file: `methods/NAME.py` is the method NAME, and it is imported the first time it is asked for, so that
-listing names costs no import of torch. A user's own class joins with the decorator `register_method("name")`, or
-`register_intervention("name")`; that of an installed package with an entry point `name = "module"` in the group
-`tokenprune.methods`, `tokenprune.interventions` or `tokenprune.adapters`, and is then known to the command line too.
+listing names costs no import of torch. A user's own class joins with the decorator `register_method("name")`,
+`register_intervention("name")` or `register_model("name")`; that of an installed package with an entry point
+`name = "module"` in the group `tokenprune.methods`, `tokenprune.interventions` or `tokenprune.adapters`, and is then
+known to the command line too.
 """
 
 from __future__ import annotations
@@ -33,16 +34,19 @@ def _installed(group: str) -> tuple[EntryPoint, ...]:
 
 
 class Registry:
-    """Classes by name, built-ins found by file name in `package`.
+    """Classes by name; a built-in is a file of `package` and has its name.
 
     Args:
         kind: what is registered, for error messages ("method").
         package: dotted name of the package whose files are the built-ins.
+        base: `module:Class` that every class must derive from, imported when a class registers, not before; None: any
+            class will do.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
+    def __init__(self, kind: str, package: str, base: str | None = None) -> None:
         self.kind = kind
         self.package = package
+        self._base = base
         self._classes: dict[str, type] = {}
 
     def _files(self) -> dict[str, Path]:
@@ -66,11 +70,13 @@ class Registry:
 
         Raises:
             ValueError: the name is not lower snake case, or another class has it.
+            TypeError: what is registered does not derive from the registry's base class.
         """
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise ValueError(f"A {self.kind} name must be lower snake case, got {name!r}.")
 
         def decorate(cls: T) -> T:
+            self._check_base(name, cls)
             present = self._classes.get(name)
             if present is not None and present.__module__ != cls.__module__:
                 raise ValueError(
@@ -85,6 +91,17 @@ class Registry:
             return cls
 
         return decorate
+
+    def _check_base(self, name: str, cls: object) -> None:
+        if self._base is None:
+            return
+        module, _, wanted = self._base.partition(":")
+        # the module of a class that derives from the base has imported it, so this costs nothing there
+        if not isinstance(cls, type) or not issubclass(cls, getattr(import_module(module), wanted)):
+            raise TypeError(
+                f"The {self.kind} {name!r} must be a class that derives from tokenprune.{wanted}, got "
+                f"{cls.__qualname__ if isinstance(cls, type) else repr(cls)}."
+            )
 
     def unregister(self, name: str) -> None:
         """Forget a class that was registered by a user (built-ins stay)."""
@@ -121,18 +138,19 @@ class Registry:
 
 
 class UnknownName(KeyError):
-    """A name that no registry holds; prints as the sentence it was given."""
+    """A name that is in no registry; prints as the sentence that it was raised with."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
-METHODS = Registry("method", "tokenprune.methods")
-INTERVENTIONS = Registry("intervention", "tokenprune.interventions")
-MODELS = Registry("model family", "tokenprune.adapters")
+METHODS = Registry("method", "tokenprune.methods", "tokenprune.interfaces.pruner:Pruner")
+INTERVENTIONS = Registry("intervention", "tokenprune.interventions", "tokenprune.interfaces.intervention:Intervention")
+MODELS = Registry("model family", "tokenprune.adapters", "tokenprune.interfaces.adapter:Adapter")
 
 register_method = METHODS.register
 register_intervention = INTERVENTIONS.register
+register_model = MODELS.register
 
 
 def list_methods() -> list[str]:
@@ -141,7 +159,7 @@ def list_methods() -> list[str]:
 
 
 def list_interventions() -> list[str]:
-    """Names of changes of attention that `apply(model, name)` takes, alone or beside a method."""
+    """Names of changes of attention that `apply(model, name)` takes, alone or together with a method."""
     return INTERVENTIONS.names()
 
 

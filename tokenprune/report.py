@@ -106,21 +106,21 @@ def make_report(
     shape = adapter.cost_shape()
     layout = prompt.layout
     lengths = prompt.lengths or [layout.length] * layout.batch_size
-    whole = sum(span.num_tokens for span in layout.spans)
+    visual_tokens = sum(span.num_tokens for span in layout.spans)
     by_layer = _by_layer(prompt, lengths, shape.layers)
     plain = [TowerWork(work.plain or work.grids, left=work.whole) for work in prompt.tower]
     itemsize = adapter.model.dtype.itemsize
     kept = by_layer[-1][0]
     flops = _flops(adapter, shape, prompt.tower, [rows for _, rows in by_layer], prompt.flops)
     by_depth = map(sum, zip(*(cost.layer_flops(shape, row) for row in _by_row(by_layer))))
-    beside = prompt.attention_flops
+    added = prompt.attention_flops  # by layer, what interventions compute anew
     return Report(
         method=label,
         positions=", ".join(dict.fromkeys(str(stage.pruner.positions) for stage in stages)) or "as laid out",
         notes=tuple(dict.fromkeys(note for stage in stages for note in stage.pruner.notes(adapter.tower))),
         samples=layout.batch_size,
         images=len(layout.spans),
-        visual_tokens=whole,
+        visual_tokens=visual_tokens,
         kept_tokens=kept,
         prompt_tokens=sum(lengths),
         kept_prompt_tokens=sum(by_layer[-1][1]),
@@ -128,9 +128,9 @@ def make_report(
         tokens_by_layer=tuple(sum(rows) for _, rows in by_layer),
         equivalent_tokens=cost.equivalent_tokens([visual for visual, _ in by_layer]),
         selection_seconds=prompt.timer.seconds,
-        flops=dataclasses.replace(flops, prefill=flops.prefill + sum(beside.values())),
+        flops=dataclasses.replace(flops, prefill=flops.prefill + sum(added.values())),
         flops_unpruned=_flops(adapter, shape, plain, [lengths] * shape.layers, 0),
-        flops_by_layer=tuple(own + beside.get(layer, 0) for layer, own in enumerate(by_depth)),
+        flops_by_layer=tuple(flops_of_layer + added.get(layer, 0) for layer, flops_of_layer in enumerate(by_depth)),
         kv_bytes=_kv_bytes(shape, [rows for _, rows in by_layer], itemsize),
         kv_bytes_unpruned=_kv_bytes(shape, [lengths] * shape.layers, itemsize),
         interventions=attending.summaries(prompt),
@@ -144,22 +144,22 @@ def visual_by_layer(prompt: Prompt, layers: int) -> list[list[int]]:
     rows: list[list[int]] = [[] for _ in range(prompt.layout.batch_size)]
     for layer in range(layers):
         counts = cuts.get(layer, counts)
-        for row, own in enumerate(rows):
-            own.append(sum(n for n, span in zip(counts, prompt.layout.spans) if span.sample == row))
+        for row, counts_of_sample in enumerate(rows):
+            counts_of_sample.append(sum(n for n, span in zip(counts, prompt.layout.spans) if span.sample == row))
     return rows
 
 
 def _by_layer(prompt: Prompt, lengths: list[int], layers: int) -> list[tuple[int, list[int]]]:
     """Visual tokens of the batch and attended tokens of each row, in every decoder layer."""
-    found: list[tuple[int, list[int]]] = []
+    by_layer: list[tuple[int, list[int]]] = []
     rows = list(lengths)
     cuts = {_first_layer(cut): cut for cut in prompt.cuts}
     visual = visual_by_layer(prompt, layers)
     for layer in range(layers):
         if layer in cuts:
             rows = list(cuts[layer].lengths)
-        found.append((sum(own[layer] for own in visual), rows))
-    return found
+        by_layer.append((sum(counts_of_sample[layer] for counts_of_sample in visual), rows))
+    return by_layer
 
 
 def _first_layer(cut: Cut) -> int:

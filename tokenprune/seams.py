@@ -30,7 +30,7 @@ def cache_of(kwargs: Mapping[str, Any]) -> Any:
 
 def cache_in(output: Any) -> Any:
     """The KV cache in the output of a model or decoder; None if there is none."""
-    return next((found for name in _CACHE if (found := getattr(output, name, None)) is not None), None)
+    return next((cache for name in _CACHE if (cache := getattr(output, name, None)) is not None), None)
 
 
 @functools.cache
@@ -74,12 +74,12 @@ class Seam:
 
     def missing(self) -> list[str]:
         """What the installed release does not have of it, by name; [] if all is there."""
-        found = next(filter(lambda place: place is not None, map(_find, self.where.split("|"))), None)
-        if found is None:
+        thing = next(filter(lambda place: place is not None, map(_find, self.where.split("|"))), None)
+        if thing is None:
             return [self.where.partition("|")[0].replace(":", ".")]
-        has, shown = _names(found), self.where.partition("|")[0].partition(":")[2]
+        has, shown = _names(thing), self.where.partition("|")[0].partition(":")[2]
         lost = [name for name in self.what if has.isdisjoint(name.split("|"))]
-        kind = "attribute" if inspect.isclass(found) else "argument"
+        kind = "attribute" if inspect.isclass(thing) else "argument"
         return [f"the {kind} {name.partition('|')[0]!r} of {shown}" for name in lost]
 
 
@@ -87,21 +87,21 @@ def _find(place: str) -> Any:
     """What stands at `module:name.name`, or None."""
     module, _, names = place.partition(":")
     try:
-        found = importlib.import_module(module)
+        thing = importlib.import_module(module)
     except ImportError:
         return None
     for name in filter(None, names.split(".")):
-        found = getattr(found, name, None)
-    return found
+        thing = getattr(thing, name, None)
+    return thing
 
 
-def _names(found: Any) -> set[str]:
+def _names(thing: Any) -> set[str]:
     """Parameters of a function; attributes of a class, with those that it and its bases set on instances."""
-    if not inspect.isclass(found):
-        return set(inspect.signature(found).parameters) if callable(found) else set(dir(found))
-    names = set(dir(found)) | set(getattr(found, "__dataclass_fields__", ()))
-    of_family = found.__module__.startswith(_MODELS)  # whose common bases speak of everybody's attributes
-    for cls in (cls for cls in found.__mro__ if not of_family or cls.__module__.startswith(_MODELS)):
+    if not inspect.isclass(thing):
+        return set(inspect.signature(thing).parameters) if callable(thing) else set(dir(thing))
+    names = set(dir(thing)) | set(getattr(thing, "__dataclass_fields__", ()))
+    of_family = thing.__module__.startswith(_MODELS)  # whose common bases speak of everybody's attributes
+    for cls in (cls for cls in thing.__mro__ if not of_family or cls.__module__.startswith(_MODELS)):
         names |= set(vars(cls).get("__annotations__", ()))
         for value in vars(cls).values():
             code = getattr(inspect.unwrap(value), "__code__", None) if callable(value) else None
@@ -137,15 +137,15 @@ def _decoder(family: str, prefix: str, stack: str = "") -> list[Seam]:
 
 def _family(family: str, prefix: str, images: tuple[str, ...], videos: tuple[str, ...] = ()) -> list[Seam]:
     """A vision-language model: the calls that are wrapped, and what they are asked by name."""
-    found = [
+    seams = [
         *_model(family, f"{prefix}ForConditionalGeneration.forward", use="every method", what=(*_EMBEDS, *_OUTER)),
         *_model(family, f"{prefix}ForConditionalGeneration", use="every method", what=("model", "lm_head")),
         *_model(family, f"{prefix}Model.forward", use="every method", what=_EMBEDS),
         *_model(family, f"{prefix}Model.get_image_features", use="every method", what=images),
     ]  # fmt: skip
     if videos:
-        found += _model(family, f"{prefix}Model.get_video_features", use="every method on videos", what=videos)
-    return found
+        seams += _model(family, f"{prefix}Model.get_video_features", use="every method on videos", what=videos)
+    return seams
 
 
 _CLIP = [

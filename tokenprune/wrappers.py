@@ -96,15 +96,15 @@ class Links:
 
     def _walk(self, parent: nn.Module, path: str, wanted: set[int]) -> bool:
         """Note the links below `parent` that lead to a wanted module; whether there are any."""
-        found = False
+        leads_there = False
         for name, child in parent._modules.items():
             if child is None:
                 continue
             below = f"{path}.{name}" if path else name
             if self._walk(child, below, wanted) or id(child) in wanted:
                 self._links[id(parent), name] = below, parent, name, child
-                found = True
-        return found
+                leads_there = True
+        return leads_there
 
     def check(self) -> None:
         """Raise RuntimeError if a module was replaced."""

@@ -38,16 +38,19 @@ def test_parts_equal_the_counter_without_the_driver(attention):
     shape = adapter_for(model).cost_shape()
     batch = prompts([1])
     length = batch["input_ids"].shape[1]
+    vision = cost.tower_flops(shape, [shape.image_patches])
     with torch.no_grad(), flop_counter() as counter:
         model.model.vision_tower(batch["pixel_values"])
-    assert counter.get_total_flops() == pytest.approx(cost.vision_flops(shape), rel=TOLERANCE)
+    assert counter.get_total_flops() == pytest.approx(vision, rel=TOLERANCE)
     with torch.no_grad(), flop_counter() as counter:
         cache = cache_in(model(**batch))
-    parts = cost.prompt_flops(shape, [length] * shape.layers, logits=length)
-    assert counter.get_total_flops() == pytest.approx(parts.total, rel=TOLERANCE)
+    projector = cost.projector_flops(shape, shape.image_patches)
+    prefill = cost.prefill_flops(shape, [length] * shape.layers, logits=length)
+    assert counter.get_total_flops() == pytest.approx(vision + projector + prefill, rel=TOLERANCE)
+    decode = cost.decode_flops(shape, [length + 1] * shape.layers)
     with torch.no_grad(), flop_counter() as counter:
         model(input_ids=torch.tensor([[9]]), **cache_argument(cache))
-    assert counter.get_total_flops() == pytest.approx(parts.decode, rel=TOLERANCE)
+    assert counter.get_total_flops() == pytest.approx(decode, rel=TOLERANCE)
 
 
 def test_kv_bytes_equal_the_tensors_of_a_pruned_cache():

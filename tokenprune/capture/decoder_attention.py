@@ -137,8 +137,8 @@ class DecoderSignals:
         at = torch.arange(length, device=rows.device)
         causal = at[None, None] <= rows[..., None]
         if given.attended is not None:
-            own = at[None, None] == rows[..., None]
-            causal = (causal & given.attended[:, None]) | own
+            itself = at[None, None] == rows[..., None]
+            causal = (causal & given.attended[:, None]) | itself
         if given.keys is None:
             return causal
         past = torch.ones(batch_size, given.keys.shape[2], dtype=torch.bool, device=rows.device)
@@ -221,14 +221,14 @@ class DecoderSignals:
             return self._cache["instruction"]
         ends = self._ends()
         counts = [max(count, 1) for count in self._prompt.text_after_visual()]
-        own = torch.tensor(counts, device=ends.device)[:, None]
+        rows_of_prompt = torch.tensor(counts, device=ends.device)[:, None]  # [B, 1]
         total = torch.zeros(self._given.hidden.shape[:2], device=ends.device)
         # text never leaves, so the rows are the last ones of each prompt; shorter prompts repeat their first, uncounted
         for start in range(0, max(counts), _CHUNK):
             back = torch.arange(start, min(start + _CHUNK, max(counts)), device=ends.device)[None]
-            mass = self._attention((ends - back.minimum(own - 1)).clamp(min=0))
-            total += (mass * (back < own)[..., None]).sum(dim=1)
-        self._cache["instruction"] = total / own
+            mass = self._attention((ends - back.minimum(rows_of_prompt - 1)).clamp(min=0))
+            total += (mass * (back < rows_of_prompt)[..., None]).sum(dim=1)
+        self._cache["instruction"] = total / rows_of_prompt
         return self._cache["instruction"]
 
     @torch.no_grad()
@@ -262,14 +262,14 @@ class DecoderSignals:
     def _shares_of_tail(self, visual: Tensor) -> None:
         """Where all text follows all visual tokens: its own rows are all that is needed, and visual rows see none."""
         counts = [max(count, 1) for count in self._prompt.text_after_visual()]
-        own, most = torch.tensor(counts, device=visual.device)[:, None], max(counts)
+        rows_of_prompt, most = torch.tensor(counts, device=visual.device)[:, None], max(counts)
         ends = self._ends()
         total = torch.zeros(visual.shape[0], device=visual.device)
         for start in range(0, most, _CHUNK):
             back = torch.arange(start, min(start + _CHUNK, most), device=visual.device)[None]
             mass = self._attention((ends - back).clamp(min=0))
-            total += ((mass * visual[:, None]).sum(dim=2) * (back < own)).sum(dim=1)
-        self._cache[TEXT_TO_VISUAL] = total / own[:, 0]
+            total += ((mass * visual[:, None]).sum(dim=2) * (back < rows_of_prompt)).sum(dim=1)
+        self._cache[TEXT_TO_VISUAL] = total / rows_of_prompt[:, 0]
         self._cache[VISUAL_TO_TEXT] = torch.zeros_like(total)
 
     def _shares_of_all(self, visual: Tensor) -> None:

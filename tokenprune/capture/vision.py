@@ -31,25 +31,25 @@ def vision_signal(signal: Signal, query: Tensor, key: Tensor, value: Tensor, bef
     Args:
         query, key, value: `[m, H, T, d]`, T = `before` [CLS] tokens and the patches.
     """
-    name, whole, patches = signal.name, key.shape[2], key.shape[2] - before
+    name, tokens, patches = signal.name, key.shape[2], key.shape[2] - before
     scale = query.shape[-1] ** -0.5
     if name == CLS_ATTENTION:
-        return attention_rows(query[:, :, :1], key, scale)[:, 0, before:], whole
+        return attention_rows(query[:, :, :1], key, scale)[:, 0, before:], tokens
     if name == MEAN_QUERY_ATTENTION:
         mean = query[:, :, before:].float().mean(dim=2, keepdim=True)
-        return attention_rows(mean, key, scale)[:, 0, before:], whole
+        return attention_rows(mean, key, scale)[:, 0, before:], tokens
     if name == CLS_VALUE_SIMILARITY:
-        return attention_rows(value[:, :, :1], value, 1.0)[:, 0, before:], whole
+        return attention_rows(value[:, :, :1], value, 1.0)[:, 0, before:], tokens
     if name == CLS_PATCH_ATTENTION:
         return attention_rows(query[:, :, :1], key[:, :, before:], scale)[:, 0], patches
     if name == CLS_PATCH_SIMILARITY:
         return attention_rows(value[:, :, :1], value[:, :, before:], scale)[:, 0], patches
     if name == MEAN_VALUE_SIMILARITY:
-        own = value[:, :, before:].float()
-        return attention_rows(own.mean(dim=2, keepdim=True), own, scale)[:, 0], patches
+        patch_values = value[:, :, before:].float()
+        return attention_rows(patch_values.mean(dim=2, keepdim=True), patch_values, scale)[:, 0], patches
     if name in (SINK_ATTENTION, SINK_ATTENTION_SUM):
-        found, rows = sink_attention(query, key, before, signal.settings[0], name == SINK_ATTENTION_SUM)
-        return found, rows * whole
+        mean_or_sum, count = sink_attention(query, key, before, signal.settings[0], name == SINK_ATTENTION_SUM)
+        return mean_or_sum, count * tokens
     return value.float().mean(dim=1).abs().sum(dim=-1)[:, before:], 0
 
 
@@ -88,12 +88,12 @@ def sink_attention(query: Tensor, key: Tensor, before: int, threshold: float, to
     # the rows of a picture with fewer of them are filled up with rows that count nothing
     places = torch.sort(sinks.to(torch.int8), dim=1, descending=True, stable=True).indices[:, :most]
     weights = sinks.gather(1, places).to(torch.float32)
-    found = torch.zeros_like(received)
+    summed = torch.zeros_like(received)
     for start in range(0, most, _CHUNK):
         part = places[:, start : start + _CHUNK]
         index = part[:, None, :, None].expand(-1, query.shape[1], -1, width)
-        found += (rows(patches.gather(2, index)) * weights[:, start : start + _CHUNK, None]).sum(dim=1)
-    return (found if total else found / numbers), count + most
+        summed += (rows(patches.gather(2, index)) * weights[:, start : start + _CHUNK, None]).sum(dim=1)
+    return (summed if total else summed / numbers), count + most
 
 
 def grey_levels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

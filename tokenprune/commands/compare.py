@@ -32,20 +32,21 @@ def _compare(args: argparse.Namespace) -> int:
     from tokenprune.evals.results.compare import OVERALL, compare
 
     with as_user_error():
-        found = compare(args.first, args.second, args.method, args.seed)
+        comparisons = compare(args.first, args.second, args.method, args.seed)
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    for task in dict.fromkeys(each.task for each in found):
-        own = [each for each in found if each.task == task]
+    for task in dict.fromkeys(each.task for each in comparisons):
+        of_task = [each for each in comparisons if each.task == task]
         console.print(f"\n{task}: A = {args.first}, B = {args.second}", highlight=False, markup=False)
-        if len(own) == 1:
+        if len(of_task) == 1:
             rows = [
-                (family, own[0].accuracies[family], comparison, None) for family, comparison in own[0].families.items()
+                (family, of_task[0].accuracies[family], comparison, None)
+                for family, comparison in of_task[0].families.items()
             ]
             console.print(_table("family", rows))
         else:
-            rows = [(_pair(each), each.accuracies[OVERALL], each.families[OVERALL], each.holm) for each in own]
+            rows = [(_pair(each), each.accuracies[OVERALL], each.families[OVERALL], each.holm) for each in of_task]
             console.print(_table("point", rows))
-        alone = max(own, key=lambda each: each.only_first + each.only_second)
+        alone = max(of_task, key=lambda each: each.only_first + each.only_second)
         if alone.only_first or alone.only_second:
             console.print(
                 f"{alone.only_first} samples are only in A and {alone.only_second} only in B; they were left out.",
@@ -74,12 +75,12 @@ def _table(head: str, rows: list[Any]) -> Any:
              "needed", "can show"]  # fmt: skip
     for place, name in enumerate(heads):
         table.add_column(name, justify="right" if place else "left", no_wrap=True)
-    for name, (first, second), found, adjusted in rows:
+    for name, (first, second), paired, adjusted in rows:
         cells = [
-            escape(name), str(found.n), f"{100 * first:.1f}", f"{100 * second:.1f}", f"{100 * found.difference:+.1f}",
-            f"{100 * found.low:+.1f} to {100 * found.high:+.1f}", f"{found.won} / {found.lost}", f"{found.p:.2g}",
-            *([f"{adjusted:.2g}"] if holm else []), "" if found.needed is None else str(found.needed),
-            "" if found.detectable is None else f"{100 * found.detectable:.1f}",
+            escape(name), str(paired.n), f"{100 * first:.1f}", f"{100 * second:.1f}", f"{100 * paired.difference:+.1f}",
+            f"{100 * paired.low:+.1f} to {100 * paired.high:+.1f}", f"{paired.won} / {paired.lost}", f"{paired.p:.2g}",
+            *([f"{adjusted:.2g}"] if holm else []), "" if paired.needed is None else str(paired.needed),
+            "" if paired.detectable is None else f"{100 * paired.detectable:.1f}",
         ]  # fmt: skip
         table.add_row(*cells)
     return table

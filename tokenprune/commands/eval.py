@@ -55,10 +55,10 @@ def _apart(args: argparse.Namespace, tasks: list[str], options: dict[str, Any]) 
     from tokenprune.evals.io.digest import digest
     from tokenprune.evals.tasks.load import default_task
 
-    found = {"options": options, "tasks": tasks, "limit": args.limit, "seed": args.seed, "dtype": args.dtype}
-    found["max_new_tokens"] = args.max_new_tokens
+    settings = {"options": options, "tasks": tasks, "limit": args.limit, "seed": args.seed, "dtype": args.dtype}
+    settings["max_new_tokens"] = args.max_new_tokens
     usual = {"options": {}, "tasks": [default_task(args.model)], "limit": None, "seed": 0, "dtype": "float32"}
-    other = {name: value for name, value in found.items() if value != usual.get(name)}
+    other = {name: value for name, value in settings.items() if value != usual.get(name)}
     return f"-{digest(other)[:6]}" if other else ""
 
 

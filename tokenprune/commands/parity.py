@@ -34,13 +34,13 @@ def _parity(args: argparse.Namespace) -> int:
     return 0
 
 
-def show_parity(found: Any, folder: Path) -> None:
+def show_parity(comparisons: Any, folder: Path) -> None:
     """Print the comparison and write parity.csv."""
     from rich.console import Console
 
     from tokenprune.evals.results.parity import parity_lines, parity_table, write_parity
 
     console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(parity_table(found))
-    for line in [*parity_lines(found), f"Written: {write_parity(folder / 'parity.csv', found)}"]:
+    console.print(parity_table(comparisons))
+    for line in [*parity_lines(comparisons), f"Written: {write_parity(folder / 'parity.csv', comparisons)}"]:
         console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -57,17 +57,17 @@ def _recommend(args: argparse.Namespace) -> int:
     from tokenprune.evals.tuning.recommend.search import recommend
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    found = recommend(config, console)
-    files = write(config, found)
-    console.print(table(config, found))
-    for line in sentences(config, found):
+    recommendation = recommend(config, console)
+    files = write(config, recommendation)
+    console.print(table(config, recommendation))
+    for line in sentences(config, recommendation):
         console.print(line, highlight=False, markup=False)
-    for label, why in found.left_out.items():
+    for label, why in recommendation.left_out.items():
         console.print(f"Not searched: {label}: {why}", highlight=False, markup=False)
-    console.print(f"{found.seconds:.0f} s. Written:")
+    console.print(f"{recommendation.seconds:.0f} s. Written:")
     for file in files:
         console.print(f"  {file}", soft_wrap=True, highlight=False, markup=False)
-    return 0 if found.chosen is not None else NOT_FOUND
+    return 0 if recommendation.chosen is not None else NOT_FOUND
 
 
 def _budget(text: str) -> int | float:

@@ -39,15 +39,15 @@ def _tune(args: argparse.Namespace) -> int:
         config = TuneConfig(**given, options=parse_options(args.set))
     from rich.console import Console
 
-    found = tune(config, Console())
-    for name, check in (("shipped", found.shipped), ("tuned", found.best)):
+    tuned = tune(config, Console())
+    for name, check in (("shipped", tuned.shipped), ("tuned", tuned.best)):
         print(
             f"{name:<8} cosine {check.tuned_on:.5f} on its samples, {check.held_out:.5f} on held-out ones; "
             f"{check.retention:.2%} of the visual tokens on average"
         )
-    if found.best.held_out <= found.shipped.held_out:
+    if tuned.best.held_out <= tuned.shipped.held_out:
         print("On held-out samples the tuned settings are no better than the shipped ones.")
-    print(f"{found.trials} trials. Written:")
-    for file in found.files:
+    print(f"{tuned.trials} trials. Written:")
+    for file in tuned.files:
         print(f"  {file}")
     return 0

@@ -172,14 +172,14 @@ class Adapter:
         Raises:
             ValueError: it has none where they are looked for.
         """
-        found = getattr(self.language_model, "layers", None)
-        if found is None:
+        layers = getattr(self.language_model, "layers", None)
+        if layers is None:
             raise ValueError(
                 f"The decoder {type(self.language_model).__name__} has no list of layers at `layers`, where those of "
                 "Llama and its relatives have theirs, so tokens cannot be taken out of it. Use a model with another "
                 "decoder."
             )
-        return found
+        return layers
 
     @property
     def depths(self) -> ModelDepths:

@@ -150,18 +150,18 @@ def read_attention(layer: Any) -> AttentionReading:
 
 
 def _named(module: Any, names: tuple[str, ...], what: str) -> nn.Module:
-    found = next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), nn.Module)), None)
-    if found is None:
+    part = next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), nn.Module)), None)
+    if part is None:
         raise ValueError(f"{type(module).__name__} has no {what} under a known name ({', '.join(names)}).")
-    return found
+    return part
 
 
 def _projections(
     attention: nn.Module, config: Any, width: int
 ) -> tuple[dict[str, nn.Module], Callable[[Tensor, str], Tensor]]:
-    own = [getattr(attention, f"{part}_proj", None) for part in _PARTS]
-    if all(isinstance(module, nn.Module) for module in own):
-        return dict(zip(_PARTS, own)), _whole  # type: ignore[arg-type]
+    separate = [getattr(attention, f"{part}_proj", None) for part in _PARTS]
+    if all(isinstance(module, nn.Module) for module in separate):
+        return dict(zip(_PARTS, separate)), _whole  # type: ignore[arg-type]
     for name in (*_BLOCKS, *_BY_HEAD):
         joined = getattr(attention, name, None)
         if not isinstance(joined, nn.Module):
@@ -191,9 +191,9 @@ def _of_each_head(width: int, made: Tensor, part: str) -> Tensor:
 
 def _head_norm(attention: nn.Module, part: str) -> nn.Module | None:
     for name in _HEAD_NORMS:
-        found = getattr(attention, name.format(part), None)
-        if isinstance(found, nn.Module):
-            return found
+        norm = getattr(attention, name.format(part), None)
+        if isinstance(norm, nn.Module):
+            return norm
     return None
 
 
@@ -204,22 +204,22 @@ def _over_all_heads(norm: nn.Module, width: int) -> bool:
 
 
 def _turn(attention: nn.Module) -> str:
-    own = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    return "halves" if own is None else _turn_of(own)
+    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    return "halves" if rotate is None else _turn_of(rotate)
 
 
 @functools.lru_cache(maxsize=64)
-def _turn_of(own: Any) -> str:
+def _turn_of(rotate: Any) -> str:
     """Which of the rotations a decoder's own function is, found by trying it on a few numbers."""
     generator = torch.Generator().manual_seed(0)
     values, cos, sin = (torch.randn(1, 2, 3, 8, generator=generator, device="cpu") for _ in range(3))
     cos, sin = cos[:, 0], sin[:, 0]
     try:
         with torch.no_grad():
-            found = own(values, values[:, :1], cos, sin)[0]
+            rotated = rotate(values, values[:, :1], cos, sin)[0]
     except Exception as error:
-        raise ValueError(f"{own.__module__} rotates in a way that is not known here: {error}") from error
+        raise ValueError(f"{rotate.__module__} rotates in a way that is not known here: {error}") from error
     for kind in ("halves", "pairs", "pairs of halves"):
-        if found.shape == values.shape and torch.allclose(found, turned(kind, values, (cos, sin)), atol=1e-5):
+        if rotated.shape == values.shape and torch.allclose(rotated, turned(kind, values, (cos, sin)), atol=1e-5):
             return kind
-    raise ValueError(f"{own.__module__} rotates in a way that is not known here.")
+    raise ValueError(f"{rotate.__module__} rotates in a way that is not known here.")

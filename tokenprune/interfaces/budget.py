@@ -62,8 +62,8 @@ def split_budget(budget: int, sizes: Sequence[int]) -> list[int]:
     total = sum(sizes)
     budget = min(budget, total)
     shares = [budget * size // total for size in sizes]
-    rest = sorted(range(len(sizes)), key=lambda i: (-(budget * sizes[i] % total), i))
-    for index in rest[: budget - sum(shares)]:
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (-(budget * sizes[i] % total), i))
+    for index in by_remainder[: budget - sum(shares)]:
         shares[index] += 1
     return shares
 

@@ -44,7 +44,6 @@ class Pruner:
     """Whether other embeddings than the tokens' own stand at the kept places."""
     adaptive: ClassVar[bool] = False
     """Whether the method itself decides how many stay: it is then asked also where the budget would keep all."""
-    text_aware: ClassVar[bool] = False
     plan_options: ClassVar[tuple[str, ...]] = ()
     """Options that only `stages` reads: beside a site of the user's own (`at`) they would say nothing."""
     published: ClassVar[str] = ""

@@ -101,7 +101,7 @@ class _Record:
     values: Tensor
     indices: Tensor
     picture: int
-    there: Tensor | None = None
+    present: Tensor | None = None
     attention: Tensor | None = None
 
 
@@ -146,7 +146,7 @@ class SinkSearch:
             record = self._records.get((prompt, layer))
             if record is not None:
                 visual = places[row] > 0
-                record.there = places[row][visual].long().cpu() - 1
+                record.present = places[row][visual].long().cpu() - 1
                 record.attention = received[row][visual].cpu()
 
     # --- the decision -----------------------------------------------------------------------------------------------
@@ -189,20 +189,20 @@ class SinkSearch:
             for tokens in ("first", "text"):  # models without a BOS token show them in other text tokens
                 present = torch.stack([getattr(record, tokens)[rule] for record in records]).float().mean(0)
                 best = present.argsort(descending=True, stable=True)[:_MOST_CHANNELS]
-                found = [int(channel) for channel in best if present[channel] >= _PRESENT]
-                if found:
-                    return tuple(found)
+                channels = [int(channel) for channel in best if present[channel] >= _PRESENT]
+                if channels:
+                    return tuple(channels)
         return ()
 
     def _overlap(self, tau: float, flagged: dict[tuple[int, int], Tensor]) -> float | None:
         seen: dict[tuple[int, int], Tensor] = {}
-        found = []
-        for (prompt, layer), own in flagged.items():
+        overlaps = []
+        for (prompt, layer), marked in flagged.items():
             picture = self._records[prompt, layer].picture
-            other = seen.setdefault((picture, layer), own)
-            if other is not own and other.shape == own.shape and bool((own | other).any()):
-                found.append(float((own & other).sum() / (own | other).sum()))
-        return sum(found) / len(found) if found else None
+            other = seen.setdefault((picture, layer), marked)
+            if other is not marked and other.shape == marked.shape and bool((marked | other).any()):
+                overlaps.append(float((marked & other).sum() / (marked | other).sum()))
+        return sum(overlaps) / len(overlaps) if overlaps else None
 
 
 def _flags(hidden: Tensor, relative: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,22 +225,22 @@ def _threshold(scores: Tensor) -> float:
 
 
 def _ratio(records: list[_Record], flagged: list[Tensor]) -> float:
-    found = []
-    for record, own in zip(records, flagged):
-        if record.attention is None or record.there is None:
+    ratios = []
+    for record, marked in zip(records, flagged):
+        if record.attention is None or record.present is None:
             continue
-        left = own[record.there]
+        left = marked[record.present]
         if bool(left.any()) and float(record.attention.mean()) > 0:
-            found.append(float(record.attention[left].mean() / record.attention.mean()))
-    return sum(found) / len(found) if found else 0.0
+            ratios.append(float(record.attention[left].mean() / record.attention.mean()))
+    return sum(ratios) / len(ratios) if ratios else 0.0
 
 
 def _complaint(channels: tuple[int, ...], tau: float, share: float, ratio: float, overlap: float | None) -> str:
-    found = f"channels {', '.join(map(str, channels))} stand out in text tokens, but with tau {tau:.3g}"
+    start = f"channels {', '.join(map(str, channels))} stand out in text tokens, but with tau {tau:.3g}"
     if not _SHARE[0] <= share <= _SHARE[1]:
-        return f"{found} they mark {share:.2%} of the image tokens (0.1% to 5% expected)"
+        return f"{start} they mark {share:.2%} of the image tokens (0.1% to 5% expected)"
     if ratio < _RATIO:
-        return f"{found} the image tokens that they mark get {ratio:.1f} times the mean attention (3 expected)"
+        return f"{start} the image tokens that they mark get {ratio:.1f} times the mean attention (3 expected)"
     if overlap is not None and overlap < _OVERLAP:
-        return f"{found} only {overlap:.0%} of the marked image tokens stay the same under another question"
+        return f"{start} only {overlap:.0%} of the marked image tokens stay the same under another question"
     return ""

@@ -167,9 +167,11 @@ class VAR(Intervention):
         self._decide()
         if self.discovery is None:
             return replace(self)
-        found = self.discovery
-        own = replace(self, channels=list(found.channels) or None, tau=self._tau)
-        return own if found.channels and not found.reason else replace(own, channels=self.channels, p=0.0)
+        discovery = self.discovery
+        settled = replace(self, channels=list(discovery.channels) or None, tau=self._tau)
+        if discovery.channels and not discovery.reason:
+            return settled
+        return replace(settled, channels=self.channels, p=0.0)
 
     def _decide(self) -> None:
         if self._search is None:
@@ -273,18 +275,21 @@ class VAR(Intervention):
             )
         tau = f"tau {self._tau:.3g}, p {self._share:g}, rho {self._rho:g} ({self.variant})"
         about = str(self.discovery) if self.discovery else f"channels {_list(self._channels)} ({self._source})"
-        return f"{about}; {tau}; {_found(noted)}"
+        return f"{about}; {tau}; {_sinks_per_layer(noted)}"
 
 
 def _list(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _found(noted: Mapping[int, Facts]) -> str:
+def _sinks_per_layer(noted: Mapping[int, Facts]) -> str:
     if not noted:
         return "no picture in the last prompts"
     groups = [facts["groups"] for facts in noted.values()]
-    rows = sum(own.shape[0] for own in groups)
-    visual, text = (sum(int((own == kind).sum()) for own in groups) / rows for kind in (VISUAL_SINK, TEXT_SINK))
-    acting = sum(int((own == VISUAL_SINK).any(1).sum()) for own in groups)
+    rows = sum(groups_of_layer.shape[0] for groups_of_layer in groups)
+    visual, text = (
+        sum(int((groups_of_layer == kind).sum()) for groups_of_layer in groups) / rows
+        for kind in (VISUAL_SINK, TEXT_SINK)
+    )
+    acting = sum(int((groups_of_layer == VISUAL_SINK).any(1).sum()) for groups_of_layer in groups)
     return f"sinks per prompt and layer: {visual:.1f} visual, {text:.1f} text; visual ones in {acting} of {rows} layers"

@@ -47,7 +47,6 @@ class FastV(Pruner):
 
     site: ClassVar[str] = "layer"
     default_scope: ClassVar[str] = "visual"
-    text_aware: ClassVar[bool] = True
     published_positions: ClassVar[str] = "keep"
     published: ClassVar[str] = "arXiv 2403.06764, pkunlp-icler/FastV"
     plan_options: ClassVar[tuple[str, ...]] = ("layer",)

@@ -242,7 +242,6 @@ class TextCut(Pruner):
     name: ClassVar[str] = "flowcut_text"
     site: ClassVar[str] = "layer"
     default_scope: ClassVar[str] = "visual"
-    text_aware: ClassVar[bool] = True
 
     def signals_at(self, tower: TowerInfo, place: str, depth: int) -> tuple[Signal, ...]:
         names = (LAST_VISUAL_ATTENTION, LAST_VALUE_SIMILARITY, DECODER_VALUE_NORM)

@@ -94,7 +94,7 @@ def similarity_variance(features: Tensor) -> Tensor:
     several = features.dim() > 2 and features.device.type == "cpu"
     if several and features.numel() >= _LARGE_STRIP * features.shape[-3]:
         # one strip after another: a normalised copy of all of them would not stay in the cache
-        return torch.stack([_strip_variance(one) for one in features.unbind(-3)], dim=-2)
+        return torch.stack([_strip_variance(strip) for strip in features.unbind(-3)], dim=-2)
     return _strip_variance(features)
 
 

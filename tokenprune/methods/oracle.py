@@ -80,7 +80,6 @@ class Oracle(Pruner):
     """
 
     hints: ClassVar[tuple[str, ...]] = ("boxes",)
-    text_aware: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = True
     published: ClassVar[str] = "upper bound, no paper"
 

@@ -63,7 +63,6 @@ class PyramidDrop(Pruner):
 
     site: ClassVar[str] = "layer"
     default_scope: ClassVar[str] = "visual"
-    text_aware: ClassVar[bool] = True
     published: ClassVar[str] = "arXiv 2410.17247, Cooperx521/PyramidDrop"
     plan_options: ClassVar[tuple[str, ...]] = ("layers",)
 

@@ -156,7 +156,6 @@ class DropAllStage(Pruner):
     name: ClassVar[str] = "todre_fade"
     default_scope: ClassVar[str] = "visual"
     adaptive: ClassVar[bool] = True
-    text_aware: ClassVar[bool] = True
     published_positions: ClassVar[str] = "keep"
 
     positions: str | None = "keep"

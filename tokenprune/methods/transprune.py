@@ -111,7 +111,6 @@ class TransPrune(Pruner):
     site: ClassVar[str] = "layer"
     default_scope: ClassVar[str] = "visual"
     adaptive: ClassVar[bool] = True  # a cut that keeps all still adds to the transition
-    text_aware: ClassVar[bool] = True
     published: ClassVar[str] = "arXiv 2507.20630, liaolea/TransPrune"
     plan_options: ClassVar[tuple[str, ...]] = ("schedule",)
 
@@ -158,8 +157,8 @@ class TransPrune(Pruner):
         wanted = self.layers or [max(layer, depths.first_cut) for layer in default_layers(depths)]
         # where cuts of a shallow decoder fall together, the later one counts
         times = dict(zip(wanted, self.times))
-        own = dataclasses.replace(self, layers=tuple(times), schedule=tuple(times.values()))
-        return tuple(Stage(f"layer:{k}", own, MultipleBudget(budget.keep, t)) for k, t in times.items())
+        scheduled = dataclasses.replace(self, layers=tuple(times), schedule=tuple(times.values()))
+        return tuple(Stage(f"layer:{k}", scheduled, MultipleBudget(budget.keep, t)) for k, t in times.items())
 
     def window(self, depth: int) -> range:
         """Layers whose transitions are added at the cut before layer `depth`: those since the cut before it."""

@@ -235,15 +235,15 @@ class VFlowOpt(Pruner):
 
     def stages(self, budget: Budget, depths: ModelDepths) -> tuple[Stage, ...]:
         last = budget.keep if isinstance(budget.keep, float) else _USUAL.last
-        own = dataclasses.replace(
+        first_stage = dataclasses.replace(
             self,
             threshold=_between(last, [(row.last, row.threshold) for row in SHIPPED])
             if self.threshold is None
             else self.threshold,
             cell=_between(last, [(row.last, row.cell) for row in SHIPPED]) if self.cell is None else self.cell,
         )
-        later = dataclasses.replace(own, positions="keep")
-        places = [("input", own), *((f"layer:{layer}", later) for layer in stage_layers(depths))]
+        later = dataclasses.replace(first_stage, positions="keep")
+        places = [("input", first_stage), *((f"layer:{layer}", later) for layer in stage_layers(depths))]
         steps = [StageBudget(budget.keep, step, self.first, self.second) for step in range(1, len(places))]
         return tuple(Stage(site, pruner, kept) for (site, pruner), kept in zip(places, [*steps, Budget(budget.keep)]))
 
@@ -289,12 +289,12 @@ class VFlowOpt(Pruner):
         return (attention, Signal(GREY_ENTROPY, 0, (base, *map(float, colours))))
 
     def notes(self, tower: TowerInfo) -> tuple[str, ...]:
-        found = []
+        notes = []
         if self.threshold is None and tower.has_cls:
-            found.append("knobs as shipped for LLaVA-OneVision's SigLIP; other towers want `tokenprune tune vflowopt`")
+            notes.append("knobs as shipped for LLaVA-OneVision's SigLIP; other towers want `tokenprune tune vflowopt`")
         if self.alpha != 0 and (self.mean is None or self.std is None):
-            found.append("grey levels by the pixel normalisation of the family's published processors")
-        return tuple(found)
+            notes.append("grey levels by the pixel normalisation of the family's published processors")
+        return tuple(notes)
 
     def score(self, view: View) -> Tensor:
         """I, `[M, N]` fp32."""
@@ -316,9 +316,9 @@ class VFlowOpt(Pruner):
             cells, count = grid_cells(view.rasters, side)
         if not recycle or (self.headroom == "exact" and count > view.budget):
             return Selection(topk_indices(score, view.budget))
-        own = torch.tensor(cells, device=score.device)
-        own = own.expand(view.num_images, -1) if view.tokens is None else own[view.tokens]
-        return self._recycled(view, score, own, count)
+        cell_of_token = torch.tensor(cells, device=score.device)
+        cell_of_token = cell_of_token.expand(view.num_images, -1) if view.tokens is None else cell_of_token[view.tokens]
+        return self._recycled(view, score, cell_of_token, count)
 
     def _recycled(self, view: View, score: Tensor, cells: Tensor, count: int) -> Selection:
         """Prune and merge by cells.
@@ -352,9 +352,9 @@ class VFlowOpt(Pruner):
         kept = torch.where(stays, everything, num_tokens).sort(dim=1).values[:, :width].clamp_max(num_tokens - 1)
         merged = _means(view.features, torch.where(leaves, score.clamp_min(0), 0), leaves, cells, count)
         index = kept[..., None].expand(-1, -1, view.features.shape[-1])
-        own = view.features.gather(1, index)
-        of_cell = merged.gather(1, cells.gather(1, kept)[..., None].expand_as(index)).to(own.dtype)
-        return Selection(kept, torch.where(slots.gather(1, kept)[..., None], of_cell, own), counts)
+        unmerged = view.features.gather(1, index)
+        of_cell = merged.gather(1, cells.gather(1, kept)[..., None].expand_as(index)).to(unmerged.dtype)
+        return Selection(kept, torch.where(slots.gather(1, kept)[..., None], of_cell, unmerged), counts)
 
 
 def _means(features: Tensor, weights: Tensor, leaves: Tensor, cells: Tensor, count: int) -> Tensor:

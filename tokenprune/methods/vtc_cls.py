@@ -82,8 +82,8 @@ class VtcCls(Pruner):
         return ("extension: no [CLS] in this tower, the attention that patches receive stands in",)
 
     def score(self, view: View) -> Tensor:
-        first, *rest = (view.signal(s.name, s.layer, *s.settings).float() for s in self.signals(view.tower))
+        first, *others = (view.signal(s.name, s.layer, *s.settings).float() for s in self.signals(view.tower))
         total = first
-        for rows in rest:
+        for rows in others:
             total = total + rows
         return total

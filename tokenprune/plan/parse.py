@@ -163,10 +163,10 @@ def _stages(pruner: Pruner, site: str | None, keep: int | float, depths: ModelDe
     return pruner.stages(budget, depths) if site is None else (pruner.stage_at(site, budget),)
 
 
-def _intervention_label(one: Intervention) -> str:
-    fields = [field for field in dataclasses.fields(one) if getattr(one, field.name) != field.default]
-    options = ",".join(f"{field.name}={getattr(one, field.name)}" for field in fields)
-    return f"{one.name}({options})" if options else one.name
+def _intervention_label(intervention: Intervention) -> str:
+    fields = [field for field in dataclasses.fields(intervention) if getattr(intervention, field.name) != field.default]
+    options = ",".join(f"{field.name}={getattr(intervention, field.name)}" for field in fields)
+    return f"{intervention.name}({options})" if options else intervention.name
 
 
 def parse_method(method: Any, keep: Any = None, average: Any = None, **options: Any) -> Spec:
@@ -195,26 +195,26 @@ def parse_method(method: Any, keep: Any = None, average: Any = None, **options: 
         method = dict(method)
         average = _one("averages", method.pop("average", None), average)
         if isinstance(method.get("method"), Sequence) and not isinstance(method["method"], str):
-            rest = sorted(set(method) - {"method"})
-            if rest:
-                raise ValueError(f"Beside a list of stages a method has no other keys, got {rest}.")
+            other_keys = sorted(set(method) - {"method"})
+            if other_keys:
+                raise ValueError(f"Beside a list of stages a method has no other keys, got {other_keys}.")
             method = method["method"]
     if isinstance(method, str) and len(split_outside(method, "+")) > 1:
         method = split_outside(method, "+")
     if isinstance(method, Sequence) and not isinstance(method, str):
-        found = [_read_entry(item, None, {}) for item in method]
-        stages = [number for number, (item, _) in enumerate(found) if isinstance(item, Entry)]
-        if options or (keep is not None and (len(stages) != 1 or len(found) == 1)):
+        items = [_read_entry(item, None, {}) for item in method]
+        stages = [number for number, (item, _) in enumerate(items) if isinstance(item, Entry)]
+        if options or (keep is not None and (len(stages) != 1 or len(items) == 1)):
             raise ValueError("A list of stages has keep and options in its entries, not beside it.")
         if keep is not None:
-            found[stages[0]] = _read_entry(method[stages[0]], keep, {})
+            items[stages[0]] = _read_entry(method[stages[0]], keep, {})
     else:
-        found = [_read_entry(method, keep, options)]
-    for _, own in found:
-        average = _one("averages", own, average)
-    entries = tuple(item for item, _ in found if isinstance(item, Entry))
-    interventions = tuple(item for item, _ in found if isinstance(item, Intervention))
-    if not found:
+        items = [_read_entry(method, keep, options)]
+    for _, item_average in items:
+        average = _one("averages", item_average, average)
+    entries = tuple(item for item, _ in items if isinstance(item, Entry))
+    interventions = tuple(item for item, _ in items if isinstance(item, Intervention))
+    if not items:
         raise ValueError("A list of stages needs at least one.")
     open_entries = [entry for entry in entries if entry.keep is None]
     if average is None and open_entries:
