@@ -7,10 +7,10 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
+from _paths import ROOT
 
 pytest.importorskip("optuna")
 
@@ -231,7 +231,7 @@ def test_pocket_means_its_validation_split(monkeypatch):
     ],
 )
 def test_refuses_with_a_sentence(argv, says, capsys, tiny_folder, tiny_task, tmp_path, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.chdir(ROOT)
     argv = ["tune", *argv, "--model", tiny_folder, "--output", str(tmp_path / "none")]
     if "--data" not in argv:
         argv += ["--data", tiny_task]

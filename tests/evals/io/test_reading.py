@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from _paths import ROOT
 from PIL import Image
 
 from tokenprune.cli import main
 from tokenprune.evals.io.picture_reader import BadPicture, read_frames, read_picture
 
-ROOT = Path(__file__).resolve().parents[2]
 COLOURS = np.random.default_rng(1).integers(0, 256, (9, 11, 3), dtype=np.uint8)
 RAMP = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from _paths import ROOT
 from rich.console import Console
 
 from tokenprune.evals.config.measure import Measure, Overlays
@@ -22,7 +23,6 @@ from tokenprune.evals.sweep.sweep import run
 from tokenprune.registry import METHODS
 
 QUIET = Console(quiet=True)
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def config(folder: Path, model: str, task: str, **changes) -> RunConfig:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from _paths import ROOT, TESTS
 
-HERE = Path(__file__).parent
 METHODS = ("uniform@9", "vtc_cls@9", "fastv@9", "todre@9", "pyramiddrop@9", "transprune@9")
 
 
 def run(wrapper: str, method: str, decoder: str = "qwen3", first: str = "shard") -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    paths = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*command, str(HERE / "_sharded.py"), wrapper, method, decoder, first],
+        [*command, str(TESTS / "_sharded.py"), wrapper, method, decoder, first],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from _paths import ROOT
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Picture
 
@@ -18,7 +19,7 @@ from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.tasks.load import load_task, task_fingerprint
 from tokenprune.evals.tasks.yaml_task import _answer, _choices, _exact, _letter, _vqa, read_spec
 
-PACKAGED = sorted((Path(__file__).resolve().parents[2] / "configs" / "tasks").glob("*.yaml"))
+PACKAGED = sorted((ROOT / "configs" / "tasks").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")

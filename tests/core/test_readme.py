@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
+from _paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 
 

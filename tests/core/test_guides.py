@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from _families import batch_of, family
+from _paths import ROOT
 
 import tokenprune
 from tokenprune import registry
 
-GUIDES = Path(__file__).parents[1] / "docs" / "guides"
+GUIDES = ROOT / "docs" / "guides"
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])

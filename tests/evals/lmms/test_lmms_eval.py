@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import yaml
+from _paths import ROOT
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install 'tokenprune-vlm[lmms]'")
 
 from tokenprune.cli import main  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "tests/evals/lmms_task"
 TASK = f"lmms:{FOLDER}/pocket_lmms"
 COUNT = 14

@@ -6,17 +6,16 @@ import ast
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from _families import BUILDERS, family
+from _paths import ROOT
 from _tiny import tiny_llava
 
 import tokenprune
 from tokenprune import seams
 from tokenprune.seams import EVALUATION_SEAMS, SEAMS, moved, too_old
 
-ROOT = Path(__file__).parent.parent
 OTHER_DECODERS = {f"{name}{part}" for name in ("Mistral", "Qwen3") for part in ("Model", "DecoderLayer", "Attention")}
 """Of checkpoints that no tiny model stands for."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from _fake_runs import fake_run
+from _paths import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -263,7 +264,7 @@ def test_tables_are_written_whole_or_not_at_all(tmp_path):
 
 def test_result_files_are_written_in_one_place():
     """What is written elsewhere is written in place, and a kill leaves half of it."""
-    evals = Path(__file__).parents[2] / "evals"
+    evals = ROOT / "evals"
     apart = ("bench", "pocket", "pocket_training")  # tables of their own, data and recipes
     sources = [file for file in evals.rglob("*.py") if file.relative_to(evals).parts[0] not in apart]
     # the README is no result

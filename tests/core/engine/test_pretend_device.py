@@ -1,7 +1,7 @@
 """On a pretend device nothing differs from the CPU, and the host reads what docs/kernels.md says and nothing else.
 
-`pytest tests/test_pretend_device.py --reads docs/kernels.md` writes the table there. The device replaces functions of
-torch, so every test here starts a process.
+`pytest tests/core/engine/test_pretend_device.py --reads docs/kernels.md` writes the table there. The device
+replaces functions of torch, so every test here starts a process.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import pytest
+from _paths import ROOT, TESTS
 
-TESTS = Path(__file__).parent
-DOCS = TESTS.parent / "docs" / "kernels.md"
-BEGIN, END = "<!-- host reads: written by tests/test_pretend_device.py -->\n", "<!-- end of host reads -->\n"
+DOCS = ROOT / "docs" / "kernels.md"
+BEGIN, END = "<!-- host reads: written by test_pretend_device.py -->\n", "<!-- end of host reads -->\n"
 
 IDS, MASK, SIZES = "the ids", "the mask, and position ids where they are given, in one move", "sizes of pictures"
 READS = {
@@ -49,7 +48,7 @@ READS = {
 
 
 def python(*args: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(TESTS), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths.rstrip(os.pathsep), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=environment, timeout=900)
 
@@ -120,7 +119,7 @@ def test_on_the_pretend_device_nothing_differs_and_little_is_read(request: pytes
         text = path.read_text(encoding="utf-8")
         path.write_text(text.replace(BEGIN + committed(text) + END, BEGIN + table(lines) + END), encoding="utf-8")
     assert table(lines) == committed(DOCS.read_text(encoding="utf-8")), (
-        "docs/kernels.md says otherwise: pytest tests/test_pretend_device.py --reads docs/kernels.md"
+        "docs/kernels.md says otherwise: pytest tests/core/engine/test_pretend_device.py --reads docs/kernels.md"
     )
     assert {place for line in ran for place in by_place(line)} == set(READS), "READS names a place that reads nothing"
 

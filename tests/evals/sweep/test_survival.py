@@ -9,10 +9,10 @@ import resource
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
+from _paths import ROOT
 from _runs import QUIET, answers_of, config, rows_of, table_of
 
 from tokenprune.evals.errors import UserError
@@ -23,7 +23,6 @@ from tokenprune.evals.io.folder_lock import held
 from tokenprune.evals.io.row_store import RowStore, folder_store
 from tokenprune.evals.sweep.sweep import run
 
-ROOT = Path(__file__).resolve().parents[2]
 ANSWER = runner.answer_batch
 
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from _paths import ROOT
 from _runs import QUIET, answers_of, config, table_of
 
 from tokenprune.cli import main
@@ -22,8 +23,6 @@ from tokenprune.evals.sweep.executors import ray as cluster
 from tokenprune.evals.sweep.model_worker import Worked
 from tokenprune.evals.sweep.sweep import run
 from tokenprune.evals.tasks.load import load_task
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_shares_are_the_batches_of_one(tiny_task):
