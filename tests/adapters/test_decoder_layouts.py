@@ -94,7 +94,7 @@ def test_signals_equal_the_models_own_attention(name: str, cls: Any) -> None:
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with tokenprune.applied(model, Watched(), keep=9) as handle, torch.no_grad():
         model(**batch, position_ids=positions)
-        spans = handle._engine.last.layout.spans
+        spans = handle.last.layout.spans
     with torch.no_grad():
         eager = llava_with(name, "eager")
         found = eager(**batch, position_ids=positions, output_attentions=True).attentions[1].float().mean(1)

@@ -3,11 +3,9 @@ pictures of different sizes, with padding on either side, and with videos; cells
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
-from _families import BUILDERS, batch_of, family, layouts
+from _families import BUILDERS, KEEP, batch_of, family, layouts, pairs, refusal
 from masked_reference import compare, run_pruned
 
 import tokenprune
@@ -16,22 +14,6 @@ from tokenprune.interfaces.budget import Budget, split_budget
 from tokenprune.registry import METHODS, MODELS
 
 TOLERANCE = 1e-5  # relative, fp32
-KEEP = 9
-
-
-@functools.cache
-def refusal(name: str, method: str) -> str:
-    """What `apply` says of a method that a family cannot take; "" if it can."""
-    try:
-        tokenprune.apply(family(name), method, keep=KEEP).remove()
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def pairs(taken: bool) -> list[tuple[str, str]]:
-    """Families and methods that go together, or do not."""
-    return [(name, method) for name in BUILDERS for method in METHODS.names() if (not refusal(name, method)) == taken]
 
 
 def cells() -> list[tuple[str, str, str, str]]:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
+from _forward import forward
 from _tiny import prompts, tiny_llava
 from masked_reference import compare, example_hints, run_pruned
 
 import tokenprune
+from tokenprune.engine.vision_tower import TowerPass
 from tokenprune.registry import METHODS
 from tokenprune.seams import cache_in
+from tokenprune.state.forward_call import ForwardCall
+from tokenprune.state.tower_recording import Recording
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs",
          "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")  # fmt: skip
@@ -116,6 +122,7 @@ def test_applying_twice_is_an_error_unless_removed_first():
 
 def test_kept_and_report_describe_the_last_prompt_only():
     with tokenprune.applied(model(), "uniform@9") as handle:
+        assert handle.last is None
         with pytest.raises(RuntimeError, match="No prompt has run"):
             _ = handle.kept
         with torch.no_grad():
@@ -127,7 +134,9 @@ def test_kept_and_report_describe_the_last_prompt_only():
         assert report.prompt_tokens - report.kept_prompt_tokens == 81
         assert report.kv_bytes < report.kv_bytes_unpruned and report.flops.total < report.flops_unpruned.total
         assert "27 of 108" in str(report)
+        first = handle.last
         logits(model(), prompts([0]))
+        assert first.kept != handle.kept and len(first.layout.spans) == 3 and not handle.last.layout.spans
         assert handle.kept == [[]] and handle.report().visual_tokens == 0
 
 
@@ -178,3 +187,35 @@ def test_the_handle_shows_every_cut_of_a_composed_method():
         text = str(handle.report())
     assert "visual tokens by layer  60 x 2, 18 x 2: 39.0 on average" in text
     assert "random@30 at vision:0 + random@20 at input + random@6 at layer:2" in text
+
+
+def test_each_cut_is_filed_under_the_site_that_left_it():
+    model = tiny_llava(vision_layers=8)
+    handle, _ = forward(model, prompts([1]), "flowcut(text_stage=false)@8")
+    assert {site: len(rows[0][0]) for site, rows in handle.kept_at.items()} == {handle.stages[-1].site: 8}
+
+
+@pytest.mark.parametrize("method", ["vtc_cls@8", "fastv@8", "var(channels=[1],layers=[1,2])"])
+def test_a_model_is_freed_though_its_method_was_never_removed(method):
+    model = tiny_llava()
+    there = weakref.ref(model)
+    handle = tokenprune.apply(model, method)
+    del handle, model
+    gc.collect()
+    assert there() is None
+
+
+def test_features_computed_outside_a_forward_are_not_hoarded():
+    def at_work():
+        """Runs of the tower and of the model, and what they recorded, that something still holds."""
+        gc.collect()
+        return {id(item) for item in gc.get_objects() if type(item) in (ForwardCall, TowerPass, Recording)}
+
+    model, batch = tiny_llava(), prompts([1])
+    before = at_work()
+    with tokenprune.applied(model, "vtc_cls@8"), torch.no_grad():
+        features = [weakref.ref(model.get_image_features(batch["pixel_values"])) for _ in range(3)]
+        assert at_work() <= before
+        assert [reference() for reference in features] == [None, None, None]
+        kept = model.get_image_features(batch["pixel_values"])
+        assert len(at_work() - before) == 1 and kept is not None, "features know what was recorded of them"

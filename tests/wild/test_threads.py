@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -111,4 +113,8 @@ def test_a_thread_sees_its_own_passes_and_the_handle_the_last_of_any() -> None:
         assert [len(view.kept[0]) for view in mine] == [1] and len(handle.kept[0]) == 3
         assert mine[0].report().visual_tokens == 36 and handle.report().visual_tokens == 108
         ask(model, handle, prompts([2]))
-    assert len(mine) == 1 and not handle._engine.calls.passes
+        seen = weakref.ref(mine)
+        assert len(mine) == 1
+        del mine
+        gc.collect()
+        assert seen() is None, "a list that no longer watches is held by nobody"

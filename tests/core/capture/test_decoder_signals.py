@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 
 import tokenprune
 from tokenprune.capture.decoder_attention import DecoderSignals, LayerInput
+from tokenprune.interfaces.pruner import Pruner
+from tokenprune.interfaces.signals import LAST_ATTENTION, Signal
 from tokenprune.methods.fastv import FastV
 from tokenprune.methods.todre import DropAllStage
 from tokenprune.seams import cache_argument, cache_in
@@ -126,7 +128,7 @@ def test_a_cut_just_before_the_layer_that_is_read(cached: bool) -> None:
     model, batch = tiny_llava(attention="eager"), prompts([2, 1])
     with tokenprune.applied(model, plan) as handle, torch.no_grad():
         matrix = model(**batch, output_attentions=True, use_cache=cached).attentions[2].mean(1)
-        spans = handle._engine.last.layout.spans
+        spans = handle.last.layout.spans
     ((tokens, found),) = seen
     lengths, expected = batch["attention_mask"].sum(1) - torch.tensor([24 + 24, 24]), []
     assert matrix.shape[-1] == int(lengths.max())
@@ -137,3 +139,15 @@ def test_a_cut_just_before_the_layer_that_is_read(cached: bool) -> None:
         assert len(left) == 12
         expected.append(matrix[span.sample, -1, pad + first : pad + first + 12])
     assert relative_error(found, torch.stack(expected)) < 1e-6
+
+
+def test_a_decoder_signal_before_the_decoder():
+    @dataclass
+    class Mine(Pruner):
+        name: ClassVar[str] = "mine"
+
+        def signals(self, tower):
+            return (Signal(LAST_ATTENTION, 1),)
+
+    with pytest.raises(ValueError, match="at 'layer:K' only, and was asked for at 'input'"):
+        tokenprune.apply(tiny_llava(), Mine(), keep=4)

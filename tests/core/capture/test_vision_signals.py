@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ import tokenprune
 from tokenprune.api import adapter_for
 from tokenprune.capture.vision import grey_entropy, grey_levels, sink_attention
 from tokenprune.interfaces.signals import GREY_ENTROPY, SINK_ATTENTION, Signal
+from tokenprune.methods.holov import HoloV
 from tokenprune.methods.vflowopt import VFlowOpt
 
 
@@ -96,22 +99,31 @@ def test_grey_levels_are_the_pictures_own(dtype):
     assert torch.equal(grey_levels(pixels, mean.tolist(), std.tolist()), (levels.sum(1).double() / 3).round().long())
 
 
+def by_picture(model, batch, method, **options):
+    """The signals that a method is given at the input for each picture of a batch, in batch order: name -> `[N]`."""
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+
+    @dataclass
+    class Watched(method):
+        hints: ClassVar[tuple[str, ...]] = ("place",)
+
+        def select(self, view):
+            if view.site == "input":
+                for row, place in enumerate(view.hints["place"]):
+                    assert place not in seen, "a picture is asked about once"
+                    seen[place] = {signal.name: values[row] for signal, values in view.signals.items()}
+            return super().select(view)
+
+    with tokenprune.applied(model, Watched(**options), 9) as handle, torch.no_grad():
+        handle.set_hints(place=list(range(64)))
+        model(**batch)
+        assert sorted(seen) == list(range(len(handle.last.layout.spans)))
+    return [seen[place] for place in sorted(seen)]
+
+
 def recorded(model, batch, **options):
     """What vflowopt's signals are for the first picture of a batch, by name, `[N]` each."""
-    seen: dict[str, torch.Tensor] = {}
-    with tokenprune.applied(model, VFlowOpt(**options), 9) as handle, torch.no_grad():
-        engine = handle._engine
-        cut = engine._cut_input
-
-        def spy(prompt, *rest):
-            done = cut(prompt, *rest)
-            recording, row = prompt.sources[0]
-            seen.update({signal.name: recording.signal(signal, row) for signal in recording.signals})
-            return done
-
-        engine._cut_input = spy
-        model(**batch)
-    return seen
+    return by_picture(model, batch, VFlowOpt, **options)[0]
 
 
 def test_sinks_of_a_model_are_those_of_its_own_attention():
@@ -223,9 +235,8 @@ def test_a_signal_with_other_settings_is_another_signal():
 def test_received_attention_stands_at_the_token_that_receives_it(name, layout):
     """Rows of Qwen2.5-VL's tower are sorted by windows. Which patch stands where is read off the patch embeddings."""
     model, batch = family(name), batch_of(name, layout)
-    tower, seen, found = model.model.visual, {}, []
+    tower, seen = model.model.visual, {}
     last = len(tower.blocks) - 1
-    signal = Signal(SINK_ATTENTION, last, (0.0,))
     hooks = [
         tower.blocks[0].register_forward_pre_hook(lambda m, args, kwargs: seen.update(first=args[0]), with_kwargs=True),
         tower.blocks[last].attn.register_forward_pre_hook(lambda m, args, kw: seen.update(kw), with_kwargs=True),
@@ -233,16 +244,7 @@ def test_received_attention_stands_at_the_token_that_receives_it(name, layout):
     ]
     embeds = tower.patch_embed(batch["pixel_values"]) if name != "qwen3_vl" else None
     try:
-        with tokenprune.applied(model, "holov", 9) as handle, torch.no_grad():
-            cut = handle._engine._cut_input
-
-            def spy(prompt, *rest):
-                done = cut(prompt, *rest)
-                found.extend(recording.signal(signal, row) for recording, row in prompt.sources)
-                return done
-
-            handle._engine._cut_input = spy
-            model(**batch)
+        found = [signals[SINK_ATTENTION] for signals in by_picture(model, batch, HoloV)]
     finally:
         for hook in hooks:
             hook.remove()

@@ -246,24 +246,6 @@ def test_two_wrappers_of_one_model_take_one_method() -> None:
 # --- what is refused, and before anything runs ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("method", "says"),
-    [
-        ({"prune": "pool", "at": "vision:1", "keep": 9}, "pool merges tokens"),
-        ({"prune": "vtc_cls", "at": "vision:1", "keep": 9}, "reads block 2 of the vision tower"),
-        ({"prune": "holov", "at": "vision:0", "keep": 9}, "reads block 2 of the vision tower"),
-        ({"prune": "todre", "at": "vision:1", "keep": 9}, "reads block 3 of the vision tower"),
-        ({"prune": "downsample", "at": "layer:2", "keep": 9}, "downsample acts at 'pixels', not at 'layer:2'"),
-        ({"prune": "uniform", "at": "pixels", "keep": 9}, "uniform acts at 'input', not at 'pixels'"),
-        (["random@20", {"prune": "pool", "at": "layer:2", "keep": 9}], "nothing may leave before it"),
-        (["downsample@16", "pool@9"], "nothing may leave before it"),
-    ],
-)
-def test_plans_that_could_not_run_are_refused_by_apply(method: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        tokenprune.apply(tiny_llava(), method)
-
-
 def test_attention_matrices_beside_an_intervention_are_refused() -> None:
     model, batch = tiny_llava(attention="eager"), prompts([1])
     with torch.no_grad():
@@ -286,30 +268,6 @@ def test_logits_by_place_are_those_of_the_callers_places() -> None:
     with torch.no_grad():
         masked = masked_by(adapter, batch, tokens, "compact")
         assert relative_error(by_place[0], model.lm_head(masked.hidden())[0, [1, 40, 43]]) < 1e-5
-
-
-def test_checkpoints_that_run_hooks_again_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Releases before 5.20 or so checkpoint a layer's call; today's checkpoint its forward."""
-    from tokenprune.engine import guards
-
-    class Older(torch.nn.Module):
-        __module__ = "transformers.modeling_layers"
-
-        def __call__(self, *args: Any) -> Any:
-            return self.gradient_checkpointing and args
-
-    model, batch = tiny_llava(), prompts([1])
-    layer = type(model.model.language_model.layers[0])
-    assert guards._runs_hooks_again(Older) and not guards._runs_hooks_again(torch.nn.Linear)
-    monkeypatch.setattr(guards, "_runs_hooks_again", lambda cls: cls is layer)
-    model.train()
-    switch = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    switch({"use_reentrant": False})
-    for method in ("fastv@8", "flowcut@8"):
-        with tokenprune.applied(model, method), pytest.raises(ValueError, match="checkpointing runs a second time"):
-            model(**batch, use_cache=False)
-    with tokenprune.applied(model, "random@8"):
-        model(**batch, use_cache=False)
 
 
 def test_labels_by_place_and_by_position() -> None:
@@ -352,22 +310,3 @@ def test_a_mask_of_floats_is_a_mask() -> None:
             plain = model(**batch).logits
             cast = model(**{**batch, "attention_mask": batch["attention_mask"].float()}).logits
         assert torch.equal(plain, cast)
-
-
-# --- budgets ----------------------------------------------------------------------------------------------------------
-
-
-def test_an_average_as_a_fraction_beside_a_count() -> None:
-    plan = [{"prune": "random"}, {"prune": "fastv", "keep": 4}]
-    model = tiny_llava(layers=8)
-    with tokenprune.applied(model, plan, average=0.25) as handle, torch.no_grad():
-        model(**prompts([1]))
-        assert handle.report().equivalent_tokens == pytest.approx(9, abs=0.2)
-    with pytest.raises(ValueError, match="give both as fractions"):
-        tokenprune.apply(family("qwen2_vl"), plan, average=0.25)
-
-
-def test_one_token_is_no_fraction() -> None:
-    for keep, count in ((1, 2), (2, 2), (1.0, 1)):
-        with tokenprune.applied(tiny_llava(layers=8), "todre(tau=9)", keep=keep) as handle:
-            assert len(handle.stages) == count

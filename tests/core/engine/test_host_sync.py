@@ -32,7 +32,7 @@ class Entered(Exception):
 
 def reach_the_cut(model: Any, inputs: dict[str, Any], handle: Any) -> tuple[Any, ...]:
     """Run the model up to the point where the features are known; what the engine was about to cut."""
-    engine = handle._engine
+    engine = handle._engine  # its own code is run on another device, from the middle of a call: no view gives that
     kept: list[Any] = []
 
     def stop(prompt: Any, embeds: Tensor, mask: Tensor | None) -> Any:

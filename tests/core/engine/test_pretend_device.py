@@ -25,20 +25,20 @@ READS = {
     ("prompt_reader.py", "_placeholders"): IDS,
     ("prompt_reader.py", "_rows"): MASK,
     ("_qwen.py", "visuals"): SIZES,
-    ("llava_next.py", "visuals"): SIZES,
+    ("_anyres.py", "visuals"): SIZES,
     ("llava_onevision.py", "visuals"): SIZES,
     ("smolvlm.py", "_tiles"): SIZES,
     ("_qwen.py", "_bounds"): "a cut inside the tower: boundaries of frames and windows",
     ("_qwen.py", "thin"): "a cut inside the tower: what stays, all pictures at once",
-    ("tower.py", "_alive_on_host"): "a cut inside the tower of pictures in crops: what is left, all at once",
+    ("vision_tower.py", "_alive_on_host"): "a cut inside the tower of pictures in crops: what is left, all at once",
     ("qwen3_vl.py", "beside"): "which of the features that are added in the decoder stay",
-    ("vision_signals.py", "sink_attention"): "how many sinks a picture has at most, for pictures of one size",
-    ("attending.py", "finish"): "samples that an intervention changes",
-    ("asking.py", "_choose_beside"): "sinks that are not ranked, all pictures at once",
+    ("vision.py", "sink_attention"): "how many sinks a picture has at most, for pictures of one size",
+    ("attention.py", "finish"): "samples that an intervention changes",
+    ("prompt_selection.py", "_choose_beside"): "sinks that are not ranked, all pictures at once",
     ("flowcut.py", "select"): "a number of tokens that the picture decides",
     ("todre.py", "select"): "whether all tokens of a picture leave, for pictures of one size",
-    ("recording.py", "sources_of"): "features that `generate` repeated for beams, known again by what they hold",
-    ("attending.py", "_picture_keys"): "discovery of sink channels, on its first prompts only",
+    ("tower_recording.py", "sources_of"): "features that `generate` repeated for beams, known again by what they hold",
+    ("attention.py", "_picture_keys"): "discovery of sink channels, on its first prompts only",
     ("_sinks.py", "begin"): "discovery, on its first prompts only",
     ("_sinks.py", "look"): "discovery, on its first prompts only",
     ("_sinks.py", "listen"): "discovery, on its first prompts only",
@@ -127,8 +127,7 @@ def test_on_the_pretend_device_nothing_differs_and_little_is_read(request: pytes
 def check_cells(lines: list[dict[str, Any]]) -> None:
     """Every family with every method and `var`, and every layout of a family, are among them; refusals are those that
     `apply` or a pooled picture's cut inside the tower explains."""
-    from _families import BUILDERS, layouts
-    from test_families import pairs
+    from _families import BUILDERS, layouts, pairs
 
     from tokenprune.registry import METHODS
 
