@@ -41,7 +41,7 @@ def start(cells: list[str]) -> tuple[dict[str, str], str]:
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         return reached(error.stdout), "the processes hung"
-    return reached(done.stdout), f"exit code {done.returncode}: {done.stderr[-2000:]}" if done.returncode else ""
+    return reached(done.stdout), f"exit code {done.returncode}: {done.stderr[-6000:]}" if done.returncode else ""
 
 
 def reached(printed: str | bytes | None) -> dict[str, str]:
