@@ -40,9 +40,7 @@ def at_once(function: Any, jobs: list[Any], threads: int = 8) -> list[Any]:
     [
         pytest.param("llava", ["uniform@9", "fastv@9"], 200, marks=pytest.mark.slow),
         ("llava", ["vtc_cls@9", "flowcut@9", "transprune@9", "vflowopt@9", ["todre@12", VAR]], 48),
-        pytest.param(
-            "qwen2_5_vl", ["fastv@9", "flowcut@9", "holov@9", ["random@12", VAR]], 48, marks=pytest.mark.slow
-        ),
+        pytest.param("qwen2_5_vl", ["fastv@9", "flowcut@9", "holov@9", ["random@12", VAR]], 48, marks=pytest.mark.slow),
         ("smolvlm", ["todre@9"], 48),
     ],
     ids=["llava-200", "llava", "qwen2_5_vl", "smolvlm"],
