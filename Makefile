@@ -8,9 +8,10 @@ STAMP := $(VENV)/.installed
 NEWEST := .venv-newest
 LOWEST := .venv-lowest
 # What a release of torch or transformers can break, and what its torchvision makes possible.
-VERSION_TESTS ?= tests/test_seams.py tests/test_oracle.py tests/test_families.py tests/test_generation.py \
-	tests/test_generation_families.py tests/test_handle.py tests/interventions tests/test_readme.py \
-	tests/evals/test_cli.py tests/evals/test_stock_processors.py tests/evals/test_videos.py
+VERSION_TESTS ?= tests/adapters/test_seams.py tests/adapters/test_families.py tests/adapters/test_generation_families.py \
+	tests/core/engine/test_masked_reference.py tests/core/engine/test_generation.py tests/core/test_handle.py \
+	tests/core/test_readme.py tests/interventions tests/evals/test_cli.py tests/evals/models/test_stock_processors.py \
+	tests/evals/models/test_videos.py
 # SUPPORT=docs/support.md writes what was found into its tables.
 SUPPORT ?=
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(WORKERS) \
@@ -69,7 +70,7 @@ test-lmms: $(STAMP)
 	grep -E '^(torch|transformers|numpy|datasets)==' constraints.txt > $(VENV)/lmms-constraints.txt
 	$(BIN)/python -m pip install -q -c $(VENV)/lmms-constraints.txt 'lmms-eval>=0.7.3'
 	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/python -m pip uninstall -q -y torchvision
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/evals/test_lmms.py tests/evals/test_lmms_eval.py
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/evals/lmms
 
 bench: $(STAMP)
 	$(BIN)/python -m tokenprune.evals.bench.prefill

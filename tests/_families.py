@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from _tiny import IMAGE, PAD, TEXT, prompts, tiny_llava
 
+import tokenprune
+from tokenprune.registry import METHODS
+
 VIDEO, START, END = 6, 3, 4
+KEEP = 9  # of the pictures that `pairs` tries
 
 
 def _loud(model: Any) -> Any:
@@ -321,3 +325,18 @@ def batch_of(name: str, layout: str, seed: int = 1) -> dict[str, torch.Tensor]:
     if name.startswith("qwen"):
         return _qwen_batch(name, samples, side, seed)
     return _tile_batch(name, samples, side, seed)
+
+
+@functools.cache
+def refusal(name: str, method: str) -> str:
+    """What `apply` says of a method that a family cannot take; "" if it can."""
+    try:
+        tokenprune.apply(family(name), method, keep=KEEP).remove()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def pairs(taken: bool) -> list[tuple[str, str]]:
+    """Families and methods that go together, or do not."""
+    return [(name, method) for name in BUILDERS for method in METHODS.names() if (not refusal(name, method)) == taken]

@@ -6,7 +6,8 @@ import ast
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from _paths import ROOT
+
 FOLDERS = ("tokenprune", "adapters", "kernels", "evals")
 
 

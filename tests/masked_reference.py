@@ -331,7 +331,7 @@ def run_pruned(model: Any, method: Any, keep: Any, batch: dict[str, Tensor], tok
             given["position_ids"] = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
         with decoder_inputs(adapter) as calls:
             output = model(**batch, **given)
-        prompt, report = handle._engine.last, handle.report()
+        prompt, report = handle.last, handle.report()
         stays = handle.stays & batch["attention_mask"].bool()
         # full-length rows, or those of the tokens that stay, which end where the full ones end
         short = torch.arange(output.logits.shape[1]) >= output.logits.shape[1] - stays.sum(1, keepdim=True)
@@ -372,7 +372,7 @@ def masked_by(
 
     with tokenprune.applied(adapter.model, "random", 1.0) as handle, torch.no_grad():
         adapter.model(**batch)
-        layout = handle._engine.last.layout
+        layout = handle.last.layout
     tokens = [kept[span.sample][span.image] for span in layout.spans]
     whole = [None if len(t) == span.num_tokens else t for t, span in zip(tokens, layout.spans)]
     return MaskedModel(adapter, batch, layout, [(site, whole)], {site: policy})

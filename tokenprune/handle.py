@@ -76,6 +76,12 @@ class Handle:
         self._engine.hints.set(hints, threading.get_ident() == self._thread)
 
     @property
+    def last(self) -> PromptView | None:
+        """The last batch of prompts, of any thread; None before the first. It stays what it is when others follow."""
+        prompt = self._engine.last
+        return None if prompt is None else PromptView(prompt, self._engine, self.label)
+
+    @property
     def kept(self) -> list[list[Tensor]]:
         """Visual tokens of the last batch of prompts that reached the end of the decoder: for each sample, for each of
         its images and videos, the indices in that visual's own raster order (crops or frames one after the other),
@@ -115,8 +121,8 @@ class Handle:
 
     @contextmanager
     def watch(self) -> Iterator[list[PromptView]]:
-        """Collect every batch of prompts that this thread runs inside the `with` block, in order: a view of each, with
-        `kept`, `stays`, `kept_at`, `visual_by_layer` and `report()`. Other threads' prompts are not among them."""
+        """Collect every batch of prompts that this thread runs inside the `with` block, in order, a `PromptView` of
+        each. Other threads' prompts are not among them."""
         passes: list[Any] = _Views(self._engine, self.label)
         self._engine.calls.passes.append(passes)
         try:
@@ -125,9 +131,10 @@ class Handle:
             self._engine.calls.passes[:] = [other for other in self._engine.calls.passes if other is not passes]
 
     def _last(self) -> PromptView:
-        if self._engine.last is None:
+        last = self.last
+        if last is None:
             raise RuntimeError("No prompt has run since the method was applied; call model.generate(...) first.")
-        return PromptView(self._engine.last, self._engine, self.label)
+        return last
 
     def report(self) -> Report:
         """Tokens, FLOPs, KV bytes and selection time of the last batch of prompts.

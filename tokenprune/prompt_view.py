@@ -11,7 +11,10 @@ from tokenprune.report import Report, make_report, visual_by_layer
 
 if TYPE_CHECKING:
     from tokenprune.engine.engine import Engine
-    from tokenprune.state.prompt_state import Prompt
+    from tokenprune.interfaces.intervention import Facts
+    from tokenprune.interfaces.visual import TowerWork
+    from tokenprune.state.prompt_layout import Layout
+    from tokenprune.state.prompt_state import Cut, Prompt
 
 
 class PromptView:
@@ -25,6 +28,32 @@ class PromptView:
 
     def __init__(self, prompt: Prompt, engine: Engine, label: str) -> None:
         self._prompt, self._engine, self._label = prompt, engine, label
+
+    @property
+    def layout(self) -> Layout:
+        """Where the visual tokens stood in the rows before anything left: a span for each image or video."""
+        return self._prompt.layout
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Text and visual tokens of each row before anything left, padding not counted."""
+        return tuple(self._prompt.lengths)
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """What each site left, in the order in which they ran: tokens by span of `layout`, and lengths of the rows.
+        What left inside the vision tower leaves the rows at the input."""
+        return tuple(self._prompt.cuts)
+
+    @property
+    def tower(self) -> tuple[TowerWork, ...]:
+        """What the vision tower worked on, for each of its runs, with the cuts inside it."""
+        return tuple(self._prompt.tower)
+
+    @property
+    def noted(self) -> tuple[dict[int, Facts], ...]:
+        """For each intervention, what it noted on the prompt's keys, by decoder layer."""
+        return tuple(dict(facts) for facts in self._prompt.noted)
 
     @property
     def kept(self) -> list[list[Tensor]]:

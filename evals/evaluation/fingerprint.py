@@ -1,7 +1,7 @@
 """Which sources decide an answer: a digest of them tells whether a kept answer may be used again.
 
 Whole packages are walked, so that a file is in it from its first day and stays in it wherever it moves. What does not
-decide is listed; `tests/evals/test_fingerprint.py` fails where that list leaves out something that asking imports.
+decide is listed; `test_fingerprint.py` fails where that list leaves out something that asking imports.
 """
 
 from __future__ import annotations

@@ -5,16 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
+from _paths import ROOT
 
 from tokenprune.cli import _parser, main
 from tokenprune.commands._shared import parse_options
 from tokenprune.commands.eval import _eval_config
 from tokenprune.evals.models.load import load_model
 
-ROOT = Path(__file__).resolve().parents[2]
 QUICK = """
 import contextlib, io, sys
 from tokenprune.cli import _parser, main

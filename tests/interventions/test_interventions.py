@@ -164,3 +164,12 @@ def test_sweeps_take_interventions():
     assert asked == ["var", "vtc_cls+var(p=0.4)@64", "vtc_cls+var(p=0.4)@128", "fastv+var@32", "var(rho=0.5)",
                      "vtc_cls@9+fastv@5+var"]  # fmt: skip
     assert needs_budget("vtc_cls+var") and not needs_budget("var") and not needs_budget("vtc_cls@9+var")
+
+
+@pytest.mark.parametrize("method", ["var(p=0)", "var(layers=[])"])
+def test_an_intervention_that_is_off_wants_nothing(method):
+    model = tiny_llava()
+    with tokenprune.applied(model, method) as handle, torch.no_grad():
+        model(**prompts([1]))
+        assert handle.interventions[0].wants_prompts == 0
+        assert "off: p, rho, s_min or layers" in str(handle.report())

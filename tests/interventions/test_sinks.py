@@ -205,3 +205,12 @@ def test_discovery_hears_padded_prompts_too():
     for record in records:
         assert record.attention is not None and bool(record.attention.isfinite().all())
         assert float(record.attention.sum()) > 0
+
+
+def test_beams_of_a_prompt_are_one_prompt_to_discovery():
+    model = tiny_llava()
+    with tokenprune.applied(model, "var(channels=discover,calibrate=4)") as handle, torch.no_grad():
+        model.generate(**prompts([1]), max_new_tokens=2, num_beams=3, do_sample=False)
+        assert handle.interventions[0].wants_prompts == 3
+        model(**prompts([1, 1], seed=5))
+        assert handle.interventions[0].wants_prompts == 1

@@ -125,12 +125,12 @@ def test_beam_search(before):
             **batch, num_beams=3, num_return_sequences=2, max_new_tokens=5, do_sample=False,
             output_scores=True, return_dict_in_generate=True,
         )  # fmt: skip
-        prompt, adapter, kept = handle._engine.last, handle.adapter, handle.kept[::3]
+        prompt, adapter, kept = handle.last, handle.adapter, handle.kept[::3]
         policies = {stage.site: stage.pruner.positions for stage in handle.stages}
     tokens = found.sequences[:, batch["input_ids"].shape[1] :]
     with tokenprune.applied(model(), "random", 1.0) as handle, torch.no_grad():
         model()(**batch)
-        layout = handle._engine.last.layout
+        layout = handle.last.layout
     cuts = [(cut.site, [kept[span.sample][span.image] for span in layout.spans]) for cut in prompt.cuts]
     with explicit_var(adapter, batch, rule):
         masked = MaskedModel(adapter, batch, layout, cuts, policies)
@@ -277,8 +277,8 @@ def test_sinks_are_kept_out_of_a_ranking_inside_the_decoder(stay):
     given = options(rule, visual_sinks=stay)
     with tokenprune.applied(model(), [options(rule)]) as handle, torch.no_grad():
         model()(**batch)
-        groups = handle._engine.last.noted[0][2]["groups"]
-        layout = handle._engine.last.layout
+        groups = handle.last.noted[0][2]["groups"]
+        layout = handle.last.layout
     run = run_pruned(model(), ["fastv@9", given], None, batch, tokens=4)
     for span, tokens in zip(layout.spans, run["cuts"][-1][1]):
         sinks = (groups[span.sample, span.places] == 2).nonzero()[:, 0]
@@ -303,7 +303,7 @@ def test_report_names_layers_channels_evidence_and_sinks():
     with tokenprune.applied(model(), ["vtc_cls@9", "var(channels=[3, 11], tau=2.2)"]) as handle, torch.no_grad():
         model()(**prompts([1, 2]))
         text = str(handle.report())
-        noted = handle._engine.last.noted[0]
+        noted = handle.last.noted[0]
         assert handle.label == "vtc_cls@9 + var(tau=2.2,channels=[3, 11])"
     assert "layers 2; channels 3, 11 (given by the caller); tau 2.2, p 0.6, rho 0.8 (paper)" in text
     visual = float((noted[2]["groups"] == 2).sum()) / 2

@@ -64,7 +64,7 @@ def test_scores_equal_the_last_row_of_eager_attention(cls, read, side, attention
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with tokenprune.applied(model, watched(cls, seen)(), keep=9) as handle, torch.no_grad():
         model(**batch, position_ids=positions)
-        spans = handle._engine.last.layout.spans
+        spans = handle.last.layout.spans
     truth = attentions(batch)[read]
     expected = []
     for span in spans:
@@ -80,7 +80,7 @@ def test_the_kept_tokens_are_those_with_the_highest_last_row():
     batch = prompts([1])
     with tokenprune.applied(tiny_llava(), "fastv", keep=7) as handle, torch.no_grad():
         handle.model(**batch)
-        kept, span = handle.kept[0][0], handle._engine.last.layout.spans[0]
+        kept, span = handle.kept[0][0], handle.last.layout.spans[0]
     row = attentions(batch)[1][0, -1, span.places]
     assert kept.tolist() == sorted(row.topk(7).indices.tolist())
 
@@ -135,7 +135,7 @@ def test_shares_equal_those_of_the_eager_attention_matrix(side):
     plan = [{"at": "layer:3", "prune": watched(DropAllStage, seen)(tau=0.0), "keep": 1.0}]
     with tokenprune.applied(model, plan) as handle, torch.no_grad():
         model(**batch, position_ids=positions)
-        layout = handle._engine.last.layout
+        layout = handle.last.layout
     matrix = attentions(batch)[2]
     for row in range(2):
         visual = torch.zeros(matrix.shape[-1], dtype=torch.bool)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from _forward import forward
 from _tiny import prompts, tiny_llava
 from _views import make_view
 from hypothesis import given
@@ -147,7 +148,7 @@ def test_survivors_are_nested_and_exactly_t_and_the_tower_runs_on_them():
     model, batch = tiny_llava(vision_layers=8), prompts([1, 2])
     with tokenprune.applied(model, "flowcut@5") as handle, torch.no_grad():
         model(**batch)
-        work = handle._engine.last.tower[0]
+        work = handle.last.tower[0]
         kept = [image for images in handle.kept for image in images]
         report = handle.report()
     assert all(len(image) == 5 and image.tolist() == sorted(set(image.tolist())) for image in kept)
@@ -207,3 +208,13 @@ def test_bad_options_are_refused():
             FlowCut(**options)
     with pytest.raises(ValueError, match="cuts inside the vision tower"):
         tokenprune.apply(tiny_llava(), {"at": "layer:2", "prune": "flowcut", "keep": 9})
+
+
+@pytest.mark.parametrize("keep", [1, 5, 20])
+@pytest.mark.parametrize("site", ["vision:0", "vision:1", "vision:2", "vision:5"])
+def test_flowcut_at_a_site_of_ones_own_keeps_its_budget(site, keep):
+    model = tiny_llava(vision_layers=8)
+    handle, _ = forward(model, prompts([1, 2]), {"at": site, "prune": "flowcut", "keep": keep})
+    assert {len(kept) for row in handle.kept for kept in row} == {keep} and len(handle.stages) == 1
+    with pytest.raises(ValueError, match="has no meaning beside at="):
+        tokenprune.apply(model, {"at": site, "prune": "flowcut", "text_stage": False, "keep": keep})

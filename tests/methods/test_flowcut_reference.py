@@ -232,7 +232,7 @@ def test_all_tokens_of_a_picture_with_much_padding_are_kept_by_a_budget_of_all(v
         for plan in (FlowCut(variant=variant), FlowCut(text_stage=False)):
             with tokenprune.applied(model, plan, keep=1.0) as handle:
                 assert torch.equal(model(**batch).logits, plain)
-                strip = handle._engine.last.layout.spans[0]
+                strip = handle.last.layout.spans[0]
         assert strip.num_tokens < 16 * len(strip.visual.tower_grids)
         with tokenprune.applied(model, {"at": "vision:0", "prune": "random", "keep": 1.0}):
             assert torch.equal(model(**batch).logits, plain)
@@ -264,7 +264,7 @@ def test_the_tower_does_not_know_the_question_and_the_second_cut_does():
     with tokenprune.applied(model, "flowcut@9") as handle, torch.no_grad():
         for inputs in (batch, other):
             model(**inputs)
-            cuts.append([cut.tokens[0] for cut in handle._engine.last.cuts])
+            cuts.append([cut.tokens[0] for cut in handle.last.cuts])
     assert torch.equal(cuts[0][0], cuts[1][0]) and not torch.equal(cuts[0][1], cuts[1][1])
 
 
@@ -296,7 +296,7 @@ def test_signals_of_the_second_cut_equal_the_definition(side):
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with tokenprune.applied(model, {"at": "layer:2", "prune": Watched(), "keep": 5}) as handle, torch.no_grad():
         model(**batch, position_ids=positions)
-        spans = handle._engine.last.layout.spans
+        spans = handle.last.layout.spans
     for hook in hooks:
         hook.remove()
     half = torch.arange(0, 12, 2).double() / 12

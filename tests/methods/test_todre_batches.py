@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from _families import BUILDERS, batch_of, family
-from _tiny import prompts, tiny_llava
+from _forward import forward
+from _tiny import IMAGE, prompts, tiny_llava
 from _views import TOWER
 from masked_reference import compare, run_pruned
 from torch import Tensor
@@ -146,7 +148,7 @@ def test_in_a_ragged_batch_each_prompt_decides_for_all_of_its_pictures(side):
         torch.no_grad(),
     ):
         model(**batch, position_ids=positions)
-        spans = handle._engine.last.layout.spans
+        spans = handle.last.layout.spans
     shares = shares_by_loops(batch, spans)
     largest = sorted(max(pair) for pair in shares.values())
     for tau in (0.0, *((a + b) / 2 for a, b in zip(largest, largest[1:])), 2.0):
@@ -205,3 +207,69 @@ def test_a_prompt_decides_alike_alone_and_in_any_batch(side):
                 assert all(torch.equal(a, b) for a, b in zip(handle.kept[0] if count else [], together[row]))
             sizes = [len(pictures[0]) for pictures in together if pictures]
             assert sizes.count(0) == expected and sizes.count(9) == 3 - expected
+
+
+def test_todre_takes_its_pivot_from_the_thumbnail_behind_a_cut_too():
+    model, pivots, spared = family("llava_next"), 0, 0
+
+    @dataclass
+    class Watched(ToDRE):
+        name: ClassVar[str] = "todre"
+
+        def first(self, view):
+            nonlocal pivots, spared
+            found = super().first(view)
+            if view.rasters[0].kind == "thumbnail":
+                (scores,) = view.signals.values()
+                for row, tokens in enumerate(view.tokens):
+                    inside = tokens < view.rasters[0].num_tokens
+                    best = scores[row].masked_fill(~inside, -1).argmax()
+                    pivots += 1
+                    spared += int(scores[row].argmax() != best)
+                    assert int(found[row]) == int(best)
+            return found
+
+    for seed in range(6):
+        plan = [{"at": "vision:1", "prune": "random", "keep": 0.7}, {"at": "input", "prune": Watched(), "keep": 6}]
+        forward(model, batch_of("llava_next", "ragged_left", seed), plan)
+    assert pivots > 10 and spared > 3
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_todre_asks_the_last_token_where_no_text_follows_the_pictures(before):
+    """Its attention to the picture is far above tau, so that nothing leaves; of no rows the share would be 0."""
+    batch = prompts([2])
+    end = int((batch["input_ids"] == IMAGE).nonzero()[-1, 1]) + 1
+    batch = {**batch, "input_ids": batch["input_ids"][:, :end], "attention_mask": batch["attention_mask"][:, :end]}
+    if not before:  # one picture, so that no text stands between pictures either
+        batch = prompts([1])
+        end = int((batch["input_ids"] == IMAGE).nonzero()[-1, 1]) + 1
+        batch = {**batch, "input_ids": batch["input_ids"][:, :end], "attention_mask": batch["attention_mask"][:, :end]}
+    handle, _ = forward(tiny_llava(), batch, "todre@9")
+    assert {len(kept) for kept in handle.kept[0]} == {9}
+    with torch.no_grad():
+        matrix = tiny_llava(attention="eager")(**batch, output_attentions=True).attentions[2].mean(1)[0]
+    visual = batch["input_ids"][0] == IMAGE
+    seen: list[dict[str, float]] = []
+
+    @dataclass
+    class Watched(DropAllStage):
+        def select(self, view):
+            seen.append({signal.name: float(values[0]) for signal, values in view.signals.items()})
+            return super().select(view)
+
+    forward(tiny_llava(), batch, [{"at": "layer:3", "prune": Watched(tau=0.0), "keep": 1.0}])
+    text = ~visual & (torch.arange(len(visual)) > int(visual.nonzero()[0]))
+    rows = matrix[text] if bool(text.any()) else matrix[-1:]
+    assert seen[0]["text_to_visual"] == pytest.approx(float(rows[:, visual].sum(1).mean()), rel=1e-5) and rows.numel()
+    assert bool(text.any()) == before
+
+
+def test_todre_keeps_everything_where_everything_shall_stay():
+    model = tiny_llava(layers=8)
+    ids = torch.cat([prompts([1])["input_ids"], torch.randint(8, 64, (1, 400))], 1)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": prompts([1])["pixel_values"]}
+    with torch.no_grad():
+        stock = model(**batch).logits
+    _, own = forward(model, batch, {"method": "todre", "keep": 1.0, "tau": 9})
+    assert torch.equal(own, stock)

@@ -257,7 +257,7 @@ def test_the_kept_tokens_of_every_cut_follow_from_the_models_own_tensors(side, v
         positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
         with tokenprune.applied(model, method, keep=4) as handle, torch.no_grad():
             model(**batch, position_ids=positions)
-            prompt = handle._engine.last
+            prompt = handle.last
         trace.remove()
         for span in prompt.layout.spans:
             sample, length = span.sample, prompt.lengths[span.sample]
@@ -304,7 +304,7 @@ def test_instruction_attention_equals_the_eager_matrix(side, chunk, monkeypatch)
     model, plain = tiny_llava(), tiny_llava(attention="eager")
     with tokenprune.applied(model, Watched(layers=[2], schedule=[1]), keep=9) as handle, torch.no_grad():
         model(**batch, position_ids=positions)
-        spans = handle._engine.last.layout.spans
+        spans = handle.last.layout.spans
         matrix = plain(**batch, position_ids=positions, output_attentions=True).attentions[2].float().mean(1)
     found = views[0].signals[Signal(INSTRUCTION_ATTENTION, 2)]
     for span, values in zip(spans, found):
@@ -321,7 +321,7 @@ def test_a_picture_at_the_end_is_ranked_by_the_last_token():
     batch = {**batch, "input_ids": batch["input_ids"][:, :end], "attention_mask": batch["attention_mask"][:, :end]}
     with tokenprune.applied(tiny_llava(), TransPrune(alpha=0), 5) as handle, torch.no_grad():
         handle.model(**batch)
-        first = handle._engine.last.cuts[0].tokens[0]
+        first = handle.last.cuts[0].tokens[0]
         row = (
             tiny_llava(attention="eager")(**batch, output_attentions=True).attentions[1].mean(1)[0, -1, end - 36 : end]
         )
@@ -341,7 +341,7 @@ def test_without_the_instruction_the_first_cut_does_not_know_the_question():
                 method = TransPrune(layers=(3, 4, 5), alpha=alpha, variant=variant)
                 with tokenprune.applied(model, method, keep=2) as handle, torch.no_grad():
                     model(**inputs)
-                    kept[alpha, variant, index] = set(handle._engine.last.cuts[0].tokens[0].tolist())
+                    kept[alpha, variant, index] = set(handle.last.cuts[0].tokens[0].tolist())
     assert kept[1.0, "paper", 0] == kept[1.0, "paper", 1]
     assert len(kept[1.0, "official", 0] & kept[1.0, "official", 1]) >= 13 == len(kept[1.0, "official", 0]) - 1
     assert kept[0.5, "official", 0] != kept[0.5, "official", 1]
@@ -368,7 +368,7 @@ def test_the_history_outlives_a_foreign_cut_and_moves_with_its_tokens(side):
     trace, positions = Trace(model), (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with tokenprune.applied(model, plan) as handle, torch.no_grad():
         model(**batch, position_ids=positions)
-        prompt = handle._engine.last
+        prompt = handle.last
     trace.remove()
     assert [tuple(values.shape) for values in seen] == [(3, 36), (3, 9)]
     for index, span in enumerate(prompt.layout.spans):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from _families import batch_of, family
+from _forward import forward
 from _tiny import prompts, tiny_llava
 from masked_reference import MaskedModel, compare, relative_error, run_pruned
 
@@ -95,14 +96,14 @@ def test_a_picture_in_a_second_turn_is_ranked_as_in_one_prompt(alpha, variant):
         cache = cache_in(model(**first))
         with tokenprune.applied(model, method, keep=5) as handle:
             model(**{**second, **given}, **cache_argument(cache))
-            alone = handle._engine.last.cuts[0].tokens[0]
+            alone = handle.last.cuts[0].tokens[0]
             model(**both)
-            layout = handle._engine.last.layout
-            assert torch.equal(handle._engine.last.cuts[0].tokens[1], alone)
+            layout = handle.last.layout
+            assert torch.equal(handle.last.cuts[0].tokens[1], alone)
             opening = model(**first)
-            turns = [handle._engine.last.cuts]
+            turns = [handle.last.cuts]
             output = model(**{**second, **given}, **cache_argument(cache_in(opening)))
-            turns.append(handle._engine.last.cuts)
+            turns.append(handle.last.cuts)
             cuts = [(a.site, [a.tokens[0], b.tokens[0]]) for a, b in zip(*turns)]
             masked = MaskedModel(handle.adapter, both, layout, cuts, {"layer:1": "compact", "layer:2": "compact"})
     assert relative_error(output.logits[:, -1], masked.logits()[-1:]) < 1e-5
@@ -141,3 +142,54 @@ def test_the_flops_of_the_attention_rows_are_those_that_torch_counts(chunk, monk
         monkeypatch.setattr(DeviceTimer, "listener", listen)
         model(**batch)
         assert handle.report().flops.selection == pytest.approx(spent[0], rel=0.01) and spent[0] > 0
+
+
+def test_history_goes_on_where_sinks_are_kept_out(monkeypatch):
+    """With a threshold that nothing reaches, no token is kept out, and both ways must rank alike."""
+    carried: dict[str, list[list[str]]] = {}
+    stock = TransPrune.accumulated
+    model, name = tiny_llava(layers=8), "rank"
+
+    def accumulated(self, view):
+        carried.setdefault(name, []).append(sorted(view.carry))
+        return stock(self, view)
+
+    monkeypatch.setattr(TransPrune, "accumulated", accumulated)
+    for seed in range(4):
+        kept = []
+        for name in ("rank", "keep"):  # noqa: B007  (read by `accumulated`)
+            var = f"var(channels=[1],tau=1000,layers=[1,2,3,4,5,6],visual_sinks={name})"
+            handle, _ = forward(model, prompts([1], seed=seed), ["transprune(layers=[2,4,6])@4", var])
+            kept.append(handle.kept[0][0].tolist())
+        assert kept[0] == kept[1]
+    assert carried["rank"] == carried["keep"] and ["transprune"] in carried["keep"]
+
+
+def test_sinks_that_were_kept_out_of_a_ranking_keep_their_history(monkeypatch):
+    before: list[dict[int, float]] = []  # by cut: the history that the ranked tokens came with
+    after: list[dict[int, float]] = []  # and what was made of it
+    stock = TransPrune.accumulated
+
+    def accumulated(self, view):
+        found = stock(self, view)
+        tokens = list(range(view.num_tokens)) if view.tokens is None else view.tokens[0].tolist()
+        had = view.carry.get("transprune", torch.zeros_like(found))
+        before.append(dict(zip(tokens, had[0].tolist())))
+        after.append(dict(zip(tokens, found[0].tolist())))
+        return found
+
+    monkeypatch.setattr(TransPrune, "accumulated", accumulated)
+    kept_out = 0
+    for seed in range(8):
+        before.clear(), after.clear()
+        var = "var(channels=[3,11],tau=2.6,rho=0.0,s_min=0,layers=[2,3,4,5,6],visual_sinks=keep)"
+        method = {"prune": TransPrune(layers=[2, 4, 6], schedule=[4, 2, 1]), "keep": 6}
+        handle, _ = forward(tiny_llava(layers=8), prompts([1], seed=seed), [method, var])
+        assert len(after) == len(handle.stages) == 3
+        for token, value in before[2].items():
+            if token in after[1]:
+                assert value == after[1][token], "ranked at layer 4"
+            elif token in after[0]:
+                assert value == after[0][token] > 0, "ranked at layer 2, kept out at layer 4"
+                kept_out += 1
+    assert kept_out

@@ -13,12 +13,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
+from _once import once
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -98,16 +98,6 @@ def strays(names: list[str], home: Path, cwd: Path, path: Path | None = None) ->
     return {
         name: file for name, file in found.items() if not file or home.resolve() not in Path(file).resolve().parents
     }
-
-
-def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A folder that `make` fills, made once a run: the workers of xdist share it."""
-    base = factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    with FileLock(base / f"{name}.lock"):
-        if not (base / name).exists():
-            make(base / name)
-    return base / name
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,144 @@
+"""One process, several launched ones, a Ray cluster: the same rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from _paths import ROOT
+from _runs import QUIET, answers_of, config, table_of
+
+from tokenprune.cli import main
+from tokenprune.evals.config.measure import Overlays
+from tokenprune.evals.errors import UserError
+from tokenprune.evals.evaluation.batching import Share, batches
+from tokenprune.evals.sweep.executors import ray as cluster
+from tokenprune.evals.sweep.model_worker import Worked
+from tokenprune.evals.sweep.sweep import run
+from tokenprune.evals.tasks.load import load_task
+
+
+def test_shares_are_the_batches_of_one(tiny_task):
+    task = load_task(tiny_task)
+    whole = [batch.ids for batch in batches(task, 30, 4, Share())]
+    assert [len(ids) for ids in whole] == [4] * 7 + [2]
+    for count in (2, 3, 11):
+        shares = [[batch.ids for batch in batches(task, 30, 4, Share(rank, count))] for rank in range(count)]
+        assert sorted((ids for share in shares for ids in share), key=min) == whole
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one(tmp_path, tiny_folder, tiny_task):
+    sweep = tmp_path / "sweep.yaml"
+    settings = {"model": tiny_folder, "tasks": [tiny_task], "methods": ["none", "vtc_cls"], "keep": [9], "limit": 10,
+                "batch_size": 4, "overlays": {"samples": 0},
+                "measure": {"samples": 1, "times": False, "flops": False}}  # fmt: skip
+    sweep.write_text(json.dumps(settings))
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    command = [sys.executable, "-m", *launch, "-m", "tokenprune.cli", "sweep", str(sweep), "--output"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, str(tmp_path / "two")], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    assert done.stdout.count("Written:") == 1, "one process prints"
+    run(config(tmp_path / "one", tiny_folder, tiny_task), QUIET)
+    counts = [(tmp_path / "two" / name).read_text().count("\n") for name in ("samples.jsonl", "samples.rank1.jsonl")]
+    assert counts == [18, 12]  # batches of 4, 4 and 2 samples at three points
+    assert answers_of(tmp_path / "two") == answers_of(tmp_path / "one")
+    assert table_of(tmp_path / "two") == table_of(tmp_path / "one")
+
+    # another number of processes goes on with what two have left
+    rank1 = tmp_path / "two" / "samples.rank1.jsonl"
+    left = rank1.read_bytes().splitlines(keepends=True)
+    rank1.write_bytes(b"".join(left[:7]) + left[7][:20])
+    run(config(tmp_path / "two", tiny_folder, tiny_task), QUIET)
+    assert rank1.read_bytes() == b"".join(left[:7]) + left[7][:20]
+    rank1.write_bytes(b"".join(left[:7]))
+    assert answers_of(tmp_path / "two") == answers_of(tmp_path / "one")
+
+
+class InTurn:
+    """The tasks of the Ray executor in this process, one after the other: what they do, without the cluster."""
+
+    first, writer = True, ""
+
+    def work(self, config, points, tasks, console):
+        here, worked = str(Path.cwd()), Worked()
+        for point in points:
+            worked.answered.update(cluster._answer(config, point, here))
+        worked.take(cluster._measure(config, config.models[0], points, worked.answered, here))
+        return worked
+
+
+def test_tasks_of_single_points_answer_as_one_process(tmp_path, tiny_folder, tiny_task):
+    changes = {"limit": 6, "overlays": Overlays(samples=1)}
+    done = run(config(tmp_path / "tasks", tiny_folder, tiny_task, **changes), QUIET, InTurn())
+    run(config(tmp_path / "one", tiny_folder, tiny_task, **changes), QUIET)
+    assert answers_of(tmp_path / "tasks") == answers_of(tmp_path / "one")
+    assert table_of(tmp_path / "tasks") == table_of(tmp_path / "one")
+    assert len(list((tmp_path / "tasks").glob("samples.ray-*.jsonl"))) == 3 == len(done.records)
+    assert not (tmp_path / "tasks" / "samples.jsonl").exists(), "the driver asks nothing itself"
+    with pytest.raises(UserError, match="does not see .*elsewhere"):
+        cluster._answer(config(tmp_path / "elsewhere", tiny_folder, tiny_task), done.config.points()[0], str(tmp_path))
+
+
+@pytest.fixture
+def two_cores():
+    """Two cores of this machine."""
+    for name, value in cluster.SETTINGS.items():
+        os.environ.setdefault(name, value)
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_ray_retries_the_point_of_a_dead_worker(tmp_path, tiny_folder, tiny_task, two_cores):
+    folder = tmp_path / "ray"
+    killed: list[int] = []
+
+    def kill_one():
+        until = time.monotonic() + 300
+        while not killed and time.monotonic() < until:
+            for file in folder.glob("samples.ray-*.jsonl"):
+                rows = file.read_bytes().count(b"\n")
+                holder = folder / file.name.replace("samples", "run").replace(".jsonl", ".holder.json")
+                if rows and holder.exists():
+                    os.kill(json.loads(holder.read_text())["process"], signal.SIGKILL)
+                    killed.append(rows)
+                    return
+            time.sleep(0.002)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    settings = {"limit": 60, "batch_size": 1, "methods": ["none", "uniform"], "references": False}
+    done = run(config(folder, tiny_folder, tiny_task, **settings), QUIET, cluster.RayCluster())
+    killer.join()
+    assert killed and killed[0] < 60, "a worker was to die in the middle of a point"
+    assert [(record["label"], record["overall"]["n"]) for record in done.records] == [("none", 60), ("uniform@9", 60)]
+    run(config(tmp_path / "one", tiny_folder, tiny_task, **settings), QUIET)
+    assert answers_of(folder) == answers_of(tmp_path / "one")
+    assert table_of(folder) == table_of(tmp_path / "one")
+    assert not (folder / "samples.jsonl").exists(), "the driver asks nothing itself"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--gpus-per-point", "-1"], "got 1 CPUs and -1 GPUs"),
+        (["--cpus-per-point", "0"], "got 0 CPUs"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(argv, says, tmp_path, capsys):
+    pytest.importorskip("ray")
+    command = ["sweep", "demo", "--executor", "ray", "--output", str(tmp_path / "out")]
+    assert main([*command, *argv]) == 2
+    assert says in capsys.readouterr().err
