@@ -6,6 +6,7 @@ Positions are (time, row, column) ids; kept tokens keep theirs and text keeps it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +29,31 @@ from tokenprune.interfaces.signals import (
 from tokenprune.interfaces.visual import Raster, TowerWork, Visual
 
 _ORDERS = 64  # orders of windows that are kept, by the sizes of a batch
+
+
+@dataclass
+class PackedRun:
+    """One run of a tower that has the patches of all pictures in one row, by cells.
+
+    Attributes:
+        counts: cells left of each picture.
+        starts: where each picture begins among the cells of all pictures.
+        alive: by picture, which of its cells are left, `[k]` int64 on the CPU.
+        present: `[cells]` bool on the CPU, by place of the full row: whether its cell is left.
+        order: `[cells]` int64, which cell stands at each place of the full row.
+        bounds: by the number of a tensor of boundaries, that tensor and its values `[n]` on the CPU.
+        patches: `[patches left]` int64, their places in the full row; None while all are there.
+        before: `[patches + 1]` int64 on the CPU, how many patches are left before each place; None while all are there.
+    """
+
+    counts: list[int]
+    starts: list[int]
+    alive: list[Tensor]
+    present: Tensor
+    order: Tensor
+    bounds: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    patches: Any = None
+    before: Any = None
 
 
 class QwenTower(VisionTower):
@@ -80,11 +106,11 @@ class QwenTower(VisionTower):
         def on_done(module: Any, args: Any, output: Any) -> None:
             parts = self._heads(*seen.take("qkv", "rotation"))
 
-            def read(run: Any, pictures: Sequence[int], count: int) -> tuple[Tensor, ...]:
+            def read(run: PackedRun, pictures: Sequence[int], count: int) -> tuple[Tensor, ...]:
                 length = count * self.patches_per_cell
-                if len(pictures) == len(run["counts"]):
+                if len(pictures) == len(run.counts):
                     return tuple(part.unflatten(1, (-1, length)).transpose(0, 1) for part in parts)
-                starts = [self.patches_per_cell * sum(run["counts"][:picture]) for picture in pictures]
+                starts = [self.patches_per_cell * sum(run.counts[:picture]) for picture in pictures]
                 return tuple(torch.stack([part[:, at : at + length] for at in starts]) for part in parts)
 
             done(read)
@@ -95,10 +121,10 @@ class QwenTower(VisionTower):
             attention.register_forward_hook(on_done),
         ]
 
-    def in_raster_order(self, run: Any, values: Tensor, pictures: Sequence[int]) -> Tensor:
+    def in_raster_order(self, run: PackedRun, values: Tensor, pictures: Sequence[int]) -> Tensor:
         if not self._windows:
             return values
-        order = run["order"][run["present"]].split(run["counts"])
+        order = run.order[run.present].split(run.counts)
         index = torch.stack([order[picture].argsort() for picture in pictures])
         return values.gather(1, index.to(values.device))
 
@@ -115,60 +141,59 @@ class QwenTower(VisionTower):
 
     # --- cutting: cells leave or stay whole, in the row as it is sorted -----------------------------------------------
 
-    def start(self, grids: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    def start(self, grids: Sequence[tuple[int, int]]) -> PackedRun:
         counts = [rows * cols for rows, cols in grids]
-        return {
-            "counts": counts,
-            "starts": [sum(counts[:picture]) for picture in range(len(counts))],
-            "alive": [torch.arange(count) for count in counts],
-            "present": torch.ones(sum(counts), dtype=torch.bool),
-            "order": self._window_order(tuple(grids)),
-            "bounds": {},
-        }
+        return PackedRun(
+            counts=counts,
+            starts=[sum(counts[:picture]) for picture in range(len(counts))],
+            alive=[torch.arange(count) for count in counts],
+            present=torch.ones(sum(counts), dtype=torch.bool),
+            order=self._window_order(tuple(grids)),
+        )
 
-    def states(self, run: Any, args: Any, pictures: Sequence[int], count: int) -> Tensor:
+    def states(self, run: PackedRun, args: Any, pictures: Sequence[int], count: int) -> Tensor:
         hidden = args[0]
-        present = run["order"][run["present"]].to(hidden.device)
+        present = run.order[run.present].to(hidden.device)
         cells = hidden.unflatten(0, (-1, self.patches_per_cell)).mean(dim=1)[present.argsort()]
-        starts = [sum(run["counts"][:picture]) for picture in pictures]
+        starts = [sum(run.counts[:picture]) for picture in pictures]
         return torch.stack([cells[at : at + count] for at in starts])
 
-    def drop_tokens(self, run: Any, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
+    def drop_tokens(self, run: PackedRun, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
         hidden, group = args[0], self.patches_per_cell
         if kept is not None:
-            before = run["present"]
+            before = run.present
             chosen = torch.cat(list(kept)).cpu().split([index.shape[0] for index in kept])  # one read for all
-            run["alive"] = [alive[index] for alive, index in zip(run["alive"], chosen)]
-            run["counts"] = [len(alive) for alive in run["alive"]]
+            run.alive = [alive[index] for alive, index in zip(run.alive, chosen)]
+            run.counts = [len(alive) for alive in run.alive]
             stays = torch.zeros(len(before), dtype=torch.bool)
-            stays[torch.cat([start + alive for start, alive in zip(run["starts"], run["alive"])])] = True
-            run["present"] = present = stays[run["order"]]
+            stays[torch.cat([start + alive for start, alive in zip(run.starts, run.alive)])] = True
+            run.present = present = stays[run.order]
             patches = present.repeat_interleave(group)
             # numbers of places, made on the host: to index by a mask is to wait for the device
-            run["patches"] = _places(patches, hidden.device)
+            run.patches = _places(patches, hidden.device)
             # how many patches are left before each place of the full row: boundaries of frames and windows follow it
-            run["before"] = torch.cat([torch.zeros(1, dtype=torch.int64), patches.cumsum(0)])
+            run.before = torch.cat([torch.zeros(1, dtype=torch.int64), patches.cumsum(0)])
             hidden = hidden[_places(present[before].repeat_interleave(group), hidden.device)]
-        short = run["before"][self._bounds(run, kwargs["cu_seqlens"])].unique_consecutive()
+        short = run.before[self._bounds(run, kwargs["cu_seqlens"])].unique_consecutive()
         changed = {**kwargs, "cu_seqlens": short.to(kwargs["cu_seqlens"])}
         if kwargs.get("max_seqlen") is not None:
             changed["max_seqlen"] = int(short.diff().max())
-        changed["position_embeddings"] = tuple(part[run["patches"]] for part in kwargs["position_embeddings"])
+        changed["position_embeddings"] = tuple(part[run.patches] for part in kwargs["position_embeddings"])
         return (hidden, *args[1:]), changed
 
     @staticmethod
-    def _bounds(run: Any, bounds: Tensor) -> Tensor:
+    def _bounds(run: PackedRun, bounds: Tensor) -> Tensor:
         """Boundaries of frames or windows on the CPU; all blocks of a run are given one or the other tensor."""
-        known = run["bounds"].get(id(bounds))
+        known = run.bounds.get(id(bounds))
         if known is None:  # the tensor is kept, so that no other one gets its number
-            known = run["bounds"][id(bounds)] = bounds, bounds.cpu().long()
+            known = run.bounds[id(bounds)] = bounds, bounds.cpu().long()
         return known[1]
 
-    def restore_length(self, run: Any, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
-        if output.shape[0] == len(run["present"]):
+    def restore_length(self, run: PackedRun, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
+        if output.shape[0] == len(run.present):
             return output
-        full = output.new_zeros(len(run["present"]), output.shape[-1])
-        return full.index_copy(0, _places(run["present"], output.device), output)
+        full = output.new_zeros(len(run.present), output.shape[-1])
+        return full.index_copy(0, _places(run.present, output.device), output)
 
     def _window_order(self, grids: tuple[tuple[int, int], ...]) -> Tensor:
         """`[cells]` int64: which cell, counted over all pictures, stands at each place of the full row, which may be

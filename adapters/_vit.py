@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,19 @@ from tokenprune.interfaces.signals import (
     TowerInfo,
 )
 from tokenprune.interfaces.visual import TowerWork, Visual
+
+
+@dataclass
+class VitRun:
+    """One run of a tower that takes a batch of pictures of one size.
+
+    Attributes:
+        cells: of each picture, before any cut.
+        mask: `[M, 1, T, T]` additive, -inf at padding behind the patches that are left of a picture; None without any.
+    """
+
+    cells: int
+    mask: Tensor | None = None
 
 
 class Vit(VisionTower):
@@ -82,7 +96,7 @@ class Vit(VisionTower):
         def on_done(module: Any, args: Any, output: Any) -> None:
             projected = seen.take("query", "key", "value")
 
-            def read(run: Any, pictures: Sequence[int], count: int) -> tuple[Tensor, ...]:
+            def read(run: VitRun, pictures: Sequence[int], count: int) -> tuple[Tensor, ...]:
                 all_pictures = len(pictures) == projected[0].shape[0]
                 length = self._before + count * patches
                 return tuple((part if all_pictures else part[list(pictures)])[:, :, :length] for part in projected)
@@ -122,13 +136,13 @@ class Vit(VisionTower):
         patches = batch.unfold(2, self._patch, self._patch).unfold(3, self._patch, self._patch)  # [m, C, r, c, p, p]
         return patches.permute(0, 2, 3, 1, 4, 5).flatten(4).flatten(1, 2)
 
-    def start(self, grids: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        return {"cells": grids[0][0] * grids[0][1]}
+    def start(self, grids: Sequence[tuple[int, int]]) -> VitRun:
+        return VitRun(grids[0][0] * grids[0][1])
 
-    def states(self, run: Any, args: Any, pictures: Sequence[int], count: int) -> Tensor:
+    def states(self, run: VitRun, args: Any, pictures: Sequence[int], count: int) -> Tensor:
         return args[0][list(pictures), self._before : self._before + count]
 
-    def drop_tokens(self, run: Any, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
+    def drop_tokens(self, run: VitRun, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
         hidden = args[0]
         if kept is not None:
             counts = [index.shape[0] for index in kept]
@@ -138,20 +152,20 @@ class Vit(VisionTower):
                 rows[row, : counts[row]] = index
             body = hidden[:, self._before :].gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
             hidden = torch.cat([hidden[:, : self._before], body], dim=1)
-            run["mask"] = None
+            run.mask = None
             if min(counts) != longest:
                 real = torch.arange(longest)[None] < torch.tensor(counts)[:, None]
                 real = torch.cat([torch.ones(len(kept), self._before, dtype=torch.bool), real], dim=1).to(hidden.device)
                 mask = torch.zeros(real.shape, dtype=hidden.dtype, device=hidden.device)
                 # additive, which both SDPA and eager attention take
-                run["mask"] = mask.masked_fill(~real, torch.finfo(hidden.dtype).min)[:, None, None]
-                run["mask"] = run["mask"].expand(-1, 1, real.shape[1], -1)
+                run.mask = mask.masked_fill(~real, torch.finfo(hidden.dtype).min)[:, None, None]
+                run.mask = run.mask.expand(-1, 1, real.shape[1], -1)
         if "attention_mask" in kwargs:
-            return (hidden, *args[1:]), {**kwargs, "attention_mask": run["mask"]}
-        return (hidden, run["mask"], *args[2:]), kwargs
+            return (hidden, *args[1:]), {**kwargs, "attention_mask": run.mask}
+        return (hidden, run.mask, *args[2:]), kwargs
 
-    def restore_length(self, run: Any, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
-        full = output.new_zeros(output.shape[0], run["cells"], output.shape[-1])
+    def restore_length(self, run: VitRun, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
+        full = output.new_zeros(output.shape[0], run.cells, output.shape[-1])
         for row, places in enumerate(alive):
             full[row, places] = output[row, : places.shape[0]]
         return full

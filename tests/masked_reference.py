@@ -141,7 +141,7 @@ def masked_packed_tower(vision: Any, running: list[Any]):
             for (rows, cols), alive in zip(work.grids, cuts[-1]):
                 there[start + (torch.arange(rows * cols) if alive is None else alive)] = True
                 start += rows * cols
-            seen = there[vision.start(work.grids)["order"]].repeat_interleave(group)
+            seen = there[vision.start(work.grids).order].repeat_interleave(group)
         query, key, value = attn.qkv(hidden_states).view(length, 3, heads, -1).unbind(1)
         cos, sin = (part[:, None] for part in position_embeddings)
 
