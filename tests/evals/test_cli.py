@@ -26,7 +26,7 @@ with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             main(line.split())
         except SystemExit:
             pass
-heavy = [name for name in ("torch", "transformers", "datasets", "numpy", "matplotlib") if name in sys.modules]
+heavy = [name for name in ("torch", "transformers", "datasets", "numpy", "scipy", "matplotlib") if name in sys.modules]
 print(out.getvalue())
 print("imported:", heavy)
 """
