@@ -212,9 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _batch(config: Path) -> int:
-    import yaml
+    from tokenprune.plan.expression import read_yaml
 
-    return int(yaml.safe_load(config.read_text()).get("batch_size", 8))
+    return int(read_yaml(config).get("batch_size", 8))
 
 
 if __name__ == "__main__":

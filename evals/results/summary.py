@@ -25,7 +25,8 @@ Record = dict[str, Any]
 
 def provenance(config: RunConfig, seconds: float | None = None) -> Record:
     """Where a result came from: settings, versions, hardware, seed, commit and date."""
-    packages = ("torch", "transformers", "tokenprune-vlm", "datasets", "numpy", "accelerate", "triton", "lmms_eval")
+    packages = ("torch", "transformers", "tokenprune-vlm", "datasets", "numpy", "scipy", "accelerate", "triton",
+                "lmms_eval")  # fmt: skip
     versions = {}
     for package in packages:
         try:

@@ -1,5 +1,10 @@
 """Intervals for accuracies: percentile bootstrap over samples, its paired form for a difference of two methods, and for
-the share of the oracle's headroom that a method wins."""
+the share of the oracle's headroom that a method wins.
+
+Resampled are counts of distinct scores, which has the same law as resampling samples. `scipy.stats.bootstrap` draws
+samples: for 10,000 resamples of 1000 scores it takes 260 ms and this 1 ms, of 10,000 scores 3.8 s and 4 ms; a sweep
+asks for an interval of every point, question family and comparison. The intervals are the same but for the draws.
+"""
 
 from __future__ import annotations
 

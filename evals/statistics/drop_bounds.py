@@ -14,6 +14,11 @@ Two bounds are computed and the larger one counts.
 
 With more than `EXACT_PAIRS` discordant pairs the bootstrap counts alone. Scores between 0 and 1 enter the
 exact bound rounded up in the pruned model's disfavour, so that they cannot make it too low.
+
+scipy has exact tests of unpaired proportions only, so the bound is written here; the binomial limit and the normal
+quantiles are from `scipy.special`. The trinomial's log factorials are a table and its powers a product each: for
+5000 samples with 140 discordant pairs `gammaln` takes 19 times as long for the first (12 ms for 0.6 ms), and `xlogy` 11
+times for the second (1 ms for 0.09 ms, over a thousand times a bound).
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+from scipy.special import betaincinv, ndtri
 
 LEVEL = 0.95
 """One-sided."""
@@ -32,7 +38,7 @@ EXACT_PAIRS = 150
 RESAMPLES = 10_000
 _NUISANCE = 0.001
 _GRID = 25
-_NORMAL_95, _NORMAL_80 = 1.6448536269514722, 0.8416212335729143
+_NORMAL_95, _NORMAL_80 = map(float, ndtri([LEVEL, 0.8]))
 
 
 @dataclass(frozen=True)
@@ -199,17 +205,8 @@ def _score(n: int, lost: np.ndarray, won: np.ndarray, delta: float) -> np.ndarra
 
 def binomial_upper(n: int, count: int, alpha: float) -> float:
     """Clopper and Pearson's one-sided upper limit of a share: that at which at most `count` of `n` has chance alpha."""
-    if count >= n:
-        return 1.0
-    log = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
-    k = np.arange(count + 1)
-    ways = log[n] - log[k] - log[n - k]
-    low, high = count / n, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        chance = float(np.exp(ways + k * math.log(middle) + (n - k) * math.log1p(-middle)).sum())
-        low, high = (middle, high) if chance > alpha else (low, middle)
-    return high
+    # X <= k has the chance I(n - k, k + 1) at 1 - share, and the other end of I is its complement
+    return 1.0 if count >= n else float(betaincinv(count + 1, n - count, 1 - alpha))
 
 
 def samples_needed(drop: Pairs, within: float) -> int | None:

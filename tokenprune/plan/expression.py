@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,32 @@ def split_name(text: str) -> tuple[str, dict[str, Any], str | None]:
     return name.strip(), options, budget if at else None
 
 
+@cache
+def _strict_loader() -> Any:
+    """PyYAML's safe loader, but a key that a mapping has twice is an error, as YAML says: PyYAML takes the last one.
+
+    ruamel.yaml refuses it too, and reads other values out of the same text. It takes `1e-3` for a number and, in YAML
+    1.2, `on` and `yes` for text and `010` for 10. PyYAML, which writes our files, writes the text "1e-3" without
+    quotes; ruamel.yaml would read a number back. It takes three times as long, for these few lines saved.
+    """
+    import yaml
+    from yaml.composer import ComposerError
+
+    class StrictLoader(yaml.SafeLoader):
+        # before `<<` is resolved: a key of one's own beside one that is merged is no second one
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            marks: dict[tuple[str, Any], Any] = {}
+            for key, _ in node.value:
+                first = marks.setdefault((key.tag, key.value), key.start_mark) if key.id == "scalar" else key.start_mark
+                if first is not key.start_mark:
+                    problem = f"the key {key.value!r} stands there again, after line {first.line + 1}; keep one of them"
+                    raise ComposerError(None, None, problem, key.start_mark)
+            return node
+
+    return StrictLoader
+
+
 def yaml_value(text: str, where: str) -> Any:
     """What a text means in YAML.
 
@@ -46,12 +73,12 @@ def yaml_value(text: str, where: str) -> Any:
         where: what the text is, for the message.
 
     Raises:
-        ValueError: it is no YAML; the message says where it breaks.
+        ValueError: it is no YAML, or gives a key twice; the message says where.
     """
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_strict_loader())
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
@@ -62,7 +89,7 @@ def read_yaml(path: Path) -> Any:
     """What a YAML file holds.
 
     Raises:
-        ValueError: it is no text, or no YAML; the message names it.
+        ValueError: it is no text, no YAML, or gives a key twice; the message names it.
     """
     try:
         text = path.read_text(encoding="utf-8")
