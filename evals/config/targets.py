@@ -53,7 +53,7 @@ class Target:
         return [self.metric] if isinstance(self.metric, str) else list(self.metric)
 
     def fits(self, record: Mapping[str, Any]) -> bool:
-        """Whether `record` (see `results.summarise`) is the point that this is to be compared with."""
+        """Whether `record` (see `summary.summarise`) is the point that this is to be compared with."""
         place = (record["method"], record["keep"], record["task"], dict(record["options"]))
         return place == (self.method, self.keep, self.task, self.options) and self.model in (None, record["model"])
 

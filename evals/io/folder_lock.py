@@ -23,7 +23,7 @@ def held(folder: Path, writer: str = "", wait: float = 0.0) -> Iterator[None]:
     written beside it, for the sentence that a second process gets.
 
     Args:
-        writer: "" for the run itself, or the name of one of its processes, see `store.folder_store`.
+        writer: "" for the run itself, or the name of one of its processes, see `row_store.folder_store`.
         wait: seconds in which another process may let go.
 
     Raises:

@@ -43,7 +43,7 @@ class LoadedModel:
 
     def inputs(self, questions: list[str], images: Sequence[Any]) -> Any:
         """Processor output for a batch of questions, each on a picture, a video (its frames, a list) or several of
-        them (a tuple); see `prompting.one_turn`.
+        them (a tuple); see `chat_template.one_turn`.
 
         Left padded, on the model's device and in its dtype.
 

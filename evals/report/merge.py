@@ -19,7 +19,7 @@ class Merged:
     Attributes:
         title: the names of the runs.
         runs: those that were merged.
-        records: one per point, see `results.summarise`.
+        records: one per point, see `summary.summarise`.
         rows: by point key.
         notes: sentences that a reader must know.
     """

@@ -19,7 +19,7 @@ def over_seeds(records: list[Record]) -> list[Record]:
     """One row for each setting that was run with two seeds or more.
 
     Args:
-        records: see `results.summarise`.
+        records: see `summary.summarise`.
 
     Returns:
         Rows with the setting, `seeds`, and over them the mean, the standard deviation (n - 1), the least and the

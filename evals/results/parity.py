@@ -63,7 +63,7 @@ def compare(records: Sequence[Record], targets: Sequence[Target]) -> list[Parity
     """Every target beside the point of a run that it is about, in the order of the targets.
 
     Args:
-        records: see `results.summarise`; of several seeds the first counts.
+        records: see `summary.summarise`; of several seeds the first counts.
     """
     found = []
     for target in targets:

@@ -20,10 +20,10 @@ class FinishedRun:
 
     Attributes:
         folder: where it was read.
-        records: one per point, see `results.summarise`.
+        records: one per point, see `summary.summarise`.
         rows: by point key, in the order of the samples; none for the points of the pooled task `all`.
-        pictures: see `pictures.read_pictures`.
-        origin: see `results.provenance`.
+        pictures: see `read_pictures`.
+        origin: see `summary.provenance`.
     """
 
     folder: Path

@@ -33,7 +33,7 @@ class Worked:
     Attributes:
         answered: settings and sample ids by model and task.
         notes: sentences that a reader of the results must know.
-        machines: by model, which machine measured its costs, see `costs.measure_key`.
+        machines: by model, which machine measured its costs, see `measure.measure_key`.
     """
 
     answered: dict[tuple[str, str], AskedSamples] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Executor(Protocol):
 
     Attributes:
         first: whether this process writes the results, once the work is done.
-        writer: the name under which it writes rows, see `store.folder_store`.
+        writer: the name under which it writes rows, see `row_store.folder_store`.
     """
 
     first: bool

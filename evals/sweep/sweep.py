@@ -31,7 +31,7 @@ class Run:
     """What a finished run left; records and files are empty in a process that only helped another one.
 
     Attributes:
-        records: one per point, see `results.summarise`.
+        records: one per point, see `summary.summarise`.
         files: the files written.
         seconds: how long this process worked on it.
         warnings: sentences that a reader of the table must know.
@@ -48,7 +48,7 @@ def run(config: RunConfig, console: Console | None = None, executor: Executor | 
     """Evaluate, measure and write. Every name and number is checked before a model is loaded or a sample is asked.
 
     Args:
-        executor: who does the work, see `work.Executor`; by default this process, or all of those that
+        executor: who does the work, see `model_worker.Executor`; by default this process, or all of those that
             `accelerate launch` or torchrun started.
 
     Raises:

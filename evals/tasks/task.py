@@ -18,7 +18,7 @@ class Sample:
 
     Attributes:
         sample_id: unique within its task.
-        image: the picture, the frames of a video (a list), or several of those (a tuple); see `prompting.one_turn`.
+        image: the picture, the frames of a video (a list), or several of those (a tuple); see `chat_template.one_turn`.
         answer: the reference, or a list of accepted ones.
         family: what accuracy is also reported by.
         boxes: what suffices for the answer, each (x0, y0, x1, y1) in fractions 0..1 of the image; None if not known.

@@ -60,7 +60,7 @@ def execute(config: Any, executor: Any = None) -> int:
     """Run a grid and print its tables; the exit status.
 
     Args:
-        executor: who does the work, see `evals/executors/`.
+        executor: who does the work, see `evals/sweep/executors/`.
     """
     from tokenprune.evals.errors import as_user_error
 

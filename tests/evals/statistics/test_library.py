@@ -8,17 +8,17 @@ from __future__ import annotations
 import csv
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from _paths import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenprune.evals.statistics import drop_bounds, significance
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = ROOT / "docs"
 ALIKE = {"rel": 1e-12, "abs": 0.0}
 NINE_DIGITS = {"rel": 6e-9, "abs": 0.0}
 """What a CSV file keeps of a number."""
