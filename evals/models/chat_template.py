@@ -77,12 +77,12 @@ def pack(processor: Any, conversations: list[list[Message]]) -> Any:
     by_prompt = [[part for message in messages for part in message["content"]] for messages in conversations]
     # one list a prompt: some processors take a flat list for the pictures of a single prompt
     nested = [[read_picture(part["image"]) for part in parts if part["type"] == "image"] for parts in by_prompt]
-    pictures = nested if all(nested) else [picture for own in nested for picture in own]
+    pictures = nested if all(nested) else [picture for of_prompt in nested for picture in of_prompt]
     by_prompt = [[part["video"] for part in parts if part["type"] == "video"] for parts in by_prompt]
-    clips = [clip for own in by_prompt for clip in own]
-    videos = [[read_frames(clip) for clip in own] for own in by_prompt]
+    clips = [clip for of_prompt in by_prompt for clip in of_prompt]
+    videos = [[read_frames(clip) for clip in of_prompt] for of_prompt in by_prompt]
     # as with pictures; older transformers' SmolVLM processor takes nothing but a list a prompt
-    videos = videos if all(videos) else [clip for own in videos for clip in own]
+    videos = videos if all(videos) else [clip for of_prompt in videos for clip in of_prompt]
     metadata = [_metadata(len(clip), getattr(clip, "fps", FPS)) for clip in clips]
     return processor(
         text=[prompt_text(processor, messages) for messages in conversations],

@@ -138,16 +138,16 @@ def check_device(device: str | None) -> None:
     import torch
 
     try:
-        found = torch.device(device)
-        module = torch.get_device_module(found)
+        wanted = torch.device(device)
+        module = torch.get_device_module(wanted)
     except RuntimeError:
         raise ValueError(f"There is no torch device {device!r}; write cpu, cuda or cuda:1, for example.") from None
     # the module of one kind or another can neither say that it is there nor how many there are
     count = module.device_count() if hasattr(module, "device_count") else 1
-    if not module.is_available() or (found.index or 0) >= count:
-        there = f"{count} of that kind" if module.is_available() else "none of that kind"
+    if not module.is_available() or (wanted.index or 0) >= count:
+        present = f"{count} of that kind" if module.is_available() else "none of that kind"
         raise ValueError(
-            f"The device {device!r} is not there: torch {torch.__version__} finds {there} on this machine. Leave "
+            f"The device {device!r} is not there: torch {torch.__version__} finds {present} on this machine. Leave "
             "it out to take a GPU where there is one, or write cpu."
         )
 

@@ -88,7 +88,7 @@ class FrameProcessor(PushToHubMixin):
             ImportError: the checkpoint does not say how its frames are prepared, so the stock class has to.
         """
         if not _is_clip(videos) and not _is_clip(videos[0]):
-            videos = [clip for own in videos for clip in own]
+            videos = [clip for of_prompt in videos for clip in of_prompt]
         clips = [list(clip) for clip in ([videos] if _is_clip(videos) else videos)]
         feature = BatchFeature(self._prepare(clips), tensor_type=return_tensors)
         feature["video_metadata"] = [
@@ -148,14 +148,14 @@ class FrameProcessor(PushToHubMixin):
 
 def _read(source: str, name: str) -> dict[str, Any]:
     """A JSON file of a checkpoint, {} if it has none of that name."""
-    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+    path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
 
 
 def _video_settings(source: str) -> dict[str, Any]:
     """What the stock class would be made with: transformers 5 saves it inside the processor's own file."""
-    whole, *single = _FILES
-    inside = _read(source, whole).get("video_processor")
+    of_processor, *single = _FILES
+    inside = _read(source, of_processor).get("video_processor")
     return inside or next(filter(None, (_read(source, name) for name in single)), {})
 
 
