@@ -61,10 +61,10 @@ def holder_file(folder: Path, writer: str = "") -> Path:
 def read_holder(path: Path) -> dict[str, object]:
     """Process, host, time and command of whoever holds a lock; empty if nothing can be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        holder = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def _describe(path: Path) -> str:

@@ -133,8 +133,8 @@ def _of_pillow(picture: Image.Image) -> Image.Image | _Levels:
 def _of_array(values: np.ndarray) -> _Levels:
     channels = values.shape[2] if values.ndim == 3 else 1
     if values.ndim not in (2, 3) or not 1 <= channels <= 4 or values.dtype.kind not in "buif":
-        found = f"an array {list(values.shape)} of {values.dtype}" if values.ndim else type(values.item()).__name__
-        raise ValueError(f"{found} is none; [H, W], or [H, W, C] with C from 1 to 4, is")
+        given = f"an array {list(values.shape)} of {values.dtype}" if values.ndim else type(values.item()).__name__
+        raise ValueError(f"{given} is none; [H, W], or [H, W, C] with C from 1 to 4, is")
     if values.ndim == 3:
         values = values[..., :3] if channels > 2 else values[..., 0]
     if values.dtype == bool:
@@ -145,10 +145,10 @@ def _of_array(values: np.ndarray) -> _Levels:
 def _scaled(frames: Sequence[Image.Image | _Levels]) -> list[Image.Image]:
     """Pictures of the frames, whose levels are scaled together."""
     rule = _rule([f.values for f in frames if isinstance(f, _Levels) and f.bits is None and f.values.dtype != np.uint8])
-    found = []
+    pictures = []
     for frame in frames:
         if isinstance(frame, Image.Image):
-            found.append(frame)
+            pictures.append(frame)
             continue
         levels = frame.values
         if frame.bits is not None:
@@ -156,20 +156,21 @@ def _scaled(frames: Sequence[Image.Image | _Levels]) -> list[Image.Image]:
         elif levels.dtype != np.uint8:
             levels = rule(levels)
         levels = levels.astype(np.uint8)
-        found.append(Image.fromarray(255 - levels if frame.negative else np.ascontiguousarray(levels)).convert("RGB"))
-    return found
+        levels = 255 - levels if frame.negative else np.ascontiguousarray(levels)
+        pictures.append(Image.fromarray(levels).convert("RGB"))
+    return pictures
 
 
 def _rule(values: Sequence[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
     """How levels of which no file says the bits become 0..255: one rule for all of `values`."""
     if not values:
         return lambda levels: levels
-    if not all(np.isfinite(one).all() for one in values):
+    if not all(np.isfinite(levels).all() for levels in values):
         raise ValueError("it has levels that are no finite numbers")
-    low, high = min(float(one.min()) for one in values), max(float(one.max()) for one in values)
-    if low >= 0 and high <= 1 and any(one.dtype.kind == "f" for one in values):
+    low, high = min(float(levels.min()) for levels in values), max(float(levels.max()) for levels in values)
+    if low >= 0 and high <= 1 and any(levels.dtype.kind == "f" for levels in values):
         return lambda levels: np.rint(levels.astype(np.float64) * 255)
-    if low >= 0 and high <= 65535 and all((one == np.floor(one)).all() for one in values):
+    if low >= 0 and high <= 65535 and all((levels == np.floor(levels)).all() for levels in values):
         return lambda levels: levels.astype(np.int64) >> (8 if high > 255 else 0)
     return lambda levels: np.rint((levels.astype(np.float64) - low) * (255 / ((high - low) or 1)))
 

@@ -39,9 +39,9 @@ class RowStore:
     def _cut_torn_line(self) -> None:
         if self.path.exists():
             data = self.path.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            if whole < len(data):
-                os.truncate(self.path, whole)
+            end = data.rfind(b"\n") + 1
+            if end < len(data):
+                os.truncate(self.path, end)
 
     def read(self, paths: Iterable[Path]) -> None:
         """Take in the rows of these files, as far as they are whole: their writers may be at work."""
@@ -129,5 +129,5 @@ def folder_store(folder: Path, kind: str, key: tuple[str, ...], writer: str = ""
     Every process of a run has its own files (`samples.jsonl`, `samples.rank1.jsonl`, ...) and reads those of all, so
     that a run can be gone on with by another number of processes.
     """
-    own = folder / (f"{kind}.{writer}.jsonl" if writer else f"{kind}.jsonl")
-    return RowStore(own, key, [path for path in row_files(folder, kind) if path != own])
+    mine = folder / (f"{kind}.{writer}.jsonl" if writer else f"{kind}.jsonl")
+    return RowStore(mine, key, [path for path in row_files(folder, kind) if path != mine])
