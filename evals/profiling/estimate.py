@@ -78,10 +78,10 @@ def outline(name: str) -> Outline:
     logging.disable_progress_bar()
     source = model_source(name)
     if not Path(source).is_dir():
-        found = cached_file(source, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
-        if found is None:
+        file = cached_file(source, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        if file is None:
             raise OSError(f"the config of {source} is not in the local cache")
-        commit = Path(found).parent
+        commit = Path(file).parent
         source, made_of = str(commit), commit.name
     else:
         made_of = fingerprint(source)
@@ -95,7 +95,7 @@ def outline(name: str) -> Outline:
 
 def of_prompt(adapter: Adapter, inputs: Mapping[str, Any], made_of: str = "") -> Outline:
     """The outline of a prompt with one picture, as the processor laid it out."""
-    (visual,) = (one for one in adapter.visuals("image", inputs) if one.length)
+    (visual,) = (visual for visual in adapter.visuals("image", inputs) if visual.length)
     return Outline(adapter, visual, inputs["input_ids"].shape[1] - visual.length, made_of)
 
 

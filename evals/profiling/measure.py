@@ -83,15 +83,15 @@ def measure(
 def _pictured(task: Task, wanted: int) -> tuple[list[Sample], int]:
     """The first samples that can be read and have a picture (a text alone costs the same pruned), and how many could
     not be read on the way."""
-    found: list[Sample] = []
+    pictured: list[Sample] = []
     unread = 0
     for place in range(task.size):
         batch = read_batch(task, place, place + 1)
         unread += len(batch.unread)
-        found += [sample for sample in batch.samples if sample.visuals]
-        if len(found) >= wanted:
+        pictured += [sample for sample in batch.samples if sample.visuals]
+        if len(pictured) >= wanted:
             break
-    return found[:wanted], unread
+    return pictured[:wanted], unread
 
 
 def read_costs(
@@ -106,7 +106,7 @@ def read_costs(
     Args:
         machines: by model, which machine measured it, see `measure_key`; it may be another one than this.
     """
-    found: dict[str, Record] = {}
+    costs: dict[str, Record] = {}
     notes: list[str] = []
     for point in points:
         settings = answered[point.model, point.task].settings
@@ -117,5 +117,5 @@ def read_costs(
                          "when the run is started again.")  # fmt: skip
         else:
             notes += row["notes"]
-            found[point.key] = {name: row[name] for name in ("kv", "times", "flops") if name in row}
-    return found, list(dict.fromkeys(notes))
+            costs[point.key] = {name: row[name] for name in ("kv", "times", "flops") if name in row}
+    return costs, list(dict.fromkeys(notes))

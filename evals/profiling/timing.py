@@ -150,9 +150,9 @@ def measure_times(
                 continue
             ideal = None if stays is None else ideal_prefill(loaded, inputs, stays)
             for turn in range(measure.warmup + measure.repeats):
-                found = _round(loaded, point, sample, seed, inputs, ideal, turn)
+                times = _round(loaded, point, sample, seed, inputs, ideal, turn)
                 if turn >= measure.warmup:
-                    for name, value in found.items():
+                    for name, value in times.items():
                         logs.setdefault(name, []).append(value)
             if measure.decode_tokens:
                 with pruned(loaded, point, seed, [sample]):
@@ -171,27 +171,27 @@ def _round(
 ) -> dict[str, float]:
     """Unpruned, pruned and ideal prefill once each, in an order that rotates with `turn`."""
     device = loaded.model.device
-    found: dict[str, float] = {}
+    times: dict[str, float] = {}
 
     def unpruned_turn() -> None:
-        found["unpruned_prefill"] = timed(device, lambda: prefill(loaded, inputs))[0]
+        times["unpruned_prefill"] = timed(device, lambda: prefill(loaded, inputs))[0]
 
     def pruned_turn() -> None:
         with pruned(loaded, point, seed, [sample]) as handle:
-            found["prefill"] = timed(device, lambda: prefill(loaded, inputs))[0]
-            found["selection"] = handle.report().selection_seconds
+            times["prefill"] = timed(device, lambda: prefill(loaded, inputs))[0]
+            times["selection"] = handle.report().selection_seconds
 
     def ideal_turn() -> None:
         if ideal is not None:
-            found["ideal_prefill"] = timed(device, ideal)[0]
+            times["ideal_prefill"] = timed(device, ideal)[0]
 
     if ideal is None:
         unpruned_turn()
-        return {"prefill": found["unpruned_prefill"], **found}
+        return {"prefill": times["unpruned_prefill"], **times}
     turns = [unpruned_turn, pruned_turn, ideal_turn]
     for i in range(len(turns)):
         turns[(i + turn) % len(turns)]()
-    found["to_ideal"] = found["prefill"] / found["ideal_prefill"]
-    found["to_unpruned"] = found["prefill"] / found["unpruned_prefill"]
-    found["selection_share"] = found["selection"] / found["unpruned_prefill"]
-    return found
+    times["to_ideal"] = times["prefill"] / times["ideal_prefill"]
+    times["to_unpruned"] = times["prefill"] / times["unpruned_prefill"]
+    times["selection_share"] = times["selection"] / times["unpruned_prefill"]
+    return times
