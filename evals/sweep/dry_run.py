@@ -91,18 +91,18 @@ def make_plan(config: RunConfig) -> Plan:
     settings: dict[str, str] = {}
     for name in config.models:
         models[name], problem = _outline(name)
-        found = models[name]
-        if found is None:
+        model = models[name]
+        if model is None:
             notes.append(f"The FLOPs of {name} could not be estimated: {problem}.")
         else:
-            settings[name] = settings_digest(config, LoadedModel(name, None, None, found.fingerprint), "")
+            settings[name] = settings_digest(config, LoadedModel(name, None, None, model.fingerprint), "")
     made_of = {task: task_fingerprint(task) for task in config.all_tasks}
     sizes = {task: count_samples(task) for task in config.all_tasks}
     planned, counted = [], 0
     for point in config.points():
-        own, size = models[point.model], sizes[point.task]
+        model, size = models[point.model], sizes[point.task]
         limit = size if config.limit is None or size is None else min(size, config.limit)
-        cost, refused = _estimate(own, point, config.seed)
+        cost, refused = _estimate(model, point, config.seed)
         ids = _ids(rows, point, settings.get(point.model), made_of[point.task])
         counted += len(ids)
         done = len(ids) if limit is None else min(len(ids), limit)  # of an earlier run with a higher limit
@@ -129,8 +129,8 @@ def _ids(rows: dict[tuple[str, str], set[str]], point: Point, settings: str | No
         return set()
     if task is not None:
         return rows.get((settings + task, point.key), set())
-    own = [ids for (filed, key), ids in rows.items() if key == point.key and filed.startswith(settings)]
-    return set().union(*own)
+    ids_by_data = [ids for (filed, key), ids in rows.items() if key == point.key and filed.startswith(settings)]
+    return set().union(*ids_by_data)
 
 
 def _outline(name: str) -> tuple[Outline | None, str]:
@@ -163,7 +163,7 @@ def _needs(point: Point, cost: Estimate | None) -> tuple[str, ...]:
 def _finished(folder: Path) -> tuple[dict[tuple[str, str], set[str]], int, int]:
     """Ids of answered samples by settings and point, the number of torn last lines and that of others that are no rows;
     nothing is written or mended."""
-    found: dict[tuple[str, str], set[str]] = {}
+    answered: dict[tuple[str, str], set[str]] = {}
     torn = broken = 0
     for path in sorted(folder.glob("samples*.jsonl")):
         *lines, last = path.read_bytes().split(b"\n")
@@ -172,20 +172,20 @@ def _finished(folder: Path) -> tuple[dict[tuple[str, str], set[str]], int, int]:
             try:
                 row: Any = json.loads(line)
                 if not row.get("error"):
-                    found.setdefault((row["settings"], row["point"]), set()).add(row["sample_id"])
+                    answered.setdefault((row["settings"], row["point"]), set()).add(row["sample_id"])
             except (ValueError, KeyError, AttributeError):
                 broken += 1
-    return found, torn, broken
+    return answered, torn, broken
 
 
 def plan_tables(plan: Plan) -> list[Table]:
     """One table for each model; tasks with the same points share it, their samples added up."""
     by_cell: dict[tuple[str, str], list[Planned]] = {}
-    for one in plan.points:
-        by_cell.setdefault((one.point.model, one.point.task), []).append(one)
+    for planned in plan.points:
+        by_cell.setdefault((planned.point.model, planned.point.task), []).append(planned)
     alike: dict[tuple[object, ...], list[str]] = {}
-    for (model, task), own in by_cell.items():
-        same = tuple((one.point.label, one.estimate and one.estimate.flops, _needs_here(one)) for one in own)
+    for (model, task), cell in by_cell.items():
+        same = tuple((each.point.label, each.estimate and each.estimate.flops, _needs_here(each)) for each in cell)
         alike.setdefault((model, same), []).append(task)
     tables = []
     for key, tasks in alike.items():
@@ -200,37 +200,37 @@ def plan_tables(plan: Plan) -> list[Table]:
     return tables
 
 
-def _needs_here(one: Planned) -> str:
-    return "cannot run, see below" if one.refused else ", ".join(one.needs)
+def _needs_here(planned: Planned) -> str:
+    return "cannot run, see below" if planned.refused else ", ".join(planned.needs)
 
 
 def _cells(same: Sequence[Planned]) -> list[str]:
     """The cells of one point on one task or several."""
-    one = same[0]
+    first = same[0]
     sizes = [each.samples for each in same if each.samples is not None]
     costs = ["", "", ""]
-    if one.estimate is not None:
-        mark = "<= " if one.estimate.at_most else ""
-        total = one.estimate.flops.total
-        share = f"{100 * total / one.estimate.unpruned.total:.1f}"
+    if first.estimate is not None:
+        mark = "<= " if first.estimate.at_most else ""
+        total = first.estimate.flops.total
+        share = f"{100 * total / first.estimate.unpruned.total:.1f}"
         in_all = [each.flops for each in same if each.flops is not None]
         costs = [f"{mark}{total / 1e9:.4g}", share, f"{sum(in_all) / 1e12:.4g}" if len(in_all) == len(same) else ""]
     samples = str(sum(sizes)) if len(sizes) == len(same) else "?"
-    label = "unpruned" if one.point.method == NONE else one.point.label
-    return [label, one.cuts, samples, str(sum(each.done for each in same)), *costs, _needs_here(one)]
+    label = "unpruned" if first.point.method == NONE else first.point.label
+    return [label, first.cuts, samples, str(sum(each.done for each in same)), *costs, _needs_here(first)]
 
 
 def plan_lines(plan: Plan) -> list[str]:
     """What stands below the tables: totals, the assumptions, and what went wrong."""
     from tokenprune.evals.profiling.estimate import PICTURE
 
-    known = [one.samples for one in plan.points if one.samples is not None]
-    done = sum(one.done for one in plan.points)
+    known = [planned.samples for planned in plan.points if planned.samples is not None]
+    done = sum(planned.done for planned in plan.points)
     unknown = "" if len(known) == len(plan.points) else " and those of tasks whose size is not known"
     lines = [f"{len(plan.points)} points, {sum(known)} answers{unknown}, {done} of them done: {plan.config.folder}"]
     if plan.flops is not None:
         lines.append(f"In all {plan.flops / 1e12:.4g} TFLOPs to the first tokens.")
-    if any(one.estimate for one in plan.points):
+    if any(planned.estimate for planned in plan.points):
         lines.append(
             f"Estimated from configs for a picture of {PICTURE[0]} x {PICTURE[1]} pixels and a short question, 2 FLOPs "
             "a multiply-add, to the first token. Left out: signals and selection, decoding, timing rounds, and what "
@@ -238,7 +238,8 @@ def plan_lines(plan: Plan) -> list[str]:
         )
     lines += plan.notes
     refused: dict[str, list[str]] = {}
-    for one in plan.refused:
-        refused.setdefault(one.refused or "", []).append(f"{one.point.label} on {Path(one.point.model).name}")
+    for planned in plan.refused:
+        label = f"{planned.point.label} on {Path(planned.point.model).name}"
+        refused.setdefault(planned.refused or "", []).append(label)
     lines += [f"Cannot run: {', '.join(dict.fromkeys(labels))}. {why}" for why, labels in refused.items()]
     return lines

@@ -93,36 +93,36 @@ class ModelWorker:
     ) -> None:
         self.config, self.model, self.console = config, model, console
         self.points = {name: [p for p in points if (p.model, p.task) == (model, name)] for name in config.all_tasks}
-        self.points = {name: own for name, own in self.points.items() if own}
+        self.points = {name: of_task for name, of_task in self.points.items() if of_task}
         logging.disable_progress_bar()
         torch.manual_seed(config.seed)
         with as_user_error():
             self.tasks = {name: (tasks or {}).get(name) or load_task(name) for name in self.points}
             self.loaded = load_model(model, config.dtype, config.device)
-            for name, own in self.points.items():
-                check_points(self.loaded, self.tasks[name], own, config.seed)
+            for name, of_task in self.points.items():
+                check_points(self.loaded, self.tasks[name], of_task, config.seed)
 
     def answer(self, share: Share = WHOLE, writer: str = "") -> dict[tuple[str, str], AskedSamples]:
         """Answer the samples of a share at all points, into the rows of `writer`."""
         store = folder_store(self.config.folder, "samples", SAMPLE_KEY, writer)
-        found: dict[tuple[str, str], AskedSamples] = {}
-        for name, own in self.points.items():
+        answered: dict[tuple[str, str], AskedSamples] = {}
+        for name, of_task in self.points.items():
             task = self.tasks[name]
             count = task.count(self.config.limit)
             limited = f", the first {count} of {task.size} samples" if self.config.limit else ""
-            self.console.print(f"{self.loaded.name} on {task.name}: {len(own)} points{limited}", markup=False)
+            self.console.print(f"{self.loaded.name} on {task.name}: {len(of_task)} points{limited}", markup=False)
             with show_progress(self.console) as progress:
                 places = range(count)
                 size = self.config.batch_size
                 mine = sum(1 for place in places if place // size % share.of == share.rank)
-                bar = progress.add_task("answers", total=mine * len(own))
+                bar = progress.add_task("answers", total=mine * len(of_task))
 
                 def advance(done: int, label: str) -> None:
                     progress.update(bar, advance=done, description=f"answers  {label}")  # noqa: B023
 
-                found[self.model, name] = evaluate(self.config, self.loaded, task, own, store, advance, share)
+                answered[self.model, name] = evaluate(self.config, self.loaded, task, of_task, store, advance, share)
                 progress.update(bar, description="answers")
-        return found
+        return answered
 
     def measure(self, answered: dict[tuple[str, str], AskedSamples], writer: str = "") -> Worked:
         """Measure times and FLOPs of all points into the rows of `writer`, and save pictures of what the model sees.
@@ -132,15 +132,15 @@ class ModelWorker:
         """
         costs = folder_store(self.config.folder, "measures", MEASURE_KEY, writer)
         worked = Worked()
-        for name, own in self.points.items():
+        for name, of_task in self.points.items():
             task, asked = self.tasks[name], answered[self.model, name]
             with show_progress(self.console) as progress:
-                bar = progress.add_task("times and FLOPs", total=len(own))
+                bar = progress.add_task("times and FLOPs", total=len(of_task))
 
                 def advance(label: str) -> None:
                     progress.update(bar, advance=1, description=f"times and FLOPs  {label}")  # noqa: B023
 
-                machine = measure(self.config, self.loaded, task, own, costs, asked.settings, advance)
+                machine = measure(self.config, self.loaded, task, of_task, costs, asked.settings, advance)
                 worked.machines[self.model] = machine
                 progress.update(bar, description="times and FLOPs")
             worked.notes += save_pictures(self.loaded, task, name, self.config)

@@ -88,11 +88,11 @@ def _write(config: RunConfig, worked: Worked, tasks: dict[str, Task], begin: flo
         counted.failed[point.key] = sum(counted.failed.get(key, 0) for key in parts)
     records = summarise([*counted.points, *pooled], {**counted.rows, **pooled_rows}, measures, config.seed)
     for record in records:
-        own = counted.rows.get(record["point"])
+        rows = counted.rows.get(record["point"])
         if record["task"].endswith((".yaml", ".yml")):
             record["task_name"] = tasks[record["task"]].name
         record["failed"] = counted.failed[record["point"]]
-        record["metrics"] = {} if own is None else tasks[record["task"]].metrics(own)
+        record["metrics"] = {} if rows is None else tasks[record["task"]].metrics(rows)
     seconds = time.perf_counter() - begin
     origin = {**provenance(config, seconds), "notes": notes, "limited": cut_short(config.all_tasks, config.limit)}
     files = [write_config(config), *write_results(folder, records, counted.rows, origin, counted.others)]

@@ -55,24 +55,24 @@ class Processes:
         config = replace(config, device=config.device or str(self._state.device))
         worked = Worked()
         for model in config.models:
-            own = ModelWorker(config, model, points, console, tasks)
-            worked.answered.update(self._together(own.answer(self.share, self.writer)))
+            worker = ModelWorker(config, model, points, console, tasks)
+            worked.answered.update(self._together(worker.answer(self.share, self.writer)))
             if self.first:
-                worked.take(own.measure(worked.answered))
+                worked.take(worker.measure(worked.answered))
             self._state.wait_for_everyone()
         return worked
 
-    def _together(self, found: dict[tuple[str, str], AskedSamples]) -> dict[tuple[str, str], AskedSamples]:
+    def _together(self, answers: dict[tuple[str, str], AskedSamples]) -> dict[tuple[str, str], AskedSamples]:
         """The samples of all shares; waits until every process is done."""
         from accelerate.utils import gather_object
 
-        whole: dict[tuple[str, str], AskedSamples] = {}
-        for each in gather_object([found]):
+        together: dict[tuple[str, str], AskedSamples] = {}
+        for each in gather_object([answers]):
             for key, answered in each.items():
-                known = whole.setdefault(key, AskedSamples(answered.settings))
+                known = together.setdefault(key, AskedSamples(answered.settings))
                 if known.settings != answered.settings:
                     raise UserError(
                         "The processes of this run have different code or weights; their answers don't mix."
                     )
                 known.ids.update(answered.ids)
-        return whole
+        return together

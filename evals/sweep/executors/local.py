@@ -20,7 +20,7 @@ class Local:
         """Answer, measure and draw."""
         worked = Worked()
         for model in config.models:
-            own = ModelWorker(config, model, points, console, tasks)
-            worked.answered.update(own.answer())
-            worked.take(own.measure(worked.answered))
+            worker = ModelWorker(config, model, points, console, tasks)
+            worked.answered.update(worker.answer())
+            worked.take(worker.measure(worked.answered))
         return worked

@@ -84,27 +84,27 @@ class RayCluster:
                 for reference in done:
                     point = running.pop(reference)
                     try:
-                        found = ray.get(reference)
+                        answered = ray.get(reference)
                     except WorkerCrashedError:
                         worked.notes.append(f"{point.label} on {point.task}: its worker died {RETRIES + 1} times.")
                         continue
-                    worked.answered.update(found)
+                    worked.answered.update(answered)
                     progress.update(bar, advance=1, description=f"points  {point.label}")
             progress.update(bar, description="points")
         # times are taken by one task at a time, on a whole GPU
         needs["num_gpus"] = max(1, needs["num_gpus"]) if needs["num_gpus"] else 0
         measuring: Any = ray.remote(**needs, max_retries=RETRIES)(_measure)
         for model in config.models:
-            own = [point for point in points if point.model == model and (model, point.task) in worked.answered]
-            if own:
-                worked.take(ray.get(measuring.remote(config, model, own, worked.answered, here)))
+            of_model = [point for point in points if point.model == model and (model, point.task) in worked.answered]
+            if of_model:
+                worked.take(ray.get(measuring.remote(config, model, of_model, worked.answered, here)))
         return worked
 
-    def _resources(self, there: Mapping[str, float]) -> dict[str, float]:
-        gpus = self.gpus if self.gpus is not None else float(there.get("GPU", 0) > 0)
+    def _resources(self, cluster: Mapping[str, float]) -> dict[str, float]:
+        gpus = self.gpus if self.gpus is not None else float(cluster.get("GPU", 0) > 0)
         for kind, wanted in (("GPU", gpus), ("CPU", self.cpus)):
-            if wanted > there.get(kind, 0):
-                raise UserError(f"A point is to get {wanted:g} {kind}s, the Ray cluster has {there.get(kind, 0):g}.")
+            if wanted > cluster.get(kind, 0):
+                raise UserError(f"A point is to get {wanted:g} {kind}s, the Ray cluster has {cluster.get(kind, 0):g}.")
         return {"num_gpus": gpus, "num_cpus": self.cpus}
 
 
