@@ -34,20 +34,20 @@ def agreement(records: list[Record], rows: dict[str, list[Record]]) -> dict[str,
 
     The unpruned model stands in every budget's matrix; a budget with one method has none.
     """
-    found: dict[str, Record] = {}
+    matrices: dict[str, Record] = {}
     tables = {record["point"]: _answers(rows[record["point"]]) for record in records if record["point"] in rows}
     for budget in dict.fromkeys(budget_of(record) for record in records if record["keep"] is not None):
-        own = [r for r in records if r["point"] in tables and (r["method"] == NONE or budget_of(r) == budget)]
-        if len(own) < 2:
+        compared = [r for r in records if r["point"] in tables and (r["method"] == NONE or budget_of(r) == budget)]
+        if len(compared) < 2:
             continue
         equal: list[list[float | None]] = []
         kappa: list[list[float | None]] = []
-        for first in own:
-            pairs = [_pair(tables[first["point"]], tables[second["point"]]) for second in own]
+        for first in compared:
+            pairs = [_pair(tables[first["point"]], tables[second["point"]]) for second in compared]
             equal.append([round(pair[0], 4) if pair else None for pair in pairs])
             kappa.append([None if not pair or pair[1] is None else round(pair[1], 4) for pair in pairs])
-        found[budget] = {"names": [name_of(record) for record in own], "equal": equal, "kappa": kappa}
-    return found
+        matrices[budget] = {"names": [name_of(record) for record in compared], "equal": equal, "kappa": kappa}
+    return matrices
 
 
 def _answers(rows: list[Record]) -> dict[str, tuple[str, bool]]:

@@ -22,28 +22,28 @@ def findings(records: list[Record], rows: dict[str, list[Record]]) -> str:
     """
     cards = []
     for budget in budgets(records):
-        own = [
+        of_budget = [
             record
             for record in records
             if budget_of(record) == budget and record["point"] in rows and kind_of(record["method"]) != "bound"
         ]
-        if len(own) > 1:
-            cards.append(_card(budget, own, rows))
+        if len(of_budget) > 1:
+            cards.append(_card(budget, of_budget, rows))
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
-def _card(budget: str, own: list[Record], rows: dict[str, list[Record]]) -> str:
-    best = max(own, key=lambda r: (r["overall"]["accuracy"], -(flat_costs(r)["gflops_total"] or 0.0)))
+def _card(budget: str, records: list[Record], rows: dict[str, list[Record]]) -> str:
+    best = max(records, key=lambda r: (r["overall"]["accuracy"], -(flat_costs(r)["gflops_total"] or 0.0)))
     scores, costs = best["overall"], flat_costs(best)
     alike = []
-    for record in own:
+    for record in records:
         if record is best:
             continue
         first, second = paired(rows[best["point"]], rows[record["point"]])
         if not first:
             continue
-        found = compare_paired(first, second)
-        if found.low <= 0 <= found.high:
+        comparison = compare_paired(first, second)
+        if comparison.low <= 0 <= comparison.high:
             alike.append(name_of(record))
     lines = []
     if scores["vs_unpruned"] is not None:
@@ -59,7 +59,7 @@ def _card(budget: str, own: list[Record], rows: dict[str, list[Record]]) -> str:
     if shares:
         lines.append(", ".join(shares))
     names = ", ".join(escape(name) for name in alike)
-    lines.append(f"not told apart from it: {names}" if alike else f"told apart from all {len(own) - 1} others")
+    lines.append(f"not told apart from it: {names}" if alike else f"told apart from all {len(records) - 1} others")
     body = "".join(f"<li>{line}</li>" for line in lines)
     return (
         f'<div class="card" data-budget="{escape(budget)}">'

@@ -56,8 +56,8 @@ def table(columns: Sequence[Column], rows: Sequence[tuple[str, Sequence[Cell]]],
         f"<tr{attributes}>{''.join(cell.html(column.group) for cell, column in zip(cells, columns, strict=True))}</tr>"
         for attributes, cells in rows
     )
-    whole = f'<table class="sort {kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
-    return f'<div class="scroll">{whole}</div>'
+    element = f'<table class="sort {kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{element}</div>'
 
 
 def percent(value: float | None, digits: int = 1, sign: bool = False) -> str:

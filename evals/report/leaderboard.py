@@ -134,8 +134,8 @@ def _costs(record: Record) -> list[Cell]:
     ]  # fmt: skip
 
 
-def _time(found: Record | None, scale: int) -> Cell:
-    if found is None:
+def _time(spread: Record | None, scale: int) -> Cell:
+    if spread is None:
         return Cell()
-    middle, low, high = (scale * found[part] for part in ("median", "q25", "q75"))
+    middle, low, high = (scale * spread[part] for part in ("median", "q25", "q75"))
     return Cell(f"{middle:.3g} <small>{low:.3g} to {high:.3g}</small>", middle)

@@ -64,10 +64,10 @@ def merge(runs: Sequence[FinishedRun]) -> Merged:
     ]
     counts = {task: sorted({len(rows[k]) for k, r in records.items() if r["task"] == task}) for task in _tasks(records)}
     notes += [
-        f"The points on {task} were asked different numbers of samples ({', '.join(map(str, found))}); comparisons are "
+        f"The points on {task} were asked different numbers of samples ({', '.join(map(str, sizes))}); comparisons are "
         "over the samples that both sides answered."
-        for task, found in counts.items()
-        if len(found) > 1
+        for task, sizes in counts.items()
+        if len(sizes) > 1
     ]
     points = [point_of(record) for record in records.values()]
     measures = {
@@ -88,9 +88,9 @@ def _tasks(records: dict[str, Record]) -> list[str]:
 
 def _check_questions(rows: dict[str, list[Record]]) -> None:
     asked: dict[tuple[str, str], str] = {}
-    for key, own in rows.items():
+    for key, rows_of_point in rows.items():
         task = key.split("|")[1]
-        for row in own:
+        for row in rows_of_point:
             known = asked.setdefault((task, row["sample_id"]), row["question"])
             if known != row["question"]:
                 raise ValueError(

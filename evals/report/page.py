@@ -38,9 +38,9 @@ def write_report(path: Path, runs: Sequence[FinishedRun]) -> Path:
     room = Room()
     panels, data = [], []
     for number, (model, task) in enumerate(dict.fromkeys((r["model"], r["task"]) for r in merged.records)):
-        own = [record for record in merged.records if (record["model"], record["task"]) == (model, task)]
-        panels.append(_panel(number, own, merged))
-        data.append(_data(own, merged, room))
+        of_cell = [record for record in merged.records if (record["model"], record["task"]) == (model, task)]
+        panels.append(_panel(number, of_cell, merged))
+        data.append(_data(of_cell, merged, room))
     page = (HERE / "page.html").read_text(encoding="utf-8")
     parts = {
         "title": escape(merged.title),
@@ -99,11 +99,11 @@ def _panel(number: int, records: list[Record], merged: Merged) -> str:
 
 def _data(records: list[Record], merged: Merged, room: Room) -> Record:
     asked = [run.origin["config"].get("overlays") or {} for run in merged.runs]
-    found = budgets(records)
-    first = next((str(each["keep"]) for each in asked if str(each.get("keep")) in found), found[-1] if found else "")
+    keeps = budgets(records)
+    first = next((str(each["keep"]) for each in asked if str(each.get("keep")) in keeps), keeps[-1] if keeps else "")
     return {
         "name": title_of(records[0]),
-        "budgets": [{"keep": keep, "title": budget_title(keep)} for keep in found],
+        "budgets": [{"keep": keep, "title": budget_title(keep)} for keep in keeps],
         "first": first,
         "series": looks(records),
         "points": [_point(record) for record in records],

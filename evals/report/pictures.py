@@ -41,9 +41,9 @@ def save_pictures(loaded: LoadedModel, task: Task, task_name: str, config: RunCo
     notes: list[str] = []
     for number in drawn_samples(task, config.overlays.samples, config.limit):
         try:
-            found = _picture(loaded, task, number, target)
-            if found is not None:
-                entries.append({"model": loaded.name, "task": task_name, **found})
+            picture = _picture(loaded, task, number, target)
+            if picture is not None:
+                entries.append({"model": loaded.name, "task": task_name, **picture})
         except DiskRefuses:
             raise
         except Exception as error:

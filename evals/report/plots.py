@@ -21,11 +21,11 @@ GREYS = {"random": "#777777", "oracle": "#111111"}
 
 def series_of(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Records by series, each sorted by FLOPs; the unpruned model left out."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_series: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         if record["method"] != NONE:
-            found.setdefault(record["series"], []).append(record)
-    return {name: sorted(group, key=flops_decoder) for name, group in found.items()}
+            by_series.setdefault(record["series"], []).append(record)
+    return {name: sorted(group, key=flops_decoder) for name, group in by_series.items()}
 
 
 def flops_decoder(record: dict[str, Any]) -> float:
@@ -64,19 +64,19 @@ def plot_pareto(records: list[dict[str, Any]], path: Path) -> Path:
         width_ratios=[8, 5],
     )
     for (model, task), (left, right) in zip(panels, axes, strict=True):
-        whole = [r for r in records if (r["model"], r["task"]) == (model, task)]
-        own = [record for record in whole if record.get("flops")]
-        _panel(left, own, flops_decoder, spread=0.022)
-        _panel(right, own, flops_total, spread=0.0)
-        left.set_title(title_of(whole[0]), loc="left", fontsize=11)
+        of_cell = [r for r in records if (r["model"], r["task"]) == (model, task)]
+        with_flops = [record for record in of_cell if record.get("flops")]
+        _panel(left, with_flops, flops_decoder, spread=0.022)
+        _panel(right, with_flops, flops_total, spread=0.0)
+        left.set_title(title_of(of_cell[0]), loc="left", fontsize=11)
         left.set_xscale("log")
         left.set_xlabel("GFLOPs of selection and prefill (log; one budget's points are spread sideways)")
         left.set_ylabel("accuracy, percent (bars: 95 percent bootstrap)")
         right.set_xlabel("GFLOPs to the first token, vision tower included")
         low, high = left.get_ylim()
         left.set_ylim(max(0.0, min(low, high - 4)), min(100.0, max(high, low + 4)))
-        ticks_of_budgets(left, own)
-        if own:
+        ticks_of_budgets(left, with_flops)
+        if with_flops:
             right.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     with replaced(path) as partial:
         figure.savefig(partial, dpi=130)

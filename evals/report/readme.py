@@ -53,8 +53,8 @@ def results_table(rows: list[dict[str, str]], command: str) -> str:
                 f"| unpruned ({float(row['visual_tokens']):.0f} tokens) | {_percent(row)} |" + " |" * (len(budgets) - 1)
             )
     for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "none"):
-        found = [cells.get((method, keep)) for keep in budgets]
-        lines.append(f"| {method} | " + " | ".join("" if row is None else _percent(row) for row in found) + " |")
+        in_budgets = [cells.get((method, keep)) for keep in budgets]
+        lines.append(f"| {method} | " + " | ".join("" if row is None else _percent(row) for row in in_budgets) + " |")
     samples = rows[0]["n"]
     lines += [
         "",

@@ -63,11 +63,11 @@ def budgets(records: list[Record]) -> list[str]:
 
 def looks(records: list[Record]) -> list[Record]:
     """One entry per series, in the order of the records: `name`, `kind`, `light` and `dark` colour, `marker`."""
-    found: dict[str, Record] = {}
+    series: dict[str, Record] = {}
     used = {"method": 0, "control": 0}
     for record in records:
         name = name_of(record)
-        if name in found:
+        if name in series:
             continue
         kind = kind_of(record["method"])
         place = used.get(kind, 0)
@@ -75,5 +75,5 @@ def looks(records: list[Record]) -> list[Record]:
         palette = COLOURS if kind == "method" else GREYS if kind == "control" else (INK,)
         light, dark = palette[place % len(palette)]
         marker = "star" if kind == "unpruned" else "circle" if kind == "bound" else MARKERS[place % len(MARKERS)]
-        found[name] = {"name": name, "kind": kind, "light": light, "dark": dark, "marker": marker}
-    return list(found.values())
+        series[name] = {"name": name, "kind": kind, "light": light, "dark": dark, "marker": marker}
+    return list(series.values())
