@@ -111,16 +111,16 @@ class Discrepancy:
         """`[B, D]` fp32: the last prompt token's final hidden state (rows are padded on the left)."""
         import torch
 
-        found: list[Any] = []
+        states: list[Any] = []
         hook = self._decoder.register_forward_hook(
-            lambda module, args, output: found.append(output.last_hidden_state[:, -1].float())
+            lambda module, args, output: states.append(output.last_hidden_state[:, -1].float())
         )
         try:
             with torch.inference_mode():
                 self._model(**batch, logits_to_keep=1)
         finally:
             hook.remove()
-        return found[0]
+        return states[0]
 
     def __call__(self, method: Mapping[str, Any]) -> tuple[list[float], float]:
         """Cosine of each sample, and the kept fraction of the visual tokens averaged over layers and samples.
@@ -193,15 +193,15 @@ def _search_space(config: TuneConfig, depths: Any) -> dict[str, Any]:
 def _suggest(trial: Any, space: Mapping[str, Any]) -> dict[str, Any]:
     from tokenprune.interfaces.search_space import Choice
 
-    found = {}
+    values = {}
     for name, part in space.items():
         if isinstance(part, Choice):
-            found[name] = trial.suggest_categorical(name, part.values)
+            values[name] = trial.suggest_categorical(name, part.values)
         elif isinstance(part.low, int):
-            found[name] = trial.suggest_int(name, part.low, int(part.high))
+            values[name] = trial.suggest_int(name, part.low, int(part.high))
         else:
-            found[name] = trial.suggest_float(name, part.low, part.high)
-    return found
+            values[name] = trial.suggest_float(name, part.low, part.high)
+    return values
 
 
 def _open_study(config: TuneConfig, space: Mapping[str, Any], made_of: Mapping[str, Any]) -> Any:
@@ -255,7 +255,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> Tuned:
         depths = adapter_for(loaded.model).depths
         space = _search_space(config, depths)
         fixed = {**_known_to_processor(cls, loaded.processor), **config.options}
-        first, rest = draw_samples(config.data, config.samples, config.held_out, config.seed)
+        first, others = draw_samples(config.data, config.samples, config.held_out, config.seed)
 
     def method_of(values: Mapping[str, Any]) -> dict[str, Any] | None:
         # the budget is solved with what is fixed as well
@@ -301,12 +301,12 @@ def tune(config: TuneConfig, console: Console | None = None) -> Tuned:
         study.optimize(score, n_trials=left, callbacks=[on_trial])
     if not any(trial.value is not None for trial in study.trials):
         raise UserError(f"No trial of {config.method} could hold a mean of {config.budget} of the visual tokens.")
-    held_out = Discrepancy(loaded, rest, config.batch_size)
+    held_out = Discrepancy(loaded, others, config.batch_size)
 
     def check(method: dict[str, Any]) -> Check:
-        own, _ = objective(method)
+        tuned_on, _ = objective(method)
         each, retention = held_out(method)
-        return Check(method, sum(own) / len(own), sum(each) / len(each), each, retention)
+        return Check(method, sum(tuned_on) / len(tuned_on), sum(each) / len(each), each, retention)
 
     best = check(json.loads(study.best_trial.user_attrs["method"]))
     return _write(config, study, best, check(shipped), time.perf_counter() - begin)
@@ -315,8 +315,8 @@ def tune(config: TuneConfig, console: Console | None = None) -> Tuned:
 def _known_to_processor(cls: Any, processor: Any) -> dict[str, Any]:
     """Options of the method that the image processor knows."""
     images = getattr(processor, "image_processor", None)
-    found = {option: getattr(images, name, None) for option, name in cls.processor_options.items()}
-    return {option: list(value) for option, value in found.items() if value is not None}
+    normalisation = {option: getattr(images, name, None) for option, name in cls.processor_options.items()}
+    return {option: list(value) for option, value in normalisation.items() if value is not None}
 
 
 def _write(config: TuneConfig, study: Any, best: Check, shipped: Check, seconds: float) -> Tuned:

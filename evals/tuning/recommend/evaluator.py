@@ -61,10 +61,10 @@ def split(pictures: Sequence[str], seed: int) -> tuple[list[int], list[int]]:
     for sample, picture in enumerate(pictures):
         of.setdefault(picture, []).append(sample)
     search: list[int] = []
-    rest: list[int] = []
+    held_out: list[int] = []
     for picture in random.Random(seed).sample(list(of), len(of)):
-        (search if len(search) < len(pictures) // 2 else rest).extend(of[picture])
-    return search, rest
+        (search if len(search) < len(pictures) // 2 else held_out).extend(of[picture])
+    return search, held_out
 
 
 class ModelBench:
@@ -148,10 +148,10 @@ class ModelBench:
             flops = measure_flops(self._loaded, setting, prompts, self._config.seed, counting=False)
             return flops["analytic"]["total"] / flops["unpruned"]["total"]
         how = Measure(repeats=5, warmup=1, decode_tokens=0, times=self._config.cost == "latency")
-        found = measure_times(self._loaded, setting, prompts, how, self._config.seed)
+        row = measure_times(self._loaded, setting, prompts, how, self._config.seed)
         if self._config.cost == "latency":
-            return found["times"]["to_unpruned"]["median"]
-        return found["kv"]["analytic"] / found["kv"]["unpruned"]
+            return row["times"]["to_unpruned"]["median"]
+        return row["kv"]["analytic"] / row["kv"]["unpruned"]
 
     def scores(self, settings: Sequence[Point | None], samples: Sequence[int]) -> list[list[float]]:
         """See `Bench`; only what was not answered before is asked."""
@@ -165,17 +165,17 @@ class ModelBench:
             def on_progress(done: int, label: str) -> None:
                 progress.update(bar, advance=done, description=f"answers  {label}")
 
-            found = evaluate(self._run, self._loaded, self._only(samples), points, self._answers, on_progress)
-        keys = [[(found.settings, point.key, found.ids[i]) for i in range(len(samples))] for point in points]
-        rows = [[self._answers.get(key) or {} for key in own] for own in keys]
-        failed = [row for own in rows for row in own if row.get("correct") is None]
+            asked = evaluate(self._run, self._loaded, self._only(samples), points, self._answers, on_progress)
+        keys = [[(asked.settings, point.key, asked.ids[i]) for i in range(len(samples))] for point in points]
+        rows = [[self._answers.get(key) or {} for key in of_point] for of_point in keys]
+        failed = [row for of_point in rows for row in of_point if row.get("correct") is None]
         if failed:
             raise UserError(
                 f"Sample {failed[0].get('sample_id')} has no answer by {failed[0].get('point')}: "
                 f"{failed[0].get('error')}. "
                 "Accuracies can only be compared on the same samples; leave the sample or the method out."
             )
-        return [[float(row["correct"]) for row in own] for own in rows]
+        return [[float(row["correct"]) for row in of_point] for of_point in rows]
 
     def _only(self, samples: Sequence[int]) -> Task:
         """The task with these samples, in this order."""

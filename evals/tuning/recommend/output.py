@@ -28,35 +28,35 @@ def command(config: RecommendConfig) -> str:
     return " ".join(parts)
 
 
-def sentences(config: RecommendConfig, found: Recommendation) -> list[str]:
+def sentences(config: RecommendConfig, result: Recommendation) -> list[str]:
     """What was found, for a person."""
-    searched = f"{found.settings} settings were searched on {found.samples[0]} samples"
+    searched = f"{result.settings} settings were searched on {result.samples[0]} samples"
     lines = []
-    one = found.chosen
-    if one is None or one.held_out is None:
-        near = found.closest
+    chosen = result.chosen
+    if chosen is None or chosen.held_out is None:
+        near = result.closest
         drop = near.held_out or near.search
         lines.append(f"No setting is shown to drop accuracy by at most {config.max_drop:.2%}. {searched}.")
         lines.append(f"The closest is {near.setting.label}, {_cost(config, near)}: {_drop(drop)}.")
-        if found.needed is None:
+        if result.needed is None:
             lines.append("Its drop itself is not below --max-drop, so no number of samples would show that it is.")
         else:
             lines.append(
-                f"If that drop and the rate of changed answers are the true ones, about {found.needed} samples (both "
+                f"If that drop and the rate of changed answers are the true ones, about {result.needed} samples (both "
                 "halves) show it four times out of five."
             )
     else:
-        lines.append(f"{one.setting.label} is the cheapest that holds, {_cost(config, one)}. {searched}.")
-        lines.append(f"On the {one.held_out.n} held-out samples: {_drop(one.held_out)}.")
+        lines.append(f"{chosen.setting.label} is the cheapest that holds, {_cost(config, chosen)}. {searched}.")
+        lines.append(f"On the {chosen.held_out.n} held-out samples: {_drop(chosen.held_out)}.")
     lines.append(
-        f"The bound is one-sided, at 95 percent: {_kind(found.closest.held_out)}. Unpruned, {found.accuracy:.2%} of "
-        f"the held-out samples are right; with no answer lost they would show a drop of at most {found.at_best:.2%}."
+        f"The bound is one-sided, at 95 percent: {_kind(result.closest.held_out)}. Unpruned, {result.accuracy:.2%} of "
+        f"the held-out samples are right; with no answer lost they would show a drop of at most {result.at_best:.2%}."
     )
     return lines
 
 
-def _cost(config: RecommendConfig, one: Tried) -> str:
-    return f"{one.cost:.1%} of the unpruned model's {COSTS[config.cost]}"
+def _cost(config: RecommendConfig, tried: Tried) -> str:
+    return f"{tried.cost:.1%} of the unpruned model's {COSTS[config.cost]}"
 
 
 def _drop(drop: Drop) -> str:
@@ -77,21 +77,21 @@ def _kind(drop: Drop | None) -> str:
     )
 
 
-def table(config: RecommendConfig, found: Recommendation) -> Table:
+def table(config: RecommendConfig, result: Recommendation) -> Table:
     """What was tested on the held-out half, in order."""
-    shown = Table(title=f"Tested on {found.samples[1]} held-out samples, from the safest to the cheapest")
+    shown = Table(title=f"Tested on {result.samples[1]} held-out samples, from the safest to the cheapest")
     for name in ("setting", f"cost ({config.cost})", "drop, search", "drop, held out", "at most", "within the bound"):
         shown.add_column(name, justify="left" if name == "setting" else "right")
-    for one in found.tested:
-        drop = one.held_out
+    for tried in result.tested:
+        drop = tried.held_out
         if drop is not None:
             holds = "yes" if drop.bound <= config.max_drop else "no"
-            numbers = (f"{one.search.value:+.2%}", f"{drop.value:+.2%}", f"{drop.bound:.2%}", holds)
-            shown.add_row(one.setting.label, f"{one.cost:.1%}", *numbers)
+            numbers = (f"{tried.search.value:+.2%}", f"{drop.value:+.2%}", f"{drop.bound:.2%}", holds)
+            shown.add_row(tried.setting.label, f"{tried.cost:.1%}", *numbers)
     return shown
 
 
-def write(config: RecommendConfig, found: Recommendation) -> list[Path]:
+def write(config: RecommendConfig, result: Recommendation) -> list[Path]:
     """Write what was found: the YAML that `apply` takes (first, and only where a setting holds), everything as JSON,
     and the history of the search as CSV."""
     import yaml
@@ -102,18 +102,18 @@ def write(config: RecommendConfig, found: Recommendation) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     method = folder / YAML
-    if found.chosen is None:
+    if result.chosen is None:
         method.unlink(missing_ok=True)
     else:
-        point = found.chosen.setting
-        comments = "".join(f"# {line}\n" for line in [command(config), *sentences(config, found)])
+        point = result.chosen.setting
+        comments = "".join(f"# {line}\n" for line in [command(config), *sentences(config, result)])
         entry = {"method": point.method, "keep": point.keep, **dict(point.options)}
         written.append(replace_file(method, comments + yaml.safe_dump(entry, sort_keys=False)))
-    data: dict[str, Any] = {"command": command(config), "config": asdict(config), **asdict(found)}
-    bounds = {one.setting.label: one.held_out.bound for one in found.tested if one.held_out is not None}
+    data: dict[str, Any] = {"command": command(config), "config": asdict(config), **asdict(result)}
+    bounds = {tried.setting.label: tried.held_out.bound for tried in result.tested if tried.held_out is not None}
     data = {**data, "held_out_bounds": bounds, "date": _today()}
     written.append(replace_file(folder / "result.json", json.dumps(data, indent=1, default=str) + "\n"))
-    short = [{**row, "cost": f"{row['cost']:.6g}", "drop": f"{row['drop']:.6g}"} for row in found.history]
+    short = [{**row, "cost": f"{row['cost']:.6g}", "drop": f"{row['drop']:.6g}"} for row in result.history]
     columns = ("setting", "cost", "samples", "drop", "finished")
     written.append(write_csv(folder / "search.csv", short, columns))
     return [*written, folder / "study.db"]

@@ -110,10 +110,10 @@ def recommend(
         config.results.mkdir(parents=True, exist_ok=True)
     with as_user_error():
         study = Study(config.results / "study.db" if keep_study else None, made_of, config.finalists)
-    found = _search(config, asked, study, settings, search, begin)
-    tested = _confirm(config, asked, _sequence(found, config), held_out)
-    closest = min(tested, key=lambda one: _bound(one))
-    holding = [one for one in tested if _bound(one) <= config.max_drop]
+    searched = _search(config, asked, study, settings, search, begin)
+    tested = _confirm(config, asked, _sequence(searched, config), held_out)
+    closest = min(tested, key=lambda tried: _bound(tried))
+    holding = [tried for tried in tested if _bound(tried) <= config.max_drop]
     needed = None if closest.held_out is None else samples_needed(closest.held_out, config.max_drop)
     (unpruned,) = asked.scores([None], held_out)
     return Recommendation(
@@ -145,7 +145,7 @@ def _settings(
     wanted = bench.settings()
     if config.trials is not None and config.trials < len(wanted):
         wanted = random.Random(config.seed).sample(wanted, config.trials)
-    found: list[tuple[Point, float]] = []
+    costed: list[tuple[Point, float]] = []
     left_out: dict[str, str] = {}
     for number, point in enumerate(wanted, start=1):
         if console.is_terminal:
@@ -160,10 +160,10 @@ def _settings(
         if cost >= 1:
             left_out[point.label] = f"costs {cost:.1%} of the unpruned model"
         else:
-            found.append((point, cost))
-    if not found:
+            costed.append((point, cost))
+    if not costed:
         raise ValueError("No setting is cheaper than the unpruned model. " + "; ".join(left_out.values()))
-    return sorted(found, key=lambda pair: (pair[1], pair[0].label)), left_out
+    return sorted(costed, key=lambda pair: (pair[1], pair[0].label)), left_out
 
 
 def _search(
@@ -184,7 +184,7 @@ def _search(
         late = config.minutes is not None and time.perf_counter() - begin > 60 * config.minutes
         if not alive or (late and answered):
             break
-        measured = [one.pairs() for one in _answers(bench, [point for point, _ in alive], samples[:rung])]
+        measured = [answers.pairs() for answers in _answers(bench, [point for point, _ in alive], samples[:rung])]
         gone = study.leaves(
             [trials[point.key] for point, _ in alive],
             [pairs.value for pairs in measured],
@@ -196,7 +196,7 @@ def _search(
     complete = answered == len(samples) or not alive
     done = [pair for pair in settings if pair in alive or (complete and pair[0].label in study.finished)]
     on = samples if complete else samples[:answered]
-    drops = [one.drop(config.seed) for one in _answers(bench, [point for point, _ in done], on)]
+    drops = [answers.drop(config.seed) for answers in _answers(bench, [point for point, _ in done], on)]
     if complete:
         for (point, _), drop in zip(done, drops):
             if point.label not in study.finished:
@@ -207,7 +207,7 @@ def _search(
 def _answers(bench: Bench, settings: Sequence[Point], samples: Sequence[int]) -> list[Answers]:
     unpruned, *scores = bench.scores([None, *settings], samples)
     pictures = [bench.pictures[sample] for sample in samples]
-    return [Answers(unpruned, own, pictures) for own in scores]
+    return [Answers(unpruned, of_point, pictures) for of_point in scores]
 
 
 def _refuted(drop: Pairs, within: float) -> bool:
@@ -216,7 +216,7 @@ def _refuted(drop: Pairs, within: float) -> bool:
     return drop.value - _CERTAIN * (drop.design_effect * rate / drop.n) ** 0.5 > within
 
 
-def _sequence(found: Sequence[Tried], config: RecommendConfig) -> list[Tried]:
+def _sequence(searched: Sequence[Tried], config: RecommendConfig) -> list[Tried]:
     """What is tested on the held-out half, from the safest to the cheapest, each cheaper than the one before it.
 
     Of the front's settings whose drop on the search half is within the bound (the safest where none is): the cheapest
@@ -224,10 +224,10 @@ def _sequence(found: Sequence[Tried], config: RecommendConfig) -> list[Tried]:
     """
     from tokenprune.evals.tuning.recommend.halving import pareto
 
-    front = [found[i] for i in reversed(pareto([(one.cost, one.search.bound) for one in found]))]
-    able = [one for one in front if one.search.value <= config.max_drop] or front[:1]
-    held = [i for i, one in enumerate(able) if one.search.bound <= config.max_drop]
-    stop = min(len(able), (held[-1] if held else 0) + 2)
+    front = [searched[i] for i in reversed(pareto([(tried.cost, tried.search.bound) for tried in searched]))]
+    able = [tried for tried in front if tried.search.value <= config.max_drop] or front[:1]
+    within = [i for i, tried in enumerate(able) if tried.search.bound <= config.max_drop]
+    stop = min(len(able), (within[-1] if within else 0) + 2)
     return able[max(0, stop - config.finalists) : stop]
 
 
@@ -235,13 +235,13 @@ def _confirm(config: RecommendConfig, bench: Bench, sequence: Sequence[Tried], h
     """Test one after the other on the held-out half, up to the first that fails. All are answered together, which is
     cheaper than it sounds: they share each run of the vision tower."""
     tested: list[Tried] = []
-    for one, answers in zip(sequence, _answers(bench, [one.setting for one in sequence], held_out)):
+    for tried, answers in zip(sequence, _answers(bench, [tried.setting for tried in sequence], held_out)):
         drop = answers.drop(config.seed)
-        tested.append(Tried(one.setting, one.cost, one.search, drop))
+        tested.append(Tried(tried.setting, tried.cost, tried.search, drop))
         if drop.bound > config.max_drop:
             break
     return tested
 
 
-def _bound(one: Tried) -> float:
-    return 1.0 if one.held_out is None else one.held_out.bound
+def _bound(tried: Tried) -> float:
+    return 1.0 if tried.held_out is None else tried.held_out.bound
