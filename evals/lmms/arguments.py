@@ -64,15 +64,15 @@ def read_arguments(given: Mapping[str, Any]) -> tuple[Arguments, Spec | None]:
         ValueError, TypeError: a value that cannot work.
     """
     names = [field.name for field in dataclasses.fields(Arguments)]
-    own = {name: _plain(given[name]) for name in names if name in given}
+    known = {name: _plain(given[name]) for name in names if name in given}
     options = {name: _plain(value) for name, value in given.items() if name not in names}
-    if "pretrained" not in own:
+    if "pretrained" not in known:
         written = next((name for name in options if near(name, ["pretrained"])), None)
         hint = f" Did you write {written!r} for it?" if written else ""
         raise ValueError(f"Say which model: --model_args pretrained=llava-hf/llava-1.5-7b-hf,...{hint}")
-    if str(own.get("batch_size")).isdigit():  # a text, because it may be "auto"
-        own["batch_size"] = int(own["batch_size"])
-    read = Arguments(**own)
+    if str(known.get("batch_size")).isdigit():  # a text, because it may be "auto"
+        known["batch_size"] = int(known["batch_size"])
+    read = Arguments(**known)
     _check(read)
     method, keep = read.method, read.keep
     known = _options(method)

@@ -139,13 +139,13 @@ class _Tokenprune(lmms):
             return
         seen = 0
         with self._pruned() as handle:
-            while handle and any(one.wants_prompts for one in handle.interventions) and seen < len(asked):
+            while handle and any(each.wants_prompts for each in handle.interventions) and seen < len(asked):
                 batch = [self._request(arguments)[0] for arguments in asked[seen : seen + _SETTLING]]
                 seen += len(batch)
                 with torch.inference_mode():
-                    self._loaded.model(**self._loaded.pack([self._with_system(one) for one in batch]))
+                    self._loaded.model(**self._loaded.pack([self._with_system(messages) for messages in batch]))
             if handle and seen:
-                settled = tuple(one.settled() for one in handle.interventions)
+                settled = tuple(each.settled() for each in handle.interventions)
                 self._spec = replace(self._spec, interventions=settled)
 
     def _log(self, made: int, seconds: float) -> None:
