@@ -43,9 +43,9 @@ def measure(model: str, method: str, steps: int, samples: int) -> dict[str, floa
                     if step >= 3:
                         times[name].append(seconds)
     print(handle.report())
-    ratios = [own / stock for own, stock in zip(times["changed"], times["stock"])]
-    found = {name: statistics.median(values) for name, values in times.items()}
-    return {**found, "ratio": statistics.median(ratios)}
+    ratios = [changed / stock for changed, stock in zip(times["changed"], times["stock"])]
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {**medians, "ratio": statistics.median(ratios)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,11 +63,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = None if options.out is None else Table(options.out, COLUMNS)
     asked = {name: getattr(options, name) for name in ("model", "method", "steps", "samples")}
     for _ in range(options.runs):
-        found = measure(**asked)
-        stock, changed = found["stock"] * 1e3, found["changed"] * 1e3
-        print(f"stock {stock:.2f} ms, changed {changed:.2f} ms, ratio {found['ratio']:.3f}")
+        seconds = measure(**asked)
+        stock, changed = seconds["stock"] * 1e3, seconds["changed"] * 1e3
+        print(f"stock {stock:.2f} ms, changed {changed:.2f} ms, ratio {seconds['ratio']:.3f}")
         if table is not None:
-            table.add({**asked, "stock_ms": stock, "changed_ms": changed, "ratio": found["ratio"]})
+            table.add({**asked, "stock_ms": stock, "changed_ms": changed, "ratio": seconds["ratio"]})
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def kv_mib(cache: Any) -> float:
 def unpruned_row(sized: SizedModel, rounds: int, decode: int) -> dict[str, Any]:
     """What every method is compared with."""
     device, inputs = sized.model.device, sized.inputs()
-    held = kv_mib(cache_in(prefill(sized, inputs)))  # type: ignore[arg-type]
+    unpruned_mib = kv_mib(cache_in(prefill(sized, inputs)))  # type: ignore[arg-type]
     times = [timed(device, lambda: prefill(sized, inputs))[0] for _ in range(rounds + 1)][1:]  # type: ignore[arg-type]
     return {
         "visual_tokens": visual_tokens(sized, inputs)[0],  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ def unpruned_row(sized: SizedModel, rounds: int, decode: int) -> dict[str, Any]:
         "tower_ms": 1e3 * tower_seconds(sized, inputs, rounds),
         "unpruned_decode_ms": _decode_ms(sized, inputs, decode),
         "unpruned_peak_mib": peak_mib(device, lambda: prefill(sized, inputs)),  # type: ignore[arg-type]
-        "unpruned_kv_mib": held,
+        "unpruned_kv_mib": unpruned_mib,
     }
 
 
@@ -91,7 +91,7 @@ def method_row(sized: SizedModel, method: str, keep: int | float, rounds: int, d
     device, inputs = sized.model.device, sized.inputs()
     point = Point(sized.name, "random pixels", method, keep)
     with pruned(loaded, point, 0, []) as handle:
-        held = kv_mib(cache_in(prefill(loaded, inputs)))
+        pruned_mib = kv_mib(cache_in(prefill(loaded, inputs)))
         stays, kept = handle.stays, handle.visual_by_layer[0]
     ideal = ideal_prefill(loaded, inputs, stays)
     logs: dict[str, list[float]] = {name: [] for name in ("unpruned", "pruned", "ideal", "selection")}
@@ -128,7 +128,7 @@ def method_row(sized: SizedModel, method: str, keep: int | float, rounds: int, d
         "decode_ms": decode_ms,
         "peak_mib": peak,
         "ideal_peak_mib": peak_mib(device, ideal),
-        "kv_mib": held,
+        "kv_mib": pruned_mib,
         "rounds": rounds,
     }
 

@@ -187,15 +187,15 @@ def hardware(device: torch.device, dtype: torch.dtype, size: int) -> tuple[float
     return 2 * source.numel() / copied, 2 * size**3 / multiplied
 
 
-def _error(found: Any, expected: Any) -> float:
+def _error(outputs: Any, expected: Any) -> float:
     """Largest difference, relative to the largest value; for indices the share of places that differ."""
     errors = [0.0]
-    for one, other in zip(_tensors(found), _tensors(expected)):
-        if one.dtype.is_floating_point:
+    for output, other in zip(_tensors(outputs), _tensors(expected)):
+        if output.dtype.is_floating_point:
             top = other.double().abs().max().clamp_min(1e-30)
-            errors.append(float((one.double() - other.double()).abs().max() / top))
+            errors.append(float((output.double() - other.double()).abs().max() / top))
         else:
-            errors.append(float((one != other).double().mean()))
+            errors.append(float((output != other).double().mean()))
     return max(errors)
 
 
@@ -268,15 +268,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         widths = [1] if op == "segmented_topk" else options.widths
         for tokens, width, batch in product(options.tokens, widths, options.batch):
             shape = Shape(tokens, width, batch, min(options.keep, tokens), dtype, device)
-            found = measure(op, shape, speeds, options.rounds, int(options.gib * 2**30))
-            if found is None:
+            times = measure(op, shape, speeds, options.rounds, int(options.gib * 2**30))
+            if times is None:
                 print(f"{op:>32} N={tokens} D={width} B={batch}: too large, left out", flush=True)
                 continue
             row = {"op": op, "tokens": tokens, "width": width, "batch": batch, "keep": shape.keep}
-            table.add(row | {"dtype": options.dtype} | found | measured)
+            table.add(row | {"dtype": options.dtype} | times | measured)
             print(
-                f"{op:>32} N={tokens} D={width} B={batch}: kernel {found['kernel_ms']}, reference "
-                f"{found['reference_ms']}, floor {found['floor_ms']:.4g} ms",
+                f"{op:>32} N={tokens} D={width} B={batch}: kernel {times['kernel_ms']}, reference "
+                f"{times['reference_ms']}, floor {times['floor_ms']:.4g} ms",
                 flush=True,
             )
     print(f"written: {options.out}")

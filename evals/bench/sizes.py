@@ -97,8 +97,8 @@ def build(name: str, dtype: str, device: str) -> Any:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     size = find_size(name)
-    rest = {key: value for key, value in size.config.items() if key != "model_type"}
-    config = AutoConfig.for_model(size.config["model_type"], **rest)
+    settings = {key: value for key, value in size.config.items() if key != "model_type"}
+    config = AutoConfig.for_model(size.config["model_type"], **settings)
     config.dtype = getattr(torch, dtype)
     with torch.device(device):
         model: Any = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))

@@ -98,10 +98,10 @@ def child(asked: Path, config: str, output: str) -> None:
     os.dup2(silent, 2)
     real = answering.answer_batch
 
-    def counted(loaded: Any, point: Any, samples: Any, *rest: Any) -> Any:
+    def counted(loaded: Any, point: Any, samples: Any, *options: Any) -> Any:
         with asked.open("a") as stream:
             stream.write(f"{len(samples)}\n")
-        return real(loaded, point, samples, *rest)
+        return real(loaded, point, samples, *options)
 
     answering.answer_batch = counted
     sys.exit(command(["sweep", config, "--output", output]))
@@ -129,7 +129,7 @@ def wait_for(sweep: Sweep, process: BaseProcess, state: tuple[int, int], seconds
     process.join(seconds)
 
 
-def phase(before: tuple[int, int], after: tuple[int, int], whole: tuple[int, int], started: bool) -> str:
+def phase(before: tuple[int, int], after: tuple[int, int], complete: tuple[int, int], started: bool) -> str:
     """Where a process was when it was killed.
 
     Args:
@@ -139,7 +139,7 @@ def phase(before: tuple[int, int], after: tuple[int, int], whole: tuple[int, int
     """
     if after == before and not started:
         return "start"
-    return "answers" if after[0] < whole[0] else "costs" if after[1] < whole[1] else "files"
+    return "answers" if after[0] < complete[0] else "costs" if after[1] < complete[1] else "files"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.write_text(json.dumps({**_SWEEP, "name": "survive", "limit": args.limit}))
     calm, killed = Sweep(config, root / "calm", args.fork), Sweep(config, root / "killed", args.fork)
     seen = undisturbed(calm)
-    whole, seconds, first = calm.state(), seen[-1][0], seen[1][0]
+    complete, seconds, first = calm.state(), seen[-1][0], seen[1][0]
     draw = random.Random(args.seed)
     # moments of the undisturbed sweep, in their order: after which state, and how long after
     moments = sorted(draw.uniform(0.0, seconds) for _ in range(args.kills))
@@ -186,8 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         lived, after = time.perf_counter() - begin, killed.state()
         rows = killed.folder / "samples.jsonl"
         torn += rows.exists() and not rows.read_bytes().endswith(b"\n") and rows.stat().st_size > 0
-        phases[phase(before, after, whole, lived > first)] += 1
-        done = f"rows {after[0]} of {whole[0]}, costs {after[1]} of {whole[1]}"
+        phases[phase(before, after, complete, lived > first)] += 1
+        done = f"rows {after[0]} of {complete[0]}, costs {after[1]} of {complete[1]}"
         print(f"kill {number}: after {lived:.1f} s, {done}", flush=True)
     last = killed.start()
     last.join()
@@ -200,7 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     again = killed.asked_rows() - killed.state()[0]
     figures = {
-        "kills": args.kills, "phases": dict(phases), "torn_lines": torn, "rows": whole[0], "batch_size": _batch(config),
+        "kills": args.kills, "phases": dict(phases), "torn_lines": torn, "rows": complete[0],
+        "batch_size": _batch(config),
         "asked_undisturbed": calm.asked_rows(), "asked_killed": killed.asked_rows(), "asked_again": again,
         "seconds_undisturbed": round(seconds, 1), "equal": equal,
     }  # fmt: skip

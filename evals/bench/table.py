@@ -16,9 +16,9 @@ def where() -> dict[str, Any]:
     """The columns `ORIGIN` of this machine and checkout."""
     origin = provenance(RunConfig(name="bench", model="", tasks=[], methods=[], keep=[]))
     hardware, versions = origin["hardware"], origin["versions"]
-    found = {"cpu": hardware["cpu"], "gpu": hardware["gpu"] or "", "threads": hardware["threads"]}
-    found |= {name: versions.get(name, "") for name in ("torch", "transformers", "triton")}
-    return found | {"commit": origin["commit"] or "", "date": origin["date"]}
+    machine = {"cpu": hardware["cpu"], "gpu": hardware["gpu"] or "", "threads": hardware["threads"]}
+    machine |= {name: versions.get(name, "") for name in ("torch", "transformers", "triton")}
+    return machine | {"commit": origin["commit"] or "", "date": origin["date"]}
 
 
 class Table:
