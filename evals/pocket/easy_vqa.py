@@ -62,9 +62,9 @@ class EasyVQA:
 
     def ask(self, i: int, n: int, size: int, rng: random.Random) -> list[Question]:
         """Up to ``n`` questions about image ``i``, in random order; the whole image is their box."""
-        whole = ((0.0, 0.0, float(size), float(size)),)
-        found = rng.sample(self.questions[i], min(n, len(self.questions[i])))
-        return [Question("easy_vqa", question, answer, whole) for question, answer in found]
+        whole_picture = ((0.0, 0.0, float(size), float(size)),)
+        drawn = rng.sample(self.questions[i], min(n, len(self.questions[i])))
+        return [Question("easy_vqa", question, answer, whole_picture) for question, answer in drawn]
 
 
 @cache

@@ -81,15 +81,15 @@ def _count(scene: Scene, rng: random.Random) -> Question:
     # draw the number first, then a shape or colour that is there so often: large counts would be rare otherwise
     by_number: dict[int, list[tuple[str, list[Thing]]]] = {}
     for shape in SHAPES:
-        found = [t for t in scene.things if t.shape == shape]
-        by_number.setdefault(len(found), []).append((PLURALS[shape], found))
+        things = [t for t in scene.things if t.shape == shape]
+        by_number.setdefault(len(things), []).append((PLURALS[shape], things))
     for colour in COLOURS:
-        found = [t for t in scene.things if t.colour == colour]
-        by_number.setdefault(len(found), []).append((f"{colour} things", found))
+        things = [t for t in scene.things if t.colour == colour]
+        by_number.setdefault(len(things), []).append((f"{colour} things", things))
     numbers = sorted(by_number)
     number = rng.choices(numbers, [0.5 if n == 0 else 1.0 for n in numbers])[0]
-    words, found = rng.choice(by_number[number])
-    return Question("count", f"how many {words} are there?", str(number), _boxes(found or scene.things))
+    words, things = rng.choice(by_number[number])
+    return Question("count", f"how many {words} are there?", str(number), _boxes(things or scene.things))
 
 
 def _relation(scene: Scene, rng: random.Random) -> Question | None:
@@ -115,8 +115,8 @@ def _read(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def _global(scene: Scene, rng: random.Random) -> Question:
-    whole = (0.0, 0.0, float(scene.width), float(scene.height))
-    return Question("global", "what is the background pattern?", scene.pattern, (whole,))
+    whole_picture = (0.0, 0.0, float(scene.width), float(scene.height))
+    return Question("global", "what is the background pattern?", scene.pattern, (whole_picture,))
 
 
 _ASK = {
