@@ -34,7 +34,7 @@ class Media:
 
     def conversation(self, text: str, visuals: Any) -> list[Message]:
         """One question: the visuals at the `<image>` marks of `text`, if it has one for each, else before it."""
-        return [{"role": "user", "content": interleave(text, [self.part(one) for one in flat(visuals)])}]
+        return [{"role": "user", "content": interleave(text, [self.part(visual) for visual in flat(visuals)])}]
 
     def messages(self, messages: Iterable[Any]) -> list[Message]:
         """Messages as `doc_to_messages` of a task gives them.
@@ -42,15 +42,15 @@ class Media:
         Raises:
             ValueError: a part that is no text, picture or video.
         """
-        found: list[Message] = []
+        chat: list[Message] = []
         for message in messages:
             content = message["content"]
             content = [{"type": "text", "text": content}] if isinstance(content, str) else content
             parts = [self._message_part(part) for part in content]
             if len(parts) > 1 and parts[-1]["type"] == "text" and all(part["type"] != "text" for part in parts[:-1]):
                 parts = interleave(parts[-1]["text"], parts[:-1])
-            found.append({"role": message["role"], "content": parts})
-        return found
+            chat.append({"role": message["role"], "content": parts})
+        return chat
 
     def _message_part(self, part: Mapping[str, Any]) -> Part:
         if part["type"] == "text":
@@ -124,8 +124,8 @@ def _readable(value: Any) -> Any:
     if isinstance(value, Image.Image):
         return read_picture(value) if value.mode.startswith(("I", "F")) else value
     if isinstance(value, dict):
-        return {name: _readable(own) for name, own in value.items()}
-    return [_readable(one) for one in value] if isinstance(value, list) else value
+        return {name: _readable(member) for name, member in value.items()}
+    return [_readable(member) for member in value] if isinstance(value, list) else value
 
 
 def flat(visuals: Any) -> list[Any]:
@@ -134,7 +134,7 @@ def flat(visuals: Any) -> list[Any]:
         return []
     if not isinstance(visuals, (list, tuple)):
         return [visuals]
-    return [one for item in visuals for one in (flat(item) if isinstance(item, (list, tuple)) else [item])]
+    return [visual for item in visuals for visual in (flat(item) if isinstance(item, (list, tuple)) else [item])]
 
 
 def frame_places(total: int, rate: float, fps: float, most: int, start: float | None, end: float | None) -> list[int]:

@@ -82,7 +82,7 @@ def count_samples(name: str) -> int | None:
     if suite in FILES:
         file = suite_file(suite)
         families = pq.read_table(file, columns=["family"]).column("family").to_pylist()
-        return sum(family in ("", own) for own in families)
+        return sum(family in ("", family_of_sample) for family_of_sample in families)
     from tokenprune.evals.tasks.yaml_task import read_spec
 
     path = Path(name)

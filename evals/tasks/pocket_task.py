@@ -18,7 +18,7 @@ def pocket_task(name: str) -> Task:
     """The task of a suite, "pocket-mixed", or of one of its families, "pocket-mixed:video"."""
     suite_name, _, family = name.partition(":")
     rows, families, picture, side = _READERS[suite_name]()
-    places = [i for i, own in enumerate(families) if family in ("", own)]
+    places = [i for i, family_of_sample in enumerate(families) if family in ("", family_of_sample)]
 
     def load(start: int, stop: int) -> Iterator[Sample]:
         for row in (rows[i] for i in places[start:stop]):

@@ -39,7 +39,7 @@ class Sample:
     @property
     def frames(self) -> list[Image]:
         """Its pictures, and the frames of its videos, in order."""
-        return [frame for one in self.visuals for frame in (one if isinstance(one, list) else [one])]
+        return [frame for visual in self.visuals for frame in (visual if isinstance(visual, list) else [visual])]
 
 
 @dataclass

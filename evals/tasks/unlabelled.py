@@ -54,8 +54,8 @@ def _candidates(data: str, scenes: int, seed: int) -> Iterator[SelectionRequest]
         for row in _VALIDATION[suite](family, scenes):
             if family in ("", row["family"]):
                 rows.setdefault(row["scene_id"], []).append(row)
-        for own in rows.values():  # scenes come at random already; one question about each
-            row = draw.choice(own)
+        for rows_of_scene in rows.values():  # scenes come at random already; one question about each
+            row = draw.choice(rows_of_scene)
             yield SelectionRequest(row["sample_id"], row["question"], row["image"]())
     else:
         task = load_task(data)
@@ -102,7 +102,7 @@ def draw_samples(
         ValueError: there are not enough.
     """
     first: list[SelectionRequest] = []
-    rest: list[SelectionRequest] = []
+    others: list[SelectionRequest] = []
     seen: set[str] = set()
     for asked in _candidates(data, samples + held_out, seed):
         picture = _hash(asked.image)
@@ -110,10 +110,10 @@ def draw_samples(
             first.append(asked)
             seen.add(picture)
         elif picture not in seen:
-            rest.append(asked)
-        if len(rest) == held_out:
-            return first, rest
+            others.append(asked)
+        if len(others) == held_out:
+            return first, others
     raise ValueError(
-        f"{data} gives {len(first)} sample(s) to tune on and {len(rest)} held-out one(s) with other pictures; "
+        f"{data} gives {len(first)} sample(s) to tune on and {len(others)} held-out one(s) with other pictures; "
         f"{samples} and {held_out} were asked for. Lower --samples or --held-out."
     )
