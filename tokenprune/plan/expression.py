@@ -59,7 +59,7 @@ def yaml_value(text: str, where: str) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds.
+    """The content of a YAML file.
 
     Raises:
         ValueError: it is no text, or no YAML; the message names it.
