@@ -18,7 +18,7 @@ Pack = Callable[[Tensor, Tensor], Tensor]
 
 
 def anyres_visual(pack: Pack, crops: int, side: int) -> Visual:
-    """The layout of one picture, read off the model's own packing: it is given numbers in place of features.
+    """The layout of one picture, read off the model's packing function, which is called on cell numbers, not features.
 
     Args:
         pack: (values `[crops, side * side, 1]`, newline `[1]`) -> `[P, 1]`: what the model makes of a picture's crops.
@@ -27,9 +27,9 @@ def anyres_visual(pack: Pack, crops: int, side: int) -> Visual:
     """
     cells = crops * side * side
     numbers = torch.arange(cells, dtype=torch.float64).view(crops, side * side, 1)
-    packed = pack(numbers, torch.tensor([-1.0], dtype=torch.float64))[:, 0]
-    offsets = (packed >= 0).nonzero()[:, 0]
-    sources = packed[offsets]
+    packed = pack(numbers, torch.tensor([-1.0], dtype=torch.float64))[:, 0]  # [placeholders], -1 at separators
+    offsets = (packed >= 0).nonzero()[:, 0]  # [N]
+    sources = packed[offsets]  # [N]
     count = offsets.shape[0]
     rows = packed.shape[0] - count
     if crops == 1 or rows == 0:  # of an extreme strip all rows of the mosaic are padding
@@ -99,11 +99,11 @@ class AnyRes(Adapter):
 
 
 def pooled_video(frames: int, side: int, pool: Any, separators: int = 0, before_projector: bool = False) -> Visual:
-    """A video of `frames` frames, each `side` x `side` in the tower, by the model's own pooling.
+    """A video of `frames` frames, each `side` x `side` in the tower, by the model's pooling function.
 
     Args:
         pool: `[frames, side * side, 1]` -> `[frames, n, 1]`.
-        separators: placeholders behind the last frame.
+        separators: placeholders after the last frame.
         before_projector: whether the projector gets what was pooled.
     """
     count = pool(torch.zeros(1, side * side, 1)).shape[1]

@@ -1,6 +1,6 @@
 """What the Qwen-VL families share: packed vision tower with rotary positions, 2 x 2 merger, M-RoPE, images and videos.
 
-Positions are (time, row, column) ids; kept tokens keep theirs and text keeps its own, so `rope_deltas` stay right.
+Positions are (time, row, column) ids; kept tokens and text keep the ids that they had, so `rope_deltas` stay right.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class QwenTower(VisionTower):
     Args:
         module: the tower.
         vision: its config.
-        extra: blocks behind which further mergers run, for costs.
+        extra: blocks after which further mergers run, for costs.
         pixels: mean and standard deviation of the colours in the family's published processors.
     """
 
@@ -109,7 +109,7 @@ class QwenTower(VisionTower):
             def read(run: PackedRun, pictures: Sequence[int], count: int) -> tuple[Tensor, ...]:
                 length = count * self.patches_per_cell
                 if len(pictures) == len(run.counts):
-                    return tuple(part.unflatten(1, (-1, length)).transpose(0, 1) for part in parts)
+                    return tuple(part.unflatten(1, (-1, length)).transpose(0, 1) for part in parts)  # [M, H, T, d]
                 starts = [self.patches_per_cell * sum(run.counts[:picture]) for picture in pictures]
                 return tuple(torch.stack([part[:, at : at + length] for at in starts]) for part in parts)
 
@@ -131,7 +131,7 @@ class QwenTower(VisionTower):
     def _heads(self, qkv: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         """Query, key and value `[H, patches, d]` of a packed row, rotated."""
         query, key, value = qkv.unflatten(-1, (3, self.facts.num_heads, -1)).unbind(1)  # [S, H, d]
-        cos, sin = (part[:, None].to(query.dtype) for part in rotation)
+        cos, sin = (part[:, None].to(query.dtype) for part in rotation)  # [S, 1, d]
 
         def turned(values: Tensor) -> Tensor:
             first, second = values.chunk(2, dim=-1)
@@ -154,9 +154,9 @@ class QwenTower(VisionTower):
     def states(self, run: PackedRun, args: Any, pictures: Sequence[int], count: int) -> Tensor:
         hidden = args[0]
         present = run.order[run.present].to(hidden.device)
-        cells = hidden.unflatten(0, (-1, self.patches_per_cell)).mean(dim=1)[present.argsort()]
+        cells = hidden.unflatten(0, (-1, self.patches_per_cell)).mean(dim=1)[present.argsort()]  # [cells, D]
         starts = [sum(run.counts[:picture]) for picture in pictures]
-        return torch.stack([cells[at : at + count] for at in starts])
+        return torch.stack([cells[at : at + count] for at in starts])  # [m, count, D]
 
     def drop_tokens(self, run: PackedRun, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
         hidden, group = args[0], self.patches_per_cell
@@ -196,14 +196,14 @@ class QwenTower(VisionTower):
         return full.index_copy(0, _places(run.present, output.device), output)
 
     def _window_order(self, grids: tuple[tuple[int, int], ...]) -> Tensor:
-        """`[cells]` int64: which cell, counted over all pictures, stands at each place of the full row, which may be
-        sorted by windows."""
+        """`[cells]` int64: which cell, counted over all pictures, is at each place of the full row, which may be sorted
+        by windows."""
         if not self._windows:
             return torch.arange(sum(rows * cols for rows, cols in grids))
         if grids in self._orders:
             return self._orders[grids]
         merge = self._vision.spatial_merge_size
-        # windows lie within a frame, so each frame may stand for a picture of its own
+        # windows lie within a frame, so each frame may be treated as a picture
         boxes = torch.tensor([[1, rows * merge, cols * merge] for rows, cols in grids])
         window_index = getattr(self.module, "get_window_index", None)
         if window_index is not None:
@@ -294,7 +294,7 @@ class QwenVL(Adapter):
     mrope = True
     projector_path = "model.visual.merger"
     timestamps = False
-    """Whether text stands between the frames of a video."""
+    """Whether text comes between the frames of a video."""
     gated_tower = False
     pixel_facts = CLIP_PIXELS
 
@@ -305,7 +305,7 @@ class QwenVL(Adapter):
         self.vision = QwenTower(module, config.vision_config, self.extra_mergers(config), self.pixel_facts)
 
     def extra_mergers(self, config: Any) -> Sequence[int]:
-        """Blocks of the tower behind which mergers run, beside the one at its end."""
+        """Blocks of the tower after which further mergers run; the merger at its end is not among them."""
         return ()
 
     def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:

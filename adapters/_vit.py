@@ -50,7 +50,7 @@ class Vit(VisionTower):
         exit: the projector.
         facts: see `TowerInfo`.
         patch: side of a patch in pixels.
-        can_cut: whether what comes after the tower takes each patch on its own.
+        can_cut: whether what comes after the tower works on each patch independently.
         pooling_head: whether the tower pools its last states by attention as well, for costs.
         cell_patches: `[cells, g]` int64, the patches that are joined into each visual token; None means one each.
     """
@@ -134,13 +134,13 @@ class Vit(VisionTower):
     def patch_pixels(self, pixels: Tensor, pictures: int) -> Tensor:
         batch = pixels.reshape(pictures, *pixels.shape[-3:])
         patches = batch.unfold(2, self._patch, self._patch).unfold(3, self._patch, self._patch)  # [m, C, r, c, p, p]
-        return patches.permute(0, 2, 3, 1, 4, 5).flatten(4).flatten(1, 2)
+        return patches.permute(0, 2, 3, 1, 4, 5).flatten(4).flatten(1, 2)  # [m, r * c, C, p * p]
 
     def start(self, grids: Sequence[tuple[int, int]]) -> VitRun:
         return VitRun(grids[0][0] * grids[0][1])
 
     def states(self, run: VitRun, args: Any, pictures: Sequence[int], count: int) -> Tensor:
-        return args[0][list(pictures), self._before : self._before + count]
+        return args[0][list(pictures), self._before : self._before + count]  # [m, count, D]
 
     def drop_tokens(self, run: VitRun, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
         hidden = args[0]
@@ -159,7 +159,7 @@ class Vit(VisionTower):
                 mask = torch.zeros(real.shape, dtype=hidden.dtype, device=hidden.device)
                 # additive, which both SDPA and eager attention take
                 run.mask = mask.masked_fill(~real, torch.finfo(hidden.dtype).min)[:, None, None]
-                run.mask = run.mask.expand(-1, 1, real.shape[1], -1)
+                run.mask = run.mask.expand(-1, 1, real.shape[1], -1)  # [M, 1, T, T]
         if "attention_mask" in kwargs:
             return (hidden, *args[1:]), {**kwargs, "attention_mask": run.mask}
         return (hidden, run.mask, *args[2:]), kwargs
@@ -213,7 +213,8 @@ def check_patches_only(config: Any) -> None:
 
 
 def feature_block(layer: Any, depth: int) -> int:
-    """0-based block behind an entry of `hidden_states`, which has depth + 1 entries, the first being the embeddings.
+    """0-based block whose output is an entry of `hidden_states`, which has depth + 1 entries, the first being the
+    embeddings.
 
     Raises:
         ValueError: several layers are joined; they have no common raster.

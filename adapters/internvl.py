@@ -36,7 +36,7 @@ class InternVL(Adapter):
         self._patch = vision.patch_size[0]
         rows, cols = (size // self._patch for size in vision.image_size)
         self._ratio = config.downsample_ratio
-        # the model's own joining, given numbers in place of features, says which patches make a token
+        # the model's pixel shuffle, called on patch numbers, says which patches make a token
         numbers = torch.arange(rows * cols, dtype=torch.float64).view(1, rows, cols, 1)
         joined = self.entry.pixel_shuffle(numbers, scale_factor=self._ratio)
         cells = joined.reshape(-1, joined.shape[-1]).long()

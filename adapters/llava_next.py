@@ -1,6 +1,6 @@
 """LLaVA-NeXT (1.6): a CLIP tower over a thumbnail and tiles, whose mosaic is unpadded and gets a token after each row.
 
-A method ranks the thumbnail and the mosaic each on its own, with budgets in proportion, or jointly (its `scope`). The
+A method ranks the thumbnail and the mosaic separately, with budgets in proportion, or jointly (its `scope`). The
 row-end tokens leave with the first cut of their picture.
 """
 

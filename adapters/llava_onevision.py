@@ -1,7 +1,7 @@
 """LLaVA-OneVision: a SigLIP tower without [CLS], pictures in crops, videos pooled by frame, a Qwen2 decoder.
 
 Large mosaics are interpolated down by the model: their tokens are mixed from several patches, and so are a video's, so
-that nothing can leave inside the tower there.
+that for these nothing can leave inside the tower.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Qwen3-VL: features of several tower depths are added to visual tokens in the first decoder layers; time stamps.
 
 The time stamps are text between the frames of a video. What is added is cut in step with the tokens. The additions come
-after the first layers, so the decoder can be cut from the layer behind them on.
+after the first layers, so the decoder can be cut from the layer after them on.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Qwen3VL(QwenVL):
         if visual is None or added is None:
             return {}
         short = rows(visual) & real.to(visual.device)
-        # which of the rows of `added` stands at each place; one read for all of them
+        # which row of `added` belongs to each place; one read for all of them
         number = rows((visual.flatten().cumsum(0) - 1).view(visual.shape))
         left = number.flatten()[short.flatten().nonzero()[:, 0]]
         return {"visual_pos_masks": short, "deepstack_visual_embeds": [values[left] for values in added]}

@@ -35,7 +35,7 @@ class SmolVLM(Adapter):
         tower = submodule(model, "model.vision_model")
         patches = vision.image_size // vision.patch_size
         self._side = patches // config.scale_factor
-        # the model's own joining, given numbers in place of features, says which patches make a token
+        # the model's pixel shuffle, called on patch numbers, says which patches make a token
         numbers = torch.arange(patches**2, dtype=torch.float64).view(1, -1, 1)
         cells = submodule(model, "model.connector").pixel_shuffle(numbers, config.scale_factor)[0].long()  # type: ignore[operator]
         facts = vit_facts(vision, vision.num_hidden_layers - 1, has_cls=False)

@@ -20,7 +20,7 @@ from tokenprune.registry import MODELS, near
 from tokenprune.seams import check_seams
 from tokenprune.wrappers import Links, unwrap
 
-# text, not handles: those hold the model, which would then never be freed
+# text, not handles: a handle refers to its model, which would then never be freed
 _applied: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 

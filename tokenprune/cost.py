@@ -11,7 +11,7 @@ Conventions, the same as torch's `FlopCounterMode`:
 Published tables use a simplified formula instead: per layer 4nd^2 + 2n^2d + 2ndm, with 3ndm for a gated MLP, where
 n is the sequence length, d the width and m the MLP width (FastV, arXiv 2403.06764). It takes a multiply-add as one
 operation, ignores grouped key/value heads, the vision tower, the projector and the head, so it is about half of
-`prefill_flops` and is printed beside it, never mixed with it.
+`prefill_flops` and is printed next to it, never mixed with it.
 
 Lengths are lists with one entry per decoder layer, because a method may drop tokens inside the decoder.
 """
@@ -76,7 +76,7 @@ class Flops:
     Attributes:
         vision: vision tower, patch embedding included.
         projector: between tower and decoder.
-        selection: the method's own matrix products and the signals recorded for it.
+        selection: the matrix products of the method and of the signals recorded for it.
         prefill: decoder layers and head over the prompt.
         decode: one generated token, at the length right after the prompt.
     """
@@ -137,7 +137,7 @@ def _layer_flops(shape: ModelShape, queries: int, keys: int) -> int:
 
 
 def layer_flops(shape: ModelShape, lengths: Sequence[int]) -> list[int]:
-    """Each decoder layer over one prompt of its own length there, nothing cached before."""
+    """Each decoder layer over one prompt, whose length may differ by layer; nothing is cached before."""
     _check(shape, lengths)
     return [_layer_flops(shape, n, n) for n in lengths]
 
@@ -165,7 +165,7 @@ def prefill_flops(
 
 
 def decode_flops(shape: ModelShape, keys: Sequence[int]) -> int:
-    """One decode step of one sample, head included; `keys` per layer, the new token's own key among them."""
+    """One decode step of one sample, head included; `keys` per layer, the new token's key among them."""
     _check(shape, keys)
     return sum(_layer_flops(shape, 1, m) for m in keys) + head_flops(shape, 1)
 

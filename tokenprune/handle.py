@@ -1,4 +1,4 @@
-"""What `apply` gives back: the way to look at the last prompt, and the way out."""
+"""What `apply` gives back: reports on the last prompts, and `remove()`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Handle:
     Attributes:
         model: the wrapped model, the very object that was passed in.
         stages: the cuts, in the order in which they run; none where attention is changed only.
-        interventions: what changes attention, as it stands on this model.
+        interventions: what changes attention, as prepared for this model.
         adapter: the description of the model's family.
         label: the method with its budget, for tables.
     """
@@ -58,10 +58,10 @@ class Handle:
         self._ledger.undo()
 
     def set_hints(self, **hints: list[Any]) -> None:
-        """Tell the method what it cannot see, one value per image or video in batch order; holds until set again.
+        """Tell the method what it cannot see, one value per image or video in batch order; valid until set again.
 
-        What a thread sets holds for its own calls. Threads that set nothing see what the thread that applied the method
-        has set.
+        What a thread sets is used for that thread's calls. Threads that set nothing see what the thread that applied
+        the method has set.
 
         Args:
             hints: for example `boxes=[...]` for the oracle of the pocket suite.
@@ -84,7 +84,7 @@ class Handle:
     @property
     def kept(self) -> list[list[Tensor]]:
         """Visual tokens of the last batch of prompts that reached the end of the decoder: for each sample, for each of
-        its images and videos, the indices in that visual's own raster order (crops or frames one after the other),
+        its images and videos, the indices in that visual's raster order (crops or frames one after the other),
         sorted, `[k]` int64 on the CPU.
 
         The last batch is that of any thread; where several run on one model, see `watch`. Within one call of

@@ -1,4 +1,4 @@
-"""A batch of prompts that ran, as a caller looks at it."""
+"""A batch of prompts that ran, as a caller reads it."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Report:
     Attributes:
         method: the method with its budget.
         positions: "compact" or "keep", of each stage that differs; "as laid out" where nothing prunes.
-        interventions: one line each on what changes attention, in which layers, and what it found.
+        interventions: one line each on what changes attention, in which layers, and what it did.
         notes: what a reader must know of the method on this model, for example a stand-in for a signal.
         samples: rows of the batch.
         images: images in all.

@@ -57,7 +57,7 @@ class Seam:
     """Something of another package that is used here.
 
     Attributes:
-        where: `module:name` or `module:Class.name`; after "|" stand other places of the same thing, in older releases.
+        where: `module:name` or `module:Class.name`; after "|" come other places of the same thing, in older releases.
         use: what needs it, as it ends the sentence "..., which USE needs".
         what: of a function the parameters that it must take, of a class the attributes that it must have or set; names
             joined by "|" are the same thing in different releases.
@@ -73,7 +73,7 @@ class Seam:
         return self.where.partition(":")[0]
 
     def missing(self) -> list[str]:
-        """What the installed release does not have of it, by name; [] if all is there."""
+        """What the installed release does not have of it, by name; [] if nothing is missing."""
         thing = next(filter(lambda place: place is not None, map(_find, self.where.split("|"))), None)
         if thing is None:
             return [self.where.partition("|")[0].replace(":", ".")]
@@ -84,7 +84,7 @@ class Seam:
 
 
 def _find(place: str) -> Any:
-    """What stands at `module:name.name`, or None."""
+    """The object at `module:name.name`, or None."""
     module, _, names = place.partition(":")
     try:
         thing = importlib.import_module(module)
@@ -289,7 +289,7 @@ EVALUATION_SEAMS: tuple[Seam, ...] = (
     Seam("torch.utils.flop_counter:FlopCounterMode.get_total_flops", "measured FLOPs"),
     Seam("torch.utils.flop_counter:sdpa_flop_count", "measured FLOPs"),
 )
-"""What evaluations need beside them."""
+"""What evaluations need in addition."""
 
 
 # --- the check --------------------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def _lost(seam: Seam) -> tuple[str, ...]:
 
 
 def moved(seams: Iterable[Seam]) -> str:
-    """One sentence on what the installed releases do not have of these seams; "" if all is there."""
+    """One sentence on what the installed releases do not have of these seams; "" if nothing is missing."""
     lost = {f"{name} (which {seam.use} needs)": seam for seam in seams for name in _lost(seam)}
     if not lost:
         return ""

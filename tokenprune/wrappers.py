@@ -1,4 +1,4 @@
-"""What others do to a model around us: wrappers over it, graphs compiled of it, modules put in place of its own."""
+"""What others do to a model around us: wrappers over it, graphs compiled of it, modules that replace its modules."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _inside(model: Any) -> Any:
 
 
 def runs_again(root: nn.Module, module: nn.Module) -> bool:
-    """Whether a `checkpoint_wrapper` of torch.distributed, below `root`, stands around `module`, so that the module and
+    """Whether a `checkpoint_wrapper` of torch.distributed, below `root`, is around `module`, so that the module and
     its hooks run a second time in the backward pass. Hooks of the wrapper itself do not."""
     return any(
         isinstance(outer._modules.get("_checkpoint_wrapped_module"), nn.Module)
@@ -53,7 +53,7 @@ def drop_graphs(ledger: Ledger) -> None:
     """Make compiled code see the hooks of a model, now and until `ledger` is undone.
 
     Graphs that Dynamo compiled before know no hooks, also those of other objects of the class, so they are dropped;
-    graphs that it compiles from now on are told to look whether hooks are there. Undoing drops them again.
+    graphs that it compiles from now on are told to check for hooks. Undoing drops them again.
     """
     if "torch._dynamo" not in sys.modules:  # opaque() has loaded it; without it nothing is compiled
         return
@@ -71,7 +71,7 @@ def drop_graphs(ledger: Ledger) -> None:
         with _lock:
             _at_work.pop()
             torch._dynamo.reset()
-            if len(_at_work) == 1:  # no other model's hooks are there
+            if len(_at_work) == 1:  # no other model has hooks
                 config.skip_nnmodule_hook_guards = _at_work.pop()
 
     ledger.add(undo)
@@ -82,7 +82,7 @@ _lock = threading.Lock()
 
 
 class Links:
-    """Remembers which modules stand where, and notices when others were put in their place.
+    """Remembers which module is where, and notices when one was replaced.
 
     Args:
         root: the model.

@@ -78,7 +78,7 @@ def show_progress(console: Console) -> Iterator[Progress]:
 
 
 class ModelWorker:
-    """One model, loaded, and those points of a run that are its own. Every method was tried on it once.
+    """One model, loaded, and the points of a run that use it. Every method was tried on it once.
 
     Args:
         points: of any models; the others are left alone.

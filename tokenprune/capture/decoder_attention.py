@@ -1,4 +1,4 @@
-"""Attention of a few rows in one decoder layer, from its own projections: what stages at "layer:K" may ask for.
+"""Attention of a few rows in one decoder layer, from the layer's projections: what stages at "layer:K" may ask for.
 
 Layer K - 1 has run when a stage at "layer:K" chooses, so its keys and values are read from its KV cache where that has
 them; those of layer K, which is yet to run, are projected here.
@@ -41,7 +41,7 @@ class LayerInput:
         hidden: `[B, P, D]`.
         rotation: cos and sin, `[1 or B, P, d]`.
         attended: `[B, P]` bool, False at padding; None: there is none.
-        keys: `[B, Hk, K, d]` keys that the layer's cache held before this call, rotated; None if it held none.
+        keys: `[B, Hk, K, d]` keys in the layer's cache before this call, rotated; None if it was empty.
         keys_seen: `[B, K]` bool, False at padding among them.
         left: keys, rotated, and values `[B, Hk, K + P, d]` that the layer left in its cache; None before it has run.
         cache: the KV cache that it runs with; None if there is none.
@@ -120,7 +120,7 @@ class DecoderSignals:
                 self._shares(name)
 
     def value(self, name: str, span: int, places: Tensor) -> Tensor:
-        """A signal for one span whose tokens stand at `places` of what entered the layer."""
+        """A signal for one span whose tokens are at `places` of what entered the layer."""
         sample = self._prompt.layout.spans[span].sample
         if name == LAST_ATTENTION:
             return self._last()[sample, places]
@@ -135,14 +135,14 @@ class DecoderSignals:
         given = self._given
         batch_size, length = given.hidden.shape[:2]
         at = torch.arange(length, device=rows.device)
-        causal = at[None, None] <= rows[..., None]
+        causal = at[None, None] <= rows[..., None]  # [B, R, P]
         if given.attended is not None:
             itself = at[None, None] == rows[..., None]
             causal = (causal & given.attended[:, None]) | itself
         if given.keys is None:
             return causal
         past = torch.ones(batch_size, given.keys.shape[2], dtype=torch.bool, device=rows.device)
-        past = past if given.keys_seen is None else given.keys_seen
+        past = past if given.keys_seen is None else given.keys_seen  # [B, K]
         return torch.cat([past[:, None].expand(-1, rows.shape[1], -1), causal], dim=2)
 
     def _project(self, part: str, hidden: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class DecoderSignals:
         """`[B, H, R, d]` of the rows `[B, R]`, rotated."""
         hidden = self._given.hidden.detach()
         # normalisation and projections know no other row
-        asked = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
+        asked = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))  # [B, R, D]
         cos, sin = (part.expand(rows.shape[0], -1, -1) for part in self._given.rotation)
         picked = rows[..., None].expand(-1, -1, cos.shape[-1])
         return self._reading.rotate(self._project("q", asked), (cos.gather(1, picked), sin.gather(1, picked)))
@@ -190,14 +190,14 @@ class DecoderSignals:
         """`[B, R, P]` fp32: head-mean attention of the query rows `[B, R]` to the tokens of this call."""
         query, key = self._query(rows), self._keys()
         self.flops += 2 * query.numel() * key.shape[2]
-        mass = attention_rows(query, key, self._reading.scale, self._allowed(rows))
+        mass = attention_rows(query, key, self._reading.scale, self._allowed(rows))  # [B, R, K + P]
         return mass[..., -self._given.hidden.shape[1] :]
 
     def _ends(self) -> Tensor:
         """`[B, 1]` int64, the last token of each prompt."""
         batch_size = self._given.hidden.shape[0]
         device = self._given.hidden.device
-        length = self._given.hidden.shape[1] - self._prompt.drafted  # drafted tokens stand last, behind any padding
+        length = self._given.hidden.shape[1] - self._prompt.drafted  # drafted tokens come last, after any padding
         if self._given.attended is None:
             return torch.full((batch_size, 1), length - 1, device=device)
         return (torch.arange(length, device=device) * self._given.attended[:, :length]).amax(dim=1, keepdim=True)
@@ -226,7 +226,7 @@ class DecoderSignals:
         # text never leaves, so the rows are the last ones of each prompt; shorter prompts repeat their first, uncounted
         for start in range(0, max(counts), _CHUNK):
             back = torch.arange(start, min(start + _CHUNK, max(counts)), device=ends.device)[None]
-            mass = self._attention((ends - back.minimum(rows_of_prompt - 1)).clamp(min=0))
+            mass = self._attention((ends - back.minimum(rows_of_prompt - 1)).clamp(min=0))  # [B, chunk, P]
             total += (mass * (back < rows_of_prompt)[..., None]).sum(dim=1)
         self._cache["instruction"] = total / rows_of_prompt
         return self._cache["instruction"]
@@ -260,14 +260,15 @@ class DecoderSignals:
         return self._cache[name]
 
     def _shares_of_tail(self, visual: Tensor) -> None:
-        """Where all text follows all visual tokens: its own rows are all that is needed, and visual rows see none."""
+        """Where all text follows all visual tokens: the rows of the text are all that is needed, and visual rows see no
+        text."""
         counts = [max(count, 1) for count in self._prompt.text_after_visual()]
         rows_of_prompt, most = torch.tensor(counts, device=visual.device)[:, None], max(counts)
         ends = self._ends()
         total = torch.zeros(visual.shape[0], device=visual.device)
         for start in range(0, most, _CHUNK):
             back = torch.arange(start, min(start + _CHUNK, most), device=visual.device)[None]
-            mass = self._attention((ends - back).clamp(min=0))
+            mass = self._attention((ends - back).clamp(min=0))  # [B, chunk, P]
             total += ((mass * visual[:, None]).sum(dim=2) * (back < rows_of_prompt)).sum(dim=1)
         self._cache[TEXT_TO_VISUAL] = total / rows_of_prompt[:, 0]
         self._cache[VISUAL_TO_TEXT] = torch.zeros_like(total)
@@ -275,17 +276,17 @@ class DecoderSignals:
     def _shares_of_all(self, visual: Tensor) -> None:
         batch_size, length = visual.shape
         at = torch.arange(length, device=visual.device)
-        first = torch.where(visual, at, length).amin(dim=1, keepdim=True)
+        first = torch.where(visual, at, length).amin(dim=1, keepdim=True)  # [B, 1]
         text = ~visual & (at > first) & (at < length - self._prompt.drafted)
         if self._given.attended is not None:
             text &= self._given.attended
         last = at == self._ends()
-        asking = torch.where(text.any(dim=1, keepdim=True), text, last)
+        asking = torch.where(text.any(dim=1, keepdim=True), text, last)  # [B, P]
         to_visual = torch.zeros(batch_size, device=visual.device)
         to_text = torch.zeros_like(to_visual)
         for start in range(0, length, _CHUNK):
             rows = at[start : start + _CHUNK].expand(batch_size, -1)
-            mass = self._attention(rows)
+            mass = self._attention(rows)  # [B, chunk, P]
             to_visual += ((mass * visual[:, None]).sum(dim=2) * asking.gather(1, rows)).sum(dim=1)
             to_text += ((mass * text[:, None]).sum(dim=2) * visual.gather(1, rows)).sum(dim=1)
         self._cache[TEXT_TO_VISUAL] = to_visual / asking.sum(dim=1)

@@ -29,12 +29,12 @@ _NAMES = ((ATTENTION_GAIN, ATTENTION_COSINE, ATTENTION_TURN), (MLP_GAIN, MLP_COS
 
 
 class Transitions:
-    """Records transition signals of one pass over a prompt, by place in the rows as they stand now.
+    """Records transition signals of one pass over a prompt, by place in the rows as they are now.
 
     Args:
         adapter: the family.
         wanted: signals that any stage asked for.
-        calls: the calls at work; there is nothing to record without a prompt, as in decoding.
+        calls: the calls at work; a call without a prompt, as in decoding, records nothing.
     """
 
     def __init__(self, adapter: Adapter, wanted: Sequence[Signal], calls: Calls) -> None:
@@ -63,7 +63,7 @@ class Transitions:
             call.transitions = dict(zip(call.transitions, compaction.move(list(call.transitions.values()))))
 
     def value(self, signal: Signal, sample: int, places: Tensor) -> Tensor:
-        """A signal of the tokens that stand at `places` `[n]` of a row now, `[n]` fp32."""
+        """A signal of the tokens that are at `places` `[n]` of a row now, `[n]` fp32."""
         call = self._at_work()
         if call is None:
             raise ValueError(f"{signal.name} is there while a prompt passes through the decoder, and none does.")

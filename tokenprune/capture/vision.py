@@ -34,9 +34,9 @@ def vision_signal(signal: Signal, query: Tensor, key: Tensor, value: Tensor, bef
     name, tokens, patches = signal.name, key.shape[2], key.shape[2] - before
     scale = query.shape[-1] ** -0.5
     if name == CLS_ATTENTION:
-        return attention_rows(query[:, :, :1], key, scale)[:, 0, before:], tokens
+        return attention_rows(query[:, :, :1], key, scale)[:, 0, before:], tokens  # [m, 1, T] -> [m, N]
     if name == MEAN_QUERY_ATTENTION:
-        mean = query[:, :, before:].float().mean(dim=2, keepdim=True)
+        mean = query[:, :, before:].float().mean(dim=2, keepdim=True)  # [m, H, 1, d]
         return attention_rows(mean, key, scale)[:, 0, before:], tokens
     if name == CLS_VALUE_SIMILARITY:
         return attention_rows(value[:, :, :1], value, 1.0)[:, 0, before:], tokens
@@ -45,12 +45,12 @@ def vision_signal(signal: Signal, query: Tensor, key: Tensor, value: Tensor, bef
     if name == CLS_PATCH_SIMILARITY:
         return attention_rows(value[:, :, :1], value[:, :, before:], scale)[:, 0], patches
     if name == MEAN_VALUE_SIMILARITY:
-        patch_values = value[:, :, before:].float()
+        patch_values = value[:, :, before:].float()  # [m, H, N, d]
         return attention_rows(patch_values.mean(dim=2, keepdim=True), patch_values, scale)[:, 0], patches
     if name in (SINK_ATTENTION, SINK_ATTENTION_SUM):
         mean_or_sum, count = sink_attention(query, key, before, signal.settings[0], name == SINK_ATTENTION_SUM)
         return mean_or_sum, count * tokens
-    return value.float().mean(dim=1).abs().sum(dim=-1)[:, before:], 0
+    return value.float().mean(dim=1).abs().sum(dim=-1)[:, before:], 0  # [m, T, d] -> [m, T] -> [m, N]
 
 
 def sink_attention(query: Tensor, key: Tensor, before: int, threshold: float, total: bool) -> tuple[Tensor, int]:
@@ -75,7 +75,7 @@ def sink_attention(query: Tensor, key: Tensor, before: int, threshold: float, to
     def rows(chosen: Tensor) -> Tensor:
         return attention_rows(chosen, key, scale)[..., before:]
 
-    received = attention_received(patches, key, scale)[:, before:]
+    received = attention_received(patches, key, scale)[:, before:]  # [m, N]
     if threshold == 0:
         return (received if total else received / count), count
     sinks = received > threshold * received.mean(dim=1, keepdim=True)
@@ -86,12 +86,12 @@ def sink_attention(query: Tensor, key: Tensor, before: int, threshold: float, to
     if most == count and bool((numbers == count).all()):
         return (received if total else received / count), count
     # the rows of a picture with fewer of them are filled up with rows that count nothing
-    places = torch.sort(sinks.to(torch.int8), dim=1, descending=True, stable=True).indices[:, :most]
+    places = torch.sort(sinks.to(torch.int8), dim=1, descending=True, stable=True).indices[:, :most]  # [m, most]
     weights = sinks.gather(1, places).to(torch.float32)
     summed = torch.zeros_like(received)
     for start in range(0, most, _CHUNK):
         part = places[:, start : start + _CHUNK]
-        index = part[:, None, :, None].expand(-1, query.shape[1], -1, width)
+        index = part[:, None, :, None].expand(-1, query.shape[1], -1, width)  # [m, H, chunk, d]
         summed += (rows(patches.gather(2, index)) * weights[:, start : start + _CHUNK, None]).sum(dim=1)
     return (summed if total else summed / numbers), count + most
 

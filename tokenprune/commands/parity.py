@@ -1,4 +1,4 @@
-"""`tokenprune parity`: a finished run beside published numbers."""
+"""`tokenprune parity`: a finished run compared with published numbers."""
 
 from __future__ import annotations
 

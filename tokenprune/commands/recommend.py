@@ -1,4 +1,4 @@
-"""`tokenprune recommend`: the cheapest setting that holds an accuracy."""
+"""`tokenprune recommend`: the cheapest setting whose accuracy drop is within a bound."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import argparse
 from tokenprune.commands._shared import budget_argument, model_arguments
 
 NOT_FOUND = 1
-"""Exit status where no setting holds the bound."""
+"""Exit status where no setting keeps within the bound."""
 
 
 def add(commands: argparse._SubParsersAction) -> None:

@@ -1,4 +1,4 @@
-"""What an adapter of a model family must say. Everything that differs between families stands in its one file."""
+"""What an adapter of a model family must say. What differs between families is in the adapter's file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class VisionTower:
         """Hook a block so that `done(read)` is called when its attention ran.
 
         `read(run, pictures, count)` gives query, key and value `[m, H, T, d]` of pictures that all have `count` cells
-        left; T counts patches, and a [CLS] token before them if there is one. Patches stand in the tower's own order,
+        left; T counts patches, and a [CLS] token before them if there is one. Patches are in the tower's order,
         see `in_raster_order`. `run` is what `start` made.
 
         Returns:
@@ -70,8 +70,8 @@ class VisionTower:
         """Arguments for a block of a run that was cut.
 
         Args:
-            kept: for a block before which tokens leave, the cells that stay, `[k]` int64 of those that were there, one
-                per picture; None for blocks after it, whose hidden states are short already.
+            kept: for a block before which tokens leave, the cells that stay, `[k]` int64 indices into those that were
+                left before, one tensor a picture; None for blocks after it, whose hidden states are short already.
         """
         raise TypeError(f"{type(self).__name__} cannot be cut inside.")
 
@@ -120,13 +120,13 @@ class Adapter:
 
     Attributes:
         classes: names of the transformers classes that the family covers.
-        model: the model as the user holds it (has `generate`).
+        model: the model that the user loaded (has `generate`).
         entry: the module that is called with `input_ids` and `pixel_values` and calls the language model.
         language_model: the decoder stack, called with `inputs_embeds`.
         layers: its layers.
         placeholder_ids: by kind ("image", "video"), the id of the placeholder token.
         features: by kind, the method of `entry` that makes visual tokens.
-        pixels: by kind, the argument that holds the pixels.
+        pixels: by kind, the name of the argument with the pixels.
         vision: the vision tower.
         projector: the module between tower and decoder that costs are counted of; None if it is part of the tower.
         first_cut: lowest K of the site "layer:K".
@@ -196,7 +196,7 @@ class Adapter:
         return None
 
     def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
-        """How each image or video of a call is laid out, in tower order; `call` holds the arguments by name.
+        """How each image or video of a call is laid out, in tower order; `call` is the call's arguments by name.
 
         The one place that reads sizes off the device, and once: `pixel_rows` and `VisionTower.resize` are told them by
         the visuals."""
@@ -232,7 +232,7 @@ class Adapter:
     def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """cos and sin `[B, S, d]` for position ids as that decoder layer gets them."""
         rotary = self.language_model.rotary_emb
-        if "layer_type" in inspect.signature(rotary.forward).parameters:  # Gemma 3: each kind has its own base
+        if "layer_type" in inspect.signature(rotary.forward).parameters:  # Gemma 3: each kind of layer has another base
             return rotary(hidden, position_ids, self.layer_kind(layer))
         return rotary(hidden, position_ids)
 
@@ -258,7 +258,7 @@ class Adapter:
 
 
 def submodule(module: Any, path: str) -> nn.Module:
-    """The submodule at a dotted path, with a sentence if it is not there."""
+    """The submodule at a dotted path, or a ValueError that says in a sentence what is missing."""
     for part in path.split("."):
         module = getattr(module, part, None)
         if module is None:

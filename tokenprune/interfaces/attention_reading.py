@@ -1,8 +1,9 @@
 """How query, key and value of a decoder layer are read off the loaded module, whatever decoder a family was built with.
 
 What is known here are the names in which transformers' decoders agree: of projections (one each, or one for all three),
-of norms before them and behind them, and the function in their own file that rotates. A layer that follows none of them
-is refused with a sentence; whether a reading is right in numbers is for `tokenprune.engine.layer_check` to find out.
+of norms before and after them, and the rotary function in the decoder's modeling file. A layer that follows none of
+them is refused with a sentence; whether a reading is right in numbers is for `tokenprune.engine.layer_check` to find
+out.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class AttentionReading:
         return first if count == values.shape[-1] else torch.cat([first, values[..., count:]], dim=-1)
 
     def absent(self) -> str | None:
-        """What is wrong with the weights that are read: "on the meta device" or "sharded"; None if they are there."""
+        """What is wrong with the weights that are read: "on the meta device" or "sharded"; None if they can be read."""
         for module in (self.norm, *self.projections.values(), *self.norms.values()):
             for part in () if module is None else module.modules():
                 if hasattr(part, "_hf_hook"):  # accelerate brings its weights whenever it is called
@@ -210,7 +211,7 @@ def _turn(attention: nn.Module) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _turn_of(rotate: Any) -> str:
-    """Which of the rotations a decoder's own function is, found by trying it on a few numbers."""
+    """Which of the rotations the function of a decoder's modeling file is: it is tried on a few numbers."""
     generator = torch.Generator().manual_seed(0)
     values, cos, sin = (torch.randn(1, 2, 3, 8, generator=generator, device="cpu") for _ in range(3))
     cos, sin = cos[:, 0], sin[:, 0]

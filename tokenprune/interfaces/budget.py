@@ -49,7 +49,7 @@ class Budget:
         its share of k, in proportion to its size."""
         sizes = [rows * cols for rows, cols in visual.tower_grids]
         kept = self.tokens(visual.num_tokens)
-        # crops may hold padding that makes no token: shares of all tokens would be less than all of each crop
+        # crops may have padding that makes no token, so shares of all tokens would not add up to whole crops
         return sizes if kept >= visual.num_tokens else split_budget(kept, sizes)
 
     def __repr__(self) -> str:

@@ -25,7 +25,7 @@ class DecoderInfo:
 
     Attributes:
         family: name of the adapter.
-        text: the decoder's own model type, for example "qwen2".
+        text: the decoder's model type, for example "qwen2".
         width: D, of the hidden states.
         layers: L.
         heads: query heads of a layer.
@@ -42,14 +42,14 @@ class DecoderInfo:
 
 @dataclass(frozen=True)
 class Entering:
-    """New tokens of a prompt that enter a layer, before any stage cuts there.
+    """New tokens of a prompt that enter a layer, before any stage cuts at that layer.
 
     Attributes:
         layer: which, from 0.
         hidden: `[B, S, D]`, the residual stream before the layer's norm.
         visual: `[B, S]` bool, True at visual tokens, separators of pictures included.
         attended: `[B, S]` bool, False at padding; None: there is none.
-        first: whether the cache held nothing before.
+        first: whether the cache was empty before.
         pictures: computes `[B]` int64, a number for the pictures of each sample, the same for the same pixels.
     """
 
@@ -73,7 +73,8 @@ class Attended:
         allowed: `[B or 1, R, K]` bool, True where a row sees a key; None: every row sees all keys.
         scale: what the dot products are multiplied by.
         facts: what was noted on the first P <= K keys of this layer.
-        real: `[B, R]` bool, False where a place stands for no row (samples differ in rows); None: all are there.
+        real: `[B, R]` bool, False at places filled up because samples differ in their number of rows; None: all are
+            real.
         prompt: whether the rows are of a prompt that facts were noted on in this call; False for decoded tokens and
             for text that was added later.
     """
@@ -94,7 +95,7 @@ class Intervention:
     """A change of attention. Options are dataclass fields.
 
     Attributes:
-        layers: decoder layers in which it acts, from 0; None is the method's own choice, [] switches it off.
+        layers: decoder layers in which it acts, from 0; None is the intervention's default, [] switches it off.
     """
 
     name: ClassVar[str] = ""
@@ -131,24 +132,24 @@ class Intervention:
         return tuple(sorted(set(chosen)))
 
     def check_cuts(self, layers: Sequence[int], cuts: Sequence[int]) -> None:
-        """Say whether options fit the stages beside it.
+        """Check that options fit the stages that run together with it.
 
         Args:
             layers: what `prepare` returned.
             cuts: K of the stages at "layer:K".
 
         Raises:
-            ValueError: an option has nothing to act on there.
+            ValueError: an option has nothing to act on with these cuts.
         """
 
     def rows(self, visual: Tensor, attended: Tensor, before: Tensor) -> Tensor:
         """`[B, S]` bool on the CPU: query rows of a prompt whose output it may replace; in later calls it is asked
-        about all rows. By default text behind a visual token.
+        about all rows. By default text after a visual token.
 
         Args:
             visual, attended: `[B, S]` bool on the CPU, as laid out, before any cut. Visual rows may have left by the
                 time of a layer, so only text rows can be asked for.
-            before: `[B]` bool on the CPU, whether the cache holds visual tokens from earlier turns.
+            before: `[B]` bool on the CPU, whether the cache has visual tokens from earlier turns.
         """
         return attended & ~visual & ((visual.cumsum(1) > 0) | before[:, None])
 
@@ -162,7 +163,7 @@ class Intervention:
         return torch.ones(first.shape[0], dtype=torch.bool, device=first.device)
 
     def attend(self, given: Attended) -> Tensor | None:
-        """Attention output `[B, H, R, d]` of the rows, or None to leave the layer's own."""
+        """Attention output `[B, H, R, d]` of the rows, or None to leave the layer's output as it is."""
         raise TypeError(f"{type(self).__name__} defines no attend().")
 
     def kept_out(self, facts: Facts) -> tuple[Tensor, bool] | None:

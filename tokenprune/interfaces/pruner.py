@@ -28,7 +28,7 @@ class Pruner:
             gaps in those ids are not counts of tokens.
         scope: what it ranks at a time while a visual is whole: "raster" (each crop, frame or image alone, its share of
             the budget in proportion to its size) or "visual" (all tokens of an image or video together). None is the
-            method's own. Later cuts rank the visual together.
+            method's `default_scope`. Later cuts rank the visual together.
     """
 
     name: ClassVar[str] = ""
@@ -41,11 +41,11 @@ class Pruner:
     hints: ClassVar[tuple[str, ...]] = ()
     """Names of the hints that the method cannot do without."""
     merges: ClassVar[bool] = False
-    """Whether other embeddings than the tokens' own stand at the kept places."""
+    """Whether it puts other embeddings at the kept places, such as means of several tokens."""
     adaptive: ClassVar[bool] = False
     """Whether the method itself decides how many stay: it is then asked also where the budget would keep all."""
     plan_options: ClassVar[tuple[str, ...]] = ()
-    """Options that only `stages` reads: beside a site of the user's own (`at`) they would say nothing."""
+    """Options that only `stages` reads: where the user names the site (`at`), they have no effect and are refused."""
     published: ClassVar[str] = ""
     """Paper, arXiv number and official code, for tables."""
     processor_options: ClassVar[Mapping[str, str]] = {}
@@ -73,7 +73,7 @@ class Pruner:
         return (Stage(self.site, self, budget),)
 
     def stage_at(self, site: str, budget: Budget) -> Stage:
-        """The one cut at a site of the user's own (`at`)."""
+        """The one cut at a site that the user named (`at`)."""
         return Stage(site, self, budget)
 
     @classmethod
@@ -89,7 +89,7 @@ class Pruner:
     @classmethod
     def tuned(cls, values: Mapping[str, Any], mean: float, depths: ModelDepths) -> dict[str, Any] | None:
         """The method with these values of its search space at that budget, as a mapping that `apply` takes; None where
-        they cannot hold it. By default the method's cuts are solved for the mean, whatever the values are."""
+        they cannot keep to it. By default the method's cuts are solved for the mean, whatever the values are."""
         return {"method": cls.name, "keep": f"{AVERAGE}{mean}", **values}
 
     def signals(self, tower: TowerInfo) -> tuple[Signal, ...]:

@@ -15,9 +15,9 @@ class Selection:
     """The outcome of a method for M images that have N visual tokens each.
 
     Attributes:
-        indices: `[M, k]` int64, kept visual tokens by their place in the image's own order, strictly increasing.
-        features: `[M, k, D]` or None: embeddings that stand at the kept places instead of the tokens' own (methods
-            that merge). None means the kept tokens go on unchanged, bit for bit.
+        indices: `[M, k]` int64, kept visual tokens, as places among the image's N, strictly increasing.
+        features: `[M, k, D]` or None: embeddings that replace those of the kept tokens (methods that merge). None means
+            the kept tokens go on unchanged, bit for bit.
         counts: `[M]` ints, for methods that decide by image how many stay: image m keeps its first `counts[m]` indices
             and features (the rest of its rows is not looked at). None means k for each.
         carry: name -> `[M, N]`, values of all tokens that were chosen among; those of the kept ones travel with them to
@@ -32,7 +32,7 @@ class Selection:
     def validate(self, count: int, num_tokens: int, least: int = 1) -> Selection:
         """Check shape, range and order of a selection among `num_tokens` tokens of `count` images; return self.
 
-        The range check reads values back from the device, so it runs on CPU tensors only: there it is free.
+        The range check reads values back from the device, so it runs on CPU tensors only, where it is free.
 
         Raises:
             ValueError: the indices are not `[count, k]` int64, sorted, unique and in `[0, num_tokens)`.
@@ -90,7 +90,7 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
 
 
 def refuse_nan(scores: Tensor) -> None:
-    """Raise ValueError if scores on the CPU, where looking is free, hold a NaN."""
+    """Raise ValueError if there is a NaN among scores on the CPU; on a device the check would cost a read."""
     if scores.is_floating_point() and scores.device.type == "cpu" and bool(scores.isnan().any()):
         raise ValueError("Scores hold NaN, so they rank nothing. Check the model's weights and its input for NaN.")
 
@@ -118,7 +118,7 @@ def fit_grid(grid: tuple[int, int], budget: int) -> tuple[int, int]:
 
 
 def grid_places(grid: tuple[int, int], small: tuple[int, int]) -> list[int]:
-    """Raster indices in `grid` at which the cells of the smaller raster `small` stand: the place nearest each cell's
+    """Raster indices in `grid` of the cells of the smaller raster `small`: the place nearest each cell's
     centre, unique and increasing."""
     rows, cols = grid
     height, width = small

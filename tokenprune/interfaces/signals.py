@@ -69,7 +69,7 @@ in fp32, mean over heads. At "layer:K", layer K - 1 is read as it ran and layer 
 
 TEXT_TO_VISUAL = "text_to_visual"
 """Share of the attention of a prompt's text tokens after its first visual token that goes to its visual tokens, in one
-decoder layer, mean over heads; its last token stands in where there is no such text. `[M]`, the same for all images of
+decoder layer, mean over heads; its last token is taken where there is no such text. `[M]`, the same for all images of
 a prompt."""
 
 VISUAL_TO_TEXT = "visual_to_text"
@@ -77,8 +77,8 @@ VISUAL_TO_TEXT = "visual_to_text"
 decoder layer, mean over heads; zero where all that text follows the visual tokens. `[M]`."""
 
 INSTRUCTION_ATTENTION = "instruction_attention"
-"""Attention of the text behind a prompt's last visual token to each visual token in one decoder layer: softmax over all
-tokens that a row sees, in fp32, mean over heads and then over those rows. The prompt's last token stands in where no
+"""Attention of the text after a prompt's last visual token to each visual token in one decoder layer: softmax over all
+tokens that a row sees, in fp32, mean over heads and then over those rows. The prompt's last token is taken where no
 text follows. Layers as for `LAST_ATTENTION`. `[M, N]`."""
 
 LAST_VISUAL_ATTENTION = "last_visual_attention"
@@ -104,7 +104,7 @@ DECODER_SIGNALS = (
 )
 
 ATTENTION_GAIN = "attention_gain"
-"""Length of what the attention branch of one decoder layer makes of a token, over the length of what enters it behind
+"""Length of what the attention branch of one decoder layer makes of a token, over the length of what enters it after
 its norm; the residual counts in neither. At "layer:K" any layer before K. `[M, N]`."""
 
 ATTENTION_COSINE = "attention_cosine"
@@ -112,7 +112,7 @@ ATTENTION_COSINE = "attention_cosine"
 
 ATTENTION_TURN = "attention_turn"
 """Softmax of 1 - `ATTENTION_COSINE` over all tokens of the prompt in this call, text included and padding not. They are
-the tokens that the layer held: cuts after it do not change the values. `[M, N]`."""
+the tokens that the layer saw: cuts after it do not change the values. `[M, N]`."""
 
 MLP_GAIN = "mlp_gain"
 """As `ATTENTION_GAIN`, of the MLP branch. `[M, N]`."""
@@ -143,11 +143,11 @@ class TowerInfo:
     Attributes:
         num_layers: transformer blocks.
         feature_layer: 0-based block whose output becomes the visual tokens (LLaVA-1.5: 22 of 0..23).
-        has_cls: whether a [CLS] token is there.
+        has_cls: whether it has a [CLS] token.
         num_heads: attention heads a block.
         hidden_size: width.
         pixel_mean, pixel_std: of red, green and blue, what the family's published processors normalise pixels (0..1)
-            with. A model does not know its processor, so methods that look at pixels take others as options.
+            with. A model does not know its processor, so methods that read pixels take others as options.
     """
 
     num_layers: int

@@ -21,7 +21,7 @@ class View:
     What an "image" is follows from the method's `scope`: a single raster, or a whole image or video.
 
     Attributes:
-        features: `[M, N, D]` the tokens that are still there: visual embeddings as the LLM would get them at "input",
+        features: `[M, N, D]` the tokens that are left: visual embeddings as the LLM would get them at "input",
             hidden states entering the layer at "layer:K", those after the block at "vision:L".
         rasters: the grids in which the tokens stood before any cut.
         budget: k, how many of the N tokens to keep, 1 <= k < N (at "layer:K" also 0).
@@ -30,7 +30,7 @@ class View:
         hints: what the caller knows of each image (see `Handle.set_hints`): name -> one value per image, length M.
         make_keys: computes `keys`.
         site: where this cut is, for example "input" or "layer:9".
-        tokens: `[M, N]` int64, which of the tokens of the rasters these are; None while all are there.
+        tokens: `[M, N]` int64, which of the tokens of the rasters these are; None while none has left.
         carry: `[M, N]` tensors that an earlier stage of this prompt left with its tokens (`Selection.carry`).
     """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Raster:
-    """Tokens that stand in one grid: a whole image, one crop of it, or one frame of a video.
+    """Tokens of one grid: a whole image, one crop of it, or one frame of a video.
 
     Attributes:
         grid: (rows, cols), in raster order.
@@ -32,20 +32,20 @@ class Raster:
 class Visual:
     """One image or one video, as the processor lays it out. Adapters make these.
 
-    A visual has placeholders in the prompt. Most hold one token of a raster each; the others are separators (row ends,
+    A visual has placeholders in the prompt. Most are one token of a raster each; the others are separators (row ends,
     frame ends), which carry no picture: they stay while their visual is whole and leave with its first cut.
 
     Attributes:
         rasters: its grids, in the order of its tokens.
         kind: "image" or "video".
         placeholders: how many it has, separators included; None means one per token.
-        offsets: `[N]` int64, which placeholder each token stands at; None where there are no separators.
+        offsets: `[N]` int64, which placeholder each token is at; None where there are no separators.
         crops: (rows, cols) of what the vision tower saw of it, in tower order; None means the rasters themselves.
         sources: `[N]` int64, the cell of the concatenated crops that each token comes from; None means in order.
         resample: from values by cell of the crops to values by token, `[cells]` -> `[N]`, where tokens are mixed from
             several cells; None means `sources`.
         projected: tokens that the projector makes of it; None means one of each cell of the crops.
-        scattered: whether text may stand between its placeholders (time stamps of frames, labels of tiles).
+        scattered: whether text may come between its placeholders (time stamps of frames, labels of tiles).
     """
 
     rasters: tuple[Raster, ...]

@@ -1,5 +1,5 @@
-"""Sink channels of a decoder: the committed table, and discovery on a model's own prompts with the checks that it must
-pass (our choice throughout; the paper names channels of a few models and no routine)."""
+"""Sink channels of a decoder: the committed table, and discovery on the prompts that a model gets, with the checks that
+it must pass (our choice throughout; the paper names channels of a few models and no routine)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def sink_score(hidden: Tensor, channels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Discovery:
-    """What discovery found.
+    """The outcome of a discovery.
 
     Attributes:
         channels: sink channels; () where it failed.
@@ -92,7 +92,7 @@ class Discovery:
 @dataclass
 class _Record:
     """One prompt in one layer: flags `[D]` of the first token and of text tokens by the two rules, the largest channels
-    of its image tokens `[N, 8]`, which of these were still there when the layer ran `[n]`, and the attention that they
+    of its image tokens `[N, 8]`, which of these were left when the layer ran `[n]`, and the attention that they
     got from text `[n]`."""
 
     first: tuple[Tensor, Tensor]
@@ -106,7 +106,8 @@ class _Record:
 
 
 class SinkSearch:
-    """Collects prompts, then decides. It looks at prompts with pictures; hidden states are those of the stock model."""
+    """Collects prompts, then decides. It reads prompts with pictures only; hidden states are those of the stock
+    model."""
 
     def __init__(self) -> None:
         self._records: dict[tuple[int, int], _Record] = {}  # by (prompt, layer)

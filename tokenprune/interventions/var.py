@@ -8,7 +8,7 @@ copied.
 Per layer, on the residual stream that enters it: phi_j = max over the sink channels of |x_j| / rms(x_j); tokens with
 phi >= tau are sinks. A (head, row) pair whose attention to the picture is at least s_min, with at least rho of it on
 tokens that are no sinks, takes p of what visual and text sinks get and hands it to the visual non-sinks in proportion.
-Sinks are found when a prompt comes in and kept for all decoded tokens. Rows: text behind a visual token, and every
+Sinks are found when a prompt comes in and kept for all decoded tokens. Rows: text after a visual token, and every
 decoded token; visual rows never.
 
 Readings, where paper and code differ:
@@ -62,9 +62,9 @@ class VAR(Intervention):
             in it. None: 0.8 and 0.5.
         tau: threshold of phi; at most sqrt(D) of it can be reached. None: 20, or what discovery finds.
         s_min: least attention to the picture.
-        channels: sink channels; "discover" looks for them on the first prompts, which run unchanged meanwhile; None
+        channels: sink channels; "discover" searches them on the first prompts, which run unchanged meanwhile; None
             takes them from the table, and discovers them where it has no row for the model.
-        calibrate: prompts with pictures that discovery looks at.
+        calibrate: prompts with pictures that discovery reads.
         variant: "paper" or "official", see the module.
         require_visual_sink: in a layer, leave rows alone that see no visual sink.
         visual_sinks: what a stage at "layer:K" does with visual sinks: "rank" them like any other token, "keep" them
@@ -243,14 +243,14 @@ class VAR(Intervention):
     @staticmethod
     @torch.no_grad()
     def _received(given: Attended) -> Tensor:
-        """`[B, K]`: attention that keys get, mean over heads and over the rows that are there."""
+        """`[B, K]`: attention that keys get, mean over heads and over the real rows."""
         allowed = given.allowed
         if allowed is not None:
             allowed = allowed.expand(given.query.shape[0], -1, -1)
         weights = attention_rows(given.query, given.key, given.scale, allowed)
         if given.real is None:
             return weights.mean(1)
-        # a place that stands for no row may be padding, which sees no key
+        # a place that is no real row may be padding, which sees no key
         weights = weights.masked_fill(~given.real[..., None], 0.0)
         return weights.sum(1) / given.real.sum(1, keepdim=True).clamp(min=1)
 

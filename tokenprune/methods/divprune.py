@@ -43,7 +43,7 @@ class DivPrune(Pruner):
     published: ClassVar[str] = "arXiv 2503.02175, vbdi/divprune"
 
     def select(self, view: View) -> Selection:
-        chosen = greedy_diversity(view.features, view.budget, "k_center")
+        chosen = greedy_diversity(view.features, view.budget, "k_center")  # [M, k]
         return Selection(chosen.sort(dim=1).values)
 
     def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: TowerInfo) -> int:

@@ -218,9 +218,9 @@ class FlowCut(Pruner):
         ratios = entropy_ratio(self._attention(view, depth)).tolist() if left else [0.0] * view.num_images
         counts = [num_tokens - drop_count(num_tokens, target, left, ratio) for ratio in ratios]
         order = torch.sort(score, dim=1, descending=True, stable=True).indices
-        rank = torch.empty_like(order).scatter_(1, order, everything)
+        rank = torch.empty_like(order).scatter_(1, order, everything)  # [M, N], 0 is the highest score
         stays = rank < torch.tensor(counts, device=order.device)[:, None]
-        kept = torch.where(stays, everything, num_tokens).sort(dim=1).values[:, : max(counts)]
+        kept = torch.where(stays, everything, num_tokens).sort(dim=1).values[:, : max(counts)]  # [M, max(counts)]
         return Selection(kept, counts=counts, carry={_HISTORY: score})
 
 

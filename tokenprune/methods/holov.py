@@ -101,10 +101,10 @@ def similarity_variance(features: Tensor) -> Tensor:
 def _strip_variance(features: Tensor) -> Tensor:
     unit = features.float()
     unit = unit / (torch.linalg.vector_norm(unit, dim=-1, keepdim=True) + _EPS)
-    similar = unit @ unit.transpose(-1, -2)
+    similar = unit @ unit.transpose(-1, -2)  # [..., m, m]
     similar.diagonal(dim1=-2, dim2=-1).zero_()
     others = max(features.shape[-2] - 1, 1)
-    mean = similar.sum(dim=-1, keepdim=True) / others
+    mean = similar.sum(dim=-1, keepdim=True) / others  # [..., m, 1]
     return (similar - mean).square().sum(dim=-1) / others
 
 
@@ -265,12 +265,12 @@ class HoloV(Pruner):
             holistic.append(h.flatten(1))
             means.append(mean)
             start += m * count
-        score = torch.cat(holistic, dim=1)
+        score = torch.cat(holistic, dim=1)  # [M, N]
         if score.device.type == "cpu" and bool(score.isnan().any()):
             raise ValueError("Scores hold NaN, so they rank nothing. Check the model's weights and its input for NaN.")
         device = score.device
-        size = torch.cat([torch.full((count,), m, device=device) for m, count in groups])
-        quota = self.quotas(torch.cat(means, dim=1), size, budget)
+        size = torch.cat([torch.full((count,), m, device=device) for m, count in groups])  # [C]
+        quota = self.quotas(torch.cat(means, dim=1), size, budget)  # [M, C]
         ranked = attention if self.variant == "official" else score
         return Selection(segmented_topk(ranked, sizes, quota, budget))
 

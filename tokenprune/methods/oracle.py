@@ -45,8 +45,8 @@ def coverage(boxes: Sequence[Sequence[float]], grid: tuple[int, int]) -> Tensor:
         edges = torch.arange(count, dtype=torch.float64)
         return (torch.minimum(high * count, edges + 1) - torch.maximum(low * count, edges)).clamp_min(0)
 
-    rows = along(corners[:, 1:2], corners[:, 3:4], grid[0])
-    cols = along(corners[:, 0:1], corners[:, 2:3], grid[1])
+    rows = along(corners[:, 1:2], corners[:, 3:4], grid[0])  # [boxes, rows]
+    cols = along(corners[:, 0:1], corners[:, 2:3], grid[1])  # [boxes, cols]
     return (rows.unsqueeze(2) * cols.unsqueeze(1)).sum(dim=0).flatten()
 
 

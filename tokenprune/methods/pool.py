@@ -38,7 +38,7 @@ class Pool(Pruner):
 
     def select(self, view: View) -> Selection:
         small = fit_grid(view.grid, view.budget)
-        raster = view.features.float().unflatten(1, view.grid).permute(0, 3, 1, 2)
-        pooled = adaptive_avg_pool2d(raster, small).flatten(2).transpose(1, 2)
+        raster = view.features.float().unflatten(1, view.grid).permute(0, 3, 1, 2)  # [M, D, rows, cols]
+        pooled = adaptive_avg_pool2d(raster, small).flatten(2).transpose(1, 2)  # [M, k, D]
         places = torch.tensor(grid_places(view.grid, small), device=view.features.device)
         return Selection(places.expand(view.num_images, -1).contiguous(), pooled.to(view.features.dtype))

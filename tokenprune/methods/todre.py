@@ -122,8 +122,8 @@ class ToDRE(Pruner):
             if view.rasters[0].kind == "thumbnail":
                 scores = self._in_thumbnail(view, scores)
         else:
-            unit = normalize(view.features.float(), dim=2)
-            scores = (unit @ unit.mean(dim=1).unsqueeze(2)).squeeze(2)
+            unit = normalize(view.features.float(), dim=2)  # [M, N, D]
+            scores = (unit @ unit.mean(dim=1).unsqueeze(2)).squeeze(2)  # [M, N, D] @ [M, D, 1] -> [M, N]
         return topk_indices(scores, 1).squeeze(1)
 
     @staticmethod

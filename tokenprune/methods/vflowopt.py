@@ -334,16 +334,16 @@ class VFlowOpt(Pruner):
         # from the lowest up: which token opens its cell, and what would be left if pruning stopped behind it
         turn = num_tokens - 1 - rank
         opened = torch.full((images, count), num_tokens, device=score.device).scatter_reduce(1, cells, turn, "amin")
-        opens = (opened.gather(1, cells) == turn).gather(1, order.flip(1))
+        opens = (opened.gather(1, cells) == turn).gather(1, order.flip(1))  # [M, N], lowest score first
         left = num_tokens - 1 - everything + opens.cumsum(dim=1)
         if self.headroom == "exact":
-            pruned = (left > view.budget).sum(dim=1, keepdim=True) + 1
+            pruned = (left > view.budget).sum(dim=1, keepdim=True) + 1  # [M, 1]
         else:
             side = _USUAL.cell if self.cell is None else self.cell
             more = num_tokens - view.budget + int(num_tokens / side**2)
             pruned = torch.full((images, 1), min(more, num_tokens), device=score.device)
         leaves = turn < pruned
-        best = torch.full((images, count), num_tokens, device=score.device)
+        best = torch.full((images, count), num_tokens, device=score.device)  # [M, count]
         best = best.scatter_reduce(1, cells, torch.where(leaves, rank, num_tokens), "amin")
         slots = leaves & (best.gather(1, cells) == rank)
         stays = ~leaves | slots
@@ -351,7 +351,7 @@ class VFlowOpt(Pruner):
         width = view.budget if counts is None else max(counts)
         kept = torch.where(stays, everything, num_tokens).sort(dim=1).values[:, :width].clamp_max(num_tokens - 1)
         merged = _means(view.features, torch.where(leaves, score.clamp_min(0), 0), leaves, cells, count)
-        index = kept[..., None].expand(-1, -1, view.features.shape[-1])
+        index = kept[..., None].expand(-1, -1, view.features.shape[-1])  # [M, k, D]
         unmerged = view.features.gather(1, index)
         of_cell = merged.gather(1, cells.gather(1, kept)[..., None].expand_as(index)).to(unmerged.dtype)
         return Selection(kept, torch.where(slots.gather(1, kept)[..., None], of_cell, unmerged), counts)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_vision_signal(signal: Signal, stage: Stage, feature: int) -> None:
-    """Raise ValueError if a stage inside the vision tower asks for what the tower computes behind its cut; `feature` is
+    """Raise ValueError if a stage inside the vision tower asks for what the tower computes after its cut; `feature` is
     the block that makes the visual tokens, before which the last cut can be."""
     if stage.place != "vision" or signal.name not in VISION_SIGNALS or signal.layer <= stage.depth:
         return
@@ -43,8 +43,8 @@ def check_plan(stages: Sequence[Stage], depths: ModelDepths) -> tuple[Stage, ...
     """Stages in the order in which they run.
 
     Raises:
-        ValueError: two stages at one site, a depth that the model does not have, or pixels beside another cut of the
-            picture.
+        ValueError: two stages at one site, a depth that the model does not have, or "pixels" together with
+            another cut of the picture.
     """
     if not stages:
         raise ValueError("A method needs at least one stage.")
@@ -109,7 +109,8 @@ def visual_lengths(stages: Sequence[Stage], num_tokens: int, layers: int) -> lis
 
 
 def solve_average(name: str, mean: Callable[[int], float], average: float, num_tokens: int) -> int:
-    """The `keep` (tokens after the last cut) with which a method holds `average` visual tokens over all layers.
+    """The `keep` (tokens after the last cut) with which a method has `average` visual tokens on average over all
+    layers.
 
     Takes the count whose mean over the decoder's layers is nearest to `average`; among equals the smaller.
 

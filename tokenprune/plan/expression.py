@@ -86,7 +86,7 @@ def yaml_value(text: str, where: str) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds.
+    """The content of a YAML file.
 
     Raises:
         ValueError: it is no text, no YAML, or gives a key twice; the message names it.

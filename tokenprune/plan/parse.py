@@ -69,9 +69,9 @@ class Entry:
     """One entry of a method as a user wrote it.
 
     Attributes:
-        pruner: the method object, a copy of its own.
+        pruner: the method object, copied for this entry.
         keep: the budget; None where an average over all layers was asked for instead.
-        site: where it shall act; None for the method's own cuts.
+        site: where it shall act; None for the cuts that the method plans.
     """
 
     pruner: Pruner
@@ -87,7 +87,7 @@ class Spec:
         entries: what prunes; none where there are interventions only.
         average: visual tokens per image averaged over all decoder layers (int), or their fraction (float); the one
             entry without `keep` is solved for it. None: every entry has its own budget.
-        interventions: what changes attention; copies of their own.
+        interventions: what changes attention; copied for this spec.
     """
 
     entries: tuple[Entry, ...]
@@ -112,7 +112,7 @@ class Spec:
             positions: the policy of methods that were not told one; None means each method's published one.
 
         Raises:
-            ValueError: sites that the model does not have, or an average that cannot be held.
+            ValueError: sites that the model does not have, or an average that cannot be reached.
         """
         if not self.entries:
             return ()
@@ -140,7 +140,7 @@ class Spec:
                 f"average={average} is a number of tokens, and pictures of this family have no fixed number; give "
                 "the average as a fraction, like average=0.25."
             )
-        # counts of tokens hold for a picture of N; fractions are solved on a finer scale
+        # counts of tokens are solved for a picture of N; fractions on a finer scale
         nominal = num_tokens if num_tokens is not None and (counted or isinstance(average, int)) else 1000
         others: list[Stage] = []
         for other in self.entries:
@@ -158,7 +158,7 @@ class Spec:
 
 
 def _stages(pruner: Pruner, site: str | None, keep: int | float, depths: ModelDepths) -> tuple[Stage, ...]:
-    """The cuts of one entry: the method's own plan, or one cut where the user wants it."""
+    """The cuts of one entry: those that the method plans, or one cut where the user wants it."""
     budget = Budget(keep)
     return pruner.stages(budget, depths) if site is None else (pruner.stage_at(site, budget),)
 
@@ -176,14 +176,14 @@ def parse_method(method: Any, keep: Any = None, average: Any = None, **options: 
         method: a name ("holov", "var"), a name with options and budget ("holov@64", "holov(variant=official)@0.222",
             "fastv@avg128", "var(p=0.4)"), several of these joined by plus signs ("vtc_cls@64+var"), a mapping with the
             key `method` (or `prune`, or `name`), optionally `keep`, `at` and the method's options, a list of all of
-            those (stages of one method, and interventions), the path of a YAML file that holds such a mapping or list,
+            those (stages of one method, and interventions), the path of a YAML file with such a mapping or list,
             a `Pruner` or `Intervention` object (it is copied), or what this function returned.
-        keep: the budget; a text like "avg64" is an average. Beside a list it is that of the one stage.
+        keep: the budget; a text like "avg64" is an average. With a list it is that of the one stage.
         average: in place of a budget, visual tokens averaged over all decoder layers (int) or their fraction.
         options: options of the method.
 
     Raises:
-        ValueError: no budget, or two budgets that differ, or options beside a method object or a list.
+        ValueError: no budget, or two budgets that differ, or options together with a method object or a list.
     """
     if isinstance(method, Spec):
         if keep is not None or average is not None or options:
