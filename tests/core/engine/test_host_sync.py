@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from _tiny import prompts, tiny_llava
-from torch import Tensor
 
 import tokenprune
 from tokenprune.engine.decoder_pass import DecoderPass
 from tokenprune.interfaces.selection import Selection
 from tokenprune.methods.divprune import DivPrune
+from tokenprune.state.call_inputs import CallInputs
 from tokenprune.state.device_timer import DeviceTimer
 
 METHODS = ["vtc_cls", "holov", "todre", "divprune", "random", "uniform", {"prune": "holov", "variant": "paper"}]
@@ -35,9 +35,9 @@ def reach_the_cut(model: Any, inputs: dict[str, Any], handle: Any) -> tuple[Any,
     engine = handle._engine  # its own code is run on another device, from the middle of a call: no view gives that
     kept: list[Any] = []
 
-    def stop(prompt: Any, embeds: Tensor, mask: Tensor | None) -> Any:
+    def stop(prompt: Any, inputs: CallInputs) -> Any:
         prompt.sources = engine._recorded(prompt.layout)
-        kept.extend([prompt.sources, prompt, embeds, mask])
+        kept.extend([prompt.sources, prompt, inputs])
         raise Entered
 
     original, engine._cut_input = engine._cut_input, stop
@@ -48,9 +48,9 @@ def reach_the_cut(model: Any, inputs: dict[str, Any], handle: Any) -> tuple[Any,
         pass
     finally:
         engine._cut_input = original
-    sources, prompt, embeds, mask = kept
+    sources, prompt, entering = kept
     prompt.sources = sources  # the engine forgets them when a call fails
-    return prompt, embeds, mask
+    return prompt, entering
 
 
 @contextmanager
@@ -87,16 +87,16 @@ def run(method: Any, images: list[int], monkeypatch: pytest.MonkeyPatch) -> None
     model, inputs = tiny_llava(), prompts(images)
     handle = tokenprune.apply(model, method, keep=12)
     try:
-        prompt, embeds, mask = reach_the_cut(model, inputs, handle)
+        prompt, entering = reach_the_cut(model, inputs, handle)
         engine = handle._engine
         for recording in {id(recording): recording for recording, _ in prompt.sources}.values():
             recording.signals = {name: [value.to("meta") for value in rows] for name, rows in recording.signals.items()}
             recording._pixels = [pixels.to("meta") for pixels in recording._pixels]
         with torch.no_grad():
-            embeds, mask = embeds.to("meta"), mask.to("meta")
-            embeds, compaction = engine._cut_input(prompt, embeds, mask)
-            passing = DecoderPass(engine.adapter, None, 0, embeds.shape[0], embeds.shape[1], embeds.device)
-            handed = passing.begin(compaction, engine._policy(engine._first_cut), embeds, mask, None)
+            given = {"inputs_embeds": entering.embeds.to("meta"), "attention_mask": entering.mask.to("meta")}
+            elsewhere = CallInputs(given)
+            embeds, compaction = engine._cut_input(prompt, elsewhere)
+            handed = DecoderPass(engine.adapter, None, elsewhere).begin(compaction, engine._policy, embeds)
         assert handed["inputs_embeds"].is_meta
         kept = 12 * max(images) + int((inputs["input_ids"][0] != 0).sum()) - 36 * images[0]
         assert handed["inputs_embeds"].shape[1] == kept
