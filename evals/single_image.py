@@ -98,7 +98,7 @@ def run_single(
 
 def _settle(loaded: LoadedModel, point: Point, asked: Sample, inputs: dict[str, Any]) -> tuple[str, ...]:
     """Let interventions see prompts of the model's pocket suite before they act, as `tokenprune eval` does; a line each
-    on what they then do to this prompt. () where there are none."""
+    on what they then do to this prompt. () without interventions."""
     if point.method == NONE:
         return ()
     with applied(loaded.model, method_of(point, 0)) as handle:

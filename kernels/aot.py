@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for GPUs that are not there, and writes what each takes of one.
+"""Compiles every Triton kernel for GPUs that this machine need not have, and writes what each takes of one.
 
     python -m tokenprune.kernels.aot --out docs/bench/kernels-aot-DATE.csv
     python -m tokenprune.kernels.aot --out docs/bench/kernels-aot-DATE.csv --op merge
@@ -63,7 +63,7 @@ def _new(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _heads(heads: int, key_heads: int, rows: int, count: int, width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Query, key and value as models hold them: `[B, tokens, heads, width]`, transposed."""
+    """Query, key and value in the layout of models: `[B, tokens, heads, width]`, transposed."""
     sizes = ((rows, heads), (count, key_heads), (count, key_heads))
     query, key, value = (_new(1, tokens, number, width, dtype=dtype).transpose(1, 2) for tokens, number in sizes)
     return query, key, value
@@ -201,7 +201,7 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack a thread, by Triton's own cuobjdump. Only what is spilled lies on the stack."""
+    """Registers and bytes of stack a thread, by Triton's own cuobjdump. Only spilled registers are on the stack."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:

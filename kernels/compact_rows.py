@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 _AT_ONCE = 4  # tensors a launch
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: what a row holds is not read
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: the content of a row is not read
 
 
 def compact_rows(index: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -2,8 +2,8 @@
 
 Both start from one token and then add, k - 1 times, the token that is least similar to those chosen: by the sum of its
 cosine similarities to them ("max_sum") or by the largest of these ("k_center"). The similarities come from one Gram
-product of N x N, or, on a CPU where k is small beside N, from one matrix-vector product a step. On a GPU all k steps of
-all images are one launch.
+product of N x N, or, on a CPU where k is small compared with N, from one matrix-vector product a step. On a GPU all k
+steps of all images are one launch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ROW_COST = 5
 
 
 def needs_gram(num_tokens: int, k: int, has_first: bool) -> bool:
-    """Whether the reference forms all N x N similarities: yes unless k is small beside N and the first token is
+    """Whether the reference forms all N x N similarities: yes unless k is small compared with N and the first token is
     given. The kernel always does."""
     return not has_first or _ROW_COST * k > num_tokens
 
@@ -51,7 +51,7 @@ def greedy_diversity(
     Similarity is the cosine, in fp32; equal values go to the lower index (copies of a token need not have equal values:
     matrix products may round them by where they stand). Costs 2 N^2 D floating-point operations and
     N^2 numbers of memory an image (2 (k - 1) N D and O(N) where `needs_gram` says no), then k steps of O(N). The first
-    j of the k are the choice for a budget of j, so images with budgets of their own need one call, too.
+    j of the k are the choice for a budget of j, so images with different budgets need only one call.
 
     Args:
         features: `[M, N, D]`, any float dtype; rows need not be normalised, and a row of zeros is similar to nothing.
@@ -60,8 +60,8 @@ def greedy_diversity(
             one whose largest similarity to a chosen one is smallest.
         first: `[M]` int64, the token that each image starts from; None starts from the token whose nearest neighbour
             is farthest.
-        lengths: `[M]` int64, at least 1, for ragged batches: only the first lengths[m] tokens of image m are there.
-            The others may hold anything.
+        lengths: `[M]` int64, at least 1, for ragged batches: only the first lengths[m] tokens of image m are real.
+            The others may be anything.
 
     Returns:
         `[M, k]` int64 in the order of choice, without duplicates; -1 after an image's last token.

@@ -1,4 +1,4 @@
-"""Triton where it is there: kernels are compiled at their first launch, and triton is imported no sooner than that.
+"""Triton where it is installed: kernels are compiled at their first launch, and triton is imported no sooner than that.
 
 With TRITON_INTERPRET=1 in the environment before triton is imported, every op runs its kernels on CPU tensors, in
 Triton's interpreter: slow, and what the tests compare with the references.
@@ -75,7 +75,7 @@ class Kernel:
 
 @contextmanager
 def noting() -> Iterator[list[Launch]]:
-    """Note launches instead of making them: how kernels are compiled for a GPU that is not there."""
+    """Note launches instead of making them: how kernels are compiled for a GPU that this machine does not have."""
     Kernel.noted = []
     try:
         yield Kernel.noted
@@ -94,7 +94,7 @@ def power_of_two(number: int, least: int = 1, most: int = 1 << 30) -> int:
 
 
 def ceil_div(count: int, size: int) -> int:
-    """How many blocks of `size` hold `count`."""
+    """How many blocks of `size` it takes for `count`."""
     return -(-count // size)
 
 
@@ -105,7 +105,7 @@ def must_widen(*dtypes: torch.dtype) -> bool:
 
 
 def on_device(values: Sequence[int], device: torch.device) -> Tensor:
-    """`[n]` int64 on a device, queued there without waiting for it."""
+    """`[n]` int64 on a device, queued on that device without waiting for it."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.int64, device=device)
     return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)

@@ -27,7 +27,8 @@ def merge(features: Tensor, target: Tensor, count: int, weights: Tensor | None =
         `[M, K, D]` of the dtype of the features; zeros for a target whose weights sum to zero.
 
     Raises:
-        ValueError: the shapes do not fit each other, or (CPU tensors, where looking is free) a target is not there.
+        ValueError: the shapes do not fit each other, or (CPU tensors, where a check costs no read) a target is out of
+            range.
     """
     shape = features.shape[:2]
     if features.dim() != 3 or target.shape != shape or (weights is not None and weights.shape != shape):
@@ -46,7 +47,7 @@ def reference(features: Tensor, target: Tensor, count: int, weights: Tensor | No
     num_images, _, width = features.shape
     if not count:
         return features.new_empty(num_images, 0, width)
-    if num_images > 1 and features.device.type == "cpu":  # what stands between is as large as the features
+    if num_images > 1 and features.device.type == "cpu":  # the intermediate result is as large as the features
         parts = zip(features.split(1), target.split(1), [None] * num_images if weights is None else weights.split(1))
         return torch.cat([reference(f, t, count, w) for f, t, w in parts])
     first = torch.arange(0, num_images * count, max(count, 1), device=target.device)[:, None]
@@ -62,7 +63,7 @@ def reference(features: Tensor, target: Tensor, count: int, weights: Tensor | No
 
 def launch(features: Tensor, target: Tensor, count: int, weights: Tensor | None) -> Tensor:
     num_images, num_tokens, width = features.shape
-    # sorted by target, the members of each stand together: no atomic additions, whose order is open
+    # sorted by target, the members of each are neighbours: no atomic additions, whose order is open
     ordered = target.sort(dim=1, stable=True)
     targets = torch.arange(count + 1, device=target.device).expand(num_images, -1).contiguous()
     # sort keeps the strides of its input

@@ -27,7 +27,7 @@ def token_transition(
 
     Args:
         attention_in, attention_out, mlp_in, mlp_out: `[B, N, D]` each, any float dtype, any strides. Inputs are what
-            the branch is given (behind its norm), outputs are taken before the residual addition.
+            the branch is given (after its norm), outputs are taken before the residual addition.
 
     Returns:
         Magnitude `[2, B, N]`, |out| / |in|, and cosine `[2, B, N]`; attention first. Both 0 where `in` is zero, the

@@ -1,6 +1,6 @@
 """Time of a decode step with an intervention, against the stock model: `python -m tokenprune.evals.bench.decode`.
 
-The two take turns step by step, each on its own cache of the same prompt, so that what else the machine does hits both.
+The two take turns step by step, each on another cache of the same prompt, so that what else the machine does hits both.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m tokenprune.evals.bench.end_to_end --out docs/bench/end-to-end-GPU-DATE.csv
 
 Unpruned, pruned and ideal prefill take turns within a round, and ratios are taken within a round. The ideal is the same
-model on a prompt that holds just the kept tokens.
+model on a prompt of just the kept tokens.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def tower_seconds(sized: SizedModel, inputs: dict[str, Any], rounds: int) -> flo
 
 
 def kv_mib(cache: Any) -> float:
-    """MiB that the layers of a cache really hold."""
+    """MiB of the tensors in the layers of a cache."""
     return sum(cache_bytes(cache)) / 2**20
 
 

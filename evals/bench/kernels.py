@@ -76,7 +76,7 @@ class Shape:
         return torch.randn(shape, device=self.device).to(dtype or self.dtype)
 
     def heads(self, tokens: int) -> Tensor:
-        """`[B, H, tokens, 64]`, strided as models hold it."""
+        """`[B, H, tokens, 64]`, with the strides that models give it."""
         return self.new(self.batch, tokens, max(self.width // _HEAD, 1), _HEAD).transpose(1, 2)
 
     def flags(self, share: float) -> Tensor:

@@ -1,6 +1,6 @@
 """Pruned prefill against the unpruned and the ideal one, for every method: `make bench`.
 
-The ideal is the same model on a prompt that holds just the kept tokens (`evals/profiling/timing.py`). Unpruned,
+The ideal is the same model on a prompt of just the kept tokens (`evals/profiling/timing.py`). Unpruned,
 pruned and ideal take turns within one round, so that a noisy machine hits all three alike. The result
 is a CSV with hardware, date, commit and versions in every row.
 """

@@ -1,6 +1,6 @@
 """Models at the sizes of the published checkpoints, built from configs with random weights, and prompts for them.
 
-Weights do not matter for times and memory, so nothing is downloaded. A small copy of each (`tiny-...`) is there to try
+Weights do not matter for times and memory, so nothing is downloaded. A small copy of each (`tiny-...`) serves to try
 the commands on a CPU.
 """
 

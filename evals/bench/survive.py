@@ -61,7 +61,7 @@ def lines(file: Path) -> int:
 
 
 class Sweep:
-    """The command, in a folder of its own and a process of its own at each start.
+    """The command, in a separate folder and, at each start, a new process.
 
     Args:
         config: the YAML of the sweep.

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and the sentence for a disk that takes no more."""
+"""Files that are written completely or not at all, and the error sentence for a full or broken disk."""
 
 from __future__ import annotations
 

@@ -19,15 +19,15 @@ from tokenprune.evals.io.atomic_files import DiskRefuses, replace_file
 def held(folder: Path, writer: str = "", wait: float = 0.0) -> Iterator[None]:
     """Hold the right to write to the files of `writer` in `folder`.
 
-    The lock is the kernel's (flock), so that of a process that died, in whatever way, is free at once. Who holds it is
-    written beside it, for the sentence that a second process gets.
+    The lock is the kernel's (flock), so that of a process that died, in whatever way, is free at once. Who has it is
+    written to a file next to it, for the sentence that a second process gets.
 
     Args:
         writer: "" for the run itself, or the name of one of its processes, see `store.folder_store`.
         wait: seconds in which another process may let go.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process has it.
     """
     from filelock import FileLock, Timeout
 
@@ -54,12 +54,13 @@ def held(folder: Path, writer: str = "", wait: float = 0.0) -> Iterator[None]:
 
 
 def holder_file(folder: Path, writer: str = "") -> Path:
-    """Where it is written who holds the lock of `writer`; not there while nobody does, unless its holder was killed."""
+    """The file that says who has the lock of `writer`; it exists while somebody has it, or after that process was
+    killed."""
     return folder / (f"run.{writer}.holder.json" if writer else "run.holder.json")
 
 
 def read_holder(path: Path) -> dict[str, object]:
-    """Process, host, time and command of whoever holds a lock; empty if nothing can be read."""
+    """Process, host, time and command of whoever has a lock; empty if nothing can be read."""
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

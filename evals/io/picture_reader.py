@@ -44,7 +44,7 @@ class _Levels:
 
     Attributes:
         bits: how many the file says that a level has; None where it does not say.
-        negative: whether 0 stands for white.
+        negative: whether 0 is white.
     """
 
     values: np.ndarray
@@ -105,7 +105,7 @@ def _raw(source: Any) -> Image.Image | _Levels:
     if isinstance(source, str) and "://" in source:
         from datasets import Image as Feature
 
-        # a file of the hub, of the web or of an archive: datasets knows the way there
+        # a file of the hub, of the web or of an archive: datasets knows how to open it
         return _of_pillow(Feature().decode_example({"path": source, "bytes": None}))
     if isinstance(source, (str, Path, bytes)):
         with _stream(source) as stream, Image.open(stream) as opened:

@@ -16,8 +16,8 @@ class RowStore:
     """A JSON-lines file that is only ever appended to, and what other writers of the same folder have left.
 
     A row counts once it ends in a newline; a torn last line, from a process killed in mid-write, is cut off when the
-    file is opened. A row with the field `error` says that the work behind it failed: it does not count as there, and
-    the next row with its key takes its place. A finished row stays, and no second one with its key is written.
+    file is opened. A row with the field `error` says that the work behind it failed: it does not count as done,
+    and the next row with its key takes its place. A finished row stays, and no second one with its key is written.
 
     Args:
         path: the file that this process appends to.
@@ -126,8 +126,8 @@ def row_files(folder: Path, kind: str) -> list[Path]:
 def folder_store(folder: Path, kind: str, key: tuple[str, ...], writer: str = "") -> RowStore:
     """The rows of a kind in a run folder, appended to as `writer`.
 
-    Every process of a run has its own files (`samples.jsonl`, `samples.rank1.jsonl`, ...) and reads those of all, so
-    that a run can be gone on with by another number of processes.
+    Every process of a run writes separate files (`samples.jsonl`, `samples.rank1.jsonl`, ...) and reads those of all,
+    so that a run can be gone on with by another number of processes.
     """
     mine = folder / (f"{kind}.{writer}.jsonl" if writer else f"{kind}.jsonl")
     return RowStore(mine, key, [path for path in row_files(folder, kind) if path != mine])

@@ -111,7 +111,7 @@ def _check(read: Arguments) -> None:
 
 
 def _options(method: str) -> list[str]:
-    """Names of the options that may stand beside `method`."""
+    """Names of the options that may be given together with `method`."""
     parts = split_outside(method, "+")
     if method == NONE or _is_file(method) or len(parts) > 1:
         return []

@@ -30,11 +30,11 @@ from tokenprune.evals.tasks.lmms_generation import Generation, read_generation
 from tokenprune.evals.tasks.lmms_media import Media, document, naming_document
 from tokenprune.handle import Handle
 
-_SETTLING = 8  # prompts at a time while an intervention looks at the first ones
+_SETTLING = 8  # prompts at a time while an intervention learns from the first ones
 
 
 class _Tokenprune(lmms):
-    """What both interfaces share; they differ in what a request holds.
+    """What both interfaces share; they differ in what a request is made of.
 
     Args:
         given: see `arguments.Arguments`; anything else is an option of the method.
@@ -57,7 +57,7 @@ class _Tokenprune(lmms):
         self._loaded: Any = load_model(self.arguments.pretrained, self.arguments.dtype, device)
         self.device = self._loaded.model.device
         self._tokens: list[tuple[int, float]] = []
-        with self._pruned() as handle:  # what cannot work on this model fails now, not after the data is there
+        with self._pruned() as handle:  # what cannot work on this model fails now, not after the data was loaded
             if handle is not None and any("boxes" in stage.pruner.hints for stage in handle.stages):
                 raise ValueError(
                     f"{self.arguments.method} needs the boxes that suffice for an answer, and tasks of lmms-eval have "
@@ -149,7 +149,7 @@ class _Tokenprune(lmms):
                 self._spec = replace(self._spec, interventions=settled)
 
     def _log(self, made: int, seconds: float) -> None:
-        """Into `throughput` of the results file, beside what every model of lmms-eval reports there."""
+        """Into `throughput` of the results file, in addition to what every model of lmms-eval reports."""
         count = max(1, len(self._tokens))
         log_metrics(
             total_elapsed_time=seconds,
@@ -175,7 +175,7 @@ class _Tokenprune(lmms):
         )
 
     def clean(self) -> None:
-        """Let go of the model; lmms-eval calls this when all answers are there."""
+        """Let go of the model; lmms-eval calls this after the last answer."""
         self._loaded = None
         super().clean()
 
@@ -196,7 +196,7 @@ class Chat(_Tokenprune):
 
 
 class Simple(_Tokenprune):
-    """Requests are a text and the pictures or videos beside it."""
+    """Requests are a text and, separately, its pictures or videos."""
 
     is_simple = True
 

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """The model `tokenprune`, for messages (chat) and for a text beside pictures (simple, `--force_simple`)."""
+    """The model `tokenprune`, for messages (chat) and for a text with separate pictures (simple, `--force_simple`)."""
     from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
     classes = "tokenprune.evals.lmms.model"

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FPS = 2.0  # frames a second of a video that does not say
-MARKER = "<image>"  # where a picture stands in a text that says so itself
+MARKER = "<image>"  # where a picture belongs in a text that says so itself
 
 Part = dict[str, Any]
 """`{"type": "text", "text": ...}`, `{"type": "image", "image": ...}` or `{"type": "video", "video": frames}`."""
@@ -29,8 +29,8 @@ def one_turn(question: str, image: Image | list[Image] | tuple[Image | list[Imag
     """A conversation of one question.
 
     Args:
-        question: with several pictures it may say where each stands, with as many `<image>` as there are pictures;
-            else they stand before the text.
+        question: with several pictures it may say where each belongs, with as many `<image>` as there are pictures;
+            else they come before the text.
         image: a picture, the frames of a video (a list), or several of those (a tuple, empty for a text alone).
     """
     visuals = list(image) if isinstance(image, tuple) else [image]

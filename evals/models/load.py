@@ -35,7 +35,7 @@ class LoadedModel:
 
     def inputs(self, questions: list[str], images: Sequence[Any]) -> Any:
         """Processor output for a batch of questions, each on a picture, a video (its frames, a list) or several of
-        them (a tuple); see `prompting.one_turn`.
+        them (a tuple); see `chat_template.one_turn`.
 
         Left padded, on the model's device and in its dtype.
 
@@ -63,7 +63,7 @@ class LoadedModel:
 
 
 def pocket_names() -> list[str]:
-    """Pocket models that are there, sorted."""
+    """Pocket models that are installed, sorted."""
     return sorted(path.parent.name for path in POCKET.glob("*/config.json"))
 
 
@@ -142,7 +142,7 @@ def check_device(device: str | None) -> None:
         module = torch.get_device_module(wanted)
     except RuntimeError:
         raise ValueError(f"There is no torch device {device!r}; write cpu, cuda or cuda:1, for example.") from None
-    # the module of one kind or another can neither say that it is there nor how many there are
+    # the modules of some kinds of device do not say how many there are
     count = module.device_count() if hasattr(module, "device_count") else 1
     if not module.is_available() or (wanted.index or 0) >= count:
         present = f"{count} of that kind" if module.is_available() else "none of that kind"

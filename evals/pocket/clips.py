@@ -11,7 +11,7 @@ from tokenprune.evals.pocket import scenes
 from tokenprune.evals.pocket.questions import Question
 from tokenprune.evals.pocket.scenes import Scene, Thing
 
-# a scene is shown at twice the size that pocket-llava sees, so a merged token shows what a patch shows there
+# a scene is shown at twice the size that pocket-llava sees, so a merged token shows what a patch shows to pocket-llava
 SCALE = 2
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 

@@ -53,7 +53,7 @@ def _exist(scene: Scene, rng: random.Random) -> Question:
         return Question("exist", _exist_text(thing.colour, thing.shape), "yes", _boxes([thing]))
     shapes, colours = {t.shape for t in scene.things}, {t.colour for t in scene.things}
     absent = [(s, c) for s in SHAPES for c in COLOURS if (s, c) not in present]
-    # hard negatives: most often both the shape and the colour are there, only not on one object
+    # hard negatives: most often both the shape and the colour occur, only not on one object
     both = [(s, c) for s, c in absent if s in shapes and c in colours]
     shape, colour = rng.choice(both if both and rng.random() < 0.7 else absent)
     sharing = [t for t in scene.things if t.shape == shape or t.colour == colour]
@@ -78,7 +78,7 @@ def _attribute(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def _count(scene: Scene, rng: random.Random) -> Question:
-    # draw the number first, then a shape or colour that is there so often: large counts would be rare otherwise
+    # draw the number first, then a shape or colour that occurs so often: large counts would be rare otherwise
     by_number: dict[int, list[tuple[str, list[Thing]]]] = {}
     for shape in SHAPES:
         things = [t for t in scene.things if t.shape == shape]

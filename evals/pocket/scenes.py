@@ -136,7 +136,7 @@ def _pick_things(rng: random.Random, n: int) -> list[tuple[str, str]]:
             if pair[which] != fixed:
                 pairs.add(pair)
         shapes, colours = [p[0] for p in pairs], [p[1] for p in pairs]
-        # attribute questions need a shape or a colour that is there once; count questions are about at most five
+        # attribute questions need a shape or a colour that occurs once; count questions are about at most five
         if not any(shapes.count(s) == 1 for s in shapes) or max(map(shapes.count, shapes)) > 5:
             continue
         if not any(colours.count(c) == 1 for c in colours) or max(map(colours.count, colours)) > 5:

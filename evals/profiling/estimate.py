@@ -2,7 +2,7 @@
 
 The model is built on the meta device, so that its adapter can say how its parts are laid out; the processor lays out
 one prompt of `PICTURE` and `QUESTION`. Counts follow `tokenprune.cost`. Left out, because they are known only once a
-method has run: signals, the methods' own matrix products, and what interventions compute anew. A method that decides
+method has run: signals, the matrix products of methods, and what interventions compute anew. A method that decides
 itself how much leaves (flowcut, todre's second stage) is counted with what its budgets leave at most.
 """
 
@@ -103,7 +103,7 @@ def estimate(model: Outline, point: Point, seed: int = 0) -> Estimate:
     """The cost of the prompt at a point.
 
     Raises:
-        ValueError: the method cannot work on this model, or cannot hold the budget; the message says why.
+        ValueError: the method cannot work on this model, or cannot keep to the budget; the message says why.
     """
     stages = () if point.method == NONE else plan_for(model.adapter, method_of(point, seed))
     # a raster of merged tokens has as many as fit in rows and columns

@@ -88,7 +88,7 @@ class _Tally:
 
 
 class _FirstToken(StoppingCriteria):
-    """Reads the counters when the first token is there; never stops."""
+    """Reads the counters after the first token; never stops."""
 
     def __init__(self, read: Callable[[], dict[str, float]]) -> None:
         self._read = read
@@ -131,7 +131,7 @@ def measure_flops(
     """Measured and analytic FLOPs of one prompt, averaged over `samples`.
 
     Args:
-        counting: whether to run FlopCounterMode; without it only the analytic count is there and `measured` is None.
+        counting: whether to run FlopCounterMode; without it there is only the analytic count, and `measured` is None.
 
     Returns:
         `measured` and `analytic` (by part and `total`, which leaves `decode` out), `unpruned` (analytic),
@@ -200,7 +200,7 @@ def _relative(counted: float, measured: float) -> float:
 
 
 def cache_bytes(cache: Any) -> list[int]:
-    """Bytes of keys and values that each layer of a KV cache really holds."""
+    """Bytes of the key and value tensors in each layer of a KV cache."""
     sizes = []
     for layer in cache.layers:
         tensors = [getattr(layer, name, None) for name in ("keys", "values")]

@@ -24,7 +24,7 @@ def hardware() -> dict[str, Any]:
 def clocked_on(model: Any) -> dict[str, Any]:
     """What a time of `model` depends on besides the work: `hardware`, the model's device and torch's version.
 
-    The GPU is the one that the model is on; a model on the CPU is as fast beside any GPU.
+    The GPU is the one that the model is on; for a model on the CPU it does not matter which GPU the machine has.
     """
     import torch
 

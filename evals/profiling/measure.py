@@ -75,7 +75,7 @@ def measure(
                 release_memory(failure)
                 row.update(failure.as_dict())
             if samples or failure is not None or not unread:
-                store.append([row])  # else the pictures may be there the next time
+                store.append([row])  # else the pictures may be readable the next time
         on_progress(point.label)
     return machine
 

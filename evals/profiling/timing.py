@@ -1,7 +1,7 @@
 """Times of one prompt: prefill, selection and decode, against the unpruned model and against the ideal prefill.
 
 The ideal is the honest bound: the same model, its vision tower and projector on the same image, then the decoder on a
-prompt that holds just the kept tokens; no selection, no bookkeeping. A method that cuts after the projector cannot be
+prompt of just the kept tokens; no selection, no bookkeeping. A method that cuts after the projector cannot be
 faster. (One that shrinks the picture, `downsample`, can: its tower has less to do.)
 
 Machines are noisy, so unpruned, pruned and ideal take turns within one round, and ratios are taken within a round.
@@ -116,7 +116,7 @@ def measure_times(
     """Times, in seconds, and KV bytes, on `samples` one by one.
 
     Returns:
-        `kv`: `measured` (bytes that the real cache holds after the prompt, mean over samples), `analytic`, `unpruned`
+        `kv`: `measured` (bytes of the real cache after the prompt, mean over samples), `analytic`, `unpruned`
         (analytic), `per_layer` (measured, of the first sample), `lengths` (keys per layer, of the first sample),
         `equivalent_tokens` (visual keys averaged over layers and samples, read off the real cache).
         `times`: median and quartiles of `prefill`, `unpruned_prefill`, `ideal_prefill`, `selection`, `decode` (per

@@ -16,7 +16,7 @@ Record = dict[str, Any]
 
 def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
     """Agreement of two lists of yes and no beyond chance: (observed - expected) / (1 - expected), expected from each
-    list's own share of yes. None where both lists are all yes or all no: nothing is left beyond chance.
+    list's share of yes. None where both lists are all yes or all no: nothing is left beyond chance.
 
     Raises:
         ValueError: the lists differ in length, or are empty.
@@ -32,7 +32,7 @@ def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
 def agreement(records: list[Record], rows: dict[str, list[Record]]) -> dict[str, Record]:
     """By budget: `names`, and the matrices `equal` and `kappa` over them, with `n` samples that both answered.
 
-    The unpruned model stands in every budget's matrix; a budget with one method has none.
+    The unpruned model is in every budget's matrix; a budget with one method has none.
     """
     matrices: dict[str, Record] = {}
     tables = {record["point"]: _answers(rows[record["point"]]) for record in records if record["point"] in rows}

@@ -1,4 +1,4 @@
-"""What stands folded at the end of a panel: accuracies by question family, and FLOPs by part of the model."""
+"""What is folded away at the end of a panel: accuracies by question family, and FLOPs by part of the model."""
 
 from __future__ import annotations
 

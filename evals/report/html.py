@@ -32,7 +32,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column's heading, what it means, and the group that shows and hides with it ("" is always there)."""
+    """A column's heading, what it means, and the group that shows and hides with it ("" is always shown)."""
 
     head: str
     means: str = ""

@@ -34,12 +34,12 @@ class Merged:
 def merge(runs: Sequence[FinishedRun]) -> Merged:
     """One run as it is; several with their points side by side.
 
-    Where runs hold the same point, the first run's is taken, and a note says so. Tests, intervals and Holm's correction
+    Where runs have the same point, the first run's is taken, and a note says so. Tests, intervals and Holm's correction
     of several runs are computed anew over the whole table, each over the samples that both sides answered; the pooled
     task `all` of the single runs is left out.
 
     Raises:
-        ValueError: no run, or runs whose equally named samples hold different questions.
+        ValueError: no run, or runs in which samples of one name have different questions.
     """
     if not runs:
         raise ValueError("A report needs at least one run folder, got none.")
@@ -76,7 +76,7 @@ def merge(runs: Sequence[FinishedRun]) -> Merged:
     }
     seed = int(runs[0].origin["config"]["seed"])
     title = " + ".join(dict.fromkeys(run.name for run in runs))
-    # a run's own order is unpruned, random, methods: bring that of all runs together
+    # each run is in the order unpruned, random, methods; so shall all of them together be
     order = {"none": 0, "random": 1}
     points.sort(key=lambda point: (point.model, point.task, order.get(point.method, 2)))
     return Merged(title, runs, summarise(points, rows, measures, seed), rows, notes)

@@ -19,7 +19,7 @@ DIM = 0.22
 
 
 def seen_picture(pixel_values: Any, processor: Any) -> Image.Image:
-    """The picture behind one image's `pixel_values` `[C, H, W]`: resized and cropped as the model gets it."""
+    """The picture that one image's `pixel_values` show, `[C, H, W]`: resized and cropped as the model gets it."""
     settings = processor.image_processor
     pixels = pixel_values.detach().float().cpu().numpy()
     mean = np.asarray(settings.image_mean, dtype=np.float32)[:, None, None]
@@ -137,7 +137,7 @@ def _draw_view(view: SeenView, point: Point, images: list[list[int]]) -> Image.I
     kept = [index - start for index in images[visual] if start <= index < start + count]
     pruners = [METHODS.get(split_name(part)[0]) for part in pruner_parts(point.method)]
     if any(pruner.site == "pixels" for pruner in pruners) and 0 < len(kept) < count:
-        # nothing is dropped: the whole picture is there, with fewer pixels
+        # nothing is dropped: the whole picture is seen, with fewer pixels
         small = square_grid(len(kept), picture.size) if _has_raster(len(kept), picture.size) else raster.grid
         return shrunk(picture, small, picture.size[0] // raster.grid[1])
     return dim_dropped(picture, kept, raster.grid)

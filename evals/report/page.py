@@ -1,6 +1,6 @@
 """report.html: one page that opens from disk, with the leaderboard, plots, samples and agreement of one or more runs.
 
-Tables are written here as HTML; plots, bars, samples and matrices are drawn by the scripts beside this file from one
+Tables are written here as HTML; plots, bars, samples and matrices are drawn by the scripts in this folder from one
 JSON object in the page. No library and no network: scripts, styles and pictures are all inside.
 """
 

@@ -15,10 +15,10 @@ from tokenprune.registry import METHODS
 
 
 def between(text: str, name: str, table: str) -> str:
-    """`text` with what stands between the lines `<!-- name:begin -->` and `<!-- name:end -->` replaced.
+    """`text` with what is between the lines `<!-- name:begin -->` and `<!-- name:end -->` replaced.
 
     Raises:
-        ValueError: the two lines are not there.
+        ValueError: `text` lacks the two lines.
     """
     pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
     if not pattern.search(text):

@@ -28,7 +28,7 @@ def kind_of(method: str) -> str:
         return "unpruned"
     try:
         pruners = [METHODS.get(split_name(part)[0]) for part in pruner_parts(method)]
-    except UnknownName:  # a method of the user's own, in another process
+    except UnknownName:  # a method that a user registered in another process
         return "method"
     if any("boxes" in pruner.hints for pruner in pruners):
         return "bound"

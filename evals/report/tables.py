@@ -54,7 +54,7 @@ def _cells(record: dict[str, Any]) -> list[str]:
 
 
 def _metric_cells(record: dict[str, Any], names: list[str]) -> list[str]:
-    """The task's own metrics, in its units."""
+    """The metrics that only this task has, in its units."""
     metrics = record.get("metrics") or {}
     return [f"{metrics[name]:.4g}" if name in metrics else "" for name in names]
 
@@ -62,7 +62,7 @@ def _metric_cells(record: dict[str, Any], names: list[str]) -> list[str]:
 def result_tables(records: list[dict[str, Any]], width: int = 200) -> list[Table]:
     """One table per model and task for a terminal of `width` characters.
 
-    Columns that hold nothing are left out, and so are the least telling ones where the terminal is too narrow; all of
+    Empty columns are left out, and so are the least telling ones where the terminal is too narrow; all of
     them are in summary.csv.
     """
     tables = []

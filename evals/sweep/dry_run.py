@@ -28,10 +28,10 @@ class Planned:
 
     Attributes:
         samples: how many it answers; None where only the data would tell.
-        done: how many of them the run folder holds already.
+        done: how many of them the run folder has already.
         estimate: of one prompt; None where there is none.
         refused: why the point cannot run on its model; None where it can, or where that is not known.
-        needs: what it needs beside the model's weights.
+        needs: what it needs in addition to the model's weights.
     """
 
     point: Point
@@ -62,7 +62,7 @@ class Plan:
     """A sweep, point by point.
 
     Attributes:
-        notes: sentences: what could not be estimated and why, what the run folder holds.
+        notes: sentences: what could not be estimated and why, what is in the run folder.
     """
 
     config: RunConfig
@@ -221,7 +221,7 @@ def _cells(same: Sequence[Planned]) -> list[str]:
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """What stands below the tables: totals, the assumptions, and what went wrong."""
+    """The lines below the tables: totals, the assumptions, and what went wrong."""
     from tokenprune.evals.profiling.estimate import PICTURE
 
     known = [planned.samples for planned in plan.points if planned.samples is not None]

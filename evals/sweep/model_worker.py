@@ -33,7 +33,7 @@ class Worked:
     Attributes:
         answered: settings and sample ids by model and task.
         notes: sentences that a reader of the results must know.
-        machines: by model, which machine measured its costs, see `costs.measure_key`.
+        machines: by model, which machine measured its costs, see `measure.measure_key`.
     """
 
     answered: dict[tuple[str, str], AskedSamples] = field(default_factory=dict)
@@ -78,7 +78,7 @@ def show_progress(console: Console) -> Iterator[Progress]:
 
 
 class ModelWorker:
-    """One model, loaded, and those points of a run that are its own. Every method was tried on it once.
+    """One model, loaded, and the points of a run that use it. Every method was tried on it once.
 
     Args:
         points: of any models; the others are left alone.

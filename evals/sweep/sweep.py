@@ -103,7 +103,7 @@ def _write(config: RunConfig, worked: Worked, tasks: dict[str, Task], begin: flo
 
 
 def write_config(config: RunConfig) -> Path:
-    """The settings of a run as YAML, beside its results."""
+    """The settings of a run as YAML, next to its results."""
     import yaml
 
     config.folder.mkdir(parents=True, exist_ok=True)

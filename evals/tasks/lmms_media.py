@@ -101,7 +101,7 @@ def document(docs: Any, number: int, task: str) -> Any:
     are read before the task sees them, all others are left to it.
 
     Raises:
-        BadPicture: it holds a picture that cannot be read.
+        BadPicture: it has a picture that cannot be read.
     """
     with naming_document(number, task):
         return _readable(docs[number])

@@ -75,7 +75,7 @@ def load_lmms_task(name: str) -> Task:
 
 
 def _fingerprint(manager: Any, task_name: str, task: Any, settings: dict[str, Any]) -> str:
-    """What answers depend on: lmms-eval, the files beside the task's YAML (includes, functions), its data."""
+    """What answers depend on: lmms-eval, the files in the folder of the task's YAML (includes, functions), its data."""
     hasher = hashlib.sha256(repr(sorted(settings.items())).encode())
     with suppress(metadata.PackageNotFoundError):  # a checkout on the path
         hasher.update(metadata.version("lmms_eval").encode())
@@ -145,7 +145,7 @@ def _samples(task: Any, start: int, stop: int) -> Iterator[Sample]:
 
 
 def _asked(task: Any, doc: Any) -> tuple[str, list[Any]]:
-    """The question, with `<image>` where pictures stand inside it, and its pictures and videos."""
+    """The question, with `<image>` where pictures belong inside it, and its pictures and videos."""
     from tokenprune.evals.models.chat_template import MARKER
     from tokenprune.evals.tasks.lmms_media import Media
 
@@ -198,10 +198,10 @@ class LmmsTask(Task):
         )
 
     def metrics(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """The task's own metrics over all of `rows`, by name.
+        """The metrics that lmms-eval defines for the task, over all of `rows`, by name.
 
         Left out are those that are no number and those that write a file for a server. One that fails, say because its
-        judge cannot be reached, is left out with a warning: the answers are there, and another metric may be fine.
+        judge cannot be reached, is left out with a warning: the answers are not lost, and another metric may be fine.
         """
         collected: dict[str, list[Any]] = {}
         for row in rows:

@@ -95,7 +95,7 @@ def count_samples(name: str) -> int | None:
 
 
 def display_name(name: str) -> str:
-    """What tables call a task: the name that its file gives, or its own."""
+    """What tables call a task: the name that its file gives, or the name it was asked for by."""
     if not name.endswith((".yaml", ".yml")):
         return name
     from tokenprune.evals.tasks.yaml_task import read_spec

@@ -48,7 +48,7 @@ class Task:
 
     Attributes:
         size: how many samples there are.
-        load: yields the samples `start..stop` in the task's own order; images are decoded as they are asked for.
+        load: yields the samples `start..stop` in the task's order; images are decoded as they are asked for.
         score: (prediction, answer) -> 1.0 for right, 0.0 for wrong, or something between.
         max_new_tokens: length of an answer.
         families: the families in the order in which tables show them; () means as they come.
@@ -75,7 +75,7 @@ class Task:
         return self.score(prediction, sample.answer)
 
     def metrics(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """Further metrics by name, in the task's own units, of all answers of one point; most tasks have none.
+        """Further metrics by name, in the task's units, of all answers of one point; most tasks have none.
 
         Args:
             rows: with `sample_id` and `prediction`.

@@ -99,7 +99,7 @@ def draw_samples(
     """Samples to tune on and held-out ones, no picture in both.
 
     Raises:
-        ValueError: there are not enough.
+        ValueError: the data has not enough of them.
     """
     first: list[SelectionRequest] = []
     others: list[SelectionRequest] = []

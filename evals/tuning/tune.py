@@ -2,9 +2,9 @@
 
 The objective is VFlowOpt's (arXiv 2508.05211): the cosine between the decoder's last hidden state (after its final
 norm) at the last prompt token with and without pruning, averaged over unlabelled samples. A method declares what may
-be searched (`Pruner.search_space`) and how a budget is held (`Pruner.tuned`). The paper's search is a Gaussian process
-with expected improvement; here it is Optuna's TPE after as many random trials as in the code, which needs no scipy. A
-study lives in an SQLite file, and a killed one goes on where it was.
+be searched (`Pruner.search_space`) and how a setting keeps to a budget (`Pruner.tuned`). The paper's search is a
+Gaussian process with expected improvement; here it is Optuna's TPE after as many random trials as in the code, which
+needs no scipy. A study lives in an SQLite file, and a killed one goes on where it was.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class Tuned:
     Attributes:
         best: the best trial's method.
         shipped: the method as it comes, at the same budget.
-        trials: how many trials the study holds.
+        trials: how many trials the study has.
         files: what was written; the first is the YAML that `apply` takes.
     """
 
@@ -222,7 +222,7 @@ def _open_study(config: TuneConfig, space: Mapping[str, Any], made_of: Mapping[s
     study.set_user_attr("made_of", made_of)
     for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # a killed run left it
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-    # a seed of its own for each part, or a study that goes on would draw its first trials again
+    # another seed for each part, or a study that goes on would draw its first trials again
     seed = config.seed + len(study.trials)
     study.sampler = optuna.samplers.TPESampler(n_startup_trials=config.random_trials, seed=seed)
     start = {name: part.start for name, part in space.items() if part.start is not None}
@@ -281,7 +281,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> Tuned:
             raise optuna.TrialPruned
         try:
             values, retention = objective(method)
-        except ValueError as error:  # this setting cannot hold the budget
+        except ValueError as error:  # this setting cannot keep to the budget
             trial.set_user_attr("refused", str(error))
             raise optuna.TrialPruned from error
         trial.set_user_attr("method", json.dumps(method))

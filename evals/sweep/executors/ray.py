@@ -30,7 +30,7 @@ SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "120
 
 
 class RayCluster:
-    """A Ray cluster: that of `RAY_ADDRESS`, or one of this machine's own.
+    """A Ray cluster: that of `RAY_ADDRESS`, or one that is started on this machine.
 
     Args:
         gpus: share of a GPU that each point gets (0.5 puts two on one); by default a whole one where the cluster has
@@ -121,7 +121,7 @@ def _start(config: RunConfig, folder: str) -> None:
 
 
 def _answer(config: RunConfig, point: Point, folder: str) -> dict[tuple[str, str], AskedSamples]:
-    """In a worker: one point, into files of its own."""
+    """In a worker: one point, into files that no other worker writes."""
     _start(config, folder)
     writer = f"ray-{digest(point.key)[:8]}"
     # a worker that Ray takes for dead may take a moment to die

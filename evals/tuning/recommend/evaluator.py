@@ -68,7 +68,7 @@ def split(pictures: Sequence[str], seed: int) -> tuple[list[int], list[int]]:
 
 
 class ModelBench:
-    """A model on a task. Every answer is kept as soon as it is there, and none is asked for twice."""
+    """A model on a task. Every answer is written down at once, and none is asked for twice."""
 
     def __init__(self, config: RecommendConfig, console: Console) -> None:
         self._config, self._console = config, console

@@ -2,7 +2,8 @@
 
 All settings answer a few samples, half of them go on to twice as many, and so on. Who goes on is decided from two
 numbers, cost and drop: settings whose drop is surely too large leave at once, and of the rest the layers of the Pareto
-front stay, the first layer first. So cheap settings that may hold and dear ones that surely do both go on.
+front stay, the first layer first. So both cheap settings that may keep within the bound and dear ones that surely do go
+on.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Study:
         at_least: settings that are never cut below by number alone.
 
     Raises:
-        ValueError: the file holds a study of something else.
+        ValueError: the file is a study of something else.
     """
 
     def __init__(self, path: Path | None, made_of: dict[str, Any], at_least: int) -> None:
@@ -112,7 +113,7 @@ class Study:
 
     def begin(self, settings: Sequence[tuple[Point, float]]) -> dict[str, Any]:
         """Trials of the settings (with their costs) that are still to be decided, by the setting's key. What a kill
-        left undecided begins anew; its answers are there."""
+        left undecided begins anew, with the answers that were written down."""
         labels = [point.label for point, _ in settings]
         for trial in self._study.get_trials(states=(TrialState.RUNNING,)):
             self._study.tell(trial.number, state=TrialState.FAIL)

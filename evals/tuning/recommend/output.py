@@ -1,4 +1,4 @@
-"""What a search found, in words and files."""
+"""The outcome of a search, in words and files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def command(config: RecommendConfig) -> str:
 
 
 def sentences(config: RecommendConfig, result: Recommendation) -> list[str]:
-    """What was found, for a person."""
+    """The outcome of a search as sentences."""
     searched = f"{result.settings} settings were searched on {result.samples[0]} samples"
     lines = []
     chosen = result.chosen
@@ -92,8 +92,8 @@ def table(config: RecommendConfig, result: Recommendation) -> Table:
 
 
 def write(config: RecommendConfig, result: Recommendation) -> list[Path]:
-    """Write what was found: the YAML that `apply` takes (first, and only where a setting holds), everything as JSON,
-    and the history of the search as CSV."""
+    """Write what was found: the YAML that `apply` takes (first, and only where a setting keeps within the bound),
+    everything as JSON, and the history of the search as CSV."""
     import yaml
 
     from tokenprune.evals.io.atomic_files import replace_file, write_csv

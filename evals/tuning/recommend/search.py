@@ -1,10 +1,10 @@
 """Finds the cheapest setting whose accuracy drop is shown to be within a bound.
 
 The samples are halved by picture. One half is searched on: successive halving, then the Pareto front of cost and drop.
-The other half is not looked at until the front stands; on it a few settings of the front are tested, from the safest to
-the cheapest, each at 95 percent, up to the first that fails, and the last one that held is recommended. Because the
-order was fixed beforehand and testing stops at the first failure, the chance that a recommended setting's true drop is
-above the bound is at most 5 percent, however many settings were searched and tested (fixed-sequence testing).
+The other half is not read until the front is decided; on it a few settings of the front are tested, from the safest to
+the cheapest, each at 95 percent, up to the first that fails, and the last one within the bound is recommended. Because
+the order was fixed beforehand and testing stops at the first failure, the chance that a recommended setting's true drop
+is above the bound is at most 5 percent, however many settings were searched and tested (fixed-sequence testing).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Recommendation:
     """What a search found.
 
     Attributes:
-        chosen: the recommended setting; None where none held.
+        chosen: the recommended setting; None where none is within the bound.
         tested: what was tested on the held-out half, in order.
         closest: the setting tested whose bound is smallest.
         needed: samples in all, both halves, on which a drop like that of `closest` would be shown to be within the
