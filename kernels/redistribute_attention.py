@@ -6,7 +6,7 @@ Keys belong to four groups. With a_j the softmax weights of one row of one head 
     a'    = (1 - share) a on sinks,   a (1 + freed / m_N) on visual non-sinks,   a elsewhere
 
 in the (head, row) pairs that pass `least_mass` and `most_sink`, and a' = a in all others. The weights still sum to 1,
-so the softmax's own denominator stays. Only the rows that were asked for are formed: memory is rows x keys at most, and
+so the softmax denominator stays. Only the rows that were asked for are formed: memory is rows x keys at the most and
 never keys x keys. The kernels form no weights at all: a sum of powers for each group and a vector for S with T, for N
 and for O make one read of keys and values enough; parts of the keys are reduced by different programs and joined.
 """
