@@ -96,11 +96,21 @@ def read_spec(path: Path) -> dict[str, Any]:
         raise ValueError(f"The task file {path} must hold a mapping with at least the key 'data'.")
     for key in spec:
         if key not in _KEYS:
-            raise ValueError(f"The task file {path} has an unknown key {key!r}.{near(key, list(_KEYS))}")
+            raise ValueError(f"The task file {path} has an unknown key {key!r}.{near(str(key), list(_KEYS))}")
+    for key in ("data", "subset", "split", "prompt", "match"):
+        # prompt: {question} without quotes is a mapping to YAML
+        if key in spec and not isinstance(spec[key], str) and (spec[key] is not None or key in ("data", "match")):
+            raise ValueError(f"{key} in {path} must be a text, got {spec[key]!r}; put it in quotes.")
     columns = spec.get("columns") or {}
+    if not isinstance(columns, dict):
+        raise ValueError(f"columns in {path} must be a mapping, got {columns!r}.")
     for key in columns:
         if key not in _COLUMNS:
-            raise ValueError(f"The task file {path} has an unknown column {key!r}.{near(key, list(_COLUMNS))}")
+            raise ValueError(f"The task file {path} has an unknown column {key!r}.{near(str(key), list(_COLUMNS))}")
+        names = columns[key] if isinstance(columns[key], list) and key == "choices" else [columns[key]]
+        if not names or not all(isinstance(name, str) for name in names):
+            kinds = "the name of a column, or a list of names" if key == "choices" else "the name of a column"
+            raise ValueError(f"{key} in columns of {path} must be {kinds}, got {columns[key]!r}.")
     for key in ("name", "prompt"):
         if key in spec and (spec[key] is None or not str(spec[key]).strip()):
             raise ValueError(f"{key} in {path} is empty; write something or leave the key out.")
