@@ -2,8 +2,8 @@
 
 By hand, and not by pydantic. That was tried on these dataclasses (the sentences held by the tests all stood) and on the
 task file. It finds every value of a wrong type, in words of its own ("Input should be greater than or equal to 1"); to
-say what is said here, near matches included, took 52 lines more, most of them a table of its kinds of errors. Importing
-it and building a schema takes 0.25 s before the first typo is answered. Whether a method, a budget or a task can work is
+say what is said here, near matches included, took 52 lines more, most of them a table of its kinds of errors. To import
+it and build a schema takes 0.25 s before the first typo is answered. Whether a method, a budget or a task can work is
 for our code in any case.
 """
 

@@ -16,6 +16,7 @@ from tokenprune import cost
 from tokenprune.api import adapter_for, applied
 from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.evaluation.applied_method import pruned
+from tokenprune.evals.io.rows import FlopsCosts
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.tasks.task import Sample
 from tokenprune.kernels.dispatch import FORMULAS
@@ -127,7 +128,7 @@ def _measure_once(loaded: LoadedModel, inputs: dict[str, Any]) -> dict[str, floa
 
 def measure_flops(
     loaded: LoadedModel, point: Point, samples: list[Sample], seed: int = 0, counting: bool = True
-) -> dict[str, Any]:
+) -> FlopsCosts:
     """Measured and analytic FLOPs of one prompt, averaged over `samples`.
 
     Args:
@@ -160,9 +161,12 @@ def measure_flops(
         _add(unpruned, report.flops_unpruned.as_dict(), len(samples))
         _add(analytic, report.flops.as_dict(), len(samples))
         paper += cost.paper_flops(shape, report.tokens_by_layer) / len(samples)
-    result = {"analytic": _with_total(analytic), "unpruned": _with_total(unpruned), "paper": paper}
+    result: FlopsCosts = {
+        "analytic": _with_total(analytic), "unpruned": _with_total(unpruned), "paper": paper, "measured": None,
+        "difference": None, "agree": None,
+    }  # fmt: skip
     if not counting:
-        return {**result, "measured": None, "difference": None, "agree": None}
+        return result
     difference = {part: _relative(analytic[part], measured[part]) for part in PARTS}
     difference["layers"] = max(by_layer, key=abs, default=0.0)
     agree = all(abs(value) <= TOLERANCE for value in difference.values())

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -22,6 +22,7 @@ from tokenprune.api import adapter_for
 from tokenprune.evals.config.measure import Measure
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.evaluation.applied_method import pruned, visual_tokens
+from tokenprune.evals.io.rows import KvCosts, Quartiles, TimedCosts
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.profiling.flops import cache_bytes
 from tokenprune.evals.statistics.bootstrap import median_iqr
@@ -112,7 +113,7 @@ def decode_seconds(loaded: LoadedModel, inputs: dict[str, Any], tokens: int) -> 
 
 def measure_times(
     loaded: LoadedModel, point: Point, samples: list[Sample], measure: Measure, seed: int = 0
-) -> dict[str, Any]:
+) -> TimedCosts:
     """Times, in seconds, and KV bytes, on `samples` one by one.
 
     Returns:
@@ -126,7 +127,9 @@ def measure_times(
     shape = adapter_for(loaded.model).cost_shape()
     itemsize = loaded.model.dtype.itemsize
     logs: dict[str, list[float]] = {}
-    kv: dict[str, Any] = {"measured": 0.0, "analytic": 0.0, "unpruned": 0.0, "equivalent_tokens": 0.0}
+    kv: KvCosts = {
+        "measured": 0.0, "analytic": 0.0, "unpruned": 0.0, "equivalent_tokens": 0.0, "per_layer": [], "lengths": [],
+    }  # fmt: skip
 
     for number, sample in enumerate(samples):
         inputs = dict(loaded.inputs([sample.question], [sample.image]))
@@ -157,7 +160,8 @@ def measure_times(
             if measure.decode_tokens:
                 with pruned(loaded, point, seed, [sample]):
                     logs.setdefault("decode", []).extend(decode_seconds(loaded, inputs, measure.decode_tokens))
-    return {"kv": kv, "times": {name: median_iqr(values) for name, values in logs.items()}}
+    times = {name: cast(Quartiles, median_iqr(values)) for name, values in logs.items()}
+    return {"kv": kv, "times": times}
 
 
 def _round(

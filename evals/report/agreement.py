@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from tokenprune.evals.config.points import NONE
+from tokenprune.evals.io.rows import SampleRow
 from tokenprune.evals.report.series import budget_of, name_of
+from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.scores import answered
-
-Record = dict[str, Any]
 
 
 def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
@@ -29,12 +29,12 @@ def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
     return None if expected == 1.0 else (observed - expected) / (1 - expected)
 
 
-def agreement(records: list[Record], rows: dict[str, list[Record]]) -> dict[str, Record]:
+def agreement(records: list[ResultRecord], rows: dict[str, list[SampleRow]]) -> dict[str, dict[str, Any]]:
     """By budget: `names`, and the matrices `equal` and `kappa` over them, with `n` samples that both answered.
 
     The unpruned model stands in every budget's matrix; a budget with one method has none.
     """
-    found: dict[str, Record] = {}
+    matrices: dict[str, dict[str, Any]] = {}
     tables = {record["point"]: _answers(rows[record["point"]]) for record in records if record["point"] in rows}
     for budget in dict.fromkeys(budget_of(record) for record in records if record["keep"] is not None):
         own = [r for r in records if r["point"] in tables and (r["method"] == NONE or budget_of(r) == budget)]
@@ -46,11 +46,11 @@ def agreement(records: list[Record], rows: dict[str, list[Record]]) -> dict[str,
             pairs = [_pair(tables[first["point"]], tables[second["point"]]) for second in own]
             equal.append([round(pair[0], 4) if pair else None for pair in pairs])
             kappa.append([None if not pair or pair[1] is None else round(pair[1], 4) for pair in pairs])
-        found[budget] = {"names": [name_of(record) for record in own], "equal": equal, "kappa": kappa}
-    return found
+        matrices[budget] = {"names": [name_of(record) for record in own], "equal": equal, "kappa": kappa}
+    return matrices
 
 
-def _answers(rows: list[Record]) -> dict[str, tuple[str, bool]]:
+def _answers(rows: list[SampleRow]) -> dict[str, tuple[str, bool]]:
     return {row["sample_id"]: (row["prediction"].strip().lower(), row["correct"] >= 0.5) for row in answered(rows)}
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from html import escape
-from typing import Any
 
+from tokenprune.evals.io.rows import SampleRow
 from tokenprune.evals.report.html import percent
 from tokenprune.evals.report.series import budget_of, budget_title, budgets, kind_of, name_of
+from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.scores import paired
 from tokenprune.evals.results.summary import flat_costs
 from tokenprune.evals.statistics.significance import compare_paired
 
-Record = dict[str, Any]
 
-
-def findings(records: list[Record], rows: dict[str, list[Record]]) -> str:
+def findings(records: list[ResultRecord], rows: dict[str, list[SampleRow]]) -> str:
     """One card per budget; "" where no answers are at hand.
 
     The best point is that with the highest accuracy, of equal ones the cheapest; upper bounds do not compete. Another
@@ -32,7 +31,7 @@ def findings(records: list[Record], rows: dict[str, list[Record]]) -> str:
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
-def _card(budget: str, own: list[Record], rows: dict[str, list[Record]]) -> str:
+def _card(budget: str, own: list[ResultRecord], rows: dict[str, list[SampleRow]]) -> str:
     best = max(own, key=lambda r: (r["overall"]["accuracy"], -(flat_costs(r)["gflops_total"] or 0.0)))
     scores, costs = best["overall"], flat_costs(best)
     alike = []
@@ -42,12 +41,12 @@ def _card(budget: str, own: list[Record], rows: dict[str, list[Record]]) -> str:
         first, second = paired(rows[best["point"]], rows[record["point"]])
         if not first:
             continue
-        found = compare_paired(first, second)
-        if found.low <= 0 <= found.high:
+        test = compare_paired(first, second)
+        if test.low <= 0 <= test.high:
             alike.append(name_of(record))
     lines = []
     if scores["vs_unpruned"] is not None:
-        low, high = (percent(scores[f"vs_unpruned_{end}"], 1, True) for end in ("low", "high"))
+        low, high = (percent(end, 1, True) for end in (scores["vs_unpruned_low"], scores["vs_unpruned_high"]))
         lines.append(
             f"<b>{percent(scores['vs_unpruned'], 1, True)}</b> points to unpruned <small>{low} to {high}</small>"
         )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
+from tokenprune.evals.io.rows import Costs, SampleRow
+from tokenprune.evals.profiling.measure import COSTS
+from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.run_folder import FinishedRun, point_of
 from tokenprune.evals.results.summary import summarise
-
-Record = dict[str, Any]
 
 
 @dataclass
@@ -26,8 +27,8 @@ class Merged:
 
     title: str
     runs: Sequence[FinishedRun]
-    records: list[Record]
-    rows: dict[str, list[Record]]
+    records: list[ResultRecord]
+    rows: dict[str, list[SampleRow]]
     notes: list[str]
 
 
@@ -46,8 +47,8 @@ def merge(runs: Sequence[FinishedRun]) -> Merged:
     notes = [note for run in runs for note in run.origin.get("notes", [])]
     if len(runs) == 1 and "vs_unpruned_p" in runs[0].records[0]["overall"]:
         return Merged(runs[0].name, runs, runs[0].records, runs[0].rows, notes)
-    records: dict[str, Record] = {}
-    rows: dict[str, list[Record]] = {}
+    records: dict[str, ResultRecord] = {}
+    rows: dict[str, list[SampleRow]] = {}
     owners: dict[str, FinishedRun] = {}
     twice: dict[str, list[str]] = {}
     for run in runs:
@@ -64,14 +65,15 @@ def merge(runs: Sequence[FinishedRun]) -> Merged:
     ]
     counts = {task: sorted({len(rows[k]) for k, r in records.items() if r["task"] == task}) for task in _tasks(records)}
     notes += [
-        f"The points on {task} were asked different numbers of samples ({', '.join(map(str, found))}); comparisons are "
+        f"The points on {task} were asked different numbers of samples ({', '.join(map(str, sizes))}); comparisons are "
         "over the samples that both sides answered."
-        for task, found in counts.items()
-        if len(found) > 1
+        for task, sizes in counts.items()
+        if len(sizes) > 1
     ]
     points = [point_of(record) for record in records.values()]
     measures = {
-        key: {name: record[name] for name in ("kv", "times", "flops", "task_name") if name in record}
+        # the name of a task goes the way of its costs
+        key: cast(Costs, {name: value for name, value in record.items() if name in (*COSTS, "task_name")})
         for key, record in records.items()
     }
     seed = int(runs[0].origin["config"]["seed"])
@@ -82,11 +84,11 @@ def merge(runs: Sequence[FinishedRun]) -> Merged:
     return Merged(title, runs, summarise(points, rows, measures, seed), rows, notes)
 
 
-def _tasks(records: dict[str, Record]) -> list[str]:
+def _tasks(records: dict[str, ResultRecord]) -> list[str]:
     return list(dict.fromkeys(record["task"] for record in records.values()))
 
 
-def _check_questions(rows: dict[str, list[Record]]) -> None:
+def _check_questions(rows: dict[str, list[SampleRow]]) -> None:
     asked: dict[tuple[str, str], str] = {}
     for key, own in rows.items():
         task = key.split("|")[1]

@@ -10,20 +10,19 @@ import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from tokenprune.evals.io.atomic_files import replace_file
 from tokenprune.evals.report.agreement import agreement
 from tokenprune.evals.report.details import family_table, flops_table
-from tokenprune.evals.report.explorer import Room, explorer
+from tokenprune.evals.report.explorer import Drawn, Room, explorer
 from tokenprune.evals.report.findings import findings
 from tokenprune.evals.report.leaderboard import GROUPS, leaderboard
 from tokenprune.evals.report.merge import Merged, merge
 from tokenprune.evals.report.series import budget_of, budget_title, budgets, looks, name_of
+from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.run_folder import FinishedRun
 from tokenprune.evals.results.summary import flat_costs, title_of
 
-Record = dict[str, Any]
 HERE = Path(__file__).parent
 SCRIPTS = ("common.js", "table.js", "plot.js", "families.js", "agreement.js", "explorer.js", "main.js")
 
@@ -75,7 +74,7 @@ def _lead(merged: Merged) -> str:
     return " · ".join(escape(str(fact)) for fact in facts) + limit
 
 
-def _panel(number: int, records: list[Record], merged: Merged) -> str:
+def _panel(number: int, records: list[ResultRecord], merged: Merged) -> str:
     groups = "".join(
         f'<button type="button" data-group="{group}" aria-pressed="{str(place == 0).lower()}">{title}</button>'
         for place, (group, title) in enumerate(GROUPS)
@@ -97,13 +96,13 @@ def _panel(number: int, records: list[Record], merged: Merged) -> str:
     return "".join(parts[piece] if place % 2 else piece for place, piece in enumerate(pieces))
 
 
-def _data(records: list[Record], merged: Merged, room: Room) -> Record:
+def _data(records: list[ResultRecord], merged: Merged, room: Room) -> Drawn:
     asked = [run.origin["config"].get("overlays") or {} for run in merged.runs]
-    found = budgets(records)
-    first = next((str(each["keep"]) for each in asked if str(each.get("keep")) in found), found[-1] if found else "")
+    keeps = budgets(records)
+    first = next((str(each["keep"]) for each in asked if str(each.get("keep")) in keeps), keeps[-1] if keeps else "")
     return {
         "name": title_of(records[0]),
-        "budgets": [{"keep": keep, "title": budget_title(keep)} for keep in found],
+        "budgets": [{"keep": keep, "title": budget_title(keep)} for keep in keeps],
         "first": first,
         "series": looks(records),
         "points": [_point(record) for record in records],
@@ -112,7 +111,7 @@ def _data(records: list[Record], merged: Merged, room: Room) -> Record:
     }
 
 
-def _point(record: Record) -> Record:
+def _point(record: ResultRecord) -> Drawn:
     scores, costs = record["overall"], flat_costs(record)
     decoder = None if costs["gflops_prefill"] is None else costs["gflops_prefill"] + costs["gflops_selection"]
     point = {

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tokenprune.evals.config.points import NONE
+from tokenprune.evals.results.records import ResultRecord
 from tokenprune.interfaces.budget import budget_size
 from tokenprune.plan.expression import pruner_parts, split_name
 from tokenprune.registry import METHODS, UnknownName
-
-Record = dict[str, Any]
 
 # pairs for a light and a dark page; neighbours differ for the usual colour-vision deficiencies, markers tell the rest
 COLOURS = (
@@ -35,12 +32,12 @@ def kind_of(method: str) -> str:
     return "control" if pruners and all(pruner.published.startswith("control") for pruner in pruners) else "method"
 
 
-def name_of(record: Record) -> str:
+def name_of(record: ResultRecord) -> str:
     """The series of a record, as people read it."""
     return "unpruned" if record["method"] == NONE else record["series"]
 
 
-def budget_of(record: Record) -> str:
+def budget_of(record: ResultRecord) -> str:
     """The budget of a record as text; "" for the unpruned model."""
     return "" if record["keep"] is None else str(record["keep"])
 
@@ -55,19 +52,19 @@ def budget_title(keep: str) -> str:
         return keep
 
 
-def budgets(records: list[Record]) -> list[str]:
+def budgets(records: list[ResultRecord]) -> list[str]:
     """Budgets of the records as text, the largest first."""
     keeps = {budget_of(record): record["keep"] for record in records if record["keep"] is not None}
     return sorted(keeps, key=lambda text: budget_size(keeps[text]), reverse=True)
 
 
-def looks(records: list[Record]) -> list[Record]:
+def looks(records: list[ResultRecord]) -> list[dict[str, str]]:
     """One entry per series, in the order of the records: `name`, `kind`, `light` and `dark` colour, `marker`."""
-    found: dict[str, Record] = {}
+    series: dict[str, dict[str, str]] = {}
     used = {"method": 0, "control": 0}
     for record in records:
         name = name_of(record)
-        if name in found:
+        if name in series:
             continue
         kind = kind_of(record["method"])
         place = used.get(kind, 0)
@@ -75,5 +72,5 @@ def looks(records: list[Record]) -> list[Record]:
         palette = COLOURS if kind == "method" else GREYS if kind == "control" else (INK,)
         light, dark = palette[place % len(palette)]
         marker = "star" if kind == "unpruned" else "circle" if kind == "bound" else MARKERS[place % len(MARKERS)]
-        found[name] = {"name": name, "kind": kind, "light": light, "dark": dark, "marker": marker}
-    return list(found.values())
+        series[name] = {"name": name, "kind": kind, "light": light, "dark": dark, "marker": marker}
+    return list(series.values())

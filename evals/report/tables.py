@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.markup import escape
 from rich.table import Table
 
 from tokenprune.evals.config.points import NONE
+from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.summary import flat_costs, metric_names, title_of
 
 _HEADS = ("method", "tokens", "accuracy %", "95 % interval", "of unpruned %", "vs random", "p Holm", "hard %",
@@ -20,18 +19,16 @@ _DISPENSABLE = tuple(
 )  # fmt: skip
 
 
-def _cells(record: dict[str, Any]) -> list[str]:
+def _cells(record: ResultRecord) -> list[str]:
     scores, costs = record["overall"], flat_costs(record)
 
     def show(value: float | None, form: str) -> str:
         return "" if value is None else form.format(value)
 
     vs_random = ""
-    if scores["vs_random"] is not None:
-        vs_random = (
-            f"{100 * scores['vs_random']:+.1f} ({100 * scores['vs_random_low']:+.1f} to "
-            f"{100 * scores['vs_random_high']:+.1f})"
-        )
+    value, low, high = scores["vs_random"], scores["vs_random_low"], scores["vs_random_high"]
+    if value is not None and low is not None and high is not None:
+        vs_random = f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
     unpruned = record["method"] == NONE
     return [
         "unpruned" if unpruned else record["series"],
@@ -53,13 +50,13 @@ def _cells(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _metric_cells(record: dict[str, Any], names: list[str]) -> list[str]:
+def _metric_cells(record: ResultRecord, names: list[str]) -> list[str]:
     """The task's own metrics, in its units."""
     own = record.get("metrics") or {}
     return [f"{own[name]:.4g}" if name in own else "" for name in names]
 
 
-def result_tables(records: list[dict[str, Any]], width: int = 200) -> list[Table]:
+def result_tables(records: list[ResultRecord], width: int = 200) -> list[Table]:
     """One table per model and task for a terminal of `width` characters.
 
     Columns that hold nothing are left out, and so are the least telling ones where the terminal is too narrow; all of

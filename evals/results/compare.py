@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenprune.evals.config.points import NONE
+from tokenprune.evals.io.rows import AnsweredRow, SampleRow
+from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.run_folder import FinishedRun, read_run
 from tokenprune.evals.results.scores import answered
 from tokenprune.evals.statistics.significance import Comparison, compare_paired, holm
 from tokenprune.registry import near
 
-Record = dict[str, Any]
 OVERALL = "overall"
 
 
@@ -59,7 +59,9 @@ def compare(first: str, second: str, method: str | None = None, seed: int = 0) -
     return found
 
 
-def difference(first: list[Record], second: list[Record], x: Record, y: Record, seed: int) -> Difference:
+def difference(
+    first: list[SampleRow], second: list[SampleRow], x: ResultRecord, y: ResultRecord, seed: int
+) -> Difference:
     """The comparison of the rows of two points, see `compare`; `x` and `y` are their records."""
     ones = {row["sample_id"]: row for row in answered(first)}
     others = {row["sample_id"]: row for row in answered(second)}
@@ -95,7 +97,7 @@ def difference(first: list[Record], second: list[Record], x: Record, y: Record, 
     )
 
 
-def _example(rows: dict[str, Record]) -> str:
+def _example(rows: dict[str, AnsweredRow]) -> str:
     return repr(next(iter(rows), None))
 
 
@@ -117,13 +119,13 @@ def _read(text: str) -> tuple[FinishedRun, str | None]:
     return run, label
 
 
-def _points(run: FinishedRun) -> list[Record]:
+def _points(run: FinishedRun) -> list[ResultRecord]:
     return [record for record in run.records if record["point"] in run.rows]
 
 
 def _pairs(
     a: tuple[FinishedRun, str | None], b: tuple[FinishedRun, str | None], method: str | None
-) -> list[tuple[Record, Record]]:
+) -> list[tuple[ResultRecord, ResultRecord]]:
     sides = []
     for run, label in (a, b):
         own = [record for record in _points(run) if label is None or record["label"] == label]
@@ -157,7 +159,7 @@ def _pairs(
     return pairs
 
 
-def _one_model(run: FinishedRun, records: Sequence[Record]) -> None:
+def _one_model(run: FinishedRun, records: Sequence[ResultRecord]) -> None:
     models = list(dict.fromkeys(record["model"] for record in records))
     if len(models) > 1:
         raise ValueError(

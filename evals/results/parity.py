@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -13,9 +12,8 @@ from rich.table import Table
 from tokenprune.evals.config.points import NONE
 from tokenprune.evals.config.targets import ACCURACY, Target, read_target
 from tokenprune.evals.io.atomic_files import write_csv
+from tokenprune.evals.results.records import ResultRecord, TableRow
 from tokenprune.evals.results.run_folder import read_records
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Parity:
         return self.target.value / self.target.unpruned if self.target.unpruned else None
 
 
-def compare(records: Sequence[Record], targets: Sequence[Target]) -> list[Parity]:
+def compare(records: Sequence[ResultRecord], targets: Sequence[Target]) -> list[Parity]:
     """Every target beside the point of a run that it is about, in the order of the targets.
 
     Args:
@@ -79,7 +77,7 @@ def compare(records: Sequence[Record], targets: Sequence[Target]) -> list[Parity
     return found
 
 
-def _value(record: Record, target: Target) -> tuple[float | None, float | None, float | None]:
+def _value(record: ResultRecord, target: Target) -> tuple[float | None, float | None, float | None]:
     """Our number and its interval. A metric of the task that is the mean score of its samples has the interval of the
     accuracy; of others only the value is known."""
     overall, own = record["overall"], record.get("metrics") or {}
@@ -94,14 +92,14 @@ def _value(record: Record, target: Target) -> tuple[float | None, float | None, 
     return scale * value, None, None
 
 
-def read_run(folder: str | Path) -> tuple[list[Record], list[Target]]:
+def read_run(folder: str | Path) -> tuple[list[ResultRecord], list[Target]]:
     """The records of a finished run, and the targets that its sweep file names.
 
     Raises:
         FileNotFoundError, ValueError: the folder holds no results.jsonl, or an empty one.
     """
     records = read_records(Path(folder) / "results.jsonl")
-    named = records[0]["provenance"]["config"].get("targets") or []
+    named = records[0].get("provenance", {})["config"].get("targets") or []
     return records, [read_target(number, entry) for number, entry in enumerate(named)]
 
 
@@ -120,7 +118,7 @@ def read_targets(path: str | Path) -> list[Target]:
     return [read_target(number, entry) for number, entry in enumerate(named)]
 
 
-def parity_rows(found: Sequence[Parity]) -> list[Record]:
+def parity_rows(found: Sequence[Parity]) -> list[TableRow]:
     """Flat rows of parity.csv; numbers in the unit of the target, shares as fractions."""
     return [
         {

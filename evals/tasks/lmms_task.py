@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -197,7 +197,7 @@ class LmmsTask(Task):
             "so there is no interval and no paired difference; run it through `lmms-eval --model tokenprune`."
         )
 
-    def metrics(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """The task's own metrics over all of `rows`, by name.
 
         Left out are those that are no number and those that write a file for a server. One that fails, say because its

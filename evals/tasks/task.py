@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,7 @@ class Task:
         """The score of an answer to `sample`."""
         return self.score(prediction, sample.answer)
 
-    def metrics(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Further metrics by name, in the task's own units, of all answers of one point; most tasks have none.
 
         Args:
