@@ -129,8 +129,8 @@ def evaluate(
             empty = {"family": "", "question": "", "answer": None, **_NOTHING}
             rows = [{**head, "sample_id": i, **empty, **failure.as_dict()} for i, failure in batch.unread.items()]
             readable = any(sample.sample_id in missing for sample in batch.samples)
-            found = retry_in_halves(batch.samples, partial(asking.rows, point)) if readable else []
-            for sample, said in zip(batch.samples, found):
+            answers = retry_in_halves(batch.samples, partial(asking.rows, point)) if readable else []
+            for sample, said in zip(batch.samples, answers):
                 row: dict[str, Any] = {
                     **head,
                     "sample_id": sample.sample_id,

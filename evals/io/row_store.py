@@ -130,5 +130,5 @@ def folder_store(folder: Path, kind: str, key: tuple[str, ...], writer: str = ""
     Every process of a run has its own files (`samples.jsonl`, `samples.rank1.jsonl`, ...) and reads those of all, so
     that a run can be gone on with by another number of processes.
     """
-    own = folder / (f"{kind}.{writer}.jsonl" if writer else f"{kind}.jsonl")
-    return RowStore(own, key, [path for path in row_files(folder, kind) if path != own])
+    mine = folder / (f"{kind}.{writer}.jsonl" if writer else f"{kind}.jsonl")
+    return RowStore(mine, key, [path for path in row_files(folder, kind) if path != mine])

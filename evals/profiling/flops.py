@@ -117,13 +117,13 @@ def _measure_once(loaded: LoadedModel, inputs: dict[str, Any]) -> dict[str, floa
             min_new_tokens=2,
             stopping_criteria=StoppingCriteriaList([first]),
         )
-    found = dict(first.seen or {})
+    parts = dict(first.seen or {})
     if any(module is projector for module in vision.modules()):
-        found["vision"] -= found["projector"]
-    total = found.pop("total")
-    found["prefill"] = total - sum(found[part] for part in ("vision", "projector", "selection"))
-    found["decode"] = counter.get_total_flops() - total
-    return found
+        parts["vision"] -= parts["projector"]
+    total = parts.pop("total")
+    parts["prefill"] = total - sum(parts[part] for part in ("vision", "projector", "selection"))
+    parts["decode"] = counter.get_total_flops() - total
+    return parts
 
 
 def measure_flops(
@@ -146,18 +146,18 @@ def measure_flops(
     for sample in samples:
         inputs = dict(loaded.inputs([sample.question], [sample.image]))
         # the handle that gives the unpruned model its report asks for scores, which would be counted
-        found = _measure_once(loaded, inputs) if counting and point.method == NONE else None
+        parts = _measure_once(loaded, inputs) if counting and point.method == NONE else None
         with _watched(loaded, point, seed, sample) as handle:
             if counting and point.method != NONE:
-                found = _measure_once(loaded, inputs)
+                parts = _measure_once(loaded, inputs)
             else:
                 with torch.inference_mode():
                     loaded.model(**inputs, logits_to_keep=1)
             report = handle.report()
-        if found is not None:
-            _add(measured, found, len(samples))
-            layers = [found[f"layer:{i}"] for i in range(shape.layers)]
-            by_layer += [_relative(own, layer) for own, layer in zip(report.flops_by_layer, layers)]
+        if parts is not None:
+            _add(measured, parts, len(samples))
+            layers = [parts[f"layer:{i}"] for i in range(shape.layers)]
+            by_layer += [_relative(counted, layer) for counted, layer in zip(report.flops_by_layer, layers)]
         _add(unpruned, report.flops_unpruned.as_dict(), len(samples))
         _add(analytic, report.flops.as_dict(), len(samples))
         paper += cost.paper_flops(shape, report.tokens_by_layer) / len(samples)

@@ -85,15 +85,15 @@ def measure(
 def _pictured(task: Task, wanted: int) -> tuple[list[Sample], int]:
     """The first samples that can be read and have a picture (a text alone costs the same pruned), and how many could
     not be read on the way."""
-    found: list[Sample] = []
+    pictured: list[Sample] = []
     unread = 0
     for place in range(task.size):
         batch = read_batch(task, place, place + 1)
         unread += len(batch.unread)
-        found += [sample for sample in batch.samples if sample.visuals]
-        if len(found) >= wanted:
+        pictured += [sample for sample in batch.samples if sample.visuals]
+        if len(pictured) >= wanted:
             break
-    return found[:wanted], unread
+    return pictured[:wanted], unread
 
 
 def read_costs(

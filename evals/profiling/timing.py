@@ -153,9 +153,9 @@ def measure_times(
                 continue
             ideal = None if stays is None else ideal_prefill(loaded, inputs, stays)
             for turn in range(measure.warmup + measure.repeats):
-                found = _round(loaded, point, sample, seed, inputs, ideal, turn)
+                seconds = _round(loaded, point, sample, seed, inputs, ideal, turn)
                 if turn >= measure.warmup:
-                    for name, value in found.items():
+                    for name, value in seconds.items():
                         logs.setdefault(name, []).append(value)
             if measure.decode_tokens:
                 with pruned(loaded, point, seed, [sample]):
@@ -175,27 +175,27 @@ def _round(
 ) -> dict[str, float]:
     """Unpruned, pruned and ideal prefill once each, in an order that rotates with `turn`."""
     device = loaded.model.device
-    found: dict[str, float] = {}
+    seconds: dict[str, float] = {}
 
     def unpruned_turn() -> None:
-        found["unpruned_prefill"] = timed(device, lambda: prefill(loaded, inputs))[0]
+        seconds["unpruned_prefill"] = timed(device, lambda: prefill(loaded, inputs))[0]
 
     def pruned_turn() -> None:
         with pruned(loaded, point, seed, [sample]) as handle:
-            found["prefill"] = timed(device, lambda: prefill(loaded, inputs))[0]
-            found["selection"] = handle.report().selection_seconds
+            seconds["prefill"] = timed(device, lambda: prefill(loaded, inputs))[0]
+            seconds["selection"] = handle.report().selection_seconds
 
     def ideal_turn() -> None:
         if ideal is not None:
-            found["ideal_prefill"] = timed(device, ideal)[0]
+            seconds["ideal_prefill"] = timed(device, ideal)[0]
 
     if ideal is None:
         unpruned_turn()
-        return {"prefill": found["unpruned_prefill"], **found}
+        return {"prefill": seconds["unpruned_prefill"], **seconds}
     turns = [unpruned_turn, pruned_turn, ideal_turn]
     for i in range(len(turns)):
         turns[(i + turn) % len(turns)]()
-    found["to_ideal"] = found["prefill"] / found["ideal_prefill"]
-    found["to_unpruned"] = found["prefill"] / found["unpruned_prefill"]
-    found["selection_share"] = found["selection"] / found["unpruned_prefill"]
-    return found
+    seconds["to_ideal"] = seconds["prefill"] / seconds["ideal_prefill"]
+    seconds["to_unpruned"] = seconds["prefill"] / seconds["unpruned_prefill"]
+    seconds["selection_share"] = seconds["selection"] / seconds["unpruned_prefill"]
+    return seconds

@@ -37,16 +37,16 @@ def agreement(records: list[ResultRecord], rows: dict[str, list[SampleRow]]) -> 
     matrices: dict[str, dict[str, Any]] = {}
     tables = {record["point"]: _answers(rows[record["point"]]) for record in records if record["point"] in rows}
     for budget in dict.fromkeys(budget_of(record) for record in records if record["keep"] is not None):
-        own = [r for r in records if r["point"] in tables and (r["method"] == NONE or budget_of(r) == budget)]
-        if len(own) < 2:
+        beside = [r for r in records if r["point"] in tables and (r["method"] == NONE or budget_of(r) == budget)]
+        if len(beside) < 2:
             continue
         equal: list[list[float | None]] = []
         kappa: list[list[float | None]] = []
-        for first in own:
-            pairs = [_pair(tables[first["point"]], tables[second["point"]]) for second in own]
+        for first in beside:
+            pairs = [_pair(tables[first["point"]], tables[second["point"]]) for second in beside]
             equal.append([round(pair[0], 4) if pair else None for pair in pairs])
             kappa.append([None if not pair or pair[1] is None else round(pair[1], 4) for pair in pairs])
-        matrices[budget] = {"names": [name_of(record) for record in own], "equal": equal, "kappa": kappa}
+        matrices[budget] = {"names": [name_of(record) for record in beside], "equal": equal, "kappa": kappa}
     return matrices
 
 

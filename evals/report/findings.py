@@ -21,21 +21,21 @@ def findings(records: list[ResultRecord], rows: dict[str, list[SampleRow]]) -> s
     """
     cards = []
     for budget in budgets(records):
-        own = [
+        rivals = [
             record
             for record in records
             if budget_of(record) == budget and record["point"] in rows and kind_of(record["method"]) != "bound"
         ]
-        if len(own) > 1:
-            cards.append(_card(budget, own, rows))
+        if len(rivals) > 1:
+            cards.append(_card(budget, rivals, rows))
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
-def _card(budget: str, own: list[ResultRecord], rows: dict[str, list[SampleRow]]) -> str:
-    best = max(own, key=lambda r: (r["overall"]["accuracy"], -(flat_costs(r)["gflops_total"] or 0.0)))
+def _card(budget: str, rivals: list[ResultRecord], rows: dict[str, list[SampleRow]]) -> str:
+    best = max(rivals, key=lambda r: (r["overall"]["accuracy"], -(flat_costs(r)["gflops_total"] or 0.0)))
     scores, costs = best["overall"], flat_costs(best)
     alike = []
-    for record in own:
+    for record in rivals:
         if record is best:
             continue
         first, second = paired(rows[best["point"]], rows[record["point"]])
@@ -58,7 +58,7 @@ def _card(budget: str, own: list[ResultRecord], rows: dict[str, list[SampleRow]]
     if shares:
         lines.append(", ".join(shares))
     names = ", ".join(escape(name) for name in alike)
-    lines.append(f"not told apart from it: {names}" if alike else f"told apart from all {len(own) - 1} others")
+    lines.append(f"not told apart from it: {names}" if alike else f"told apart from all {len(rivals) - 1} others")
     body = "".join(f"<li>{line}</li>" for line in lines)
     return (
         f'<div class="card" data-budget="{escape(budget)}">'

@@ -34,12 +34,12 @@ def write_markdown(path: Path, runs: Sequence[FinishedRun]) -> Path:
     merged = merge(runs)
     parts = [f"# {merged.title}", _origin(merged), *merged.notes]
     for model, task in dict.fromkeys((r["model"], r["task"]) for r in merged.records):
-        own = [record for record in merged.records if (record["model"], record["task"]) == (model, task)]
-        parts += [f"## {title_of(own[0])}", _unpruned(own)]
-        for budget in budgets(own):
-            at = [record for record in own if budget_of(record) == budget]
+        panel = [record for record in merged.records if (record["model"], record["task"]) == (model, task)]
+        parts += [f"## {title_of(panel[0])}", _unpruned(panel)]
+        for budget in budgets(panel):
+            at = [record for record in panel if budget_of(record) == budget]
             parts += [f"### {budget_title(budget)}", _verdict(at), _table(at)]
-        others = [record for record in own if record["keep"] is None and kind_of(record["method"]) != "unpruned"]
+        others = [record for record in panel if record["keep"] is None and kind_of(record["method"]) != "unpruned"]
         if others:
             parts += [f"### {NO_BUDGET}", _verdict(others), _table(others)]
     return replace_file(path, "\n\n".join(part for part in (*parts, LEGEND) if part) + "\n")
@@ -62,14 +62,14 @@ def _origin(merged: Merged) -> str:
 
 
 def _unpruned(records: list[ResultRecord]) -> str:
-    found = next((record for record in records if kind_of(record["method"]) == "unpruned"), None)
-    if found is None:
+    unpruned = next((record for record in records if kind_of(record["method"]) == "unpruned"), None)
+    if unpruned is None:
         return ""
-    costs = flat_costs(found)
+    costs = flat_costs(unpruned)
     cost = "" if costs["gflops_total"] is None else f", {costs['gflops_total']:.2f} GFLOPs to the first token"
     return (
-        f"Unpruned: {_accuracy(found['overall'])} percent of {found['overall']['n']} questions, "
-        f"{found['visual_tokens']:.4g} visual tokens{cost}."
+        f"Unpruned: {_accuracy(unpruned['overall'])} percent of {unpruned['overall']['n']} questions, "
+        f"{unpruned['visual_tokens']:.4g} visual tokens{cost}."
     )
 
 

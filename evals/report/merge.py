@@ -90,9 +90,9 @@ def _tasks(records: dict[str, ResultRecord]) -> list[str]:
 
 def _check_questions(rows: dict[str, list[SampleRow]]) -> None:
     asked: dict[tuple[str, str], str] = {}
-    for key, own in rows.items():
+    for key, answers in rows.items():
         task = key.split("|")[1]
-        for row in own:
+        for row in answers:
             known = asked.setdefault((task, row["sample_id"]), row["question"])
             if known != row["question"]:
                 raise ValueError(

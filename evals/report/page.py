@@ -37,9 +37,9 @@ def write_report(path: Path, runs: Sequence[FinishedRun]) -> Path:
     room = Room()
     panels, data = [], []
     for number, (model, task) in enumerate(dict.fromkeys((r["model"], r["task"]) for r in merged.records)):
-        own = [record for record in merged.records if (record["model"], record["task"]) == (model, task)]
-        panels.append(_panel(number, own, merged))
-        data.append(_data(own, merged, room))
+        panel = [record for record in merged.records if (record["model"], record["task"]) == (model, task)]
+        panels.append(_panel(number, panel, merged))
+        data.append(_data(panel, merged, room))
     page = (HERE / "page.html").read_text(encoding="utf-8")
     parts = {
         "title": escape(merged.title),

@@ -23,11 +23,11 @@ GREYS = {"random": "#777777", "oracle": "#111111"}
 
 def series_of(records: list[ResultRecord]) -> dict[str, list[ResultRecord]]:
     """Records by series, each sorted by FLOPs; the unpruned model left out."""
-    found: dict[str, list[ResultRecord]] = {}
+    series: dict[str, list[ResultRecord]] = {}
     for record in records:
         if record["method"] != NONE:
-            found.setdefault(record["series"], []).append(record)
-    return {name: sorted(group, key=flops_decoder) for name, group in found.items()}
+            series.setdefault(record["series"], []).append(record)
+    return {name: sorted(group, key=flops_decoder) for name, group in series.items()}
 
 
 def _analytic(record: ResultRecord) -> dict[str, float]:
@@ -72,9 +72,9 @@ def plot_pareto(records: list[ResultRecord], path: Path) -> Path:
     )
     for (model, task), (left, right) in zip(panels, axes, strict=True):
         whole = [r for r in records if (r["model"], r["task"]) == (model, task)]
-        own = [record for record in whole if record.get("flops")]
-        _panel(left, own, flops_decoder, spread=0.022)
-        _panel(right, own, flops_total, spread=0.0)
+        counted = [record for record in whole if record.get("flops")]
+        _panel(left, counted, flops_decoder, spread=0.022)
+        _panel(right, counted, flops_total, spread=0.0)
         left.set_title(title_of(whole[0]), loc="left", fontsize=11)
         left.set_xscale("log")
         left.set_xlabel("GFLOPs of selection and prefill (log; one budget's points are spread sideways)")
@@ -82,8 +82,8 @@ def plot_pareto(records: list[ResultRecord], path: Path) -> Path:
         right.set_xlabel("GFLOPs to the first token, vision tower included")
         low, high = left.get_ylim()
         left.set_ylim(max(0.0, min(low, high - 4)), min(100.0, max(high, low + 4)))
-        ticks_of_budgets(left, own)
-        if own:
+        ticks_of_budgets(left, counted)
+        if counted:
             right.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     with replaced(path) as partial:
         figure.savefig(partial, dpi=130)

@@ -52,8 +52,8 @@ def _cells(record: ResultRecord) -> list[str]:
 
 def _metric_cells(record: ResultRecord, names: list[str]) -> list[str]:
     """The task's own metrics, in its units."""
-    own = record.get("metrics") or {}
-    return [f"{own[name]:.4g}" if name in own else "" for name in names]
+    metrics = record.get("metrics") or {}
+    return [f"{metrics[name]:.4g}" if name in metrics else "" for name in names]
 
 
 def result_tables(records: list[ResultRecord], width: int = 200) -> list[Table]:
@@ -64,19 +64,19 @@ def result_tables(records: list[ResultRecord], width: int = 200) -> list[Table]:
     """
     tables = []
     for model, task in dict.fromkeys((record["model"], record["task"]) for record in records):
-        own = [record for record in records if (record["model"], record["task"]) == (model, task)]
-        metrics = metric_names(own)
+        panel = [record for record in records if (record["model"], record["task"]) == (model, task)]
+        metrics = metric_names(panel)
         heads = [*_HEADS, *metrics]
-        rows = [[*_cells(record), *_metric_cells(record, metrics)] for record in own]
+        rows = [[*_cells(record), *_metric_cells(record, metrics)] for record in panel]
         used = [i for i in range(len(heads)) if any(row[i] for row in rows)]
         for index in _DISPENSABLE:
             if sum(2 + max(len(heads[i]), *(len(row[i]) for row in rows)) for i in used) <= width:
                 break
             used = [i for i in used if i != index]
-        table = Table(title=title_of(own[0]), title_justify="left", box=None, pad_edge=False)
+        table = Table(title=title_of(panel[0]), title_justify="left", box=None, pad_edge=False)
         for i in used:
             table.add_column(heads[i], justify="left" if i == 0 else "right", no_wrap=True)
-        for record, row in zip(own, rows, strict=True):
+        for record, row in zip(panel, rows, strict=True):
             table.add_row(*(escape(row[i]) for i in used), style="dim" if record["reference"] else None)
         tables.append(table)
     return tables

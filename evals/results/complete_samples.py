@@ -48,8 +48,8 @@ def count_rows(
     """
     counted = Counted()
     for (model, task), asked in answered.items():
-        own = [point for point in points if (point.model, point.task) == (model, task)]
-        _count_task(store, own, asked, counted, f"{Path(model).name} on {task}")
+        panel = [point for point in points if (point.model, point.task) == (model, task)]
+        _count_task(store, panel, asked, counted, f"{Path(model).name} on {task}")
     if not counted.points:
         raise UserError("No point has answered a sample. " + " ".join(counted.notes))
     return counted

@@ -46,7 +46,7 @@ def pool_costs(point: Point, points: list[Point], measures: Mapping[str, Costs])
         points: those of the single tasks.
         measures: `flops`, `kv` and `times` by point key.
     """
-    parts = [own.key for own in points if replace(own, task=ALL_TASKS).key == point.key]
+    parts = [single.key for single in points if replace(single, task=ALL_TASKS).key == point.key]
     costs = [measures.get(key) for key in parts]
     return _mean([one for one in costs if one]) if costs and all(costs) else {}
 

@@ -69,45 +69,45 @@ def paired(first: Rows, *others: Rows) -> tuple[list[float], ...]:
     return tuple([by_id[name] for name in ids] for by_id in scores)
 
 
-def scores_of(own: Rows, references: References, seed: int) -> Scores:
+def scores_of(rows: Rows, references: References, seed: int) -> Scores:
     """Accuracy and comparisons of one point, or of one family of it; what cannot be said is None.
 
     `vs_X_holm` is filled by `correct_for_many`. See `significance.Comparison` and `bootstrap.headroom_share`.
     """
-    accuracy = bootstrap_mean([float(row["correct"]) for row in answered(own)], seed)
+    accuracy = bootstrap_mean([float(row["correct"]) for row in answered(rows)], seed)
     scores: dict[str, Any] = {
         "n": accuracy.n, "accuracy": accuracy.value, "ci_low": accuracy.low, "ci_high": accuracy.high, "relative": None,
     }  # fmt: skip
     if references.unpruned is not None:
-        mine, theirs = map(sum, paired(own, references.unpruned))
+        mine, theirs = map(sum, paired(rows, references.unpruned))
         scores["relative"] = mine / theirs if theirs else None
     elif references.itself and accuracy.value:
         scores["relative"] = 1.0
     for name in COMPARED:
-        scores |= _against(f"vs_{name}", own, getattr(references, name), seed)
-    scores |= _discriminating(own, references.downsample, seed) | _headroom(own, references, seed)
+        scores |= _against(f"vs_{name}", rows, getattr(references, name), seed)
+    scores |= _discriminating(rows, references.downsample, seed) | _headroom(rows, references, seed)
     return cast(Scores, scores)
 
 
-def _against(name: str, own: Rows, baseline: Rows | None, seed: int) -> dict[str, Any]:
+def _against(name: str, mine: Rows, baseline: Rows | None, seed: int) -> dict[str, Any]:
     parts = ("low", "high", "won", "lost", "p", "holm", "needed", "detectable")
     empty: dict[str, Any] = {name: None, **{f"{name}_{part}": None for part in parts}}
     if baseline is None:
         return empty
-    scores, others = paired(own, baseline)
+    scores, others = paired(mine, baseline)
     if not scores:
         return empty
     test = asdict(compare_paired(scores, others, seed))
     return empty | {name: test["difference"], **{f"{name}_{part}": test[part] for part in parts if part in test}}
 
 
-def _discriminating(own: Rows, downsample: Rows | None, seed: int) -> dict[str, Any]:
+def _discriminating(mine: Rows, downsample: Rows | None, seed: int) -> dict[str, Any]:
     accuracy: dict[str, Any] = dict.fromkeys(
         ("discriminating", "discriminating_low", "discriminating_high", "discriminating_n"),
     )
     if downsample is None:
         return accuracy
-    scores, shrunk = paired(own, downsample)
+    scores, shrunk = paired(mine, downsample)
     hard = [score for score, other in zip(scores, shrunk, strict=True) if other < 0.5]
     accuracy["discriminating_n"] = len(hard)
     if hard:
@@ -118,11 +118,11 @@ def _discriminating(own: Rows, downsample: Rows | None, seed: int) -> dict[str, 
     return accuracy
 
 
-def _headroom(own: Rows, references: References, seed: int) -> dict[str, Any]:
+def _headroom(mine: Rows, references: References, seed: int) -> dict[str, Any]:
     won: dict[str, Any] = dict.fromkeys(("headroom_won", "headroom_won_low", "headroom_won_high"))
     if references.random is None or references.oracle is None:
         return won
-    scores = paired(own, references.random, references.oracle)
+    scores = paired(mine, references.random, references.oracle)
     share = headroom_share(*scores, seed=seed) if scores[0] else None
     if share is not None:
         won |= {"headroom_won": share.value, "headroom_won_low": share.low, "headroom_won_high": share.high}

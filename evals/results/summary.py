@@ -77,21 +77,21 @@ def summarise(
     """
     records: list[ResultRecord] = []
     for point in points:
-        own = rows[point.key]
+        answers = rows[point.key]
         references = References.of(point, points, rows)
-        families = dict.fromkeys(row["family"] for row in answered(own))
+        families = dict.fromkeys(row["family"] for row in answered(answers))
         record: dict[str, Any] = {
             "point": point.key,
             **{name: value for name, value in asdict(point).items() if name != "options"},
             "options": dict(point.options),
             "label": point.label,
             "series": point.series,
-            "overall": scores_of(own, references, seed),
+            "overall": scores_of(answers, references, seed),
             "families": {
-                family: scores_of(of_family(own, family), references.only(family), seed) for family in families
+                family: scores_of(of_family(answers, family), references.only(family), seed) for family in families
             },
-            "visual_tokens": _mean(row["visual_tokens"] for row in answered(own)),
-            "kept_tokens": _mean(row["kept_tokens"] for row in answered(own)),
+            "visual_tokens": _mean(row["visual_tokens"] for row in answered(answers)),
+            "kept_tokens": _mean(row["kept_tokens"] for row in answered(answers)),
             **measures.get(point.key, {}),
         }
         records.append(cast(ResultRecord, record))
@@ -126,11 +126,11 @@ def table_rows(records: list[ResultRecord]) -> list[TableRow]:
         shared["options"] = ",".join(f"{key}={value}" for key, value in record["options"].items())
         costs = {"failed": record.get("failed", 0), **flat_costs(record)}
         for family, scores in [*record["families"].items(), (OVERALL, record["overall"])]:
-            own = {
+            metrics = {
                 f"metric:{name}": (record.get("metrics") or {}).get(name) if family == OVERALL else None
                 for name in names
             }
-            rows.append({**shared, "family": family, **scores, **costs, **own})
+            rows.append({**shared, "family": family, **scores, **costs, **metrics})
     return rows
 
 
@@ -193,10 +193,10 @@ def write_results(
 
     by_point = {record["point"]: record for record in records}
     flat = []
-    for key, own in rows.items():
+    for key, answers in rows.items():
         record = by_point[key]
         shared = {name: record[name] for name in ("model", "task", "method", "seed")}
-        whole = [{**row, "counted": True, "error": None} for row in own]
+        whole = [{**row, "counted": True, "error": None} for row in answers]
         whole += [{"error": None, **row, "counted": False} for row in (others or {}).get(key, [])]
         for row in whole:
             # a keep or an answer may be of several types, and a parquet column has one

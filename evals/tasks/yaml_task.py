@@ -49,7 +49,7 @@ def normalise(text: Any) -> str:
     that was asked for, and "+" is not "-".
     """
     plain = " ".join(str(text).lower().replace("\u2212", "-").split()).replace(" %", "%")
-    words = _MARKS.sub(lambda found: found.group(1) or " ", plain).split()
+    words = _MARKS.sub(lambda match: match.group(1) or " ", plain).split()
     return " ".join(word for word in words if word not in ("a", "an", "the")) or " ".join(words) or plain
 
 
@@ -66,15 +66,15 @@ def _contains(prediction: str, answer: Any) -> float:
 
 
 def _letter(prediction: str, answer: Any) -> float:
-    found = re.match(r"\W*([A-Z])\b", prediction) or re.fullmatch(r"\W*([a-z])\W*", prediction)
-    return float(bool(found) and found.group(1).upper() == str(answer).strip().upper())
+    letter = re.match(r"\W*([A-Z])\b", prediction) or re.fullmatch(r"\W*([a-z])\W*", prediction)
+    return float(bool(letter) and letter.group(1).upper() == str(answer).strip().upper())
 
 
 def _vqa(prediction: str, answer: Any) -> float:
     same = [normalise(item) == normalise(prediction) for item in _several(answer)]
     if len(same) == 1:
         return float(same[0])
-    others = [sum(same) - own for own in same]
+    others = [sum(same) - alike for alike in same]
     return sum(min(1.0, count / 3) for count in others) / len(others)
 
 
@@ -234,8 +234,8 @@ def _beside(data: Any, column: str, source: Path) -> Any:
         return data
 
     def found(name: str | None) -> str | None:
-        own = source.parent / (name or "")
-        return str(own) if name and own.is_file() else name
+        beside = source.parent / (name or "")
+        return str(beside) if name and beside.is_file() else name
 
     names = [found(name) for name in data[column]]
     return data.remove_columns(column).add_column(column, names)
@@ -245,8 +245,8 @@ def _choices(row: dict[str, Any], where: Any) -> dict[str, str]:
     """By letter; an empty one has none, and the others keep theirs."""
     if where is None:
         return {}
-    found = [row[column] for column in where] if isinstance(where, list) else list(row[where] or [])
-    lettered = zip(_LETTERS, found)
+    choices = [row[column] for column in where] if isinstance(where, list) else list(row[where] or [])
+    lettered = zip(_LETTERS, choices)
     return {letter: str(one) for letter, one in lettered if one is not None and str(one).strip() not in ("", "nan")}
 
 
@@ -257,7 +257,7 @@ def _question(prompt: str, row: dict[str, Any], columns: dict[str, Any], choices
         "choices": "\n".join(f"{letter}. {choice}" for letter, choice in choices.items()),
         "context": f"{context}\n" if context and context != "nan" else "",
     }
-    return re.sub(r"\{(\w+)\}", lambda found: texts[found.group(1)], prompt)
+    return re.sub(r"\{(\w+)\}", lambda place: texts[place.group(1)], prompt)
 
 
 def _answer(answer: Any, choices: dict[str, str]) -> Any:
