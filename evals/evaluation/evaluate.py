@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,10 +20,12 @@ from tokenprune.evals.evaluation.applied_method import SharedTower, answer_batch
 from tokenprune.evals.evaluation.batching import WHOLE, Share, batches
 from tokenprune.evals.evaluation.retry import Failure, failure_of, retry_in_halves
 from tokenprune.evals.io.row_store import RowStore
+from tokenprune.evals.io.rows import SampleRow
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.tasks.task import Sample, Task, drawn_samples
 
-Row = dict[str, Any]
+Inputs = dict[str, Any]
+"""What a processor made of a batch, by the name of a model's argument."""
 SAMPLE_KEY = ("settings", "point", "sample_id")
 
 
@@ -49,13 +51,13 @@ class _Asking:
         shared = SharedTower(loaded, points, config.seed) if config.share_tower and len(points) > 1 else None
         self._shared = shared if shared is not None and shared.possible else None
         self._batch: tuple[str, ...] = ()
-        self._inputs: tuple[Row, Row | None] | None = None
+        self._inputs: tuple[Inputs, Inputs | None] | None = None
 
     def start(self, samples: list[Sample]) -> None:
         """Forget the inputs of the last batch."""
         self._batch, self._inputs = tuple(sample.sample_id for sample in samples), None
 
-    def _prepare(self, samples: list[Sample]) -> tuple[Row, Row | None]:
+    def _prepare(self, samples: list[Sample]) -> tuple[Inputs, Inputs | None]:
         """Inputs with pixels and, where the tower is shared, with features in their place."""
         if self._inputs is not None and self._batch == tuple(sample.sample_id for sample in samples):
             return self._inputs
@@ -66,7 +68,7 @@ class _Asking:
         self._inputs = inputs if len(samples) == len(self._batch) else None
         return inputs
 
-    def rows(self, point: Point, samples: list[Sample]) -> list[Row]:
+    def rows(self, point: Point, samples: list[Sample]) -> list[dict[str, Any]]:
         """What a model says at a point, one row a sample, without the names that it is filed under."""
         raw, encoded = self._prepare(samples)
         given = encoded if encoded is not None and self._shared and self._shared.covers(point) else raw
@@ -78,7 +80,7 @@ class _Asking:
             for i, (sample, text) in enumerate(zip(samples, texts, strict=True))
         ]  # fmt: skip
 
-    def _score(self, text: str, sample: Sample) -> Row:
+    def _score(self, text: str, sample: Sample) -> dict[str, Any]:
         try:
             return {"correct": self._task.mark(sample, text)}
         except Exception as error:
@@ -93,7 +95,7 @@ def evaluate(
     loaded: LoadedModel,
     task: Task,
     points: list[Point],
-    store: RowStore,
+    store: RowStore[SampleRow],
     on_progress: Callable[[int, str], None] = lambda done, label: None,
     share: Share = WHOLE,
 ) -> AskedSamples:
@@ -127,15 +129,20 @@ def evaluate(
             empty = {"family": "", "question": "", "answer": None, **_NOTHING}
             rows = [{**head, "sample_id": i, **empty, **failure.as_dict()} for i, failure in batch.unread.items()]
             readable = any(sample.sample_id in missing for sample in batch.samples)
-            found = retry_in_halves(batch.samples, partial(asking.rows, point)) if readable else []
-            for sample, said in zip(batch.samples, found):
-                row: Row = {**head, "sample_id": sample.sample_id, "family": sample.family, "question": sample.question}
-                row["answer"] = sample.answer
+            answers = retry_in_halves(batch.samples, partial(asking.rows, point)) if readable else []
+            for sample, said in zip(batch.samples, answers):
+                row: dict[str, Any] = {
+                    **head,
+                    "sample_id": sample.sample_id,
+                    "family": sample.family,
+                    "question": sample.question,
+                    "answer": sample.answer,
+                }
                 row.update({**_NOTHING, **said.as_dict()} if isinstance(said, Failure) else said)
                 if sample.sample_id not in drawn_ids:
                     row["kept"] = None  # where they are is kept for the samples that are drawn
                 rows.append(row)
             # rows that are there already stay: the batch was computed whole for the sake of those that are missing
-            store.append([row for row in rows if row["sample_id"] in missing])
+            store.append([cast(SampleRow, row) for row in rows if row["sample_id"] in missing])
             on_progress(len(missing), point.label)
     return answered

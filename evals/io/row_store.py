@@ -6,13 +6,14 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from tokenprune.evals.errors import UserError
 from tokenprune.evals.io.atomic_files import DiskRefuses
+from tokenprune.evals.io.rows import Row
 
 
-class RowStore:
+class RowStore(Generic[Row]):
     """A JSON-lines file that is only ever appended to, and what other writers of the same folder have left.
 
     A row counts once it ends in a newline; a torn last line, from a process killed in mid-write, is cut off when the
@@ -32,7 +33,7 @@ class RowStore:
         self.path = path
         self._key = key
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._rows: dict[tuple[Any, ...], Row] = {}
         self._cut_torn_line()
         self.read([path, *shared])
 
@@ -56,12 +57,12 @@ class RowStore:
                         f"Line {number} of {path} is no JSON row. Remove that line, or the file, to run again."
                     ) from None
 
-    def _take(self, row: dict[str, Any]) -> None:
+    def _take(self, row: Row) -> None:
         key = self._identify(row)
         if key not in self:
             self._rows[key] = row
 
-    def _identify(self, row: dict[str, Any]) -> tuple[Any, ...]:
+    def _identify(self, row: Any) -> tuple[Any, ...]:
         return tuple(row[name] for name in self._key)
 
     def __contains__(self, key: tuple[Any, ...]) -> bool:
@@ -71,22 +72,22 @@ class RowStore:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def get(self, key: tuple[Any, ...]) -> dict[str, Any] | None:
+    def get(self, key: tuple[Any, ...]) -> Row | None:
         """The row with that key, finished or failed."""
         return self._rows.get(key)
 
-    def rows(self) -> Iterable[dict[str, Any]]:
+    def rows(self) -> Iterable[Row]:
         """Every row, in the order read and written."""
         return self._rows.values()
 
-    def append(self, rows: list[dict[str, Any]]) -> None:
+    def append(self, rows: list[Row]) -> None:
         """Write rows and wait until the disk has them; keys that are finished already are skipped, and so are failures
         that are known word for word.
 
         Raises:
             DiskRefuses: the disk is full, or broken. The file is then what it was before.
         """
-        fresh: dict[tuple[Any, ...], dict[str, Any]] = {}
+        fresh: dict[tuple[Any, ...], Row] = {}
         for row in rows:
             key = self._identify(row)
             known = fresh.get(key) or self._rows.get(key)
@@ -123,7 +124,7 @@ def row_files(folder: Path, kind: str) -> list[Path]:
     return sorted(folder.glob(f"{kind}.jsonl")) + sorted(folder.glob(f"{kind}.*.jsonl"))
 
 
-def folder_store(folder: Path, kind: str, key: tuple[str, ...], writer: str = "") -> RowStore:
+def folder_store(folder: Path, kind: str, key: tuple[str, ...], writer: str = "") -> RowStore[Any]:
     """The rows of a kind in a run folder, appended to as `writer`.
 
     Every process of a run writes separate files (`samples.jsonl`, `samples.rank1.jsonl`, ...) and reads those of all,

@@ -16,6 +16,7 @@ from tokenprune import cost
 from tokenprune.api import prepare
 from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.evaluation.applied_method import pruned
+from tokenprune.evals.io.rows import FlopsCosts
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.tasks.task import Sample
 from tokenprune.kernels.dispatch import FORMULAS
@@ -23,7 +24,7 @@ from tokenprune.state.device_timer import DeviceTimer
 
 PARTS: tuple[str, ...] = ("vision", "projector", "selection", "prefill", "decode")
 TOLERANCE = 0.01
-_EVERYTHING = "keeps everything"  # under which its method stands among those that are ready
+_EVERYTHING = "keeps everything"  # under which its method is kept among those that are ready
 """Largest relative difference between measured and analytic FLOPs that raises no warning."""
 
 
@@ -89,7 +90,7 @@ class _Tally:
 
 
 class _FirstToken(StoppingCriteria):
-    """Reads the counters after the first token; never stops."""
+    """Reads the counters when the first token is there; never stops."""
 
     def __init__(self, read: Callable[[], dict[str, float]]) -> None:
         self._read = read
@@ -117,22 +118,22 @@ def _measure_once(loaded: LoadedModel, inputs: dict[str, Any]) -> dict[str, floa
             min_new_tokens=2,
             stopping_criteria=StoppingCriteriaList([first]),
         )
-    flops = dict(first.seen or {})
+    parts = dict(first.seen or {})
     if any(module is projector for module in vision.modules()):
-        flops["vision"] -= flops["projector"]
-    total = flops.pop("total")
-    flops["prefill"] = total - sum(flops[part] for part in ("vision", "projector", "selection"))
-    flops["decode"] = counter.get_total_flops() - total
-    return flops
+        parts["vision"] -= parts["projector"]
+    total = parts.pop("total")
+    parts["prefill"] = total - sum(parts[part] for part in ("vision", "projector", "selection"))
+    parts["decode"] = counter.get_total_flops() - total
+    return parts
 
 
 def measure_flops(
     loaded: LoadedModel, point: Point, samples: list[Sample], seed: int = 0, counting: bool = True
-) -> dict[str, Any]:
+) -> FlopsCosts:
     """Measured and analytic FLOPs of one prompt, averaged over `samples`.
 
     Args:
-        counting: whether to run FlopCounterMode; without it there is only the analytic count, and `measured` is None.
+        counting: whether to run FlopCounterMode; without it only the analytic count is there and `measured` is None.
 
     Returns:
         `measured` and `analytic` (by part and `total`, which leaves `decode` out), `unpruned` (analytic),
@@ -146,24 +147,27 @@ def measure_flops(
     for sample in samples:
         inputs = dict(loaded.inputs([sample.question], [sample.image]))
         # the handle that gives the unpruned model its report asks for scores, which would be counted
-        counted = _measure_once(loaded, inputs) if counting and point.method == NONE else None
+        parts = _measure_once(loaded, inputs) if counting and point.method == NONE else None
         with _watched(loaded, point, seed, sample) as handle:
             if counting and point.method != NONE:
-                counted = _measure_once(loaded, inputs)
+                parts = _measure_once(loaded, inputs)
             else:
                 with torch.inference_mode():
                     loaded.model(**inputs, logits_to_keep=1)
             report = handle.report()
-        if counted is not None:
-            _add(measured, counted, len(samples))
-            layers = [counted[f"layer:{i}"] for i in range(shape.layers)]
-            by_layer += [_relative(computed, layer) for computed, layer in zip(report.flops_by_layer, layers)]
+        if parts is not None:
+            _add(measured, parts, len(samples))
+            layers = [parts[f"layer:{i}"] for i in range(shape.layers)]
+            by_layer += [_relative(counted, layer) for counted, layer in zip(report.flops_by_layer, layers)]
         _add(unpruned, report.flops_unpruned.as_dict(), len(samples))
         _add(analytic, report.flops.as_dict(), len(samples))
         paper += cost.paper_flops(shape, report.tokens_by_layer) / len(samples)
-    result = {"analytic": _with_total(analytic), "unpruned": _with_total(unpruned), "paper": paper}
+    result: FlopsCosts = {
+        "analytic": _with_total(analytic), "unpruned": _with_total(unpruned), "paper": paper, "measured": None,
+        "difference": None, "agree": None,
+    }  # fmt: skip
     if not counting:
-        return {**result, "measured": None, "difference": None, "agree": None}
+        return result
     difference = {part: _relative(analytic[part], measured[part]) for part in PARTS}
     difference["layers"] = max(by_layer, key=abs, default=0.0)
     agree = all(abs(value) <= TOLERANCE for value in difference.values())
@@ -203,7 +207,7 @@ def _relative(counted: float, measured: float) -> float:
 
 
 def cache_bytes(cache: Any) -> list[int]:
-    """Bytes of the key and value tensors in each layer of a KV cache."""
+    """Bytes of keys and values that each layer of a KV cache really holds."""
     sizes = []
     for layer in cache.layers:
         tensors = [getattr(layer, name, None) for name in ("keys", "values")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.config.run_config import RunConfig
@@ -14,12 +14,14 @@ from tokenprune.evals.evaluation.evaluate import AskedSamples
 from tokenprune.evals.evaluation.retry import failure_of, release_memory
 from tokenprune.evals.io.digest import digest
 from tokenprune.evals.io.row_store import RowStore
+from tokenprune.evals.io.rows import Costs, CostsRow
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.profiling.hardware import clocked_on
 from tokenprune.evals.tasks.task import Sample, Task
 
-Record = dict[str, Any]
 MEASURE_KEY = ("settings", "point", "measure")
+COSTS = ("kv", "times", "flops")
+"""Keys of `Costs`."""
 
 
 def measure_key(config: RunConfig, settings: str, point: Point, machine: str) -> tuple[str, str, str]:
@@ -36,7 +38,7 @@ def measure(
     loaded: LoadedModel,
     task: Task,
     points: list[Point],
-    store: RowStore,
+    store: RowStore[CostsRow],
     settings: str,
     on_progress: Callable[[str], None] = lambda label: None,
 ) -> str:
@@ -56,7 +58,7 @@ def measure(
     for point in points:
         key = measure_key(config, settings, point, machine)
         if key not in store:
-            row: Record = {**dict(zip(MEASURE_KEY, key, strict=True)), "machine": where}
+            row: dict[str, Any] = {**dict(zip(MEASURE_KEY, key, strict=True)), "machine": where}
             failure = None
             try:
                 if samples is None:
@@ -75,7 +77,7 @@ def measure(
                 release_memory(failure)
                 row.update(failure.as_dict())
             if samples or failure is not None or not unread:
-                store.append([row])  # else the pictures may be readable the next time
+                store.append([cast(CostsRow, row)])  # else the pictures may be there the next time
         on_progress(point.label)
     return machine
 
@@ -98,24 +100,24 @@ def read_costs(
     config: RunConfig,
     points: list[Point],
     answered: dict[tuple[str, str], AskedSamples],
-    store: RowStore,
+    store: RowStore[CostsRow],
     machines: dict[str, str],
-) -> tuple[dict[str, Record], list[str]]:
+) -> tuple[dict[str, Costs], list[str]]:
     """`kv`, `times` and `flops` by point key, and what a reader of them must know.
 
     Args:
         machines: by model, which machine measured it, see `measure_key`; it may be another one than this.
     """
-    costs: dict[str, Record] = {}
+    costs: dict[str, Costs] = {}
     notes: list[str] = []
     for point in points:
         settings = answered[point.model, point.task].settings
         row = store.get(measure_key(config, settings, point, machines.get(point.model, "")))
         if row is None or "error" in row:
-            why = "" if row is None else f": {row['error']} ({row['raised_at']})"
+            why = "" if row is None else f": {row.get('error')} ({row.get('raised_at')})"
             notes.append(f"Times and FLOPs of {point.label} on {point.task} are missing{why}. They are measured again "
                          "when the run is started again.")  # fmt: skip
         else:
-            notes += row["notes"]
-            costs[point.key] = {name: row[name] for name in ("kv", "times", "flops") if name in row}
+            notes += row.get("notes", [])
+            costs[point.key] = cast(Costs, {name: value for name, value in row.items() if name in COSTS})
     return costs, list(dict.fromkeys(notes))

@@ -1,7 +1,7 @@
 """Times of one prompt: prefill, selection and decode, against the unpruned model and against the ideal prefill.
 
 The ideal is the honest bound: the same model, its vision tower and projector on the same image, then the decoder on a
-prompt of just the kept tokens; no selection, no bookkeeping. A method that cuts after the projector cannot be
+prompt that holds just the kept tokens; no selection, no bookkeeping. A method that cuts after the projector cannot be
 faster. (One that shrinks the picture, `downsample`, can: its tower has less to do.)
 
 Machines are noisy, so unpruned, pruned and ideal take turns within one round, and ratios are taken within a round.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -21,6 +21,7 @@ from tokenprune import cost
 from tokenprune.evals.config.measure import Measure
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.evaluation.applied_method import pruned, visual_tokens
+from tokenprune.evals.io.rows import KvCosts, Quartiles, TimedCosts
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.profiling.flops import cache_bytes
 from tokenprune.evals.statistics.bootstrap import median_iqr
@@ -111,11 +112,11 @@ def decode_seconds(loaded: LoadedModel, inputs: dict[str, Any], tokens: int) -> 
 
 def measure_times(
     loaded: LoadedModel, point: Point, samples: list[Sample], measure: Measure, seed: int = 0
-) -> dict[str, Any]:
+) -> TimedCosts:
     """Times, in seconds, and KV bytes, on `samples` one by one.
 
     Returns:
-        `kv`: `measured` (bytes of the real cache after the prompt, mean over samples), `analytic`, `unpruned`
+        `kv`: `measured` (bytes that the real cache holds after the prompt, mean over samples), `analytic`, `unpruned`
         (analytic), `per_layer` (measured, of the first sample), `lengths` (keys per layer, of the first sample),
         `equivalent_tokens` (visual keys averaged over layers and samples, read off the real cache).
         `times`: median and quartiles of `prefill`, `unpruned_prefill`, `ideal_prefill`, `selection`, `decode` (per
@@ -125,7 +126,9 @@ def measure_times(
     shape = loaded.adapter.cost_shape()
     itemsize = loaded.model.dtype.itemsize
     logs: dict[str, list[float]] = {}
-    kv: dict[str, Any] = {"measured": 0.0, "analytic": 0.0, "unpruned": 0.0, "equivalent_tokens": 0.0}
+    kv: KvCosts = {
+        "measured": 0.0, "analytic": 0.0, "unpruned": 0.0, "equivalent_tokens": 0.0, "per_layer": [], "lengths": [],
+    }  # fmt: skip
 
     for number, sample in enumerate(samples):
         inputs = dict(loaded.inputs([sample.question], [sample.image]))
@@ -149,14 +152,15 @@ def measure_times(
                 continue
             ideal = None if stays is None else ideal_prefill(loaded, inputs, stays)
             for turn in range(measure.warmup + measure.repeats):
-                times = _round(loaded, point, sample, seed, inputs, ideal, turn)
+                seconds = _round(loaded, point, sample, seed, inputs, ideal, turn)
                 if turn >= measure.warmup:
-                    for name, value in times.items():
+                    for name, value in seconds.items():
                         logs.setdefault(name, []).append(value)
             if measure.decode_tokens:
                 with pruned(loaded, point, seed, [sample]):
                     logs.setdefault("decode", []).extend(decode_seconds(loaded, inputs, measure.decode_tokens))
-    return {"kv": kv, "times": {name: median_iqr(values) for name, values in logs.items()}}
+    times = {name: cast(Quartiles, median_iqr(values)) for name, values in logs.items()}
+    return {"kv": kv, "times": times}
 
 
 def _round(
@@ -170,27 +174,27 @@ def _round(
 ) -> dict[str, float]:
     """Unpruned, pruned and ideal prefill once each, in an order that rotates with `turn`."""
     device = loaded.model.device
-    times: dict[str, float] = {}
+    seconds: dict[str, float] = {}
 
     def unpruned_turn() -> None:
-        times["unpruned_prefill"] = timed(device, lambda: prefill(loaded, inputs))[0]
+        seconds["unpruned_prefill"] = timed(device, lambda: prefill(loaded, inputs))[0]
 
     def pruned_turn() -> None:
         with pruned(loaded, point, seed, [sample]) as handle:
-            times["prefill"] = timed(device, lambda: prefill(loaded, inputs))[0]
-            times["selection"] = handle.report().selection_seconds
+            seconds["prefill"] = timed(device, lambda: prefill(loaded, inputs))[0]
+            seconds["selection"] = handle.report().selection_seconds
 
     def ideal_turn() -> None:
         if ideal is not None:
-            times["ideal_prefill"] = timed(device, ideal)[0]
+            seconds["ideal_prefill"] = timed(device, ideal)[0]
 
     if ideal is None:
         unpruned_turn()
-        return {"prefill": times["unpruned_prefill"], **times}
+        return {"prefill": seconds["unpruned_prefill"], **seconds}
     turns = [unpruned_turn, pruned_turn, ideal_turn]
     for i in range(len(turns)):
         turns[(i + turn) % len(turns)]()
-    times["to_ideal"] = times["prefill"] / times["ideal_prefill"]
-    times["to_unpruned"] = times["prefill"] / times["unpruned_prefill"]
-    times["selection_share"] = times["selection"] / times["unpruned_prefill"]
-    return times
+    seconds["to_ideal"] = seconds["prefill"] / seconds["ideal_prefill"]
+    seconds["to_unpruned"] = seconds["prefill"] / seconds["unpruned_prefill"]
+    seconds["selection_share"] = seconds["selection"] / seconds["unpruned_prefill"]
+    return seconds

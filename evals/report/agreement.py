@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from tokenprune.evals.config.points import NONE
+from tokenprune.evals.io.rows import SampleRow
 from tokenprune.evals.report.series import budget_of, name_of
+from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.scores import answered
-
-Record = dict[str, Any]
 
 
 def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
     """Agreement of two lists of yes and no beyond chance: (observed - expected) / (1 - expected), expected from each
-    list's share of yes. None where both lists are all yes or all no: nothing is left beyond chance.
+    list's own share of yes. None where both lists are all yes or all no: nothing is left beyond chance.
 
     Raises:
         ValueError: the lists differ in length, or are empty.
@@ -29,28 +29,28 @@ def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
     return None if expected == 1.0 else (observed - expected) / (1 - expected)
 
 
-def agreement(records: list[Record], rows: dict[str, list[Record]]) -> dict[str, Record]:
+def agreement(records: list[ResultRecord], rows: dict[str, list[SampleRow]]) -> dict[str, dict[str, Any]]:
     """By budget: `names`, and the matrices `equal` and `kappa` over them, with `n` samples that both answered.
 
-    The unpruned model is in every budget's matrix; a budget with one method has none.
+    The unpruned model stands in every budget's matrix; a budget with one method has none.
     """
-    matrices: dict[str, Record] = {}
+    matrices: dict[str, dict[str, Any]] = {}
     tables = {record["point"]: _answers(rows[record["point"]]) for record in records if record["point"] in rows}
     for budget in dict.fromkeys(budget_of(record) for record in records if record["keep"] is not None):
-        compared = [r for r in records if r["point"] in tables and (r["method"] == NONE or budget_of(r) == budget)]
-        if len(compared) < 2:
+        beside = [r for r in records if r["point"] in tables and (r["method"] == NONE or budget_of(r) == budget)]
+        if len(beside) < 2:
             continue
         equal: list[list[float | None]] = []
         kappa: list[list[float | None]] = []
-        for first in compared:
-            pairs = [_pair(tables[first["point"]], tables[second["point"]]) for second in compared]
+        for first in beside:
+            pairs = [_pair(tables[first["point"]], tables[second["point"]]) for second in beside]
             equal.append([round(pair[0], 4) if pair else None for pair in pairs])
             kappa.append([None if not pair or pair[1] is None else round(pair[1], 4) for pair in pairs])
-        matrices[budget] = {"names": [name_of(record) for record in compared], "equal": equal, "kappa": kappa}
+        matrices[budget] = {"names": [name_of(record) for record in beside], "equal": equal, "kappa": kappa}
     return matrices
 
 
-def _answers(rows: list[Record]) -> dict[str, tuple[str, bool]]:
+def _answers(rows: list[SampleRow]) -> dict[str, tuple[str, bool]]:
     return {row["sample_id"]: (row["prediction"].strip().lower(), row["correct"] >= 0.5) for row in answered(rows)}
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from html import escape
-from typing import Any
 
 from tokenprune.evals.report.html import Cell, Column, table
 from tokenprune.evals.report.series import budget_of, name_of
+from tokenprune.evals.results.records import ResultRecord
 
-Record = dict[str, Any]
 PARTS = ("vision", "projector", "selection", "prefill", "total", "decode")
 
 
-def family_table(records: list[Record]) -> str:
+def family_table(records: list[ResultRecord]) -> str:
     """Accuracy by question family, tinted by what was won or lost against the unpruned model."""
     families = list(dict.fromkeys(family for record in records for family in record["families"]))
     columns = [Column("method"), Column("budget"), *(Column(family) for family in families), Column("overall")]
@@ -34,7 +33,7 @@ def family_table(records: list[Record]) -> str:
     return table(columns, rows, "plain")
 
 
-def flops_table(records: list[Record]) -> str:
+def flops_table(records: list[ResultRecord]) -> str:
     """GFLOPs of one prompt by part; "" where none were counted."""
     heads = ("method", "budget", *PARTS[:-1], "decode, per token", "papers' formula", "measured off by")
     rows = []

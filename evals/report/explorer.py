@@ -14,9 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from tokenprune.evals.io.rows import SampleRow
+from tokenprune.evals.results.records import ResultRecord, View
 from tokenprune.evals.results.run_folder import PICTURES, FinishedRun
 
-Record = dict[str, Any]
+Drawn = dict[str, Any]
+"""What a script of the page draws, as JSON."""
 
 MOST_PICTURES = 60
 """Samples of a page that get a picture."""
@@ -50,7 +53,9 @@ class Room:
         return True
 
 
-def explorer(records: list[Record], rows: dict[str, list[Record]], runs: Iterable[FinishedRun], room: Room) -> Record:
+def explorer(
+    records: list[ResultRecord], rows: dict[str, list[SampleRow]], runs: Iterable[FinishedRun], room: Room
+) -> Drawn:
     """Samples of one model and task.
 
     Returns:
@@ -65,7 +70,7 @@ def explorer(records: list[Record], rows: dict[str, list[Record]], runs: Iterabl
     answers = [{row["sample_id"]: row for row in rows[record["point"]]} for record in points]
     order = list(dict.fromkeys(name for table in answers for name in table))
     model, task = points[0]["model"], points[0]["task"]
-    pictures: dict[str, tuple[Path, list[Record]]] = {}
+    pictures: dict[str, tuple[Path, list[View]]] = {}
     for run in runs:
         for entry in run.pictures:
             if (entry["model"], entry["task"]) == (model, task):
@@ -91,7 +96,7 @@ def _short(text: str) -> str:
     return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
 
 
-def _sample(name: str, rows: list[Record | None]) -> Record:
+def _sample(name: str, rows: list[SampleRow | None]) -> Drawn:
     first = next(row for row in rows if row is not None)
     said: dict[tuple[str, float | None], int] = {}
     by = []
@@ -100,7 +105,8 @@ def _sample(name: str, rows: list[Record | None]) -> Record:
             by.append(-1)
             continue
         failed = row.get("error")
-        entry = (_short(f"failed: {failed}"), None) if failed else (_short(row["prediction"].strip()), row["correct"])
+        text = f"failed: {failed}" if failed else (row["prediction"] or "").strip()
+        entry = (_short(text), None if failed else row["correct"])
         by.append(said.setdefault(entry, len(said)))
     return {
         "id": name, "family": first["family"], "question": _short(first["question"]),
@@ -108,11 +114,11 @@ def _sample(name: str, rows: list[Record | None]) -> Record:
     }  # fmt: skip
 
 
-def _disagree(sample: Record) -> bool:
+def _disagree(sample: Drawn) -> bool:
     return len({score is not None and score >= 0.5 for _, score in sample["said"]}) > 1
 
 
-def _drawn(folder: Path, views: list[Record], rows: list[Record | None], room: Room) -> Record:
+def _drawn(folder: Path, views: list[View], rows: list[SampleRow | None], room: Room) -> Drawn:
     files = [(view, folder / PICTURES / view["file"]) for view in views]
     files = [(view, file) for view, file in files if file.is_file()]
     if not files or not room.picture(sum(file.stat().st_size for _, file in files)):
@@ -136,7 +142,7 @@ def _drawn(folder: Path, views: list[Record], rows: list[Record | None], room: R
     }
 
 
-def _bits(row: Record | None, sizes: dict[int, int], begins: dict[int, int]) -> str | None:
+def _bits(row: SampleRow | None, sizes: dict[int, int], begins: dict[int, int]) -> str | None:
     """Kept indices of the visuals that are shown, as bits in base64; "" where all stayed, None if not recorded."""
     if row is None or row.get("kept") is None:
         return None

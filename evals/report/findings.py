@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from html import escape
-from typing import Any
 
+from tokenprune.evals.io.rows import SampleRow
 from tokenprune.evals.report.html import percent
 from tokenprune.evals.report.series import budget_of, budget_title, budgets, kind_of, name_of
+from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.scores import paired
 from tokenprune.evals.results.summary import flat_costs
 from tokenprune.evals.statistics.significance import compare_paired
 
-Record = dict[str, Any]
 
-
-def findings(records: list[Record], rows: dict[str, list[Record]]) -> str:
+def findings(records: list[ResultRecord], rows: dict[str, list[SampleRow]]) -> str:
     """One card per budget; "" where no answers are at hand.
 
     The best point is that with the highest accuracy, of equal ones the cheapest; upper bounds do not compete. Another
@@ -22,32 +21,32 @@ def findings(records: list[Record], rows: dict[str, list[Record]]) -> str:
     """
     cards = []
     for budget in budgets(records):
-        of_budget = [
+        rivals = [
             record
             for record in records
             if budget_of(record) == budget and record["point"] in rows and kind_of(record["method"]) != "bound"
         ]
-        if len(of_budget) > 1:
-            cards.append(_card(budget, of_budget, rows))
+        if len(rivals) > 1:
+            cards.append(_card(budget, rivals, rows))
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
-def _card(budget: str, records: list[Record], rows: dict[str, list[Record]]) -> str:
-    best = max(records, key=lambda r: (r["overall"]["accuracy"], -(flat_costs(r)["gflops_total"] or 0.0)))
+def _card(budget: str, rivals: list[ResultRecord], rows: dict[str, list[SampleRow]]) -> str:
+    best = max(rivals, key=lambda r: (r["overall"]["accuracy"], -(flat_costs(r)["gflops_total"] or 0.0)))
     scores, costs = best["overall"], flat_costs(best)
     alike = []
-    for record in records:
+    for record in rivals:
         if record is best:
             continue
         first, second = paired(rows[best["point"]], rows[record["point"]])
         if not first:
             continue
-        comparison = compare_paired(first, second)
-        if comparison.low <= 0 <= comparison.high:
+        test = compare_paired(first, second)
+        if test.low <= 0 <= test.high:
             alike.append(name_of(record))
     lines = []
     if scores["vs_unpruned"] is not None:
-        low, high = (percent(scores[f"vs_unpruned_{end}"], 1, True) for end in ("low", "high"))
+        low, high = (percent(end, 1, True) for end in (scores["vs_unpruned_low"], scores["vs_unpruned_high"]))
         lines.append(
             f"<b>{percent(scores['vs_unpruned'], 1, True)}</b> points to unpruned <small>{low} to {high}</small>"
         )
@@ -59,7 +58,7 @@ def _card(budget: str, records: list[Record], rows: dict[str, list[Record]]) -> 
     if shares:
         lines.append(", ".join(shares))
     names = ", ".join(escape(name) for name in alike)
-    lines.append(f"not told apart from it: {names}" if alike else f"told apart from all {len(records) - 1} others")
+    lines.append(f"not told apart from it: {names}" if alike else f"told apart from all {len(rivals) - 1} others")
     body = "".join(f"<li>{line}</li>" for line in lines)
     return (
         f'<div class="card" data-budget="{escape(budget)}">'

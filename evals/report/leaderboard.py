@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
-from typing import Any
+from typing import Any, cast
 
+from tokenprune.evals.io.rows import Quartiles
 from tokenprune.evals.report.html import Cell, Column, number, p_value, percent, spread, table
 from tokenprune.evals.report.series import budget_of, budgets, kind_of, name_of
+from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.summary import flat_costs
-
-Record = dict[str, Any]
 
 GROUPS = (("g-acc", "Accuracy"), ("g-test", "Tests"), ("g-cost", "Cost"), ("g-time", "Times"))
 COLUMNS = (
@@ -50,7 +51,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def leaderboard(records: list[Record]) -> str:
+def leaderboard(records: list[ResultRecord]) -> str:
     """The table of one model and task: unpruned first, then budget by budget, the highest accuracy first."""
     unpruned = next((r["overall"]["accuracy"] for r in records if name_of(r) == "unpruned"), None)
     order = {budget: place for place, budget in enumerate(["", *budgets(records)])}
@@ -70,7 +71,7 @@ def _name(name: str, kind: str) -> Cell:
     return Cell(f'<i class="dot {kind}" data-series="{escape(name)}"></i>{escape(name)}', name)
 
 
-def _accuracy(record: Record, unpruned: float | None) -> list[Cell]:
+def _accuracy(record: ResultRecord, unpruned: float | None) -> list[Cell]:
     scores = record["overall"]
     at = f"--low:{scores['ci_low']:.4f};--high:{scores['ci_high']:.4f};--at:{scores['accuracy']:.4f}"
     line = "" if unpruned is None else f"--base:{unpruned:.4f}"
@@ -92,7 +93,7 @@ def _accuracy(record: Record, unpruned: float | None) -> list[Cell]:
     ]
 
 
-def _difference(scores: Record, name: str) -> Cell:
+def _difference(scores: Mapping[str, Any], name: str) -> Cell:
     value, low, high = (scores[name + part] for part in ("", "_low", "_high"))
     if value is None:
         return Cell()
@@ -100,8 +101,8 @@ def _difference(scores: Record, name: str) -> Cell:
     return Cell(percent(value, sign=True) + spread(low, high, sign=True), value, kind)
 
 
-def _tests(record: Record) -> list[Cell]:
-    scores = record["overall"]
+def _tests(record: ResultRecord) -> list[Cell]:
+    scores = cast(Mapping[str, Any], record["overall"])  # names of keys are put together here
     cells: list[Cell] = []
     for name in ("vs_unpruned", "vs_random"):
         won, lost, p, holm = (scores[f"{name}_{part}"] for part in ("won", "lost", "p", "holm"))
@@ -118,7 +119,7 @@ def _tests(record: Record) -> list[Cell]:
     return [*cells, Cell(percent(shows), shows)]
 
 
-def _costs(record: Record) -> list[Cell]:
+def _costs(record: ResultRecord) -> list[Cell]:
     costs, times = flat_costs(record), record.get("times") or {}
     decoder = None if costs["gflops_prefill"] is None else costs["gflops_prefill"] + costs["gflops_selection"]
     kv = None if costs["kv_bytes"] is None else costs["kv_bytes"] / 1024
@@ -134,8 +135,8 @@ def _costs(record: Record) -> list[Cell]:
     ]  # fmt: skip
 
 
-def _time(spread: Record | None, scale: int) -> Cell:
-    if spread is None:
+def _time(quartiles: Quartiles | None, scale: int) -> Cell:
+    if quartiles is None:
         return Cell()
-    middle, low, high = (scale * spread[part] for part in ("median", "q25", "q75"))
+    middle, low, high = (scale * quartiles[part] for part in ("median", "q25", "q75"))
     return Cell(f"{middle:.3g} <small>{low:.3g} to {high:.3g}</small>", middle)

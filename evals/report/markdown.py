@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenprune.evals.io.atomic_files import replace_file
 from tokenprune.evals.report.merge import Merged, merge
 from tokenprune.evals.report.series import budget_of, budget_title, budgets, kind_of, name_of
+from tokenprune.evals.results.records import ResultRecord, Scores
 from tokenprune.evals.results.run_folder import FinishedRun
 from tokenprune.evals.results.summary import flat_costs, title_of
-
-Record = dict[str, Any]
 
 HEADS = ("method", "tokens", "accuracy, %", "vs random, points", "headroom won, %", "GFLOPs", "KV, KiB",
          "prefill / ideal", "selection, %")  # fmt: skip
@@ -36,12 +34,12 @@ def write_markdown(path: Path, runs: Sequence[FinishedRun]) -> Path:
     merged = merge(runs)
     parts = [f"# {merged.title}", _origin(merged), *merged.notes]
     for model, task in dict.fromkeys((r["model"], r["task"]) for r in merged.records):
-        of_cell = [record for record in merged.records if (record["model"], record["task"]) == (model, task)]
-        parts += [f"## {title_of(of_cell[0])}", _unpruned(of_cell)]
-        for budget in budgets(of_cell):
-            at = [record for record in of_cell if budget_of(record) == budget]
+        panel = [record for record in merged.records if (record["model"], record["task"]) == (model, task)]
+        parts += [f"## {title_of(panel[0])}", _unpruned(panel)]
+        for budget in budgets(panel):
+            at = [record for record in panel if budget_of(record) == budget]
             parts += [f"### {budget_title(budget)}", _verdict(at), _table(at)]
-        others = [record for record in of_cell if record["keep"] is None and kind_of(record["method"]) != "unpruned"]
+        others = [record for record in panel if record["keep"] is None and kind_of(record["method"]) != "unpruned"]
         if others:
             parts += [f"### {NO_BUDGET}", _verdict(others), _table(others)]
     return replace_file(path, "\n\n".join(part for part in (*parts, LEGEND) if part) + "\n")
@@ -63,7 +61,7 @@ def _origin(merged: Merged) -> str:
     return "\n".join(lines)
 
 
-def _unpruned(records: list[Record]) -> str:
+def _unpruned(records: list[ResultRecord]) -> str:
     unpruned = next((record for record in records if kind_of(record["method"]) == "unpruned"), None)
     if unpruned is None:
         return ""
@@ -75,12 +73,12 @@ def _unpruned(records: list[Record]) -> str:
     )
 
 
-def _verdict(records: list[Record]) -> str:
+def _verdict(records: list[ResultRecord]) -> str:
     """Which methods random selection loses to, which it cannot be told apart from, and which it beats."""
     groups: dict[str, list[str]] = {"Better than random": [], "Not told apart from random": [], "Worse than random": []}
     for record in sorted(records, key=lambda r: -r["overall"]["accuracy"]):
         low, high = record["overall"]["vs_random_low"], record["overall"]["vs_random_high"]
-        if low is None or kind_of(record["method"]) in ("bound", "control"):
+        if low is None or high is None or kind_of(record["method"]) in ("bound", "control"):
             continue
         names = list(groups)
         groups[names[0] if low > 0 else names[2] if high < 0 else names[1]].append(name_of(record))
@@ -88,20 +86,20 @@ def _verdict(records: list[Record]) -> str:
     return "\n".join(said) if any(groups.values()) else ""
 
 
-def _table(records: list[Record]) -> str:
+def _table(records: list[ResultRecord]) -> str:
     lines = ["| " + " | ".join(HEADS) + " |", "|---|" + "---:|" * (len(HEADS) - 1)]
     for record in sorted(records, key=lambda r: -r["overall"]["accuracy"]):
         lines.append("| " + " | ".join(_cells(record)) + " |")
     return "\n".join(lines)
 
 
-def _cells(record: Record) -> list[str]:
+def _cells(record: ResultRecord) -> list[str]:
     scores, costs = record["overall"], flat_costs(record)
     name = name_of(record).replace("|", "\\|")
     difference = ""
-    if scores["vs_random"] is not None:
-        ends = f"{100 * scores['vs_random_low']:+.1f} to {100 * scores['vs_random_high']:+.1f}"
-        difference = f"{100 * scores['vs_random']:+.1f} ({ends})"
+    value, low, high = scores["vs_random"], scores["vs_random_low"], scores["vs_random_high"]
+    if value is not None and low is not None and high is not None:
+        difference = f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
     return [
         f"*{name}*" if kind_of(record["method"]) == "control" else name,
         f"{record['kept_tokens']:.4g}",
@@ -115,7 +113,7 @@ def _cells(record: Record) -> list[str]:
     ]
 
 
-def _accuracy(scores: Record) -> str:
+def _accuracy(scores: Scores) -> str:
     return f"{100 * scores['accuracy']:.1f} ({100 * scores['ci_low']:.1f} to {100 * scores['ci_high']:.1f})"
 
 

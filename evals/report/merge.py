@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
+from tokenprune.evals.io.rows import Costs, SampleRow
+from tokenprune.evals.profiling.measure import COSTS
+from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.run_folder import FinishedRun, point_of
 from tokenprune.evals.results.summary import summarise
-
-Record = dict[str, Any]
 
 
 @dataclass
@@ -26,28 +27,28 @@ class Merged:
 
     title: str
     runs: Sequence[FinishedRun]
-    records: list[Record]
-    rows: dict[str, list[Record]]
+    records: list[ResultRecord]
+    rows: dict[str, list[SampleRow]]
     notes: list[str]
 
 
 def merge(runs: Sequence[FinishedRun]) -> Merged:
     """One run as it is; several with their points side by side.
 
-    Where runs have the same point, the first run's is taken, and a note says so. Tests, intervals and Holm's correction
+    Where runs hold the same point, the first run's is taken, and a note says so. Tests, intervals and Holm's correction
     of several runs are computed anew over the whole table, each over the samples that both sides answered; the pooled
     task `all` of the single runs is left out.
 
     Raises:
-        ValueError: no run, or runs in which samples of one name have different questions.
+        ValueError: no run, or runs whose equally named samples hold different questions.
     """
     if not runs:
         raise ValueError("A report needs at least one run folder, got none.")
     notes = [note for run in runs for note in run.origin.get("notes", [])]
     if len(runs) == 1 and "vs_unpruned_p" in runs[0].records[0]["overall"]:
         return Merged(runs[0].name, runs, runs[0].records, runs[0].rows, notes)
-    records: dict[str, Record] = {}
-    rows: dict[str, list[Record]] = {}
+    records: dict[str, ResultRecord] = {}
+    rows: dict[str, list[SampleRow]] = {}
     owners: dict[str, FinishedRun] = {}
     twice: dict[str, list[str]] = {}
     for run in runs:
@@ -71,26 +72,27 @@ def merge(runs: Sequence[FinishedRun]) -> Merged:
     ]
     points = [point_of(record) for record in records.values()]
     measures = {
-        key: {name: record[name] for name in ("kv", "times", "flops", "task_name") if name in record}
+        # the name of a task goes the way of its costs
+        key: cast(Costs, {name: value for name, value in record.items() if name in (*COSTS, "task_name")})
         for key, record in records.items()
     }
     seed = int(runs[0].origin["config"]["seed"])
     title = " + ".join(dict.fromkeys(run.name for run in runs))
-    # each run is in the order unpruned, random, methods; so shall all of them together be
+    # a run's own order is unpruned, random, methods: bring that of all runs together
     order = {"none": 0, "random": 1}
     points.sort(key=lambda point: (point.model, point.task, order.get(point.method, 2)))
     return Merged(title, runs, summarise(points, rows, measures, seed), rows, notes)
 
 
-def _tasks(records: dict[str, Record]) -> list[str]:
+def _tasks(records: dict[str, ResultRecord]) -> list[str]:
     return list(dict.fromkeys(record["task"] for record in records.values()))
 
 
-def _check_questions(rows: dict[str, list[Record]]) -> None:
+def _check_questions(rows: dict[str, list[SampleRow]]) -> None:
     asked: dict[tuple[str, str], str] = {}
-    for key, rows_of_point in rows.items():
+    for key, answers in rows.items():
         task = key.split("|")[1]
-        for row in rows_of_point:
+        for row in answers:
             known = asked.setdefault((task, row["sample_id"]), row["question"])
             if known != row["question"]:
                 raise ValueError(

@@ -1,6 +1,6 @@
 """report.html: one page that opens from disk, with the leaderboard, plots, samples and agreement of one or more runs.
 
-Tables are written here as HTML; plots, bars, samples and matrices are drawn by the scripts in this folder from one
+Tables are written here as HTML; plots, bars, samples and matrices are drawn by the scripts beside this file from one
 JSON object in the page. No library and no network: scripts, styles and pictures are all inside.
 """
 
@@ -10,20 +10,19 @@ import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from tokenprune.evals.io.atomic_files import replace_file
 from tokenprune.evals.report.agreement import agreement
 from tokenprune.evals.report.details import family_table, flops_table
-from tokenprune.evals.report.explorer import Room, explorer
+from tokenprune.evals.report.explorer import Drawn, Room, explorer
 from tokenprune.evals.report.findings import findings
 from tokenprune.evals.report.leaderboard import GROUPS, leaderboard
 from tokenprune.evals.report.merge import Merged, merge
 from tokenprune.evals.report.series import budget_of, budget_title, budgets, looks, name_of
+from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.run_folder import FinishedRun
 from tokenprune.evals.results.summary import flat_costs, title_of
 
-Record = dict[str, Any]
 HERE = Path(__file__).parent
 SCRIPTS = ("common.js", "table.js", "plot.js", "families.js", "agreement.js", "explorer.js", "main.js")
 
@@ -38,9 +37,9 @@ def write_report(path: Path, runs: Sequence[FinishedRun]) -> Path:
     room = Room()
     panels, data = [], []
     for number, (model, task) in enumerate(dict.fromkeys((r["model"], r["task"]) for r in merged.records)):
-        of_cell = [record for record in merged.records if (record["model"], record["task"]) == (model, task)]
-        panels.append(_panel(number, of_cell, merged))
-        data.append(_data(of_cell, merged, room))
+        panel = [record for record in merged.records if (record["model"], record["task"]) == (model, task)]
+        panels.append(_panel(number, panel, merged))
+        data.append(_data(panel, merged, room))
     page = (HERE / "page.html").read_text(encoding="utf-8")
     parts = {
         "title": escape(merged.title),
@@ -75,7 +74,7 @@ def _lead(merged: Merged) -> str:
     return " · ".join(escape(str(fact)) for fact in facts) + limit
 
 
-def _panel(number: int, records: list[Record], merged: Merged) -> str:
+def _panel(number: int, records: list[ResultRecord], merged: Merged) -> str:
     groups = "".join(
         f'<button type="button" data-group="{group}" aria-pressed="{str(place == 0).lower()}">{title}</button>'
         for place, (group, title) in enumerate(GROUPS)
@@ -97,7 +96,7 @@ def _panel(number: int, records: list[Record], merged: Merged) -> str:
     return "".join(parts[piece] if place % 2 else piece for place, piece in enumerate(pieces))
 
 
-def _data(records: list[Record], merged: Merged, room: Room) -> Record:
+def _data(records: list[ResultRecord], merged: Merged, room: Room) -> Drawn:
     asked = [run.origin["config"].get("overlays") or {} for run in merged.runs]
     keeps = budgets(records)
     first = next((str(each["keep"]) for each in asked if str(each.get("keep")) in keeps), keeps[-1] if keeps else "")
@@ -112,7 +111,7 @@ def _data(records: list[Record], merged: Merged, room: Room) -> Record:
     }
 
 
-def _point(record: Record) -> Record:
+def _point(record: ResultRecord) -> Drawn:
     scores, costs = record["overall"], flat_costs(record)
     decoder = None if costs["gflops_prefill"] is None else costs["gflops_prefill"] + costs["gflops_selection"]
     point = {

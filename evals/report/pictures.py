@@ -9,16 +9,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.io.atomic_files import DiskRefuses, replace_file, replaced
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.report.overlay import seen_views
+from tokenprune.evals.results.records import Picture, View
 from tokenprune.evals.results.run_folder import PICTURE_INDEX, PICTURES, read_pictures
 from tokenprune.evals.tasks.task import Task, drawn_samples
-
-Record = dict[str, Any]
 
 
 def save_pictures(loaded: LoadedModel, task: Task, task_name: str, config: RunConfig) -> list[str]:
@@ -37,13 +35,14 @@ def save_pictures(loaded: LoadedModel, task: Task, task_name: str, config: RunCo
     target = folder / PICTURES
     target.mkdir(parents=True, exist_ok=True)
     others = [entry for entry in read_pictures(folder) if (entry["model"], entry["task"]) != (loaded.name, task_name)]
-    entries: list[Record] = []
+    entries: list[Picture] = []
     notes: list[str] = []
     for number in drawn_samples(task, config.overlays.samples, config.limit):
         try:
-            picture = _picture(loaded, task, number, target)
-            if picture is not None:
-                entries.append({"model": loaded.name, "task": task_name, **picture})
+            drawn = _picture(loaded, task, number, target)
+            if drawn is not None:
+                sample_id, views = drawn
+                entries.append({"model": loaded.name, "task": task_name, "sample_id": sample_id, "views": views})
         except DiskRefuses:
             raise
         except Exception as error:
@@ -52,13 +51,13 @@ def save_pictures(loaded: LoadedModel, task: Task, task_name: str, config: RunCo
     return notes
 
 
-def _picture(loaded: LoadedModel, task: Task, number: int, target: Path) -> Record | None:
-    """The first picture of a sample; None for a text alone."""
+def _picture(loaded: LoadedModel, task: Task, number: int, target: Path) -> tuple[str, list[View]] | None:
+    """The id of a sample and the views of its first picture; None for a text alone."""
     sample = next(task.load(number, number + 1))
     if not sample.visuals:
         return None
     inputs = dict(loaded.inputs([sample.question], [sample.image]))
-    views = []
+    views: list[View] = []
     for place, (picture, raster, visual) in enumerate(seen_views(loaded, inputs, sample.visuals[0])):
         stem = f"{Path(loaded.name).name}-{task.name}-{sample.sample_id}-{place}"
         file = re.sub(r"[^\w.@-]+", "_", stem) + ".jpg"
@@ -68,4 +67,4 @@ def _picture(loaded: LoadedModel, task: Task, number: int, target: Path) -> Reco
         views.append(
             {"file": file, "rows": rows, "cols": cols, "start": raster.start, "kind": raster.kind, "visual": visual}
         )
-    return {"sample_id": sample.sample_id, "views": views}
+    return sample.sample_id, views

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenprune.evals.config.points import NONE
 from tokenprune.evals.io.atomic_files import replaced
+from tokenprune.evals.io.rows import FlopsCosts
+from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.summary import title_of
 
 # distinguishable with the usual colour-vision deficiencies in neighbouring pairs; markers tell the rest apart
@@ -19,24 +21,29 @@ MARKERS = "os^Dv<>Phpd*X"
 GREYS = {"random": "#777777", "oracle": "#111111"}
 
 
-def series_of(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def series_of(records: list[ResultRecord]) -> dict[str, list[ResultRecord]]:
     """Records by series, each sorted by FLOPs; the unpruned model left out."""
-    by_series: dict[str, list[dict[str, Any]]] = {}
+    series: dict[str, list[ResultRecord]] = {}
     for record in records:
         if record["method"] != NONE:
-            by_series.setdefault(record["series"], []).append(record)
-    return {name: sorted(group, key=flops_decoder) for name, group in by_series.items()}
+            series.setdefault(record["series"], []).append(record)
+    return {name: sorted(group, key=flops_decoder) for name, group in series.items()}
 
 
-def flops_decoder(record: dict[str, Any]) -> float:
+def _analytic(record: ResultRecord) -> dict[str, float]:
+    """FLOPs by part; only for records that have them."""
+    return cast(FlopsCosts, record.get("flops"))["analytic"]
+
+
+def flops_decoder(record: ResultRecord) -> float:
     """FLOPs that the number of kept tokens decides, in units of 1e9: selection and prefill."""
-    parts = record["flops"]["analytic"]
+    parts = _analytic(record)
     return (parts["selection"] + parts["prefill"]) / 1e9
 
 
-def flops_total(record: dict[str, Any]) -> float:
+def flops_total(record: ResultRecord) -> float:
     """FLOPs to the first token, in units of 1e9: tower, projector, selection and prefill."""
-    return record["flops"]["analytic"]["total"] / 1e9
+    return _analytic(record)["total"] / 1e9
 
 
 def styles(names: list[str]) -> dict[str, tuple[str, str]]:
@@ -45,7 +52,7 @@ def styles(names: list[str]) -> dict[str, tuple[str, str]]:
     return {name: (GREYS.get(name) or next(colours), MARKERS[index % len(MARKERS)]) for index, name in enumerate(names)}
 
 
-def plot_pareto(records: list[dict[str, Any]], path: Path) -> Path:
+def plot_pareto(records: list[ResultRecord], path: Path) -> Path:
     """Write the plot: a row per model and task; left the decoder's FLOPs, right all up to the first token. Points
     without FLOPs are left out."""
     import matplotlib
@@ -64,19 +71,19 @@ def plot_pareto(records: list[dict[str, Any]], path: Path) -> Path:
         width_ratios=[8, 5],
     )
     for (model, task), (left, right) in zip(panels, axes, strict=True):
-        of_cell = [r for r in records if (r["model"], r["task"]) == (model, task)]
-        with_flops = [record for record in of_cell if record.get("flops")]
-        _panel(left, with_flops, flops_decoder, spread=0.022)
-        _panel(right, with_flops, flops_total, spread=0.0)
-        left.set_title(title_of(of_cell[0]), loc="left", fontsize=11)
+        whole = [r for r in records if (r["model"], r["task"]) == (model, task)]
+        counted = [record for record in whole if record.get("flops")]
+        _panel(left, counted, flops_decoder, spread=0.022)
+        _panel(right, counted, flops_total, spread=0.0)
+        left.set_title(title_of(whole[0]), loc="left", fontsize=11)
         left.set_xscale("log")
         left.set_xlabel("GFLOPs of selection and prefill (log; one budget's points are spread sideways)")
         left.set_ylabel("accuracy, percent (bars: 95 percent bootstrap)")
         right.set_xlabel("GFLOPs to the first token, vision tower included")
         low, high = left.get_ylim()
         left.set_ylim(max(0.0, min(low, high - 4)), min(100.0, max(high, low + 4)))
-        ticks_of_budgets(left, with_flops)
-        if with_flops:
+        ticks_of_budgets(left, counted)
+        if counted:
             right.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     with replaced(path) as partial:
         figure.savefig(partial, dpi=130)
@@ -84,7 +91,7 @@ def plot_pareto(records: list[dict[str, Any]], path: Path) -> Path:
     return path
 
 
-def ticks_of_budgets(ax: Any, records: list[dict[str, Any]]) -> None:
+def ticks_of_budgets(ax: Any, records: list[ResultRecord]) -> None:
     """Label the x axis where the budgets are."""
     places: dict[float, str] = {}
     for record in records:
@@ -94,7 +101,7 @@ def ticks_of_budgets(ax: Any, records: list[dict[str, Any]]) -> None:
     ax.minorticks_off()
 
 
-def _panel(ax: Any, records: list[dict[str, Any]], cost: Callable[[dict[str, Any]], float], spread: float) -> None:
+def _panel(ax: Any, records: list[ResultRecord], cost: Callable[[ResultRecord], float], spread: float) -> None:
     """Series over `cost`; `spread` moves the points of neighbouring series apart, in shares of the log range."""
     groups = series_of(records)
     looks = styles(list(groups))

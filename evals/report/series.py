@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tokenprune.evals.config.points import NONE
+from tokenprune.evals.results.records import ResultRecord
 from tokenprune.interfaces.budget import budget_size
 from tokenprune.plan.expression import pruner_parts, split_name
 from tokenprune.registry import METHODS, UnknownName
-
-Record = dict[str, Any]
 
 # pairs for a light and a dark page; neighbours differ for the usual colour-vision deficiencies, markers tell the rest
 COLOURS = (
@@ -28,19 +25,19 @@ def kind_of(method: str) -> str:
         return "unpruned"
     try:
         pruners = [METHODS.get(split_name(part)[0]) for part in pruner_parts(method)]
-    except UnknownName:  # a method that a user registered in another process
+    except UnknownName:  # a method of the user's own, in another process
         return "method"
     if any("boxes" in pruner.hints for pruner in pruners):
         return "bound"
     return "control" if pruners and all(pruner.published.startswith("control") for pruner in pruners) else "method"
 
 
-def name_of(record: Record) -> str:
+def name_of(record: ResultRecord) -> str:
     """The series of a record, as people read it."""
     return "unpruned" if record["method"] == NONE else record["series"]
 
 
-def budget_of(record: Record) -> str:
+def budget_of(record: ResultRecord) -> str:
     """The budget of a record as text; "" for the unpruned model."""
     return "" if record["keep"] is None else str(record["keep"])
 
@@ -55,15 +52,15 @@ def budget_title(keep: str) -> str:
         return keep
 
 
-def budgets(records: list[Record]) -> list[str]:
+def budgets(records: list[ResultRecord]) -> list[str]:
     """Budgets of the records as text, the largest first."""
     keeps = {budget_of(record): record["keep"] for record in records if record["keep"] is not None}
     return sorted(keeps, key=lambda text: budget_size(keeps[text]), reverse=True)
 
 
-def looks(records: list[Record]) -> list[Record]:
+def looks(records: list[ResultRecord]) -> list[dict[str, str]]:
     """One entry per series, in the order of the records: `name`, `kind`, `light` and `dark` colour, `marker`."""
-    series: dict[str, Record] = {}
+    series: dict[str, dict[str, str]] = {}
     used = {"method": 0, "control": 0}
     for record in records:
         name = name_of(record)

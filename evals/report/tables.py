@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.markup import escape
 from rich.table import Table
 
 from tokenprune.evals.config.points import NONE
+from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.summary import flat_costs, metric_names, title_of
 
 _HEADS = ("method", "tokens", "accuracy %", "95 % interval", "of unpruned %", "vs random", "p Holm", "hard %",
@@ -20,18 +19,16 @@ _DISPENSABLE = tuple(
 )  # fmt: skip
 
 
-def _cells(record: dict[str, Any]) -> list[str]:
+def _cells(record: ResultRecord) -> list[str]:
     scores, costs = record["overall"], flat_costs(record)
 
     def show(value: float | None, form: str) -> str:
         return "" if value is None else form.format(value)
 
     vs_random = ""
-    if scores["vs_random"] is not None:
-        vs_random = (
-            f"{100 * scores['vs_random']:+.1f} ({100 * scores['vs_random_low']:+.1f} to "
-            f"{100 * scores['vs_random_high']:+.1f})"
-        )
+    value, low, high = scores["vs_random"], scores["vs_random_low"], scores["vs_random_high"]
+    if value is not None and low is not None and high is not None:
+        vs_random = f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
     unpruned = record["method"] == NONE
     return [
         "unpruned" if unpruned else record["series"],
@@ -53,33 +50,33 @@ def _cells(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _metric_cells(record: dict[str, Any], names: list[str]) -> list[str]:
-    """The metrics that only this task has, in its units."""
+def _metric_cells(record: ResultRecord, names: list[str]) -> list[str]:
+    """The task's own metrics, in its units."""
     metrics = record.get("metrics") or {}
     return [f"{metrics[name]:.4g}" if name in metrics else "" for name in names]
 
 
-def result_tables(records: list[dict[str, Any]], width: int = 200) -> list[Table]:
+def result_tables(records: list[ResultRecord], width: int = 200) -> list[Table]:
     """One table per model and task for a terminal of `width` characters.
 
-    Empty columns are left out, and so are the least telling ones where the terminal is too narrow; all of
+    Columns that hold nothing are left out, and so are the least telling ones where the terminal is too narrow; all of
     them are in summary.csv.
     """
     tables = []
     for model, task in dict.fromkeys((record["model"], record["task"]) for record in records):
-        of_cell = [record for record in records if (record["model"], record["task"]) == (model, task)]
-        metrics = metric_names(of_cell)
+        panel = [record for record in records if (record["model"], record["task"]) == (model, task)]
+        metrics = metric_names(panel)
         heads = [*_HEADS, *metrics]
-        rows = [[*_cells(record), *_metric_cells(record, metrics)] for record in of_cell]
+        rows = [[*_cells(record), *_metric_cells(record, metrics)] for record in panel]
         used = [i for i in range(len(heads)) if any(row[i] for row in rows)]
         for index in _DISPENSABLE:
             if sum(2 + max(len(heads[i]), *(len(row[i]) for row in rows)) for i in used) <= width:
                 break
             used = [i for i in used if i != index]
-        table = Table(title=title_of(of_cell[0]), title_justify="left", box=None, pad_edge=False)
+        table = Table(title=title_of(panel[0]), title_justify="left", box=None, pad_edge=False)
         for i in used:
             table.add_column(heads[i], justify="left" if i == 0 else "right", no_wrap=True)
-        for record, row in zip(of_cell, rows, strict=True):
+        for record, row in zip(panel, rows, strict=True):
             table.add_row(*(escape(row[i]) for i in used), style="dim" if record["reference"] else None)
         tables.append(table)
     return tables

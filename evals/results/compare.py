@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenprune.evals.config.points import NONE
+from tokenprune.evals.io.rows import AnsweredRow, SampleRow
+from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.run_folder import FinishedRun, read_run
 from tokenprune.evals.results.scores import answered
 from tokenprune.evals.statistics.significance import Comparison, compare_paired, holm
 from tokenprune.registry import near
 
-Record = dict[str, Any]
 OVERALL = "overall"
 
 
@@ -53,13 +53,15 @@ def compare(first: str, second: str, method: str | None = None, seed: int = 0) -
     """
     a, b = _read(first), _read(second)
     pairs = _pairs(a, b, method)
-    found = [difference(a[0].rows[x["point"]], b[0].rows[y["point"]], x, y, seed) for x, y in pairs]
-    for each, adjusted in zip(found, holm([each.families[OVERALL].p for each in found]), strict=True):
-        each.holm = adjusted if len(found) > 1 else None
-    return found
+    differences = [difference(a[0].rows[x["point"]], b[0].rows[y["point"]], x, y, seed) for x, y in pairs]
+    for each, adjusted in zip(differences, holm([each.families[OVERALL].p for each in differences]), strict=True):
+        each.holm = adjusted if len(differences) > 1 else None
+    return differences
 
 
-def difference(first: list[Record], second: list[Record], x: Record, y: Record, seed: int) -> Difference:
+def difference(
+    first: list[SampleRow], second: list[SampleRow], x: ResultRecord, y: ResultRecord, seed: int
+) -> Difference:
     """The comparison of the rows of two points, see `compare`; `x` and `y` are their records."""
     ones = {row["sample_id"]: row for row in answered(first)}
     others = {row["sample_id"]: row for row in answered(second)}
@@ -81,8 +83,8 @@ def difference(first: list[Record], second: list[Record], x: Record, y: Record, 
         groups.setdefault(ones[name]["family"], []).append(name)
     groups = {**(groups if len(groups) > 1 else {}), OVERALL: common}
     scores = {
-        family: ([float(ones[name]["correct"]) for name in own], [float(others[name]["correct"]) for name in own])
-        for family, own in groups.items()
+        family: ([float(ones[name]["correct"]) for name in names], [float(others[name]["correct"]) for name in names])
+        for family, names in groups.items()
     }
     return Difference(
         task=x["task"],
@@ -95,7 +97,7 @@ def difference(first: list[Record], second: list[Record], x: Record, y: Record, 
     )
 
 
-def _example(rows: dict[str, Record]) -> str:
+def _example(rows: dict[str, AnsweredRow]) -> str:
     return repr(next(iter(rows), None))
 
 
@@ -117,25 +119,25 @@ def _read(text: str) -> tuple[FinishedRun, str | None]:
     return run, label
 
 
-def _points(run: FinishedRun) -> list[Record]:
+def _points(run: FinishedRun) -> list[ResultRecord]:
     return [record for record in run.records if record["point"] in run.rows]
 
 
 def _pairs(
     a: tuple[FinishedRun, str | None], b: tuple[FinishedRun, str | None], method: str | None
-) -> list[tuple[Record, Record]]:
+) -> list[tuple[ResultRecord, ResultRecord]]:
     sides = []
     for run, label in (a, b):
-        own = [record for record in _points(run) if label is None or record["label"] == label]
+        side = [record for record in _points(run) if label is None or record["label"] == label]
         if method is not None:
-            known = list(dict.fromkeys(record["series"] for record in own))
-            own = [record for record in own if record["series"] == method]
-            if not own:
+            known = list(dict.fromkeys(record["series"] for record in side))
+            side = [record for record in side if record["series"] == method]
+            if not side:
                 raise ValueError(
                     f"{run.folder} has no method {method!r}.{near(method, known)} It has: {', '.join(known)}."
                 )
-        sides.append(own)
-    tasks = [list(dict.fromkeys(record["task"] for record in own)) for own in sides]
+        sides.append(side)
+    tasks = [list(dict.fromkeys(record["task"] for record in side)) for side in sides]
     if not set(tasks[0]) & set(tasks[1]):
         raise ValueError(
             f"The two have no task in common: {', '.join(tasks[0])} in {a[0].folder}, {', '.join(tasks[1])} in "
@@ -149,7 +151,7 @@ def _pairs(
         (x, y) for x in sides[0] for y in sides[1] if x["task"] == y["task"] and (named or x["label"] == y["label"])
     ]
     if not pairs:
-        labels = [", ".join(dict.fromkeys(record["label"] for record in own)) for own in sides]
+        labels = [", ".join(dict.fromkeys(record["label"] for record in side)) for side in sides]
         raise ValueError(
             f"No point is in both: {labels[0]} in {a[0].folder}, {labels[1]} in {b[0].folder}. Name two: "
             f"{a[0].folder}:{sides[0][0]['label']} {b[0].folder}:{sides[1][0]['label']}."
@@ -157,7 +159,7 @@ def _pairs(
     return pairs
 
 
-def _one_model(run: FinishedRun, records: Sequence[Record]) -> None:
+def _one_model(run: FinishedRun, records: Sequence[ResultRecord]) -> None:
     models = list(dict.fromkeys(record["model"] for record in records))
     if len(models) > 1:
         raise ValueError(

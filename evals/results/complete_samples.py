@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.errors import UserError
 from tokenprune.evals.evaluation.evaluate import AskedSamples
 from tokenprune.evals.io.row_store import RowStore
-
-Record = dict[str, Any]
+from tokenprune.evals.io.rows import SampleRow
 
 
 @dataclass
@@ -28,13 +26,15 @@ class Counted:
     """
 
     points: list[Point] = field(default_factory=list)
-    rows: dict[str, list[Record]] = field(default_factory=dict)
-    others: dict[str, list[Record]] = field(default_factory=dict)
+    rows: dict[str, list[SampleRow]] = field(default_factory=dict)
+    others: dict[str, list[SampleRow]] = field(default_factory=dict)
     failed: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
-def count_rows(store: RowStore, points: list[Point], answered: dict[tuple[str, str], AskedSamples]) -> Counted:
+def count_rows(
+    store: RowStore[SampleRow], points: list[Point], answered: dict[tuple[str, str], AskedSamples]
+) -> Counted:
     """What counts of each model and task.
 
     An accuracy is only comparable over the same samples, so one that failed at a point is left out at all points of its
@@ -48,19 +48,21 @@ def count_rows(store: RowStore, points: list[Point], answered: dict[tuple[str, s
     """
     counted = Counted()
     for (model, task), asked in answered.items():
-        own = [point for point in points if (point.model, point.task) == (model, task)]
-        _count_task(store, own, asked, counted, f"{Path(model).name} on {task}")
+        panel = [point for point in points if (point.model, point.task) == (model, task)]
+        _count_task(store, panel, asked, counted, f"{Path(model).name} on {task}")
     if not counted.points:
         raise UserError("No point has answered a sample. " + " ".join(counted.notes))
     return counted
 
 
-def _count_task(store: RowStore, points: list[Point], asked: AskedSamples, counted: Counted, where: str) -> None:
+def _count_task(
+    store: RowStore[SampleRow], points: list[Point], asked: AskedSamples, counted: Counted, where: str
+) -> None:
     ids = [asked.ids[place] for place in sorted(asked.ids)]
     twice = [sample_id for sample_id, times in Counter(ids).items() if times > 1]
     if twice:
         raise UserError(f"The samples of a task need ids of their own; {where} has {twice[0]!r} twice.")
-    found: dict[str, dict[str, Record]] = {}
+    finished: dict[str, dict[str, SampleRow]] = {}
     for point in points:
         rows = {i: row for i in ids if (row := store.get((asked.settings, point.key, i))) is not None}
         failures = [row for row in rows.values() if "error" in row]
@@ -68,7 +70,7 @@ def _count_task(store: RowStore, points: list[Point], asked: AskedSamples, count
             first = failures[0]
             counted.notes.append(
                 f"{point.label} failed on {len(failures)} of {len(ids)} samples of {where}; "
-                f"the first is {first['sample_id']}: {first['error']} ({first['raised_at']})."
+                f"the first is {first['sample_id']}: {first.get('error')} ({first.get('raised_at')})."
             )
         if len(rows) < len(ids):
             counted.notes.append(
@@ -78,17 +80,17 @@ def _count_task(store: RowStore, points: list[Point], asked: AskedSamples, count
         elif len(failures) == len(ids):
             counted.notes.append(f"{point.label} has answered no sample of {where}, so it is left out.")
         else:
-            found[point.key] = rows
+            finished[point.key] = rows
             counted.points.append(point)
             counted.failed[point.key] = len(failures)
-    common = [i for i in ids if all("error" not in rows[i] for rows in found.values())]
-    if found and not common:
+    common = [i for i in ids if all("error" not in rows[i] for rows in finished.values())]
+    if finished and not common:
         raise UserError(f"No sample was answered by all points of {where}. " + " ".join(counted.notes))
-    if len(common) < len(ids) and found:
+    if len(common) < len(ids) and finished:
         counted.notes.append(
             f"Accuracies of {where} are over the {len(common)} of {len(ids)} samples that all of its points answered. "
             "Failed samples are asked again when the run is started again."
         )
-    for key, rows in found.items():
+    for key, rows in finished.items():
         counted.rows[key] = [rows[i] for i in common]
         counted.others[key] = [row for i, row in rows.items() if i not in set(common)]

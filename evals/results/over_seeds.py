@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from tokenprune.evals.io.atomic_files import write_csv
+from tokenprune.evals.results.records import ResultRecord, TableRow
 from tokenprune.evals.results.summary import task_name
 
-Record = dict[str, Any]
 
-
-def over_seeds(records: list[Record]) -> list[Record]:
+def over_seeds(records: list[ResultRecord]) -> list[TableRow]:
     """One row for each setting that was run with two seeds or more.
 
     Args:
@@ -26,7 +24,7 @@ def over_seeds(records: list[Record]) -> list[Record]:
         greatest accuracy, all as fractions, and the mean of the paired differences to `random` of the same seed (None
         for `random` itself).
     """
-    groups: dict[str, list[Record]] = {}
+    groups: dict[str, list[ResultRecord]] = {}
     for record in records:
         if record["seed"] is not None:
             setting = [record[name] for name in ("model", "task", "method", "options", "keep")]
@@ -53,7 +51,7 @@ def over_seeds(records: list[Record]) -> list[Record]:
     return rows
 
 
-def write_seeds(folder: Path, records: list[Record]) -> list[Path]:
+def write_seeds(folder: Path, records: list[ResultRecord]) -> list[Path]:
     """Write seeds.csv; where no setting has two seeds there is none, and that of an earlier run is taken away."""
     rows = over_seeds(records)
     path = folder / "seeds.csv"
@@ -63,7 +61,7 @@ def write_seeds(folder: Path, records: list[Record]) -> list[Path]:
     return [write_csv(path, rows)]
 
 
-def seed_tables(records: list[Record]) -> list[Table]:
+def seed_tables(records: list[ResultRecord]) -> list[Table]:
     """The rows as one table for a terminal; none where no setting has two seeds."""
     rows = over_seeds(records)
     if not rows:

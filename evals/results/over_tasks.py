@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from tokenprune.evals.config.points import Point
+from tokenprune.evals.io.rows import Costs, SampleRow
 
-Record = dict[str, Any]
 ALL_TASKS = "all"
 
 
-def pool_tasks(points: list[Point], rows: dict[str, list[Record]]) -> tuple[list[Point], dict[str, list[Record]]]:
+def pool_tasks(
+    points: list[Point], rows: Mapping[str, Sequence[SampleRow]]
+) -> tuple[list[Point], dict[str, list[SampleRow]]]:
     """With several tasks of a model, a further task `all` that holds the samples of all of them, for the points that
     have answers to each; nothing with one task."""
     tasks: dict[str, set[str]] = {}
@@ -20,20 +23,21 @@ def pool_tasks(points: list[Point], rows: dict[str, list[Record]]) -> tuple[list
         tasks.setdefault(point.model, set()).add(point.task)
         whole = replace(point, task=ALL_TASKS)
         counts[whole.key] = counts.get(whole.key, 0) + 1
-    pooled: dict[str, list[Record]] = {}
-    found: dict[str, Point] = {}
+    pooled: dict[str, list[SampleRow]] = {}
+    wholes: dict[str, Point] = {}
     for point in points:
         whole = replace(point, task=ALL_TASKS)
         if not 2 <= len(tasks[point.model]) == counts[whole.key]:
             continue
-        found[whole.key] = whole
-        # two tasks may number their samples alike
-        own = [{**row, "point": whole.key, "sample_id": f"{point.task}:{row['sample_id']}"} for row in rows[point.key]]
-        pooled.setdefault(whole.key, []).extend(own)
-    return list(found.values()), pooled
+        wholes[whole.key] = whole
+        answers = pooled.setdefault(whole.key, [])
+        for row in rows[point.key]:
+            # two tasks may number their samples alike
+            answers.append({**row, "point": whole.key, "sample_id": f"{point.task}:{row['sample_id']}"})
+    return list(wholes.values()), pooled
 
 
-def pool_costs(point: Point, points: list[Point], measures: dict[str, Record]) -> Record:
+def pool_costs(point: Point, points: list[Point], measures: Mapping[str, Costs]) -> Costs:
     """Costs of a point of the task `all`: the means over its tasks, each as heavy as any other; times, FLOPs, bytes and
     equivalent tokens alike. A median or quartile is then the mean of the tasks' medians or quartiles. Empty unless
     every task has costs, and without what one of them lacks.
@@ -42,9 +46,9 @@ def pool_costs(point: Point, points: list[Point], measures: dict[str, Record]) -
         points: those of the single tasks.
         measures: `flops`, `kv` and `times` by point key.
     """
-    parts = [own.key for own in points if replace(own, task=ALL_TASKS).key == point.key]
-    found = [measures.get(key) for key in parts]
-    return _mean([one for one in found if one]) if found and all(found) else {}
+    parts = [single.key for single in points if replace(single, task=ALL_TASKS).key == point.key]
+    costs = [measures.get(key) for key in parts]
+    return _mean([one for one in costs if one]) if costs and all(costs) else {}
 
 
 def _mean(values: list[Any]) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -13,9 +12,8 @@ from rich.table import Table
 from tokenprune.evals.config.points import NONE
 from tokenprune.evals.config.targets import ACCURACY, Target, read_target
 from tokenprune.evals.io.atomic_files import write_csv
+from tokenprune.evals.results.records import ResultRecord, TableRow
 from tokenprune.evals.results.run_folder import read_records
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -59,32 +57,32 @@ class Parity:
         return self.target.value / self.target.unpruned if self.target.unpruned else None
 
 
-def compare(records: Sequence[Record], targets: Sequence[Target]) -> list[Parity]:
+def compare(records: Sequence[ResultRecord], targets: Sequence[Target]) -> list[Parity]:
     """Every target beside the point of a run that it is about, in the order of the targets.
 
     Args:
         records: see `summary.summarise`; of several seeds the first counts.
     """
-    found = []
+    compared = []
     for target in targets:
         record = next((one for one in records if target.fits(one)), None)
         if record is None:
-            found.append(Parity(target, None, None, None, None, None))
+            compared.append(Parity(target, None, None, None, None, None))
             continue
         place = (record["model"], record["task"], NONE)
         plain = next((one for one in records if (one["model"], one["task"], one["method"]) == place), None)
         ours, low, high = _value(record, target)
         base = None if plain is None else _value(plain, target)[0]
-        found.append(Parity(target, ours, low, high, base, record["overall"]["n"]))
-    return found
+        compared.append(Parity(target, ours, low, high, base, record["overall"]["n"]))
+    return compared
 
 
-def _value(record: Record, target: Target) -> tuple[float | None, float | None, float | None]:
+def _value(record: ResultRecord, target: Target) -> tuple[float | None, float | None, float | None]:
     """Our number and its interval. A metric of the task that is the mean score of its samples has the interval of the
     accuracy; of others only the value is known."""
-    overall, own = record["overall"], record.get("metrics") or {}
+    overall, metrics = record["overall"], record.get("metrics") or {}
     scale = 100.0 if target.unit == "percent" else 1.0
-    known = {**own, ACCURACY: overall["accuracy"]}
+    known = {**metrics, ACCURACY: overall["accuracy"]}
     values: list[float] = [known[name] for name in target.metrics if name in known]
     if len(values) < len(target.metrics):
         return None, None, None
@@ -94,14 +92,14 @@ def _value(record: Record, target: Target) -> tuple[float | None, float | None, 
     return scale * value, None, None
 
 
-def read_run(folder: str | Path) -> tuple[list[Record], list[Target]]:
+def read_run(folder: str | Path) -> tuple[list[ResultRecord], list[Target]]:
     """The records of a finished run, and the targets that its sweep file names.
 
     Raises:
         FileNotFoundError, ValueError: the folder holds no results.jsonl, or an empty one.
     """
     records = read_records(Path(folder) / "results.jsonl")
-    named = records[0]["provenance"]["config"].get("targets") or []
+    named = records[0].get("provenance", {})["config"].get("targets") or []
     return records, [read_target(number, entry) for number, entry in enumerate(named)]
 
 
@@ -120,7 +118,7 @@ def read_targets(path: str | Path) -> list[Target]:
     return [read_target(number, entry) for number, entry in enumerate(named)]
 
 
-def parity_rows(found: Sequence[Parity]) -> list[Record]:
+def parity_rows(compared: Sequence[Parity]) -> list[TableRow]:
     """Flat rows of parity.csv; numbers in the unit of the target, shares as fractions."""
     return [
         {
@@ -146,23 +144,23 @@ def parity_rows(found: Sequence[Parity]) -> list[Record]:
             "evidence": one.target.evidence,
             "note": one.target.note,
         }
-        for one in found
+        for one in compared
     ]
 
 
-def write_parity(path: Path, found: Sequence[Parity]) -> Path:
+def write_parity(path: Path, compared: Sequence[Parity]) -> Path:
     """Write parity.csv, every target a row, also those that the run has no point for."""
-    return write_csv(path, parity_rows(found))
+    return write_csv(path, parity_rows(compared))
 
 
-def parity_table(found: Sequence[Parity]) -> Table:
+def parity_table(compared: Sequence[Parity]) -> Table:
     """The targets that the run has a number for, for a terminal."""
     table = Table(title="Ours and theirs", title_justify="left", box=None, pad_edge=False)
     for head in ("method", "task", "metric", "ours", "95 % interval", "theirs", "difference", "inside",
                  "of unpruned %, ours", "theirs", "family", "source"):  # fmt: skip
         left = head in ("method", "task", "metric", "inside", "family", "source")
         table.add_column(head, justify="left" if left else "right", no_wrap=head != "source")
-    for one in found:
+    for one in compared:
         if one.ours is None:
             continue
         target = one.target
@@ -191,15 +189,15 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def parity_lines(found: Sequence[Parity]) -> list[str]:
+def parity_lines(compared: Sequence[Parity]) -> list[str]:
     """What stands below the table: how many lie inside, and what could not be compared."""
-    judged = [one for one in found if one.inside is not None]
-    there = [one for one in found if one.ours is not None]
+    judged = [one for one in compared if one.inside is not None]
+    there = [one for one in compared if one.ours is not None]
     lines = [f"{sum(bool(one.inside) for one in judged)} of {len(judged)} published numbers lie inside our intervals."]
     if len(there) > len(judged):
         lines.append(f"{len(there) - len(judged)} more have no interval here: their metric is no mean over samples.")
-    if len(found) > len(there):
-        lines.append(f"{len(found) - len(there)} of {len(found)} targets have no number in this run.")
+    if len(compared) > len(there):
+        lines.append(f"{len(compared) - len(there)} of {len(compared)} targets have no number in this run.")
     unsure = sum(bool(one.target.evidence) for one in there)
     if unsure:
         lines.append(

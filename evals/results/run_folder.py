@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.io.atomic_files import read_lines
+from tokenprune.evals.io.rows import SampleRow
+from tokenprune.evals.results.records import Picture, Provenance, ResultRecord
 
-Record = dict[str, Any]
 PICTURES, PICTURE_INDEX = "pictures", "index.json"
 
 
@@ -27,10 +28,10 @@ class FinishedRun:
     """
 
     folder: Path
-    records: list[Record]
-    rows: dict[str, list[Record]]
-    pictures: list[Record]
-    origin: Record
+    records: list[ResultRecord]
+    rows: dict[str, list[SampleRow]]
+    pictures: list[Picture]
+    origin: Provenance
 
     @property
     def name(self) -> str:
@@ -57,13 +58,13 @@ def read_run(folder: str | Path) -> FinishedRun:
     origin = records[0].get("provenance") or {}
     for record in records:
         record.pop("provenance", None)
-    rows: dict[str, list[Record]] = {}
+    rows: dict[str, list[SampleRow]] = {}
     for row in pq.read_table(folder / "samples.parquet").to_pylist():
         rows.setdefault(row["point"], []).append(row)
     return FinishedRun(folder, records, rows, read_pictures(folder), origin)
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path) -> list[ResultRecord]:
     """The records of a results.jsonl, each with its provenance.
 
     Raises:
@@ -72,20 +73,19 @@ def read_records(path: Path) -> list[Record]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}; give the folder of a finished run.")
-    records = read_lines(path)
+    records = cast(list[ResultRecord], read_lines(path))
     if not records:
         raise ValueError(f"{path} holds no result.")
     return records
 
 
-def point_of(record: Record) -> Point:
+def point_of(record: ResultRecord) -> Point:
     """The point that a record is of."""
     known = {field.name: record[field.name] for field in fields(Point) if field.name in record}
     return Point(**{**known, "options": tuple(sorted(record["options"].items()))})
 
 
-def read_pictures(folder: Path) -> list[Record]:
-    """The index of a run folder: `model`, `task`, `sample_id` and `views`, each with `file`, `rows`, `cols`, `start`
-    (index of its first token among those of the visual) and `kind`; [] where there is none."""
+def read_pictures(folder: Path) -> list[Picture]:
+    """The index of a run folder; [] where there is none."""
     index = folder / PICTURES / PICTURE_INDEX
     return json.loads(index.read_text(encoding="utf-8")) if index.is_file() else []

@@ -6,24 +6,25 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.io.atomic_files import replace_file, replaced, write_csv
+from tokenprune.evals.io.rows import Costs, SampleRow
 from tokenprune.evals.profiling.hardware import hardware
+from tokenprune.evals.results.records import Provenance, ResultRecord, TableRow
 from tokenprune.evals.results.scores import References, answered, correct_for_many, of_family, scores_of
 
 OVERALL = "overall"
-Record = dict[str, Any]
 
 
-def provenance(config: RunConfig, seconds: float | None = None) -> Record:
+def provenance(config: RunConfig, seconds: float | None = None) -> Provenance:
     """Where a result came from: settings, versions, hardware, seed, commit and date."""
     packages = ("torch", "transformers", "tokenprune-vlm", "datasets", "numpy", "scipy", "accelerate", "triton",
                 "lmms_eval")  # fmt: skip
@@ -61,8 +62,8 @@ def _commit() -> str | None:
 
 
 def summarise(
-    points: list[Point], rows: dict[str, list[Record]], measures: dict[str, Record], seed: int
-) -> list[Record]:
+    points: Sequence[Point], rows: Mapping[str, Sequence[SampleRow]], measures: Mapping[str, Costs], seed: int
+) -> list[ResultRecord]:
     """One record per point.
 
     Args:
@@ -72,49 +73,49 @@ def summarise(
         seed: of the bootstrap.
 
     Returns:
-        Records with `overall` and `families` (see `scores.scores_of`), tokens, and the measures.
+        Records without what the task says of itself and the provenance.
     """
-    records = []
+    records: list[ResultRecord] = []
     for point in points:
-        own = rows[point.key]
+        answers = rows[point.key]
         references = References.of(point, points, rows)
-        families = dict.fromkeys(row["family"] for row in answered(own))
-        record: Record = {
+        families = dict.fromkeys(row["family"] for row in answered(answers))
+        record: dict[str, Any] = {
             "point": point.key,
             **{name: value for name, value in asdict(point).items() if name != "options"},
             "options": dict(point.options),
             "label": point.label,
             "series": point.series,
-            "overall": scores_of(own, references, seed),
+            "overall": scores_of(answers, references, seed),
             "families": {
-                family: scores_of(of_family(own, family), references.only(family), seed) for family in families
+                family: scores_of(of_family(answers, family), references.only(family), seed) for family in families
             },
-            "visual_tokens": _mean(row["visual_tokens"] for row in answered(own)),
-            "kept_tokens": _mean(row["kept_tokens"] for row in answered(own)),
+            "visual_tokens": _mean(row["visual_tokens"] for row in answered(answers)),
+            "kept_tokens": _mean(row["kept_tokens"] for row in answered(answers)),
             **measures.get(point.key, {}),
         }
-        records.append(record)
+        records.append(cast(ResultRecord, record))
     correct_for_many(records)
     return records
 
 
 def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
 
 
-def title_of(record: Record) -> str:
+def title_of(record: ResultRecord) -> str:
     """Model and task as tables, plots and pages call them."""
     return f"{Path(record['model']).name} on {task_name(record)}"
 
 
-def task_name(record: Record) -> str:
+def task_name(record: ResultRecord) -> str:
     """What the task calls itself; records of older runs lack it, and have the file's name then."""
     named = record.get("task_name")
     return str(named or (Path(record["task"]).stem if "/" in record["task"] else record["task"]))
 
 
-def table_rows(records: list[Record]) -> list[Record]:
+def table_rows(records: list[ResultRecord]) -> list[TableRow]:
     """Flat rows of summary.csv: for each point its families, then `overall`. Accuracies are fractions, times
     milliseconds, FLOPs in units of 1e9, KV bytes of one prompt; `metric:NAME` is what the task itself computes over all
     of its samples, in its own units."""
@@ -125,35 +126,36 @@ def table_rows(records: list[Record]) -> list[Record]:
         shared["options"] = ",".join(f"{key}={value}" for key, value in record["options"].items())
         costs = {"failed": record.get("failed", 0), **flat_costs(record)}
         for family, scores in [*record["families"].items(), (OVERALL, record["overall"])]:
-            own = {
+            metrics = {
                 f"metric:{name}": (record.get("metrics") or {}).get(name) if family == OVERALL else None
                 for name in names
             }
-            rows.append({**shared, "family": family, **scores, **costs, **own})
+            rows.append({**shared, "family": family, **scores, **costs, **metrics})
     return rows
 
 
-def metric_names(records: list[Record]) -> list[str]:
+def metric_names(records: list[ResultRecord]) -> list[str]:
     """Metrics that any of the records has from its task, in the order of their first mention."""
     return list(dict.fromkeys(name for record in records for name in record.get("metrics") or {}))
 
 
-def flat_costs(record: Record) -> Record:
+def flat_costs(record: ResultRecord) -> TableRow:
     """Tokens, FLOPs, bytes and times of a point, one number a column; None where not measured."""
     flops, kv, times = record.get("flops"), record.get("kv"), record.get("times") or {}
 
     def at(name: str, statistic: str = "median", scale: float = 1.0) -> float | None:
         return times[name][statistic] * scale if name in times else None
 
-    flat: Record = {
+    flat: TableRow = {
         "visual_tokens": record["visual_tokens"],
         "kept_tokens": record["kept_tokens"],
         "equivalent_tokens": kv["equivalent_tokens"] if kv else None,
     }
     for source in ("analytic", "measured"):
+        counted = flops.get(source) if flops else None
         for part in ("total", "vision", "projector", "selection", "prefill", "decode"):
             name = f"gflops_{part}" if source == "analytic" else f"gflops_{part}_measured"
-            flat[name] = flops[source][part] / 1e9 if flops and flops.get(source) else None
+            flat[name] = counted[part] / 1e9 if counted else None
     flat["flops_agree"] = flops["agree"] if flops and flops.get("measured") else None
     flat["flops_share"] = flops["analytic"]["total"] / flops["unpruned"]["total"] if flops else None
     flat["gflops_paper_formula"] = flops["paper"] / 1e9 if flops else None
@@ -172,10 +174,10 @@ def flat_costs(record: Record) -> Record:
 
 def write_results(
     folder: Path,
-    records: list[Record],
-    rows: dict[str, list[Record]],
-    origin: Record,
-    others: dict[str, list[Record]] | None = None,
+    records: list[ResultRecord],
+    rows: Mapping[str, Sequence[SampleRow]],
+    origin: Provenance,
+    others: Mapping[str, Sequence[SampleRow]] | None = None,
 ) -> list[Path]:
     """Write results.jsonl, samples.parquet and summary.csv into `folder`; returns their paths.
 
@@ -191,10 +193,10 @@ def write_results(
 
     by_point = {record["point"]: record for record in records}
     flat = []
-    for key, own in rows.items():
+    for key, answers in rows.items():
         record = by_point[key]
         shared = {name: record[name] for name in ("model", "task", "method", "seed")}
-        whole = [{**row, "counted": True, "error": None} for row in own]
+        whole = [{**row, "counted": True, "error": None} for row in answers]
         whole += [{"error": None, **row, "counted": False} for row in (others or {}).get(key, [])]
         for row in whole:
             # a keep or an answer may be of several types, and a parquet column has one

@@ -18,7 +18,8 @@ from tokenprune.evals.profiling.measure import MEASURE_KEY, read_costs
 from tokenprune.evals.results.complete_samples import count_rows
 from tokenprune.evals.results.over_seeds import write_seeds
 from tokenprune.evals.results.over_tasks import pool_costs, pool_tasks
-from tokenprune.evals.results.summary import Record, provenance, summarise, write_results
+from tokenprune.evals.results.records import ResultRecord
+from tokenprune.evals.results.summary import provenance, summarise, write_results
 from tokenprune.evals.sweep.executors.distributed import Processes, launched
 from tokenprune.evals.sweep.executors.local import Local
 from tokenprune.evals.sweep.model_worker import Executor, Worked
@@ -38,7 +39,7 @@ class Run:
     """
 
     config: RunConfig
-    records: list[Record]
+    records: list[ResultRecord]
     files: list[Path]
     seconds: float
     warnings: list[str]

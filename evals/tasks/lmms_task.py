@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -28,8 +28,8 @@ _MAX_NEW_TOKENS = 1024  # where a task does not say
 
 def with_folder(name: str, folder: str) -> str:
     """`lmms:NAME` as `lmms:FOLDER/NAME`; any other name as it is."""
-    task = name.removeprefix(LMMS)
-    return f"{LMMS}{folder.rstrip('/')}/{task}" if name.startswith(LMMS) and "/" not in task else name
+    own = name.removeprefix(LMMS)
+    return f"{LMMS}{folder.rstrip('/')}/{own}" if name.startswith(LMMS) and "/" not in own else name
 
 
 def check_lmms_task(name: str) -> None:
@@ -50,14 +50,14 @@ def load_lmms_task(name: str) -> Task:
     Raises:
         ValueError: it asks in a way that `tokenprune eval` cannot; the plug-in may.
     """
-    manager, task_name = _manager(name)
-    task = manager.load_task_or_group([task_name], task_type="chat")[task_name]
-    kind = task.OUTPUT_TYPE
+    manager, own = _manager(name)
+    found = manager.load_task_or_group([own], task_type="chat")[own]
+    kind = found.OUTPUT_TYPE
     if kind != "generate_until":
         raise ValueError(f"{name} is of the type {kind}; tokenprune eval answers by generation, one round.")
     from tokenprune.evals.tasks.lmms_generation import read_generation
 
-    how = read_generation(task.config.generation_kwargs, _MAX_NEW_TOKENS)
+    how = read_generation(found.config.generation_kwargs, _MAX_NEW_TOKENS)
     if not how.greedy:
         raise ValueError(
             f"{name} asks for sampling or beams ({how.settings}), and tokenprune eval answers greedily; run it through "
@@ -65,21 +65,21 @@ def load_lmms_task(name: str) -> Task:
         )
     return LmmsTask(
         name=name,
-        size=len(task.eval_docs),
-        load=lambda start, stop: _samples(task, start, stop),
+        size=len(found.eval_docs),
+        load=lambda start, stop: _samples(found, start, stop),
         score=_no_score,
         max_new_tokens=how.settings["max_new_tokens"],
-        source=task,
-        fingerprint=_fingerprint(manager, task_name, task, how.settings),
+        source=found,
+        fingerprint=_fingerprint(manager, own, found, how.settings),
     )
 
 
-def _fingerprint(manager: Any, task_name: str, task: Any, settings: dict[str, Any]) -> str:
-    """What answers depend on: lmms-eval, the files in the folder of the task's YAML (includes, functions), its data."""
+def _fingerprint(manager: Any, own: str, task: Any, settings: dict[str, Any]) -> str:
+    """What answers depend on: lmms-eval, the files beside the task's YAML (includes, functions), its data."""
     hasher = hashlib.sha256(repr(sorted(settings.items())).encode())
     with suppress(metadata.PackageNotFoundError):  # a checkout on the path
         hasher.update(metadata.version("lmms_eval").encode())
-    written = Path(str(manager.task_index[task_name].get("yaml_path")))
+    written = Path(str(manager.task_index[own].get("yaml_path")))
     for file in sorted(written.parent.iterdir()) if written.is_file() else ():
         if file.is_file() and file.suffix in ("", ".py", ".yaml", ".yml"):
             hasher.update(file.name.encode() + file_digest(file).encode())
@@ -94,23 +94,23 @@ def _manager(name: str) -> tuple[Any, str]:
     """lmms-eval's index in which the task is, and its name there."""
     if importlib.util.find_spec("lmms_eval") is None:
         raise ValueError(f"The task {name} needs lmms-eval: pip install 'tokenprune-vlm[lmms]'.")
-    folder, _, task_name = name.removeprefix(LMMS).rpartition("/")
+    folder, _, own = name.removeprefix(LMMS).rpartition("/")
     if folder and not Path(folder).is_dir():
         raise FileNotFoundError(f"There is no task folder {folder}, which {name} names.")
     # the index of a folder is quick, that of all tasks that lmms-eval brings takes seconds
     ours = _index(folder).all_tasks if folder else []
-    manager = _index(folder if task_name in ours else None)
-    if task_name not in manager.all_tasks:
+    manager = _index(folder if own in ours else None)
+    if own not in manager.all_tasks:
         raise UnknownName(
-            f"lmms-eval has no task called {task_name!r}.{near(task_name, [*ours, *manager.all_tasks])} "
+            f"lmms-eval has no task called {own!r}.{near(own, [*ours, *manager.all_tasks])} "
             "`lmms-eval tasks list` shows all; --include-path FOLDER adds a folder of your own."
         )
-    if task_name not in manager.all_subtasks:
-        members = ", ".join(LMMS + str(subtask) for subtask in _members(manager, task_name))
+    if own not in manager.all_subtasks:
+        members = ", ".join(LMMS + str(one) for one in _members(manager, own))
         raise ValueError(
-            f"{task_name} is a group of lmms-eval's tasks; name those that you want: {members or 'see its YAML'}."
+            f"{own} is a group of lmms-eval's tasks; name those that you want: {members or 'see its YAML'}."
         )
-    return manager, task_name
+    return manager, own
 
 
 @cache
@@ -127,7 +127,7 @@ def _members(manager: Any, group: str) -> list[str]:
     listed = manager.task_index[group]["task"]
     if listed == -1:
         listed = manager._get_config(group).get("task", [])
-    return [entry if isinstance(entry, str) else str(entry.get("task", entry.get("group"))) for entry in listed]
+    return [one if isinstance(one, str) else str(one.get("task", one.get("group"))) for one in listed]
 
 
 def _samples(task: Any, start: int, stop: int) -> Iterator[Sample]:
@@ -145,7 +145,7 @@ def _samples(task: Any, start: int, stop: int) -> Iterator[Sample]:
 
 
 def _asked(task: Any, doc: Any) -> tuple[str, list[Any]]:
-    """The question, with `<image>` where pictures belong inside it, and its pictures and videos."""
+    """The question, with `<image>` where pictures stand inside it, and its pictures and videos."""
     from tokenprune.evals.models.chat_template import MARKER
     from tokenprune.evals.tasks.lmms_media import Media
 
@@ -197,17 +197,17 @@ class LmmsTask(Task):
             "so there is no interval and no paired difference; run it through `lmms-eval --model tokenprune`."
         )
 
-    def metrics(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """The metrics that lmms-eval defines for the task, over all of `rows`, by name.
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """The task's own metrics over all of `rows`, by name.
 
         Left out are those that are no number and those that write a file for a server. One that fails, say because its
-        judge cannot be reached, is left out with a warning: the answers are not lost, and another metric may be fine.
+        judge cannot be reached, is left out with a warning: the answers are there, and another metric may be fine.
         """
         collected: dict[str, list[Any]] = {}
         for row in rows:
             for name, value in self._values(row["sample_id"], row["prediction"]).items():
                 collected.setdefault(name, []).append(value)
-        metrics = {}
+        found = {}
         for name, aggregate in self.source.aggregation().items():
             if name not in collected or "args" in inspect.signature(aggregate).parameters:
                 continue
@@ -217,8 +217,8 @@ class LmmsTask(Task):
                 warnings.warn(f"The metric {name} of {self.name} failed: {error!r}", stacklevel=2)
                 continue
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                metrics[name] = float(value)
-        return metrics
+                found[name] = float(value)
+        return found
 
     def _values(self, sample_id: str, prediction: str) -> dict[str, Any]:
         key = (sample_id, prediction)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ class Sample:
     @property
     def frames(self) -> list[Image]:
         """Its pictures, and the frames of its videos, in order."""
-        return [frame for visual in self.visuals for frame in (visual if isinstance(visual, list) else [visual])]
+        return [frame for one in self.visuals for frame in (one if isinstance(one, list) else [one])]
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Task:
 
     Attributes:
         size: how many samples there are.
-        load: yields the samples `start..stop` in the task's order; images are decoded as they are asked for.
+        load: yields the samples `start..stop` in the task's own order; images are decoded as they are asked for.
         score: (prediction, answer) -> 1.0 for right, 0.0 for wrong, or something between.
         max_new_tokens: length of an answer.
         families: the families in the order in which tables show them; () means as they come.
@@ -74,8 +74,8 @@ class Task:
         """The score of an answer to `sample`."""
         return self.score(prediction, sample.answer)
 
-    def metrics(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """Further metrics by name, in the task's units, of all answers of one point; most tasks have none.
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Further metrics by name, in the task's own units, of all answers of one point; most tasks have none.
 
         Args:
             rows: with `sample_id` and `prediction`.

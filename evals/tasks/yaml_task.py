@@ -49,7 +49,7 @@ def normalise(text: Any) -> str:
     that was asked for, and "+" is not "-".
     """
     plain = " ".join(str(text).lower().replace("\u2212", "-").split()).replace(" %", "%")
-    words = _MARKS.sub(lambda found: found.group(1) or " ", plain).split()
+    words = _MARKS.sub(lambda match: match.group(1) or " ", plain).split()
     return " ".join(word for word in words if word not in ("a", "an", "the")) or " ".join(words) or plain
 
 
@@ -66,15 +66,15 @@ def _contains(prediction: str, answer: Any) -> float:
 
 
 def _letter(prediction: str, answer: Any) -> float:
-    found = re.match(r"\W*([A-Z])\b", prediction) or re.fullmatch(r"\W*([a-z])\W*", prediction)
-    return float(bool(found) and found.group(1).upper() == str(answer).strip().upper())
+    letter = re.match(r"\W*([A-Z])\b", prediction) or re.fullmatch(r"\W*([a-z])\W*", prediction)
+    return float(bool(letter) and letter.group(1).upper() == str(answer).strip().upper())
 
 
 def _vqa(prediction: str, answer: Any) -> float:
     same = [normalise(item) == normalise(prediction) for item in _several(answer)]
     if len(same) == 1:
         return float(same[0])
-    others = [sum(same) - own for own in same]
+    others = [sum(same) - alike for alike in same]
     return sum(min(1.0, count / 3) for count in others) / len(others)
 
 
@@ -96,11 +96,21 @@ def read_spec(path: Path) -> dict[str, Any]:
         raise ValueError(f"The task file {path} must hold a mapping with at least the key 'data'.")
     for key in spec:
         if key not in _KEYS:
-            raise ValueError(f"The task file {path} has an unknown key {key!r}.{near(key, list(_KEYS))}")
+            raise ValueError(f"The task file {path} has an unknown key {key!r}.{near(str(key), list(_KEYS))}")
+    for key in ("data", "subset", "split", "prompt", "match"):
+        # prompt: {question} without quotes is a mapping to YAML
+        if key in spec and not isinstance(spec[key], str) and (spec[key] is not None or key in ("data", "match")):
+            raise ValueError(f"{key} in {path} must be a text, got {spec[key]!r}; put it in quotes.")
     columns = spec.get("columns") or {}
+    if not isinstance(columns, dict):
+        raise ValueError(f"columns in {path} must be a mapping, got {columns!r}.")
     for key in columns:
         if key not in _COLUMNS:
-            raise ValueError(f"The task file {path} has an unknown column {key!r}.{near(key, list(_COLUMNS))}")
+            raise ValueError(f"The task file {path} has an unknown column {key!r}.{near(str(key), list(_COLUMNS))}")
+        names = columns[key] if isinstance(columns[key], list) and key == "choices" else [columns[key]]
+        if not names or not all(isinstance(name, str) for name in names):
+            kinds = "the name of a column, or a list of names" if key == "choices" else "the name of a column"
+            raise ValueError(f"{key} in columns of {path} must be {kinds}, got {columns[key]!r}.")
     for key in ("name", "prompt"):
         if key in spec and (spec[key] is None or not str(spec[key]).strip()):
             raise ValueError(f"{key} in {path} is empty; write something or leave the key out.")
@@ -224,8 +234,8 @@ def _beside(data: Any, column: str, source: Path) -> Any:
         return data
 
     def found(name: str | None) -> str | None:
-        own = source.parent / (name or "")
-        return str(own) if name and own.is_file() else name
+        beside = source.parent / (name or "")
+        return str(beside) if name and beside.is_file() else name
 
     names = [found(name) for name in data[column]]
     return data.remove_columns(column).add_column(column, names)
@@ -235,8 +245,8 @@ def _choices(row: dict[str, Any], where: Any) -> dict[str, str]:
     """By letter; an empty one has none, and the others keep theirs."""
     if where is None:
         return {}
-    found = [row[column] for column in where] if isinstance(where, list) else list(row[where] or [])
-    lettered = zip(_LETTERS, found)
+    choices = [row[column] for column in where] if isinstance(where, list) else list(row[where] or [])
+    lettered = zip(_LETTERS, choices)
     return {letter: str(one) for letter, one in lettered if one is not None and str(one).strip() not in ("", "nan")}
 
 
@@ -247,7 +257,7 @@ def _question(prompt: str, row: dict[str, Any], columns: dict[str, Any], choices
         "choices": "\n".join(f"{letter}. {choice}" for letter, choice in choices.items()),
         "context": f"{context}\n" if context and context != "nan" else "",
     }
-    return re.sub(r"\{(\w+)\}", lambda found: texts[found.group(1)], prompt)
+    return re.sub(r"\{(\w+)\}", lambda place: texts[place.group(1)], prompt)
 
 
 def _answer(answer: Any, choices: dict[str, str]) -> Any:

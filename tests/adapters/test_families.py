@@ -164,7 +164,7 @@ def test_analytic_flops_equal_measured_by_part_and_layer(name, method):
     except ValueError:
         pytest.skip("refused")
     with handle:
-        found = _measure_once(SimpleNamespace(model=model), batch)  # type: ignore[arg-type]
+        found = _measure_once(SimpleNamespace(model=model, adapter=adapter_for(model)), batch)  # type: ignore[arg-type]
         model(**batch)
         report = handle.report()
     counted = report.flops.as_dict()

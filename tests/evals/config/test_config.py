@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tokenprune.evals.config.measure import Measure, Overlays
 from tokenprune.evals.config.run_config import RunConfig
-from tokenprune.evals.config.sweep_file import packaged_configs, read_config
+from tokenprune.evals.config.sweep_file import known_keys, packaged_configs, read_config
 from tokenprune.evals.tasks.load import check_task
 from tokenprune.registry import UnknownName
 
@@ -61,11 +64,17 @@ def test_options_and_own_budgets(tiny_folder):
         ('measure: {flops: "off"}', "measure.flops must be true or false, got 'off'"),
         ("overlays: {keep: 5}", "overlays.keep must be a budget of the run, got 5; it has 9"),
         ("model: pocket-lava", "no model called 'pocket-lava'"),
+        ("model: 3", "model must be a text, or a list of texts, got 3"),
+        ("model: [null]", "model must be a text, or a list of texts, got [None]"),
+        ("tasks: [[pocket]]", "tasks must be a text, or a list of texts, got [['pocket']]"),
+        ("tasks: {pocket: 3}", "tasks must be a text, or a list of texts, got [{'pocket': 3}]"),
+        ("tasks: null", "tasks must be a text"),
+        ("name: 2026", "name must be a text, got 2026"),
+        ("device: 0", "device must be a text, got 0"),
+        ("output: [runs]", "output must be a text, got ['runs']"),
     ],
 )
 def test_mistakes_are_found_before_the_work(tmp_path, tiny_folder, change, says):
-    import yaml
-
     data = {**yaml.safe_load(GOOD.format(model=tiny_folder)), **yaml.safe_load(change)}
     with pytest.raises((ValueError, TypeError, UnknownName)) as caught:
         read_config(written(tmp_path, yaml.safe_dump(data)))
@@ -96,3 +105,24 @@ def test_task_file_is_checked(tmp_path):
         check_task(str(path))
     with pytest.raises(FileNotFoundError):
         check_task(str(tmp_path / "none.yaml"))
+
+
+WRONG = (3, -1, 1.5, True, None, "x", [1], [None], ["x"], [], {"a": 1}, {})
+KEYS = [(name,) for name in known_keys()] + [
+    (section, field.name) for section, cls in (("measure", Measure), ("overlays", Overlays)) for field in fields(cls)
+]
+
+
+@pytest.mark.parametrize("path", KEYS, ids=".".join)
+def test_no_value_of_a_wrong_kind_ends_in_a_stack_trace(path, tmp_path, tiny_folder):
+    """Whatever stands behind a key: it is taken, or refused in a sentence."""
+    for value in WRONG:
+        data = {**yaml.safe_load(GOOD.format(model=tiny_folder)), path[0]: {path[1]: value} if path[1:] else value}
+        try:
+            config = read_config(written(tmp_path, yaml.safe_dump(data)))
+            assert config.folder and config.points()
+        except (ValueError, TypeError, UnknownName, FileNotFoundError) as error:
+            said = str(error.args[0])
+            assert said[-1] in ".?" and " " in said and "object" not in said and "unhashable" not in said, (
+                f"{value}: {said}"
+            )

@@ -18,7 +18,7 @@ BESIDE = {
     "evals.config.grid", "evals.config.measure", "evals.config.points", "evals.config.run_config",
     "evals.config.targets",
     # how rows are kept, and what is said when something fails
-    "evals.errors", "evals.io.atomic_files", "evals.io.digest", "evals.io.row_store",
+    "evals.errors", "evals.io.atomic_files", "evals.io.digest", "evals.io.row_store", "evals.io.rows",
     # what a prompt cost, and how a caller looks at it
     "cost", "handle", "prompt_view", "report",
 }  # fmt: skip

@@ -18,7 +18,9 @@ from tokenprune.evals.config.points import Point
 from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.errors import UserError
 from tokenprune.evals.io.row_store import RowStore
+from tokenprune.evals.io.rows import CostsRow, FlopsCosts, KvCosts, Quartiles, SampleRow
 from tokenprune.evals.report.tables import result_tables
+from tokenprune.evals.results.records import Picture, ResultRecord, Scores, View
 from tokenprune.evals.sweep.sweep import run
 from tokenprune.registry import METHODS
 
@@ -78,6 +80,55 @@ def test_records_carry_everything(finished):
         compared = record["overall"]["vs_random"] is not None
         assert compared == (record["method"] not in ("none", "random"))
     assert records[1]["kept_tokens"] == 9 and records[2]["kept_tokens"] == 18
+
+
+def lines_of(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_what_is_written_is_what_is_documented(finished):
+    """Every key of every row and record is one of its type, and none that the type requires is missing."""
+    import pyarrow.parquet as pq
+
+    _, folder = finished
+    of_the_point = {"model", "task", "method", "seed", "keep", "options"}
+    assert {key for row in rows_of(folder) for key in row} == SampleRow.__required_keys__
+    assert SampleRow.__optional_keys__ == {"error", "raised_at", "counted", *of_the_point}
+    table = pq.read_table(folder / "samples.parquet").column_names
+    assert set(table) == {*SampleRow.__required_keys__, *SampleRow.__optional_keys__} - {"raised_at"}
+
+    for row in lines_of(folder, "measures.jsonl"):
+        assert set(row) == {*CostsRow.__required_keys__, *CostsRow.__optional_keys__} - {"error", "raised_at"}
+    for record in lines_of(folder, "results.jsonl"):
+        assert set(record) == {*ResultRecord.__required_keys__, *ResultRecord.__optional_keys__}
+        assert set(record["kv"]) == KvCosts.__required_keys__
+        assert set(record["flops"]) == FlopsCosts.__required_keys__
+        assert all(set(times) == Quartiles.__required_keys__ for times in record["times"].values())
+        for scores in (record["overall"], *record["families"].values()):
+            assert set(scores) == Scores.__required_keys__
+    for picture in json.loads((folder / "pictures" / "index.json").read_text()):
+        assert set(picture) == Picture.__required_keys__
+        assert all(set(view) == View.__required_keys__ for view in picture["views"])
+
+
+def test_a_failure_is_written_as_documented(tmp_path, tiny_folder, tiny_task, monkeypatch):
+    from tokenprune.evals.evaluation import evaluate
+
+    answer = evaluate.answer_batch
+
+    def fails_on_the_second(loaded, point, samples, *rest):
+        if point.method == "uniform" and any(sample.sample_id == "s1" for sample in samples):
+            raise ValueError("no")
+        return answer(loaded, point, samples, *rest)
+
+    monkeypatch.setattr(evaluate, "answer_batch", fails_on_the_second)
+    monkeypatch.setattr("tokenprune.evals.profiling.timing.measure_times", None)
+    done = run(config(tmp_path, tiny_folder, tiny_task, limit=3), QUIET)
+    failed = [row for row in rows_of(tmp_path) if "error" in row]
+    assert [set(row) for row in failed] == [{*SampleRow.__required_keys__, "error", "raised_at"}]
+    unmeasured = lines_of(tmp_path, "measures.jsonl")
+    assert unmeasured and all(set(row) == {*CostsRow.__required_keys__, "error", "raised_at"} for row in unmeasured)
+    assert all({"kv", "times", "flops"}.isdisjoint(record) for record in done.records)
 
 
 def test_report_is_one_file_without_a_network(finished):
