@@ -104,11 +104,18 @@ class RunConfig:
         return expand(self._own_models, self.tasks, self._entries(), self._listed(), self.seeds, self.references)
 
     def check(self) -> None:
-        """Refuse every name, option and number that would fail later. Imports the methods, loads no model or data.
+        """Refuse every name, option and number that would fail later. Imports the methods, loads no model or data. The
+        same settings are checked once, however many hands they pass through.
 
         Raises:
             UnknownName, TypeError, ValueError, FileNotFoundError: with a sentence on what to write instead.
         """
+        settings = repr(self.as_dict())
+        if settings != vars(self).get("_checked"):
+            self._check()
+            vars(self)["_checked"] = settings
+
+    def _check(self) -> None:
         for name, value in (("name", self.name), ("device", self.device), ("output", self.output)):
             if not isinstance(value, str) and (value is not None or name == "name"):
                 raise ValueError(f"{name} must be a text, got {value!r}.")

@@ -15,6 +15,8 @@ import tokenprune.evals.evaluation.applied_method
 from tokenprune.cli import main
 from tokenprune.engine.engine import Engine
 from tokenprune.evals.config import points
+from tokenprune.evals.config.run_config import RunConfig
+from tokenprune.evals.config.sweep_file import read_config
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.plan import parse
 
@@ -57,3 +59,17 @@ def test_an_applied_method_is_read_once(built: Counter[str]) -> None:
     with tokenprune.applied(tiny_llava(), "holov@9"):
         pass
     assert built == {"methods": 1, "adapters": 1, "engines": 1}
+
+
+def test_settings_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times: list[str] = []
+    original = RunConfig._check
+    monkeypatch.setattr(RunConfig, "_check", lambda self: times.append(self.name) or original(self))
+    (tmp_path / "once.yaml").write_text("model: pocket-llava\ntasks: [pocket]\nmethods: [random]\nkeep: [9]\n")
+    config = read_config(str(tmp_path / "once.yaml"))
+    config.check()
+    assert times == ["once"]
+    config.keep = [9, 0]
+    with pytest.raises(ValueError, match="keep"):
+        config.check()
+    assert times == ["once", "once"], "other settings are checked anew"
