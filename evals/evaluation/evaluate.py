@@ -146,3 +146,22 @@ def evaluate(
             store.append([cast(SampleRow, row) for row in rows if row["sample_id"] in missing])
             on_progress(len(missing), point.label)
     return answered
+
+
+def outdated_answers(
+    config: RunConfig, loaded: LoadedModel, task: Task, points: list[Point], store: RowStore[SampleRow]
+) -> str:
+    """Why answers that a run folder holds of these points are not used again, as a sentence; "" where all are."""
+    settings, keys = settings_digest(config, loaded, task.fingerprint), {point.key for point in points}
+    others = [row["settings"] for row in store.rows() if row["point"] in keys and row["settings"] != settings]
+    if not others:
+        return ""
+    same_run = sum(other.partition(".")[0] == settings.partition(".")[0] for other in others)
+    what = [f"{same_run} with other questions or data of the task"] if same_run else []
+    if same_run < len(others):
+        rest = len(others) - same_run
+        what.append(f"{rest} by other code or weights, or with another dtype, seed or max_new_tokens")
+    return (
+        f"{len(others)} answers in {store.path.parent} were given {' and '.join(what)}. They stay in the file and "
+        "do not count; their samples are asked again."
+    )

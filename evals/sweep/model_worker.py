@@ -17,7 +17,7 @@ from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.errors import as_user_error
 from tokenprune.evals.evaluation.applied_method import check_points
 from tokenprune.evals.evaluation.batching import WHOLE, Share
-from tokenprune.evals.evaluation.evaluate import SAMPLE_KEY, AskedSamples, evaluate
+from tokenprune.evals.evaluation.evaluate import SAMPLE_KEY, AskedSamples, evaluate, outdated_answers
 from tokenprune.evals.io.row_store import folder_store
 from tokenprune.evals.models.load import load_model
 from tokenprune.evals.profiling.measure import MEASURE_KEY, measure
@@ -111,6 +111,8 @@ class ModelWorker:
             count = task.count(self.config.limit)
             limited = f", the first {count} of {task.size} samples" if self.config.limit else ""
             self.console.print(f"{self.loaded.name} on {task.name}: {len(of_task)} points{limited}", markup=False)
+            if outdated := outdated_answers(self.config, self.loaded, task, of_task, store):
+                self.console.print(outdated, markup=False)
             with show_progress(self.console) as progress:
                 places = range(count)
                 size = self.config.batch_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from tokenprune.evals.config.measure import Measure, Overlays
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.errors import UserError
+from tokenprune.evals.evaluation import applied_method
 from tokenprune.evals.io.row_store import RowStore
 from tokenprune.evals.io.rows import CostsRow, FlopsCosts, KvCosts, Quartiles, SampleRow
 from tokenprune.evals.report.tables import result_tables
@@ -181,6 +183,20 @@ def test_batch_size_changes_no_answer(tmp_path, tiny_folder, tiny_task):
 
 
 @pytest.mark.slow
+def test_a_folder_of_older_code_says_why_it_is_asked_again(tmp_path, tiny_folder, tiny_task, monkeypatch):
+    settings = config(tmp_path, tiny_folder, tiny_task, methods=["uniform"], limit=2, references=False)
+
+    def said() -> str:
+        console = Console(file=io.StringIO(), width=1000)
+        run(settings, console)
+        return console.file.getvalue()
+
+    assert "asked again" not in said() and "asked again" not in said()
+    monkeypatch.setattr(applied_method, "code_fingerprint", lambda: "older")
+    assert f"2 answers in {tmp_path} were given 2 by other code or weights" in said()
+    assert len(rows_of(tmp_path)) == 4, "the older rows stay"
+
+
 def test_a_run_killed_three_times_ends_as_an_undisturbed_one(tmp_path, tiny_folder, tiny_task):
     sweep = tmp_path / "sweep.yaml"
     settings = {
