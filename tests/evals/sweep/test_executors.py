@@ -117,7 +117,7 @@ def test_ray_retries_the_point_of_a_dead_worker(tmp_path, tiny_folder, tiny_task
                     return
             time.sleep(0.002)
 
-    killer = threading.Thread(target=kill_one)
+    killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     settings = {"limit": 60, "batch_size": 1, "methods": ["none", "uniform"], "references": False}
     done = run(config(folder, tiny_folder, tiny_task, **settings), QUIET, cluster.RayCluster())
