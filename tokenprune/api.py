@@ -109,11 +109,8 @@ class Prepared:
     @contextmanager
     def applied(self) -> Iterator[Handle]:
         """`apply` for the length of a `with` block."""
-        handle = self.apply()
-        try:
+        with self.apply() as handle:
             yield handle
-        finally:
-            handle.remove()
 
 
 def _check_free(entry: Any) -> None:
@@ -204,8 +201,5 @@ def applied(
     **options: Any,
 ) -> Iterator[Handle]:
     """`apply` for the length of a `with` block; the model is restored also after an exception."""
-    handle = apply(model, method, keep, average, outputs, **options)
-    try:
+    with apply(model, method, keep, average, outputs, **options) as handle:
         yield handle
-    finally:
-        handle.remove()
