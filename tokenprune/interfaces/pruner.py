@@ -48,6 +48,10 @@ class Pruner:
     """Options that only `stages` reads: where the user names the site (`at`), they have no effect and are refused."""
     published: ClassVar[str] = ""
     """Paper, arXiv number and official code, for tables."""
+    reproduces: ClassVar[str] = ""
+    """The published number that it should give: model, budget, metric and where it stands; "" where none is known."""
+    text_aware: ClassVar[bool] = False
+    """Whether the words of the prompt decide which tokens stay."""
     processor_options: ClassVar[Mapping[str, str]] = {}
     """Options whose value an image processor knows, by the name of its attribute: what runs with a processor at hand
     may set them."""

@@ -22,12 +22,15 @@ class Selection:
             and features (the rest of its rows is not looked at). None means k for each.
         carry: name -> `[M, N]`, values of all tokens that were chosen among; those of the kept ones travel with them to
             the next stage of the prompt (`View.carry`).
+        sizes: `[M, k]` or None: how many tokens each kept one stands for, itself counted, at least 1; from methods that
+            merge. Not whole where a method weighs what it merged (ERA).
     """
 
     indices: Tensor
     features: Tensor | None = None
     counts: list[int] | None = None
     carry: dict[str, Tensor] | None = None
+    sizes: Tensor | None = None
 
     def validate(self, count: int, num_tokens: int, least: int = 1) -> Selection:
         """Check shape, range and order of a selection among `num_tokens` tokens of `count` images; return self.
@@ -50,6 +53,10 @@ class Selection:
             raise ValueError(
                 f"Merged features must be [M, k, D] with M, k = {tuple(indices.shape)}, "
                 f"got {tuple(self.features.shape)}."
+            )
+        if self.sizes is not None and self.sizes.shape != indices.shape:
+            raise ValueError(
+                f"Sizes of kept tokens must be [M, k] = {tuple(indices.shape)}, got {tuple(self.sizes.shape)}."
             )
         if indices.device.type == "cpu":
             increasing, inside = indices.diff(dim=1) > 0, (indices >= 0) & (indices < num_tokens)

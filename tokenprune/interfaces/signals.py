@@ -51,6 +51,21 @@ red, green and blue with which the pixels were normalised (0..1 before). `[M, N]
 
 PIXEL_SIGNALS = (GREY_ENTROPY,)
 
+TOWER_STATES = "tower_states"
+"""Hidden states behind one block of the tower, as the block leaves them, mean over the patches of a token.
+`[M, N, C]`, C the tower's width."""
+
+TOWER_KEYS = "tower_keys"
+"""Key vectors of the patches in one block, before any rotation, heads side by side, mean over the patches of a token.
+`[M, N, H d]`."""
+
+ATTENTION_BY_HEAD = "attention_by_head"
+"""`CLS_ATTENTION` of each head, and on a tower without [CLS] the attention that a patch gets from all patches of its
+picture, by head. `[M, N, H]`."""
+
+VECTOR_SIGNALS = (TOWER_STATES, TOWER_KEYS, ATTENTION_BY_HEAD)
+"""Those with a vector for each token. They are fp32, as all others."""
+
 VISION_SIGNALS = (
     CLS_ATTENTION,
     MEAN_QUERY_ATTENTION,
