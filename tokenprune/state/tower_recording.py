@@ -41,8 +41,8 @@ class Recording:
 
     Attributes:
         visuals: what the tower was given, in its order.
-        signals: for each request, one `[cells]` fp32 tensor per visual, in the order of the visual's crops; `[cells, C]`
-            for those that are vectors.
+        signals: for each request, one `[cells]` fp32 tensor per visual, in the order of the visual's crops;
+            `[cells, C]` for those that are vectors.
         kept: what a cut before the projector left of each visual; None where nothing was cut.
         shrunk: (rows, cols) of each visual that the tower really worked on, if a method shrank the pictures.
         patches: patches of each picture in each block from `first_short` on, where a method cut inside the tower.
