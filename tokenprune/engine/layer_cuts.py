@@ -122,7 +122,7 @@ class LayerCuts:
         call.read[layer] = signals = DecoderSignals(self._adapter, given.after(layer), prompt)
         budgets = [stage.budget.tokens(span.num_tokens) for span in prompt.layout.spans]
         cuts = [0 < budget < alive.count for budget, alive in zip(budgets, prompt.alive)]
-        if any(cuts) or (stage.pruner.adaptive and any(alive.count for alive in prompt.alive)):
+        if any(cuts) or (stage.pruner.is_adaptive and any(alive.count for alive in prompt.alive)):
             with prompt.timer.running(given.hidden.device):
                 wanted = stage.signals(self._adapter.tower)
                 signals.prepare([signal.name for signal in wanted if signal.layer == layer])

@@ -16,6 +16,10 @@ MEAN_QUERY_ATTENTION = "mean_query_attention"
 """Attention of the mean of all patch queries of an image to each of its patches, as above. Where the tower merges
 patches into tokens, their mean. `[M, N]`."""
 
+CLS_WIDE_ATTENTION = "cls_wide_attention"
+"""As `CLS_ATTENTION`, with all heads taken as one: products over the tower's whole width, over its square root.
+`[M, N]`."""
+
 CLS_VALUE_SIMILARITY = "cls_value_similarity"
 """Softmax over [CLS] and patches of the unscaled product of [CLS]'s value vector with each value vector, mean over
 heads, the [CLS] column dropped. `[M, N]`."""
@@ -68,6 +72,7 @@ VECTOR_SIGNALS = (TOWER_STATES, TOWER_KEYS, ATTENTION_BY_HEAD)
 
 VISION_SIGNALS = (
     CLS_ATTENTION,
+    CLS_WIDE_ATTENTION,
     MEAN_QUERY_ATTENTION,
     CLS_VALUE_SIMILARITY,
     VALUE_NORM,
