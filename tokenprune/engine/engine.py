@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenprune.capture.decoder_attention import check_decoder_signal
+from tokenprune.capture.decoder_attention import DecoderSignals, check_decoder_signal
 from tokenprune.capture.token_transition import Transitions
 from tokenprune.engine.assisted_decoding import Drafts
 from tokenprune.engine.attention import AttentionInterventions
 from tokenprune.engine.decoder_pass import DecoderPass
+from tokenprune.engine.first_layer import entering
 from tokenprune.engine.guards import check_mask, check_replica, check_window, sliding_window
 from tokenprune.engine.hints import Hints
 from tokenprune.engine.layer_cuts import LayerCuts
@@ -68,7 +69,7 @@ class Engine:
         signals = [signal for stage in stages for signal in stage.signals(adapter.tower)]
         for stage in stages:
             for signal in stage.signals(adapter.tower):
-                check_decoder_signal(signal, stage.site, stage.depth if stage.place == "layer" else -2)
+                check_decoder_signal(signal, stage.site, stage.depth if stage.place in ("layer", "input") else -2)
                 check_vision_signal(signal, stage, adapter.tower.feature_layer)
         cuts = [stage.depth for stage in stages if stage.place == "layer"]
         self.attending = AttentionInterventions(adapter, interventions, self.calls, cuts)
@@ -243,8 +244,19 @@ class Engine:
                 prompt.alive[index].carry = {name: values.to(embeds.device) for name, values in carry.items()}
         if self._input is not None:
             with prompt.timer.running(embeds.device):
-                embeds = self._selector.choose(self._input, prompt, cutter, embeds, None)
+                signals = self._read_first_layer(prompt, inputs, embeds, cutter)
+                embeds = self._selector.choose(self._input, prompt, cutter, embeds, signals)
+                prompt.flops += sum(computed.flops for computed in signals.values())
         return embeds, cutter.compact(inputs.attended(embeds.device), inputs.batch_size)
+
+    def _read_first_layer(
+        self, prompt: Prompt, inputs: CallInputs, embeds: Tensor, cutter: CutBuilder
+    ) -> dict[int, DecoderSignals]:
+        """What the stage at "input" wants to know of decoder layer 0, yet to run; {} if nothing."""
+        if self._input is None or not any(s.name in DECODER_SIGNALS for s in self._input.signals(self.adapter.tower)):
+            return {}
+        given = entering(self.adapter, inputs, embeds, cutter.gone(embeds.shape[0]), self._policy)
+        return {0: DecoderSignals(self.adapter, given, prompt)}
 
     def _recorded(self, layout: Layout) -> list[tuple[Recording, int]]:
         """Recording and row of each span, from the features calls of this very forward."""

@@ -48,7 +48,7 @@ class LayerCuts:
         self._adapter, self._selector, self._transitions = adapter, selector, transitions
         self._attending, self._calls = attending, calls
         self._stages = {stage.depth: stage for stage in stages if stage.place == "layer"}
-        signals = [signal for stage in stages for signal in stage.signals(adapter.tower)]
+        signals = [signal for stage in self._stages.values() for signal in stage.signals(adapter.tower)]
         self._read_layers = {signal.layer for signal in signals if signal.name in DECODER_SIGNALS}
         self._read_after = {stage.depth - 1: stage for stage in stages if _reads_before(stage, adapter.tower)}
         self._ledger = Ledger()  # that of the handle, once installed

@@ -152,9 +152,7 @@ class PromptSelector:
             def signal(wanted: Signal) -> Tensor:
                 if wanted.name in DECODER_SIGNALS:
                     if signals is None:
-                        raise ValueError(
-                            f"{wanted.name} is there at 'layer:K' only, and this stage is at {stage.site!r}."
-                        )
+                        raise ValueError(f"{wanted.name} of decoder layers was not read at {stage.site!r}.")
                     return signals[wanted.layer].value(wanted.name, index, places)
                 if wanted.name in TRANSITION_SIGNALS:
                     return self._transitions.value(wanted, span.sample, places)

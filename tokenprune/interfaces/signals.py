@@ -85,7 +85,8 @@ VISION_SIGNALS = (
 
 LAST_ATTENTION = "last_attention"
 """Attention of a prompt's last token to each visual token in one decoder layer: softmax over all tokens that it sees,
-in fp32, mean over heads. At "layer:K", layer K - 1 is read as it ran and layer K is tried on what would enter it.
+in fp32, mean over heads. At "layer:K", layer K - 1 is read as it ran and layer K is tried on what would enter it; at
+"input", layer 0 is tried.
 `[M, N]`."""
 
 TEXT_TO_VISUAL = "text_to_visual"
