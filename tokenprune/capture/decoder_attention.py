@@ -22,6 +22,7 @@ from tokenprune.interfaces.signals import (
     LAST_ATTENTION,
     LAST_VALUE_SIMILARITY,
     LAST_VISUAL_ATTENTION,
+    PROMPT_SIGNALS,
     TEXT_TO_VISUAL,
     TRANSITION_SIGNALS,
     VISUAL_TO_TEXT,
@@ -80,6 +81,8 @@ def check_decoder_signal(signal: Signal, site: str, depth: int) -> None:
     Args:
         depth: K of "layer:K"; 0 at "input", where what enters layer 0 is there; negative elsewhere.
     """
+    if signal.name in PROMPT_SIGNALS and site != "input":
+        raise ValueError(f"{signal.name} is there at 'input' only, and was asked for at {site!r}.")
     if signal.name in DECODER_SIGNALS and depth < 0:
         raise ValueError(
             f"{signal.name} of decoder layers is there at 'layer:K' and, of layer 0, at 'input' only, and was asked "

@@ -83,6 +83,12 @@ VISION_SIGNALS = (
     *VECTOR_SIGNALS,
 )
 
+INSTRUCTION_EMBEDDING = "instruction_embedding"
+"""Mean of the embeddings of a prompt's text after its last visual token, as the decoder is given them; of the text
+before, where none follows. At "input" only. `[M, D]`, the same for all images of a prompt; ask for layer 0."""
+
+PROMPT_SIGNALS = (INSTRUCTION_EMBEDDING,)
+
 LAST_ATTENTION = "last_attention"
 """Attention of a prompt's last token to each visual token in one decoder layer: softmax over all tokens that it sees,
 in fp32, mean over heads. At "layer:K", layer K - 1 is read as it ran and layer K is tried on what would enter it; at
