@@ -13,6 +13,7 @@ from tokenprune.cost import ModelShape
 from tokenprune.hooks import Scratch
 from tokenprune.interfaces.adapter import VisionTower
 from tokenprune.interfaces.signals import (
+    ATTENTION_BY_HEAD,
     CLS_ATTENTION,
     CLS_PATCH_ATTENTION,
     CLS_PATCH_SIMILARITY,
@@ -22,6 +23,8 @@ from tokenprune.interfaces.signals import (
     MEAN_VALUE_SIMILARITY,
     SINK_ATTENTION,
     SINK_ATTENTION_SUM,
+    TOWER_KEYS,
+    TOWER_STATES,
     VALUE_NORM,
     TowerInfo,
 )
@@ -74,7 +77,7 @@ class Vit(VisionTower):
         cls = (CLS_ATTENTION, CLS_VALUE_SIMILARITY, CLS_PATCH_ATTENTION, CLS_PATCH_SIMILARITY)
         summary = cls if facts.has_cls else (MEAN_QUERY_ATTENTION,)
         patches = (MEAN_VALUE_SIMILARITY, VALUE_NORM, SINK_ATTENTION, SINK_ATTENTION_SUM)
-        self.signals = (*summary, *patches, GREY_ENTROPY)
+        self.signals = (*summary, *patches, GREY_ENTROPY, TOWER_STATES, TOWER_KEYS, ATTENTION_BY_HEAD)
         self._patch = patch
         self._before = int(facts.has_cls)
 
@@ -140,7 +143,8 @@ class Vit(VisionTower):
         return VitRun(grids[0][0] * grids[0][1])
 
     def states(self, run: VitRun, args: Any, pictures: Sequence[int], count: int) -> Tensor:
-        return args[0][list(pictures), self._before : self._before + count]  # [m, count, D]
+        left = self._before + count * self.patches_per_cell
+        return self.by_cell(args[0][list(pictures), self._before : left])  # [m, count, D]
 
     def drop_tokens(self, run: VitRun, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
         hidden = args[0]

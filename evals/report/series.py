@@ -58,7 +58,7 @@ def budgets(records: list[ResultRecord]) -> list[str]:
     return sorted(keeps, key=lambda text: budget_size(keeps[text]), reverse=True)
 
 
-def looks(records: list[ResultRecord]) -> list[dict[str, str]]:
+def series_styles(records: list[ResultRecord]) -> list[dict[str, str]]:
     """One entry per series, in the order of the records: `name`, `kind`, `light` and `dark` colour, `marker`."""
     series: dict[str, dict[str, str]] = {}
     used = {"method": 0, "control": 0}

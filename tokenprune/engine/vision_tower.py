@@ -21,7 +21,7 @@ from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.selection import grid_places
-from tokenprune.interfaces.signals import PIXEL_SIGNALS, VISION_SIGNALS, Signal
+from tokenprune.interfaces.signals import PIXEL_SIGNALS, TOWER_STATES, VISION_SIGNALS, Signal
 from tokenprune.interfaces.visual import Raster, Visual
 from tokenprune.state.forward_call import Calls
 from tokenprune.state.tower_recording import KeptBeforeProjector, Recording, tag
@@ -84,9 +84,7 @@ class TowerPass:
         """Compute signals of the block that just ran, for all pictures."""
         vision = self._owner.adapter.vision
         before = int(vision.facts.has_cls)
-        for signal in signals:
-            self.latest[signal] = [torch.empty(0)] * len(self.counts)
-            self.among[signal] = list(self.alive)
+        self._begin(signals)
         for count, pictures in self.groups().items():
             query, key, value = read(self.run, pictures, count)
             for signal in signals:
@@ -96,6 +94,19 @@ class TowerPass:
                 self.recording.selection_flops += 2 * multiplied * key.shape[0] * query.shape[1] * key.shape[3]
                 for row, picture in enumerate(pictures):
                     self.latest[signal][picture] = by_cell[row]
+
+    def record_states(self, signal: Signal, hidden: Tensor) -> None:
+        """Take the hidden states that a block leaves, for all pictures."""
+        self._begin([signal])
+        for count, pictures in self.groups().items():
+            states = self._owner.adapter.vision.states(self.run, (hidden,), pictures, count)  # [m, count, D]
+            for picture, value in zip(pictures, states.float()):
+                self.latest[signal][picture] = value
+
+    def _begin(self, signals: Sequence[Signal]) -> None:
+        for signal in signals:
+            self.latest[signal] = [torch.empty(0)] * len(self.counts)
+            self.among[signal] = list(self.alive)
 
     def cut(self, stage: Stage, args: Any) -> list[Tensor] | None:
         """Let a stage choose among the cells after its block; what stays of each picture, among those that were
@@ -181,7 +192,7 @@ class TowerPass:
     def _spread_out(self, values: list[Tensor]) -> list[Tensor]:
         """Values of the cells of smaller grids at their places in the larger ones, zeros elsewhere."""
         return [
-            value.new_zeros(visual.num_tokens).index_copy(0, index.to(value.device), value)
+            value.new_zeros(visual.num_tokens, *value.shape[1:]).index_copy(0, index.to(value.device), value)
             for visual, value, index in zip(self.recording.visuals, values, self._spread)
         ]
 
@@ -191,7 +202,7 @@ class TowerPass:
         if there is None:
             return value
         rows, cols = self.grids[picture]
-        return value.new_zeros(rows * cols).index_copy(0, there, value)
+        return value.new_zeros(rows * cols, *value.shape[1:]).index_copy(0, there, value)
 
     @functools.cached_property
     def _alive_on_host(self) -> list[Tensor | None]:
@@ -269,7 +280,12 @@ class TowerHooks:
         vision = self.adapter.vision
         for signal in self._signals:
             self._check(signal)
-        of_blocks = [signal for signal in self._signals if signal.name not in PIXEL_SIGNALS]
+        for signal in self._signals:
+            if signal.name == TOWER_STATES:
+                done = opaque(functools.partial(self._record_states, signal))
+                for hook in vision.hook_states(signal.layer, done):
+                    ledger.hook(hook)
+        of_blocks = [signal for signal in self._signals if signal.name not in (*PIXEL_SIGNALS, TOWER_STATES)]
         for block in sorted({signal.layer for signal in of_blocks}):
             names = [signal for signal in of_blocks if signal.layer == block]
             for hook in vision.hook_attention(block, opaque(functools.partial(self._record, names))):
@@ -300,6 +316,11 @@ class TowerHooks:
         if self._run is not None:
             with self._run.recording.timer.running(self._run.recording.device):
                 self._run.record(signals, read)
+
+    def _record_states(self, signal: Signal, hidden: Tensor) -> None:
+        if self._run is not None:
+            with self._run.recording.timer.running(self._run.recording.device):
+                self._run.record_states(signal, hidden)
 
     def _enter_block(self, block: int, module: Any, args: Any, kwargs: Any) -> Any:
         run, vision = self._run, self.adapter.vision

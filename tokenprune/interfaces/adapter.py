@@ -58,6 +58,19 @@ class VisionTower:
         """
         raise TypeError(f"{type(self).__name__} records no signals.")
 
+    def hook_states(self, block: int, done: Callable[[Tensor], None]) -> list[Any]:
+        """Hook a block so that `done(hidden)` is called with the hidden states that it leaves, in the tower's form, which
+        `states` reads.
+
+        Returns:
+            The removable hook handles.
+        """
+
+        def on_output(module: Any, args: Any, output: Any) -> None:
+            done((output[0] if isinstance(output, tuple) else output).detach())
+
+        return [self.blocks[block].register_forward_hook(on_output)]
+
     def start(self, grids: Sequence[tuple[int, int]]) -> Any:
         """What the other calls need to know of one run; `grids` are (rows, cols) of cells by picture."""
         return None
@@ -85,11 +98,12 @@ class VisionTower:
         return list(counts)
 
     def by_cell(self, values: Tensor) -> Tensor:
-        """From `[m, patches]` to `[m, cells]`: the mean over each cell's patches."""
+        """From `[m, patches, ...]` to `[m, cells, ...]`: the mean over each cell's patches."""
         return values
 
     def in_raster_order(self, run: Any, values: Tensor, pictures: Sequence[int]) -> Tensor:
-        """From the order in which the tower has the cells of some pictures, `[m, cells]`, to that of their rasters."""
+        """From the order in which the tower has the cells of some pictures, `[m, cells, ...]`, to that of their
+        rasters."""
         return values
 
     def patch_pixels(self, pixels: Tensor, pictures: int) -> Tensor:

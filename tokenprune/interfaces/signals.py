@@ -56,8 +56,8 @@ TOWER_STATES = "tower_states"
 `[M, N, C]`, C the tower's width."""
 
 TOWER_KEYS = "tower_keys"
-"""Key vectors of the patches in one block, before any rotation, heads side by side, mean over the patches of a token.
-`[M, N, H d]`."""
+"""Key vectors of the patches in one block as its attention multiplies them (behind norms, and behind the rotation where
+the tower rotates), heads side by side, mean over the patches of a token. `[M, N, H d]`."""
 
 ATTENTION_BY_HEAD = "attention_by_head"
 """`CLS_ATTENTION` of each head, and on a tower without [CLS] the attention that a patch gets from all patches of its
@@ -75,6 +75,7 @@ VISION_SIGNALS = (
     SINK_ATTENTION,
     SINK_ATTENTION_SUM,
     GREY_ENTROPY,
+    *VECTOR_SIGNALS,
 )
 
 LAST_ATTENTION = "last_attention"

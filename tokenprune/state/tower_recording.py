@@ -41,7 +41,8 @@ class Recording:
 
     Attributes:
         visuals: what the tower was given, in its order.
-        signals: for each request, one `[cells]` fp32 tensor per visual, in the order of the visual's crops.
+        signals: for each request, one `[cells]` fp32 tensor per visual, in the order of the visual's crops; `[cells, C]`
+            for those that are vectors.
         kept: what a cut before the projector left of each visual; None where nothing was cut.
         shrunk: (rows, cols) of each visual that the tower really worked on, if a method shrank the pictures.
         patches: patches of each picture in each block from `first_short` on, where a method cut inside the tower.
@@ -95,7 +96,7 @@ class Recording:
         return total * 2654435761
 
     def signal(self, signal: Signal, row: int) -> Tensor:
-        """`[N]` fp32: a signal of one visual, by its own tokens."""
+        """`[N]` fp32, or `[N, C]`: a signal of one visual, by its own tokens."""
         cells, visual = self.signals[signal][row], self.visuals[row]
         if visual.resample is not None:
             return visual.resample(cells)
