@@ -71,8 +71,7 @@ class Engine:
             for signal in stage.signals(adapter.tower):
                 check_decoder_signal(signal, stage.site, stage.depth if stage.place in ("layer", "input") else -2)
                 check_vision_signal(signal, stage, adapter.tower.feature_layer)
-        cuts = [stage.depth for stage in stages if stage.place == "layer"]
-        self.attending = AttentionInterventions(adapter, interventions, self.calls, cuts)
+        self.attending = AttentionInterventions(adapter, interventions, self.calls, self.stages)
         self._input = next((stage for stage in stages if stage.place == "input"), None)
         # tokens that left before the projector leave the rows here too, under their own method's policy
         before_layers = [stage for stage in stages if stage.place != "layer"]
@@ -85,7 +84,7 @@ class Engine:
         self._selector = PromptSelector(adapter.tower, self._transitions, self.attending, self.hints)
         self._layers = LayerCuts(adapter, self.stages, self._selector, self._transitions, self.attending, self.calls)
         reads_text = any(signal.name in (*DECODER_SIGNALS, *TRANSITION_SIGNALS, *PROMPT_SIGNALS) for signal in signals)
-        self._drafts = Drafts(self.calls, reads_text or bool(self.attending))
+        self._drafts = Drafts(self.calls, reads_text or bool(self.attending.layers))
         self._outputs = Outputs(self.calls, outputs)
         self._learning = threading.RLock()
         self._window = sliding_window(adapter.language_model.config) if self.stages else None

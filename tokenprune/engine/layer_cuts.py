@@ -111,7 +111,10 @@ class LayerCuts:
             left = 0 if current.before is None else current.before.hidden(layer)
             keys, seen = cache.layers[layer].keys, current.seen(layer)  # [B, Hk, K, d], [B, K]
             check_cached_keys(keys, current.past - left, layer, cache)
-        return LayerInput(module, hidden, kwargs["position_embeddings"], current.attended, keys, seen, cache=cache)
+        bias = self._attending.bias(layer, 0 if keys is None else keys.shape[2], hidden)
+        return LayerInput(
+            module, hidden, kwargs["position_embeddings"], current.attended, keys, seen, cache=cache, bias=bias
+        )
 
     def _after_attention(self, layer: int, module: Any, args: Any, output: Any) -> None:
         """Read for the stage after this layer what that one wants to know, while the layer runs."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from tokenprune.capture.decoder_attention import DecoderSignals
 from tokenprune.capture.token_transition import Transitions
 from tokenprune.engine.attention import AttentionInterventions
-from tokenprune.engine.batched_selection import SelectionRequest, SelectionResult, choose, joined_carry
+from tokenprune.engine.batched_selection import SelectionRequest, SelectionResult, choose, joined_carry, joined_sizes
 from tokenprune.engine.hints import Hints
 from tokenprune.interfaces.budget import split_budget
 from tokenprune.interfaces.pruner import Stage
@@ -74,7 +74,8 @@ class PromptSelector:
             if kept.shape[0] == start and not merged:
                 prompt.alive[index].carry = carry
                 continue
-            places = cutter.keep(index, kept, carry)
+            prompt.merged += [answer.merged for _, answer in parts if answer is not None and answer.merged is not None]
+            places = cutter.keep(index, kept, carry, joined_sizes(stage, [(item.count, a) for item, a in parts]))
             if merged:
                 row = torch.full_like(places, prompt.layout.spans[index].sample)
                 hidden = hidden.index_put((row, places), torch.cat(merged).to(hidden.dtype))
