@@ -18,6 +18,7 @@ from tokenprune.interfaces.signals import (
     CLS_PATCH_ATTENTION,
     CLS_PATCH_SIMILARITY,
     CLS_VALUE_SIMILARITY,
+    CLS_WIDE_ATTENTION,
     GREY_ENTROPY,
     MEAN_QUERY_ATTENTION,
     MEAN_VALUE_SIMILARITY,
@@ -75,7 +76,7 @@ class Vit(VisionTower):
         self.can_merge = cell_patches is None
         if cell_patches is not None:
             self.can_cut, self.patches_per_cell = False, cell_patches.shape[1]
-        cls = (CLS_ATTENTION, CLS_VALUE_SIMILARITY, CLS_PATCH_ATTENTION, CLS_PATCH_SIMILARITY)
+        cls = (CLS_ATTENTION, CLS_WIDE_ATTENTION, CLS_VALUE_SIMILARITY, CLS_PATCH_ATTENTION, CLS_PATCH_SIMILARITY)
         summary = cls if facts.has_cls else (MEAN_QUERY_ATTENTION,)
         patches = (MEAN_VALUE_SIMILARITY, VALUE_NORM, SINK_ATTENTION, SINK_ATTENTION_SUM)
         self.signals = (*summary, *patches, GREY_ENTROPY, TOWER_STATES, TOWER_KEYS, ATTENTION_BY_HEAD)

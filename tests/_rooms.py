@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("evals.results",),
     ("evals.report",),
     ("evals.single_image", "evals.lmms", "evals.sweep"),
-    ("evals.pocket_training", "evals.tuning"),
+    ("evals.pocket_training", "evals.tuning", "evals.learned"),
     ("commands",),
     ("cli",),
     ("evals.bench",),

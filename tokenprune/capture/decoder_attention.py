@@ -1,4 +1,5 @@
-"""Attention of a few rows in one decoder layer, from the layer's projections: what stages at "layer:K" may ask for.
+"""Attention of a few rows in one decoder layer, from the layer's projections: what stages at "layer:K" may ask for, and
+of layer 0 those at "input".
 
 Layer K - 1 has run when a stage at "layer:K" chooses, so its keys and values are read from its KV cache where that has
 them; those of layer K, which is yet to run, are projected here.
@@ -21,6 +22,7 @@ from tokenprune.interfaces.signals import (
     LAST_ATTENTION,
     LAST_VALUE_SIMILARITY,
     LAST_VISUAL_ATTENTION,
+    PROMPT_SIGNALS,
     TEXT_TO_VISUAL,
     TRANSITION_SIGNALS,
     VISUAL_TO_TEXT,
@@ -77,9 +79,22 @@ class LayerInput:
 
 
 def check_decoder_signal(signal: Signal, site: str, depth: int) -> None:
-    """Raise ValueError if a stage at "layer:K" cannot have this signal."""
+    """Raise ValueError if a stage cannot have this signal.
+
+    Args:
+        depth: K of "layer:K"; 0 at "input", where what enters layer 0 is there; negative elsewhere.
+    """
+    if signal.name in PROMPT_SIGNALS and site != "input":
+        raise ValueError(f"{signal.name} is there at 'input' only, and was asked for at {site!r}.")
     if signal.name in DECODER_SIGNALS and depth < 0:
-        raise ValueError(f"{signal.name} of decoder layers is there at 'layer:K' only, and was asked for at {site!r}.")
+        raise ValueError(
+            f"{signal.name} of decoder layers is there at 'layer:K' and, of layer 0, at 'input' only, and was asked "
+            f"for at {site!r}."
+        )
+    if signal.name in DECODER_SIGNALS and depth == 0 and signal.layer != 0:
+        raise ValueError(
+            f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage there reads layer 0."
+        )
     if signal.name in DECODER_SIGNALS and signal.layer not in (depth - 1, depth):
         raise ValueError(
             f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage there reads layers "

@@ -93,9 +93,9 @@ def choose(
     answers: list[SelectionResult | None] = [None] * len(asked)
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, item in enumerate(asked):
-        if item.budget >= item.count and not pruner.adaptive:
+        if item.budget >= item.count and not pruner.is_adaptive:
             continue
-        if item.budget == 0 and not pruner.adaptive:
+        if item.budget == 0 and not pruner.is_adaptive:
             answers[index] = SelectionResult(torch.empty(0, dtype=torch.int64), None, {})
             continue
         shape = tuple((raster.grid, raster.kind) for raster in item.rasters)

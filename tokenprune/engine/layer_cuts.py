@@ -48,7 +48,7 @@ class LayerCuts:
         self._adapter, self._selector, self._transitions = adapter, selector, transitions
         self._attending, self._calls = attending, calls
         self._stages = {stage.depth: stage for stage in stages if stage.place == "layer"}
-        signals = [signal for stage in stages for signal in stage.signals(adapter.tower)]
+        signals = [signal for stage in self._stages.values() for signal in stage.signals(adapter.tower)]
         self._read_layers = {signal.layer for signal in signals if signal.name in DECODER_SIGNALS}
         self._read_after = {stage.depth - 1: stage for stage in stages if _reads_before(stage, adapter.tower)}
         self._ledger = Ledger()  # that of the handle, once installed
@@ -125,7 +125,7 @@ class LayerCuts:
         call.read[layer] = signals = DecoderSignals(self._adapter, given.after(layer), prompt)
         budgets = [stage.budget.tokens(span.num_tokens) for span in prompt.layout.spans]
         cuts = [0 < budget < alive.count for budget, alive in zip(budgets, prompt.alive)]
-        if any(cuts) or (stage.pruner.adaptive and any(alive.count for alive in prompt.alive)):
+        if any(cuts) or (stage.pruner.is_adaptive and any(alive.count for alive in prompt.alive)):
             with prompt.timer.running(given.hidden.device):
                 wanted = stage.signals(self._adapter.tower)
                 signals.prepare([signal.name for signal in wanted if signal.layer == layer])

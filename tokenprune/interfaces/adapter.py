@@ -61,8 +61,8 @@ class VisionTower:
         raise TypeError(f"{type(self).__name__} records no signals.")
 
     def hook_states(self, block: int, done: Callable[[Tensor], None]) -> list[Any]:
-        """Hook a block so that `done(hidden)` is called with the hidden states that it leaves, in the tower's form,
-        which `states` reads.
+        """Hook a block so that `done(hidden)` is called with the hidden states that it leaves, in the form in which the
+        tower has them and `states` reads them.
 
         Returns:
             The removable hook handles.

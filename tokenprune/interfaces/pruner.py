@@ -47,7 +47,7 @@ class Pruner:
     """Whether it puts other embeddings at the kept places, such as means of several tokens."""
     default_key_bias: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
-    """Whether the method itself decides how many stay: it is then asked also where the budget would keep all."""
+    """Whether the method itself decides how many stay, see `is_adaptive`."""
     plan_options: ClassVar[tuple[str, ...]] = ()
     """Options that only `stages` reads: where the user names the site (`at`), they have no effect and are refused."""
     published: ClassVar[str] = ""
@@ -88,6 +88,11 @@ class Pruner:
     def is_random(self) -> bool:
         """Whether what stays depends on a seed, the option `seed`."""
         return hasattr(self, "seed")
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether these options decide how many stay: the method is then asked also where the budget would keep all."""
+        return self.adaptive
 
     def stages(self, budget: Budget, depths: ModelDepths) -> tuple[Stage, ...]:
         """The cuts that make up the method, for a model of these depths; one cut at `site` by default."""

@@ -16,6 +16,10 @@ MEAN_QUERY_ATTENTION = "mean_query_attention"
 """Attention of the mean of all patch queries of an image to each of its patches, as above. Where the tower merges
 patches into tokens, their mean. `[M, N]`."""
 
+CLS_WIDE_ATTENTION = "cls_wide_attention"
+"""As `CLS_ATTENTION`, with all heads taken as one: products over the tower's whole width, over its square root.
+`[M, N]`."""
+
 CLS_VALUE_SIMILARITY = "cls_value_similarity"
 """Softmax over [CLS] and patches of the unscaled product of [CLS]'s value vector with each value vector, mean over
 heads, the [CLS] column dropped. `[M, N]`."""
@@ -68,6 +72,7 @@ VECTOR_SIGNALS = (TOWER_STATES, TOWER_KEYS, ATTENTION_BY_HEAD)
 
 VISION_SIGNALS = (
     CLS_ATTENTION,
+    CLS_WIDE_ATTENTION,
     MEAN_QUERY_ATTENTION,
     CLS_VALUE_SIMILARITY,
     VALUE_NORM,
@@ -78,9 +83,16 @@ VISION_SIGNALS = (
     *VECTOR_SIGNALS,
 )
 
+INSTRUCTION_EMBEDDING = "instruction_embedding"
+"""Mean of the embeddings of a prompt's text after its last visual token, as the decoder is given them; of the text
+before, where none follows. At "input" only. `[M, D]`, the same for all images of a prompt; ask for layer 0."""
+
+PROMPT_SIGNALS = (INSTRUCTION_EMBEDDING,)
+
 LAST_ATTENTION = "last_attention"
 """Attention of a prompt's last token to each visual token in one decoder layer: softmax over all tokens that it sees,
-in fp32, mean over heads. At "layer:K", layer K - 1 is read as it ran and layer K is tried on what would enter it.
+in fp32, mean over heads. At "layer:K", layer K - 1 is read as it ran and layer K is tried on what would enter it; at
+"input", layer 0 is tried.
 `[M, N]`."""
 
 TEXT_TO_VISUAL = "text_to_visual"

@@ -65,8 +65,8 @@ def check_plan(stages: Sequence[Stage], depths: ModelDepths) -> tuple[Stage, ...
             )
         if stage.pruner.merges and stage.place == "vision" and depths.feature is not None and not depths.merges_inside:
             raise ValueError(
-                f"{stage.pruner.name} merges tokens, and what it merges has no place at {stage.site!r}: a visual token is "
-                "a group of patches there, with a state each. Cut at 'input'. This family's tower takes no merged states: "
+                f"{stage.pruner.name} merges tokens, and what it merges has no place at {stage.site!r}: a visual token "
+                "is a group of patches there, with a state each. Cut at 'input'. This tower takes no merged states: "
                 "its adapter says so."
             )
         if stage.place == "pixels" and not depths.resizable:

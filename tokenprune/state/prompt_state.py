@@ -192,6 +192,15 @@ class CutBuilder:
         )
         return places
 
+    def gone(self, batch_size: int) -> Tensor | None:
+        """`[B, S]` bool: places that leave, so far; None if none do."""
+        if not self._gone:
+            return None
+        gone = torch.zeros(batch_size, self._length, dtype=torch.bool, device=self._gone[0][1].device)
+        gone[_pairs(self._gone)] = True
+        gone[_pairs(list(self._kept.values()))] = False
+        return gone
+
     def compact(self, attended: Tensor | None, batch_size: int) -> Compaction | None:
         """Plan the move and note the cut; None if nothing left.
 
@@ -199,7 +208,8 @@ class CutBuilder:
             attended: `[B, S]` bool, False at padding; None means no padding.
         """
         prompt = self._prompt
-        if not self._gone:
+        gone = self.gone(batch_size)
+        if gone is None:
             return None
         if min(self._lengths) < 1:
             row = self._lengths.index(min(self._lengths))
@@ -207,11 +217,8 @@ class CutBuilder:
                 f"Every token of row {row} would leave at {self._site!r}: this prompt is pictures alone, and the "
                 "method keeps nothing of them. Add text, or keep some of their tokens."
             )
-        keep = torch.ones(batch_size, self._length, dtype=torch.bool, device=self._gone[0][1].device)
-        keep[_pairs(self._gone)] = False
-        keep[_pairs(list(self._kept.values()))] = True
         tails = [0 if prompt.pad_left else int(count < prompt.layout.length) for count in prompt.lengths]
-        plan = plan_compaction(keep, attended, self._lengths, prompt.pad_left, tails)
+        plan = plan_compaction(~gone, attended, self._lengths, prompt.pad_left, tails)
         for span, alive in zip(prompt.layout.spans, prompt.alive):
             alive.places = plan.target[span.sample][alive.places]
             if alive.placeholders is not None:
