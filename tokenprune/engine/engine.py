@@ -233,12 +233,14 @@ class Engine:
             prompt.timer.join(recording.timer)
             prompt.flops += recording.selection_flops
             prompt.tower.append(recording.work())
+            prompt.merged += recording.merged
         prompt.place(embeds.device)
         cutter = CutBuilder(prompt, self._cut_site, inputs.length)
         for index, (recording, row) in enumerate(prompt.sources):
             left = recording.kept[row]
             if left is not None and left.count < prompt.layout.spans[index].num_tokens:
-                cutter.keep(index, left.tokens.to(embeds.device), {})
+                sizes = None if left.sizes is None else left.sizes.to(embeds.device)
+                cutter.keep(index, left.tokens.to(embeds.device), {}, sizes)
                 carry = left.carry
                 prompt.alive[index].carry = {name: values.to(embeds.device) for name, values in carry.items()}
         if self._input is not None:

@@ -194,6 +194,7 @@ class ModelDepths:
         first_cut: lowest K of "layer:K" (0 cuts at the input of the first layer).
         resizable: whether the vision tower takes pictures of other sizes.
         one_size: whether all images have the same number of visual tokens, and few: no crops, no native sizes.
+        merges_inside: whether the vision tower takes merged states in place of its own, between two blocks.
     """
 
     vision: int
@@ -202,3 +203,4 @@ class ModelDepths:
     first_cut: int = 1
     resizable: bool = False
     one_size: bool = True
+    merges_inside: bool = True

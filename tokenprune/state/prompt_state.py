@@ -150,6 +150,14 @@ def _whole(span: Span, device: torch.device) -> KeptTokens:
     return KeptTokens(None, span.num_tokens, places, placeholders)
 
 
+def multiplied_sizes(had: Tensor | None, chosen: Tensor, sizes: Tensor | None) -> Tensor | None:
+    """`[k]`: what the tokens at `chosen` `[k]` weigh that weighed `had` `[n]` before, and `sizes` `[k]` times as much
+    now; None is one each."""
+    if had is None:
+        return sizes
+    return had[chosen] if sizes is None else had[chosen] * sizes
+
+
 class CutBuilder:
     """Collects what leaves the rows `[B, S]` at one site, and moves what stays.
 
@@ -178,9 +186,7 @@ class CutBuilder:
         self._kept[index] = (span.sample, places)
         self._lengths[span.sample] -= before - count
         tokens = chosen if alive.tokens is None else alive.tokens[chosen]
-        if alive.sizes is not None:
-            had = alive.sizes[chosen]
-            sizes = had if sizes is None else had * sizes
+        sizes = multiplied_sizes(alive.sizes, chosen, sizes)
         self._prompt.alive[index] = KeptTokens(
             tokens, count, places, None, {name: v[chosen] for name, v in carry.items()}, sizes
         )

@@ -176,6 +176,8 @@ def test_eager_and_sdpa_agree():
     "method",
     [
         "weighed@9",
+        {"method": "pool", "at": "vision:1", "keep": 9, "key_bias": True},
+        {"method": "tome", "at": "vision:1", "keep": 9, "key_bias": True},
         {"method": "weighed", "at": "layer:2", "keep": 9},
         [{"prune": "weighed", "keep": 12}, {"at": "layer:1", "prune": "divprune", "keep": 5}],
         [{"prune": "weighed", "keep": 18}, {"at": "layer:2", "prune": "weighed", "keep": 6}],
