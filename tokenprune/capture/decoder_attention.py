@@ -7,15 +7,17 @@ them; those of layer K, which is yet to run, are projected here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokenprune.capture.branch import Branch
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.signals import (
+    BRANCH_LOGITS,
     DECODER_SIGNALS,
     DECODER_VALUE_NORM,
     INSTRUCTION_ATTENTION,
@@ -100,6 +102,8 @@ def check_decoder_signal(signal: Signal, site: str, depth: int) -> None:
             f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage there reads layers "
             f"{depth - 1} and {depth}."
         )
+    if signal.name == BRANCH_LOGITS and (signal.layer != depth or not site.startswith("layer")):
+        raise ValueError(f"{signal.name} of a branch at decoder layer {signal.layer} was asked for at {site!r}.")
     if signal.name in TRANSITION_SIGNALS and not 0 <= signal.layer < depth:
         raise ValueError(
             f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage at 'layer:K' reads what "
@@ -110,12 +114,21 @@ def check_decoder_signal(signal: Signal, site: str, depth: int) -> None:
 class DecoderSignals:
     """Computes signals of one layer for the prompts of a batch; what several signals share is computed once.
 
+    Args:
+        adapter: the family.
+        given: what enters the layer.
+        prompt: the batch.
+        branches: those that begin at this layer.
+
     Attributes:
         flops: matrix products so far, projections and attention rows.
     """
 
-    def __init__(self, adapter: Adapter, given: LayerInput, prompt: Prompt) -> None:
+    def __init__(
+        self, adapter: Adapter, given: LayerInput, prompt: Prompt, branches: Mapping[Signal, Branch] | None = None
+    ) -> None:
         self.flops = 0
+        self._branches = branches or {}
         self._adapter, self._given, self._prompt = adapter, given, prompt
         self._reading = adapter.reading(given.module)
         self._cache: dict[str, Tensor] = {}
@@ -147,6 +160,15 @@ class DecoderSignals:
         if name in (LAST_VISUAL_ATTENTION, LAST_VALUE_SIMILARITY, DECODER_VALUE_NORM):
             return self._within(name, sample, places)
         return self._shares(name)[sample]
+
+    def branch_logits(self, signal: Signal, span: int, places: Tensor) -> Tensor:
+        """`BRANCH_LOGITS` for one span, as `value`."""
+        if signal.source not in self._cache:
+            branch, given = self._branches[signal], self._given
+            logits, flops = branch.logits(given.hidden.detach(), given.rotation, given.attended, self._ends()[:, 0])
+            self._cache[signal.source] = logits
+            self.flops += flops
+        return self._cache[signal.source][self._prompt.layout.spans[span].sample, places]
 
     def _allowed(self, rows: Tensor) -> Tensor:
         """`[B, R, K + P]` bool: which keys the query rows `[B, R]` see."""

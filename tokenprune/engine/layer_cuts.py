@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tokenprune.capture.branch import load_branch
 from tokenprune.capture.decoder_attention import DecoderSignals, LayerInput
 from tokenprune.capture.token_transition import Transitions
 from tokenprune.engine.attention import AttentionInterventions
@@ -18,7 +19,7 @@ from tokenprune.engine.prompt_selection import PromptSelector
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
-from tokenprune.interfaces.signals import DECODER_SIGNALS
+from tokenprune.interfaces.signals import BRANCH_LOGITS, DECODER_SIGNALS
 from tokenprune.seams import cache_of
 from tokenprune.state.forward_call import Calls, ForwardCall
 from tokenprune.state.prompt_state import CutBuilder, Prompt
@@ -49,6 +50,11 @@ class LayerCuts:
         self._attending, self._calls = attending, calls
         self._stages = {stage.depth: stage for stage in stages if stage.place == "layer"}
         signals = [signal for stage in self._stages.values() for signal in stage.signals(adapter.tower)]
+        self._branches = {
+            signal: load_branch(adapter, signal.layer, int(signal.settings[0]), signal.source)
+            for signal in signals
+            if signal.name == BRANCH_LOGITS
+        }
         self._read_layers = {signal.layer for signal in signals if signal.name in DECODER_SIGNALS}
         self._read_after = {stage.depth - 1: stage for stage in stages if _reads_before(stage, adapter.tower)}
         self._ledger = Ledger()  # that of the handle, once installed
@@ -137,7 +143,7 @@ class LayerCuts:
             if layer < stage.depth:  # has run
                 signals[layer] = call.read[layer]
             else:
-                signals[layer] = DecoderSignals(self._adapter, call.layer_inputs[layer], prompt)
+                signals[layer] = DecoderSignals(self._adapter, call.layer_inputs[layer], prompt, self._branches)
         cutter = CutBuilder(prompt, stage.site, hidden.shape[1])
         hidden = self._selector.choose(stage, prompt, cutter, hidden, signals)  # [B, P, D]
         prompt.flops += sum(computed.flops for computed in signals.values())

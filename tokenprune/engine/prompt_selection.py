@@ -12,7 +12,14 @@ from tokenprune.engine.batched_selection import SelectionRequest, SelectionResul
 from tokenprune.engine.hints import Hints
 from tokenprune.interfaces.budget import split_budget
 from tokenprune.interfaces.pruner import Stage
-from tokenprune.interfaces.signals import DECODER_SIGNALS, PROMPT_SIGNALS, TRANSITION_SIGNALS, Signal, TowerInfo
+from tokenprune.interfaces.signals import (
+    BRANCH_LOGITS,
+    DECODER_SIGNALS,
+    PROMPT_SIGNALS,
+    TRANSITION_SIGNALS,
+    Signal,
+    TowerInfo,
+)
 from tokenprune.interfaces.visual import Raster
 from tokenprune.state.prompt_state import CutBuilder, Prompt
 
@@ -156,6 +163,8 @@ class PromptSelector:
                 if wanted.name in DECODER_SIGNALS:
                     if signals is None:
                         raise ValueError(f"{wanted.name} of decoder layers was not read at {stage.site!r}.")
+                    if wanted.name == BRANCH_LOGITS:
+                        return signals[wanted.layer].branch_logits(wanted, index, places)
                     return signals[wanted.layer].value(wanted.name, index, places)
                 if wanted.name in TRANSITION_SIGNALS:
                     return self._transitions.value(wanted, span.sample, places)

@@ -121,6 +121,15 @@ DECODER_VALUE_NORM = "decoder_value_norm"
 """L1 norm of each visual token's value vector in one decoder layer, averaged over heads before the norm. Layers as for
 `LAST_ATTENTION`. `[M, N]`."""
 
+BRANCH_LOGITS = "branch_logits"
+"""Products of a prompt's last token with each visual token at the end of a branch of decoder layers that were trained
+to find regions: what enters layer K goes through all of them but the last, of which queries and keys alone are taken,
+over the square root of a head's width, mean over heads, no softmax. At "layer:K" only. The source is the folder of the
+branch's weights, or `OWN_LAYERS`; the setting is how many layers it has. `[M, N]`."""
+
+OWN_LAYERS = "own"
+"""The source of a branch that is the model's own layers from K on, untrained."""
+
 DECODER_SIGNALS = (
     LAST_ATTENTION,
     TEXT_TO_VISUAL,
@@ -129,6 +138,7 @@ DECODER_SIGNALS = (
     LAST_VISUAL_ATTENTION,
     LAST_VALUE_SIMILARITY,
     DECODER_VALUE_NORM,
+    BRANCH_LOGITS,
 )
 
 ATTENTION_GAIN = "attention_gain"
@@ -157,11 +167,12 @@ TRANSITION_SIGNALS = (ATTENTION_GAIN, ATTENTION_COSINE, ATTENTION_TURN, MLP_GAIN
 @dataclass(frozen=True)
 class Signal:
     """A request: the signal called `name`, of vision block or decoder layer `layer` (0-based); `settings` are numbers
-    that some signals are computed with."""
+    that some signals are computed with, `source` a folder of weights that some are."""
 
     name: str
     layer: int
     settings: tuple[float, ...] = ()
+    source: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ enter the decoder, in their order. The net ("student") is trained offline on a g
 
 Evidence: sites, A0, depth and channels of the net, label and loss come from the note (unverified against the paper).
 Our choices, where it says nothing: kernel 3 with zero padding, GELU behind each block, no norm, a last 1 x 1
-convolution, A0 scaled to mean 1 over the visual tokens before it, mean over heads; the words of the chat template
-behind the last picture count as instruction; a prompt whose text comes before its pictures asks with its last token;
-`keep` in place of round(rho N); position ids stay (families with plain ids may renumber: positions="compact").
+convolution, mean over heads; the logarithm of A0, scaled to mean 1 over the visual tokens, in place of A0 (a few tokens
+get a hundred times the mean, and nets that were fed A0 itself learned little more than it says); the words of the chat
+template behind the last picture count as instruction; a prompt whose text comes before its pictures asks with its last
+token; `keep` in place of round(rho N); position ids stay (families with plain ids may renumber: positions="compact").
 
 Deviation: each image or video has its own budget and runs through the net alone, where the paper's are one row.
 """
@@ -39,6 +40,7 @@ from tokenprune.registry import register_method
 
 CHANNELS = (1, 32, 64, 128, 256, 512)
 KERNEL = 3
+FLOOR = 0.01  # of the mean: attention below it is not told apart
 WEIGHTS, CONFIG = "student.safetensors", "config.json"
 COMMAND = "tokenprune train gtc --model MODEL --data DATA --output FOLDER"
 
@@ -55,7 +57,8 @@ def student_scores(weights: Mapping[str, Tensor], attention: Tensor, real: Tenso
     attention = attention.float()
     seen = torch.ones_like(attention) if real is None else real.to(torch.float32)
     total = (attention * seen).sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    hidden = (attention * seen / total * seen.sum(dim=1, keepdim=True))[:, None]  # [M, 1, N], mean 1
+    scaled = attention * seen / total * seen.sum(dim=1, keepdim=True)  # mean 1
+    hidden = ((scaled + FLOOR).log() * seen)[:, None]  # [M, 1, N]
     for number, channels in enumerate(CHANNELS[:-1]):
         depth, point = f"blocks.{number}.depthwise", f"blocks.{number}.pointwise"
         hidden = functional.conv1d(
@@ -69,19 +72,20 @@ def student_scores(weights: Mapping[str, Tensor], attention: Tensor, real: Tenso
 
 
 def new_student(seed: int) -> dict[str, Tensor]:
-    """Random weights of a net, fp32: uniform within one over the square root of what a filter sums over."""
+    """Random weights of a net, fp32: uniform, of the variance that keeps that of what passes (He), biases 0; with the
+    usual smaller ones such a deep and narrow net begins flat and learned little (measured)."""
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, Tensor] = {}
 
-    def layer(name: str, shape: tuple[int, int, int]) -> None:
-        bound = (shape[1] * shape[2]) ** -0.5
-        for part, sizes in (("weight", shape), ("bias", shape[:1])):
-            weights[f"{name}.{part}"] = (2 * torch.rand(sizes, generator=generator) - 1) * bound
+    def layer(name: str, shape: tuple[int, int, int], gain: float) -> None:
+        bound = (3 * gain / (shape[1] * shape[2])) ** 0.5
+        weights[f"{name}.weight"] = (2 * torch.rand(shape, generator=generator) - 1) * bound
+        weights[f"{name}.bias"] = torch.zeros(shape[0])
 
     for number, (before, after) in enumerate(zip(CHANNELS, CHANNELS[1:])):
-        layer(f"blocks.{number}.depthwise", (before, 1, KERNEL))
-        layer(f"blocks.{number}.pointwise", (after, before, 1))
-    layer("head", (1, CHANNELS[-1], 1))
+        layer(f"blocks.{number}.depthwise", (before, 1, KERNEL), 1.0)
+        layer(f"blocks.{number}.pointwise", (after, before, 1), 2.0)
+    layer("head", (1, CHANNELS[-1], 1), 1.0)
     return weights
 
 
