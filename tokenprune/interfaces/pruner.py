@@ -77,8 +77,8 @@ class Pruner:
             )
         if self.key_bias and not self.says_sizes:
             raise ValueError(
-                f"key_bias=True weighs a key by how many tokens it stands for, and {self.name} mixes a token into several, "
-                "so none stands for a number of them. Leave key_bias out."
+                f"key_bias=True weighs a key by how many tokens it stands for, and {self.name} mixes a token into "
+                "several, so none stands for a number of them. Leave key_bias out."
             )
         if self.scope not in (None, "raster", "visual"):
             raise ValueError(f"scope must be 'raster' or 'visual', got {self.scope!r}.")
