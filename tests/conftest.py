@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import _files  # noqa: F401
+
 _CELL = re.compile(r"test_families\.py::test_(removal_equals_masking|what_a_family_cannot_take\w*)\[(.+)\]$")
 _PACKAGES = ("torch", "transformers", "trl", "peft", "numpy")
 SETS = {

@@ -10,6 +10,7 @@ import time
 from collections.abc import Container
 from typing import Any
 
+import _files  # noqa: F401
 import pretend_device as sim
 import torch
 from _families import BUILDERS, batch_of, family, layouts

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tokenprune.interfaces.view import View as View
     from tokenprune.interfaces.visual import Raster as Raster
     from tokenprune.interfaces.visual import Visual as Visual
+    from tokenprune.regions import zoomed as zoomed
     from tokenprune.registry import list_interventions as list_interventions
     from tokenprune.registry import list_methods as list_methods
     from tokenprune.registry import list_models as list_models
@@ -63,6 +64,7 @@ _public = {
     "register_intervention": "tokenprune.registry",
     "register_method": "tokenprune.registry",
     "register_model": "tokenprune.registry",
+    "zoomed": "tokenprune.regions",
 }
 __all__ = sorted([*_public, "__version__"])  # type: ignore[reportUnsupportedDunderAll]
 

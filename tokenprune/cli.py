@@ -18,6 +18,7 @@ _EXAMPLES = """examples:
   tokenprune report runs/demo
   tokenprune compare runs/demo:vtc_cls@64 runs/demo:holov@64
   tokenprune tune vflowopt --model pocket-llava --data pocket --budget 0.25
+  tokenprune train gtc --model pocket-llava --data pocket --output runs/gtc
 """
 
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tokenprune: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        goes_on = args.command in ("eval", "sweep", "demo", "tune", "recommend")
+        goes_on = args.command in ("eval", "sweep", "demo", "tune", "train", "recommend")
         print("\nStopped." + " The same command goes on where it was." * goes_on, file=sys.stderr)
         return 130
 

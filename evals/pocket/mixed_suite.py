@@ -49,6 +49,11 @@ def load_validation(scenes: int, clips: int) -> list[dict]:
     return _scene_rows("val", scenes, clips, 0)
 
 
+def training_rows(scenes: int, clips: int, start: int) -> list[dict]:
+    """As `load_validation`, of the training split, from the scene and the clip number `start` on."""
+    return _scene_rows("train", scenes, clips, 0, start)
+
+
 def build(path: Path = TEST_FILE) -> None:
     """Draw the test split and write it; rows go round the families, and equal pictures are stored once."""
     rows = _scene_rows("test", TEST_SCENES, TEST_CLIPS, TEST_EASY)
@@ -60,15 +65,15 @@ def build(path: Path = TEST_FILE) -> None:
     )  # fmt: skip
 
 
-def _scene_rows(split: str, scenes: int, clips: int, easy: int) -> list[dict]:
+def _scene_rows(split: str, scenes: int, clips: int, easy: int, start: int = 0) -> list[dict]:
     rows: list[dict] = []
     # only the test split has questions of easy-VQA, and only drawing them needs its package
     extra = easy_split("test") if easy else None
     places = random.Random(1).sample(range(len(extra.images)), easy) if extra else []
-    for i in range(max(scenes, clips)):
+    for i in range(start, start + max(scenes, clips)):
         seed = SPLIT_SEED[split] + _SEED + i
         rng = random.Random(seed)
-        if i < scenes:
+        if i - start < scenes:
             cols, lines = SIZES[i % len(SIZES)]
             scene = make_scene(seed, (cols * PATCH, lines * PATCH), (5, 9))
             picture = png(_grown(scene.image))
@@ -76,7 +81,7 @@ def _scene_rows(split: str, scenes: int, clips: int, easy: int) -> list[dict]:
                 question = ask(scene, family, rng)
                 if question is not None:
                     rows.append(_row(f"{split}-{i:04d}", picture, question, scene.width, scene.height))
-        if i < clips:
+        if i - start < clips:
             cols, lines = CLIP_SIZES[i % len(CLIP_SIZES)]
             clip = make_clip(seed, (cols * PATCH, lines * PATCH), CLIP_FRAMES[i // len(CLIP_SIZES) % 2], (3, 6))
             frames = [_grown(scene.image) for scene in clip.frames]

@@ -97,10 +97,16 @@ def _row(sample_id: str, scene_id: str, image: bytes, question: Question) -> dic
     }  # fmt: skip
 
 
-def _scene_rows(split: str, scenes: int) -> list[dict]:
+def training_rows(scenes: int, start: int) -> list[dict]:
+    """Scenes `start` to `start + scenes` of the training split, a question of every family about each; ``image`` as
+    bytes."""
+    return _scene_rows("train", scenes, start)
+
+
+def _scene_rows(split: str, scenes: int, start: int = 0) -> list[dict]:
     """One question of every family about each scene; scene by scene, so the rows go round the families."""
     rows = []
-    for i in range(scenes):
+    for i in range(start, start + scenes):
         scene = make_scene(SPLIT_SEED[split] + i)
         picture, rng = png(scene.image), random.Random(SPLIT_SEED[split] + i)
         for family in FAMILIES:

@@ -20,7 +20,7 @@ MARKERS = ("circle", "square", "triangle", "diamond", "cross", "down")
 
 
 def kind_of(method: str) -> str:
-    """ "unpruned", "control" (random, fewer pixels, ...), "bound" (knows what the answer depends on) or "method"."""
+    """ "unpruned", "control" (random, fewer pixels, ...), "reference" (is told where the answer is) or "method"."""
     if method == NONE:
         return "unpruned"
     try:
@@ -28,7 +28,7 @@ def kind_of(method: str) -> str:
     except UnknownName:  # a method of the user's own, in another process
         return "method"
     if any("boxes" in pruner.hints for pruner in pruners):
-        return "bound"
+        return "reference"
     return "control" if pruners and all(pruner.published.startswith("control") for pruner in pruners) else "method"
 
 
@@ -71,6 +71,6 @@ def series_styles(records: list[ResultRecord]) -> list[dict[str, str]]:
         used[kind] = place + 1
         palette = COLOURS if kind == "method" else GREYS if kind == "control" else (INK,)
         light, dark = palette[place % len(palette)]
-        marker = "star" if kind == "unpruned" else "circle" if kind == "bound" else MARKERS[place % len(MARKERS)]
+        marker = "star" if kind == "unpruned" else "circle" if kind == "reference" else MARKERS[place % len(MARKERS)]
         series[name] = {"name": name, "kind": kind, "light": light, "dark": dark, "marker": marker}
     return list(series.values())

@@ -1,228 +1,165 @@
-"""Every point against the controls at its own cost, and the area under each method's curve.
+"""Every point against the controls at its own cost, and every series' area under accuracy over cost.
 
-Two costs are looked at: visual tokens, averaged over the decoder's layers and the samples (`kept_tokens`, which counts
-what a method that cuts inside the decoder holds before its cuts), and FLOPs to the first token. A control's score
-there is interpolated between its neighbouring budgets, see `statistics.curve`; the unpruned model is a point of every
-curve. Where no control was measured at a cost there is no comparison: nothing is extrapolated.
+The cost is what a point was measured to cost, not the budget that was asked for: a method that cuts inside the decoder
+holds more tokens on average than its last cut leaves, and is held against controls that hold as many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-import numpy as np
-
 from tokenprune.evals.config.points import NONE
-from tokenprune.evals.results.records import Area, AtCost, ResultRecord
-from tokenprune.evals.results.scores import Rows, answered
-from tokenprune.evals.statistics.bootstrap import Interval, bootstrap_mean
-from tokenprune.evals.statistics.curve import NEAR, area_weights, weights_at
-from tokenprune.evals.statistics.significance import holm, samples_for, sign_flip
+from tokenprune.evals.io.rows import SampleRow
+from tokenprune.evals.results.records import AreaUnderCurve, EqualCost, ResultRecord
+from tokenprune.evals.results.scores import answered
+from tokenprune.evals.statistics.bootstrap import bootstrap_mean, paired_difference
+from tokenprune.evals.statistics.equal_cost import Curve
+from tokenprune.evals.statistics.significance import holm
 from tokenprune.evals.statistics.verdict import Verdict, verdict
 
 CONTROLS = ("random", "uniform", "downsample")
+"""What every point is held against, where the run has them."""
 AXES = ("tokens", "flops")
-"""Mean visual tokens over layers, and FLOPs to the first token."""
+"""Kinds of cost: mean visual tokens over the decoder's layers, and FLOPs to the first token."""
 
 
 def cost_of(record: ResultRecord, axis: str) -> float | None:
-    """The cost of a point; None where it was not measured."""
+    """What a point was measured to cost; None where it was not."""
     if axis == "tokens":
         return float(record["kept_tokens"]) or None
     flops = record.get("flops")
     return float(flops["analytic"]["total"]) if flops else None
 
 
-@dataclass
-class Curve:
-    """The points of one series with increasing cost.
-
-    Attributes:
-        costs: of the points.
-        scores: of each point by sample.
-    """
-
-    costs: list[float]
-    scores: list[dict[str, float]]
-
-    def weighted(self, weights: np.ndarray, ids: Sequence[str]) -> np.ndarray:
-        """The weighted sum of each sample's scores."""
-        used = [(weight, scores) for weight, scores in zip(weights, self.scores, strict=True) if weight]
-        return np.array([sum(weight * scores[name] for weight, scores in used) for name in ids])
-
-    def common(self, weights: np.ndarray) -> list[str]:
-        """Samples that every point with a weight has."""
-        used = [scores for weight, scores in zip(weights, self.scores, strict=True) if weight]
-        return [name for name in used[0] if all(name in other for other in used[1:])]
-
-    def at(self, cost: float, seed: int = 0) -> Interval | None:
-        """The accuracy at a cost with its interval; None where it was not measured around it."""
-        weights = weights_at(self.costs, cost)
-        ids = [] if weights is None else self.common(weights)
-        return bootstrap_mean(self.weighted(cast(np.ndarray, weights), ids).tolist(), seed) if ids else None
-
-
-def curve_of(records: Sequence[ResultRecord], rows: Mapping[str, Rows], axis: str) -> Curve:
-    """The curve through these points; of two with the same cost the first."""
-    points: dict[float, dict[str, float]] = {}
-    for record in records:
-        cost = cost_of(record, axis)
-        if cost and record["point"] in rows:
-            points.setdefault(cost, _scores(rows[record["point"]]))
-    return Curve(sorted(points), [points[cost] for cost in sorted(points)])
-
-
-def _scores(rows: Rows) -> dict[str, float]:
+def scores_by_id(rows: Sequence[SampleRow]) -> dict[str, float]:
+    """Scores of the samples that count."""
     return {row["sample_id"]: float(row["correct"]) for row in answered(rows)}
 
 
-def compare_at_cost(rows: Rows, cost: float | None, control: Curve, seed: int) -> AtCost | None:
-    """A point against a control at its cost; None where the control was not measured there."""
-    weights = None if cost is None else weights_at(control.costs, cost)
-    if weights is None:
-        return None
-    mine, shared = _scores(rows), set(control.common(weights))
-    ids = [name for name in mine if name in shared]
-    if not ids:
-        return None
-    theirs = control.weighted(weights, ids)
-    differences = (np.array([mine[name] for name in ids]) - theirs).tolist()
-    interval = bootstrap_mean(differences, seed)
-    return {
-        "accuracy": float(theirs.mean()), "difference": interval.value, "low": interval.low, "high": interval.high,
-        "n": interval.n, "p": sign_flip(differences, seed), "holm": None, "needed": samples_for(differences),
-    }  # fmt: skip
+class Panel:
+    """The points of one model and task."""
+
+    def __init__(self, records: Sequence[ResultRecord], rows: Mapping[str, Sequence[SampleRow]]) -> None:
+        self.records = [record for record in records if record["point"] in rows]
+        self.scores = {record["point"]: scores_by_id(rows[record["point"]]) for record in self.records}
+
+    def curve(self, series: str, axis: str, seed: int | None = None) -> Curve:
+        """The points of a series and the unpruned model, which is where every series ends.
+
+        Args:
+            seed: of the points of a method that draws, where the run has several.
+        """
+        points = []
+        for record in self.records:
+            mine = record["series"] == series and (seed is None or record["seed"] in (None, seed))
+            cost = cost_of(record, axis)
+            if (mine or record["method"] == NONE) and cost is not None:
+                points.append((cost, self.scores[record["point"]]))
+        return Curve(points)
+
+    def series(self) -> list[str]:
+        """Names of the series, in their order."""
+        return list(dict.fromkeys(record["series"] for record in self.records if record["method"] != NONE))
+
+    def span(self, axis: str) -> tuple[float, float] | None:
+        """From the cost of random (or, without it, of any series) at its smallest budget to that at its largest."""
+        drawn = [record for record in self.records if record["series"] == "random"]
+        costs = [cost_of(record, axis) for record in drawn or self.records if record["method"] != NONE]
+        known = [cost for cost in costs if cost is not None]
+        return (min(known), max(known)) if known and min(known) < max(known) else None
 
 
-def verdict_at(record: ResultRecord, control: str, axis: str) -> Verdict:
-    """What may be said of a point against a control at equal cost."""
-    found = (record.get("equal_cost") or {}).get(control, {}).get(axis)
-    if found is None:
-        return verdict(None, None, None)
-    return verdict(found["difference"], found["holm"], found["n"], found["needed"])
+def panels(
+    records: Sequence[ResultRecord], rows: Mapping[str, Sequence[SampleRow]]
+) -> Iterable[tuple[Panel, list[ResultRecord]]]:
+    """One for each model and task."""
+    for key in dict.fromkeys((record["model"], record["task"]) for record in records):
+        mine = [record for record in records if (record["model"], record["task"]) == key]
+        yield Panel(mine, rows), mine
 
 
-def add_equal_cost(records: Sequence[ResultRecord], rows: Mapping[str, Rows], seed: int) -> None:
-    """Fill `equal_cost` and `area` of every record.
+def compare_at_equal_cost(records: Sequence[ResultRecord], rows: Mapping[str, Sequence[SampleRow]], seed: int) -> None:
+    """Fill `equal_cost` and `area` of the records.
 
-    Holm's correction is over all points of one model and task against one control at one kind of cost.
+    p-values are corrected over all points of a model and task that are held against one control by one kind of cost.
     """
-    for panel in panels(records):
+    for panel, mine in panels(records, rows):
         for axis in AXES:
             for control in CONTROLS:
-                _against(panel, rows, control, axis, seed)
-            _areas(panel, rows, axis, seed)
+                _against_control(panel, mine, axis, control, seed)
+            _areas(panel, mine, axis, seed)
 
 
-def panels(records: Sequence[ResultRecord]) -> list[list[ResultRecord]]:
-    """The records of each model and task."""
-    groups: dict[tuple[str, str], list[ResultRecord]] = {}
+def _against_control(panel: Panel, records: Sequence[ResultRecord], axis: str, control: str, seed: int) -> None:
+    if control not in panel.series():
+        return
+    filled: list[EqualCost] = []
+    curves: dict[int | None, Curve] = {}
     for record in records:
-        groups.setdefault((record["model"], record["task"]), []).append(record)
-    return list(groups.values())
-
-
-def control_points(panel: Sequence[ResultRecord], control: str, seed: int | None) -> list[ResultRecord]:
-    """Points of a control without options: of this seed, else of the first that the run has."""
-    found = [record for record in panel if record["method"] == control and not record["options"]]
-    seeds = [record["seed"] for record in found]
-    chosen = seed if seed in seeds else seeds[0] if seeds else None
-    return [record for record in found if record["seed"] == chosen]
-
-
-def unpruned_of(panel: Sequence[ResultRecord]) -> list[ResultRecord]:
-    """The unpruned model's point, if there is one."""
-    return [record for record in panel if record["method"] == NONE][:1]
-
-
-def _against(panel: Sequence[ResultRecord], rows: Mapping[str, Rows], control: str, axis: str, seed: int) -> None:
-    curves: dict[int | None, Curve | None] = {}
-    tested: list[AtCost] = []
-    for record in panel:
-        record.setdefault("equal_cost", {}).setdefault(control, {})[axis] = None
-        itself = record["method"] == control and not record["options"]
-        if record["method"] == NONE or itself or record["point"] not in rows:
+        cost = cost_of(record, axis)
+        if record["method"] == NONE or record["series"] == control or record["point"] not in panel.scores:
             continue
         if record["seed"] not in curves:
-            own = control_points(panel, control, record["seed"])
-            curves[record["seed"]] = curve_of([*own, *unpruned_of(panel)], rows, axis) if own else None
-        curve = curves[record["seed"]]
-        found = curve and compare_at_cost(rows[record["point"]], cost_of(record, axis), curve, seed)
-        record["equal_cost"][control][axis] = found or None
-        if found:
-            tested.append(found)
-    for found, adjusted in zip(tested, holm([one["p"] for one in tested]), strict=True):
-        found["holm"] = adjusted
+            curves[record["seed"]] = panel.curve(control, axis, record["seed"])
+        found = None
+        if cost is not None:
+            found = curves[record["seed"]].against(panel.scores[record["point"]], cost, seed)
+        if found is None:
+            continue
+        entry: EqualCost = {
+            "difference": found.value, "low": found.low, "high": found.high, "n": found.n, "p": found.p,
+            "holm": found.p, "needed": found.needed, "from": found.between[0], "to": found.between[1],
+        }  # fmt: skip
+        record.setdefault("equal_cost", {}).setdefault(axis, {})[control] = entry
+        filled.append(entry)
+    for entry, corrected in zip(filled, holm([entry["p"] for entry in filled]), strict=True):
+        entry["holm"] = corrected
 
 
-def series_of(panel: Sequence[ResultRecord]) -> dict[str, list[ResultRecord]]:
-    """The points of each series that has a budget."""
-    series: dict[str, list[ResultRecord]] = {}
-    for record in panel:
-        if record["method"] != NONE and record["keep"] is not None:
-            series.setdefault(record["series"], []).append(record)
-    return series
-
-
-def series_curves(panel: Sequence[ResultRecord], rows: Mapping[str, Rows], axis: str) -> dict[str, Curve]:
-    """The curve of each series, the unpruned model its last point."""
-    top = unpruned_of(panel)
-    return {name: curve_of([*points, *top], rows, axis) for name, points in series_of(panel).items()}
-
-
-def area_range(panel: Sequence[ResultRecord], axis: str) -> tuple[float, float] | None:
-    """The costs over which areas are taken: from the least to the greatest of `random`'s budgets; of all methods'
-    common range where there is no `random`. None with fewer than two budgets."""
-    groups = list(series_of(panel).values())
-    own = control_points(panel, "random", None)
-    spans = []
-    for points in [own] if own else groups:
-        costs = [cost for cost in (cost_of(record, axis) for record in points) if cost]
-        if costs:
-            spans.append((min(costs), max(costs)))
-    if not spans:
-        return None
-    low, high = max(span[0] for span in spans), min(span[1] for span in spans)
-    return (low, high) if high > low * (1 + NEAR) else None
-
-
-def _areas(panel: Sequence[ResultRecord], rows: Mapping[str, Rows], axis: str, seed: int) -> None:
-    for record in panel:
-        record.setdefault("area", {})[axis] = None
-    asked = area_range(panel, axis)
-    if asked is None:
+def _areas(panel: Panel, records: Sequence[ResultRecord], axis: str, seed: int) -> None:
+    span = panel.span(axis)
+    if span is None:
         return
-    curves = series_curves(panel, rows, axis)
-    random = curves.get(next((r["series"] for r in control_points(panel, "random", None)), ""))
-    for name, points in series_of(panel).items():
-        area = area_of(curves[name], asked, None if name == "random" else random, seed)
-        for record in points:
-            record["area"][axis] = area
+    areas = {series: panel.curve(series, axis).area(*span) for series in panel.series()}
+    drawn = areas.get("random")
+    for series, by_id in areas.items():
+        if not by_id:
+            continue
+        mean = bootstrap_mean(list(by_id.values()), seed)
+        entry: AreaUnderCurve = {
+            "value": mean.value, "low": mean.low, "high": mean.high, "from": span[0], "to": span[1],
+            "vs_random": None, "vs_random_low": None, "vs_random_high": None,
+        }  # fmt: skip
+        if drawn and series != "random":
+            common = [name for name in by_id if name in drawn]
+            against = paired_difference([by_id[name] for name in common], [drawn[name] for name in common], seed)
+            entry |= {"vs_random": against.value, "vs_random_low": against.low, "vs_random_high": against.high}
+        for record in records:
+            if record["series"] == series:
+                record.setdefault("area", {})[axis] = entry
 
 
-def area_of(curve: Curve, asked: tuple[float, float], random: Curve | None, seed: int) -> Area | None:
-    """The area of a curve over the range asked for, or over the part of it that was measured, and its paired difference
-    to that of `random` over the same part."""
-    if not curve.costs:
-        return None
-    low = asked[0] if curve.costs[0] * (1 - NEAR) <= asked[0] else curve.costs[0]
-    high = min(asked[1], curve.costs[-1])
-    weights = area_weights(curve.costs, low, high)
-    ids = [] if weights is None else curve.common(weights)
-    if weights is None or not ids:
-        return None
-    found = bootstrap_mean(curve.weighted(weights, ids).tolist(), seed)
-    area: dict[str, Any] = {
-        "value": found.value, "low": found.low, "high": found.high, "from": low, "to": high,
-        "whole": (low, high) == asked, "vs_random": None, "vs_random_low": None, "vs_random_high": None,
-    }  # fmt: skip
-    others = None if random is None else area_weights(random.costs, low, high)
-    if random is not None and others is not None:
-        shared = set(random.common(others))
-        both = [name for name in ids if name in shared]
-        if both:
-            beside = bootstrap_mean((curve.weighted(weights, both) - random.weighted(others, both)).tolist(), seed)
-            area |= {"vs_random": beside.value, "vs_random_low": beside.low, "vs_random_high": beside.high}
-    return cast(Area, area)
+def equal_cost_verdict(record: ResultRecord, control: str, axis: str = "tokens") -> Verdict:
+    """What may be said of a point against a control at its cost."""
+    entry = record.get("equal_cost", {}).get(axis, {}).get(control)
+    if entry is None:
+        return verdict(None, None, 0)
+    return verdict(entry["difference"], entry["holm"], entry["n"], entry["needed"])
+
+
+def flat_equal_cost(record: ResultRecord) -> dict[str, Any]:
+    """Columns of `summary.csv`: `at_tokens_vs_random`, its interval, p-value and verdict, and so on; areas."""
+    flat: dict[str, Any] = {}
+    for axis in AXES:
+        for control in CONTROLS:
+            entry = cast(Mapping[str, Any], record.get("equal_cost", {}).get(axis, {}).get(control) or {})
+            name = f"at_{axis}_vs_{control}"
+            flat[name] = entry.get("difference")
+            for part in ("low", "high", "p", "holm", "needed"):
+                flat[f"{name}_{part}"] = entry.get(part)
+            flat[f"{name}_verdict"] = equal_cost_verdict(record, control, axis).kind if entry else None
+        area = cast(Mapping[str, Any], record.get("area", {}).get(axis) or {})
+        for part in ("", "_low", "_high", "_from", "_to", "_vs_random", "_vs_random_low", "_vs_random_high"):
+            flat[f"area_{axis}{part}"] = area.get(part.lstrip("_") or "value")
+    return flat

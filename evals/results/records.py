@@ -65,30 +65,37 @@ class Scores(TypedDict):
     headroom_won_high: float | None
 
 
-class AtCost(TypedDict):
-    """A point against a control at the point's own cost, over the samples of both."""
+EqualCost = TypedDict(
+    "EqualCost",
+    {
+        "difference": float,
+        "low": float,
+        "high": float,
+        "n": int,
+        "p": float,
+        "holm": float,
+        "needed": int | None,
+        "from": float,
+        "to": float,
+    },
+)
+"""A point minus a control at the point's cost, see `statistics.equal_cost.Difference`; `from` and `to` are the costs of
+the control between which it was interpolated, `holm` is the p-value corrected for all points of a model and task."""
 
-    accuracy: float
-    """Of the control there, interpolated."""
-    difference: float
-    low: float
-    high: float
-    n: int
-    p: float
-    """Sign-flip test, see `significance.sign_flip`."""
-    holm: float | None
-    """Corrected for all points of a model and task against this control at this kind of cost."""
-    needed: int | None
-    """Samples that would show such a difference."""
-
-
-Area = TypedDict(
-    "Area",
-    {"value": float, "low": float, "high": float, "from": float, "to": float, "whole": bool,
-     "vs_random": "float | None", "vs_random_low": "float | None", "vs_random_high": "float | None"},
-)  # fmt: skip
-"""Mean accuracy over log cost `from` .. `to`, its interval, whether that is the whole range of the table, and the
-paired difference to `random` over the same range."""
+AreaUnderCurve = TypedDict(
+    "AreaUnderCurve",
+    {
+        "value": float,
+        "low": float,
+        "high": float,
+        "from": float,
+        "to": float,
+        "vs_random": float | None,
+        "vs_random_low": float | None,
+        "vs_random_high": float | None,
+    },
+)
+"""Mean accuracy of a series over the logarithm of the cost `from` .. `to`, with its interval, and minus random's."""
 
 
 class _Summarised(TypedDict):
@@ -121,12 +128,12 @@ class _Summarised(TypedDict):
 class ResultRecord(_Summarised, Costs, total=False):
     """A point and what came out; `kv`, `times` and `flops` are there where they were measured."""
 
-    equal_cost: dict[str, dict[str, AtCost | None]]
-    """By control, then "tokens" or "flops": the comparison at equal cost; None where no control was measured there."""
-    area: dict[str, Area | None]
-    """By "tokens" or "flops": area under the curve of the whole series."""
     task_name: str
     """What a task file calls itself."""
+    equal_cost: dict[str, dict[str, EqualCost]]
+    """By kind of cost ("tokens", "flops") and control."""
+    area: dict[str, AreaUnderCurve]
+    """By kind of cost: of the series that the point belongs to; only where the series covers the whole span."""
     failed: int
     """Samples without an answer."""
     metrics: dict[str, float]

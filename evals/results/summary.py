@@ -18,7 +18,7 @@ from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.io.atomic_files import replace_file, replaced, write_csv
 from tokenprune.evals.io.rows import Costs, SampleRow
 from tokenprune.evals.profiling.hardware import hardware
-from tokenprune.evals.results.equal_cost import AXES, CONTROLS, add_equal_cost, verdict_at
+from tokenprune.evals.results.equal_cost import compare_at_equal_cost, flat_equal_cost
 from tokenprune.evals.results.records import Provenance, ResultRecord, TableRow
 from tokenprune.evals.results.scores import References, answered, correct_for_many, of_family, scores_of
 
@@ -97,7 +97,7 @@ def summarise(
         }
         records.append(cast(ResultRecord, record))
     correct_for_many(records)
-    add_equal_cost(records, rows, seed)
+    compare_at_equal_cost(records, rows, seed)
     return records
 
 
@@ -127,33 +127,15 @@ def table_rows(records: list[ResultRecord]) -> list[TableRow]:
         shared = {name: record[name] for name in ("model", "task", "method", "keep", "seed")}
         shared["options"] = ",".join(f"{key}={value}" for key, value in record["options"].items())
         costs = {"failed": record.get("failed", 0), **flat_costs(record)}
+        at_cost = flat_equal_cost(record)
         for family, scores in [*record["families"].items(), (OVERALL, record["overall"])]:
             metrics = {
                 f"metric:{name}": (record.get("metrics") or {}).get(name) if family == OVERALL else None
                 for name in names
             }
-            fair = flat_equal_cost(record) if family == OVERALL else dict.fromkeys(flat_equal_cost(record))
-            rows.append({**shared, "family": family, **scores, **costs, **fair, **metrics})
+            of_all = at_cost if family == OVERALL else dict.fromkeys(at_cost)
+            rows.append({**shared, "family": family, **scores, **costs, **of_all, **metrics})
     return rows
-
-
-def flat_equal_cost(record: ResultRecord) -> TableRow:
-    """Comparisons with the controls at equal cost, and areas, one number a column: `at_tokens_vs_random` is the
-    difference to `random` at the same mean tokens over layers, `area_flops` the area over FLOPs."""
-    flat: TableRow = {}
-    for axis in AXES:
-        for control in CONTROLS:
-            found = (record.get("equal_cost") or {}).get(control, {}).get(axis) or {}
-            name = f"at_{axis}_vs_{control}"
-            flat[name] = found.get("difference")
-            for part in ("low", "high", "p", "holm", "n", "needed"):
-                flat[f"{name}_{part}"] = found.get(part)
-            flat[f"{name}_verdict"] = verdict_at(record, control, axis).sentence
-        area = (record.get("area") or {}).get(axis) or {}
-        flat[f"area_{axis}"] = area.get("value")
-        for part in ("low", "high", "from", "to", "whole", "vs_random", "vs_random_low", "vs_random_high"):
-            flat[f"area_{axis}_{part}"] = area.get(part)
-    return flat
 
 
 def metric_names(records: list[ResultRecord]) -> list[str]:

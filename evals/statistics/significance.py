@@ -16,8 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from scipy.special import bdtr, betainc, gammaln, ndtri
+from scipy.special import betainc, ndtri
 
 from tokenprune.evals.statistics.bootstrap import paired_difference
 
@@ -89,57 +88,6 @@ def mcnemar(won: int, lost: int) -> float:
     fewer, more = sorted((won, lost))
     # P(X <= k) of a fair coin thrown n times is I(n - k, k + 1) at one half; I is not defined where n = k = 0
     return min(1.0, 2 * float(betainc(more, fewer + 1, 0.5))) if more else 1.0
-
-
-EXACT_CELLS = 1_000_000
-"""Combinations of signs, all but those of the largest group counted alike, up to which the test is exact."""
-FLIPS = 100_000
-"""Draws of signs beyond that."""
-
-
-def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
-    """Two-sided p-value of a mean difference: the share of sign patterns whose sum is as far from 0 as the one seen.
-
-    For differences of -1, 0 and 1 this is the exact McNemar test, to the last digit. Scores of an interpolated control
-    lie between 0 and 1, so differences have a few sizes (1, w and 1 - w): those of one size are one binomial, and the
-    sum over all patterns is exact up to `EXACT_CELLS` combinations; beyond that, signs are drawn (`FLIPS`, seeded) and
-    the pattern seen counts as one of them, so that p is never 0.
-
-    It is exact where a difference and its opposite are equally likely; where only the mean is 0 it is right in the
-    limit of many samples, because the variance of the flipped sum is the sum of squares, as is that of the sum seen.
-    """
-    values = np.asarray(differences, dtype=np.float64)
-    sizes, counts = np.unique(np.round(np.abs(values), 9), return_counts=True)
-    sizes, counts = sizes[sizes > 0], counts[sizes > 0]
-    seen = abs(float(values.sum())) - 1e-7
-    if not len(sizes) or seen <= 0:
-        return 1.0
-    order = np.argsort(counts)
-    sizes, counts = sizes[order], counts[order]
-    if math.prod(int(count) + 1 for count in counts[:-1]) > EXACT_CELLS:
-        rng = np.random.default_rng(seed)
-        sums = sum(size * (2.0 * rng.binomial(n, 0.5, FLIPS) - n) for size, n in zip(sizes, counts, strict=True))
-        return float((1 + (np.abs(sums) >= seen).sum()) / (1 + FLIPS))
-    sums, logs = np.zeros(1), np.zeros(1)
-    for size, n in zip(sizes[:-1], counts[:-1], strict=True):
-        plus = np.arange(n + 1)
-        ways = gammaln(n + 1) - gammaln(plus + 1) - gammaln(n - plus + 1) - n * math.log(2)
-        sums = (sums[:, None] + size * (2.0 * plus - n)).ravel()
-        logs = (logs[:, None] + ways).ravel()
-    # of the largest group at most this many may be negative for the sum to reach what was seen
-    size, n = float(sizes[-1]), int(counts[-1])
-    negative = np.floor((n - (seen - sums) / size) / 2)
-    tail = np.where(negative >= 0, bdtr(np.clip(negative, 0, n), n, 0.5), 0.0)
-    # sums are symmetric about 0, so the other tail is as heavy
-    return min(1.0, 2 * float(np.exp(logs) @ tail))
-
-
-def samples_for(differences: Sequence[float]) -> int | None:
-    """Samples that show a mean difference as observed, as `samples_needed` does, from differences of any size: the
-    discordance is their mean square. None where their mean is 0."""
-    values = np.asarray(differences, dtype=np.float64)
-    mean = abs(float(values.mean()))
-    return None if mean < 1e-12 else math.ceil(_needed(mean, max(float((values**2).mean()), mean**2)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,60 +1,75 @@
-"""Whether a difference is one: the only place that says "better", "worse" or "not told apart".
+"""The one place that says better, worse or not told apart; tables, pages and sentences ask here.
 
-Two conditions, both needed: the exact test's p-value, corrected for all tests of its table, is below 0.05; and there
-are at least `LEAST_SAMPLES` samples. Everything that words a comparison asks `verdict`.
+A verdict takes a test of the same samples, its p-value corrected for all that are compared together (Holm), below 5
+percent, and at least `LEAST` samples. Below that an accuracy is known to ten points at best (half the 95 percent
+interval of 50 percent of 100 samples is 9.8), and what a test finds in so few says more of the samples than of the
+methods.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+LEAST = 100
+"""Samples below which nothing is said."""
 LEVEL = 0.05
-"""Of the corrected p-value."""
-LEAST_SAMPLES = 100
-"""Fewer samples never tell two methods apart.
 
-Where the two differ on a quarter of the samples, 100 show a difference of about 15 points with 80 percent power, and
-the percentile interval of a mean still holds the truth nearly 95 times in 100. With fewer, what passes the test is
-mostly a difference that chance has made larger than it is, and one odd picture moves an accuracy by more than a point.
-"""
+BETTER, WORSE, ALIKE, FEW, UNKNOWN = "better", "worse", "alike", "few", "unknown"
+KINDS = (BETTER, WORSE, ALIKE, FEW, UNKNOWN)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What may be said of a difference.
+    """What may be said.
 
     Attributes:
-        kind: "better", "worse", "alike" (enough samples, not told apart), "few" (not enough samples), or "none"
-            (nothing to compare with).
-        sentence: the same for a reader.
+        kind: "better", "worse", "alike" (not told apart), "few" (not enough samples) or "unknown" (no comparison).
+        needed: samples that it takes, about, where there are too few.
     """
 
     kind: str
-    sentence: str
+    needed: int | None = None
 
     @property
     def told_apart(self) -> bool:
-        """Whether the two differ."""
-        return self.kind in ("better", "worse")
+        """Whether it is better or worse."""
+        return self.kind in (BETTER, WORSE)
+
+    def sentence(self, other: str) -> str:
+        """In words, for example "better than random"."""
+        if self.kind == FEW:
+            return f"not enough samples (needs about {self.needed:,})".replace(",", "\u202f")
+        words = {
+            BETTER: "better than",
+            WORSE: "worse than",
+            ALIKE: "not told apart from",
+            UNKNOWN: "no comparison with",
+        }
+        return f"{words[self.kind]} {other}"
 
 
-NO_CONTROL = Verdict("none", "no control measured at this cost")
-
-
-def verdict(difference: float | None, p: float | None, n: int | None, needed: int | None = None) -> Verdict:
-    """The verdict on a paired difference.
+def verdict(difference: float | None, corrected: float | None, n: int, needed: int | None = None) -> Verdict:
+    """What may be said of a difference.
 
     Args:
-        difference: of the means, this minus the other; None where there is nothing to compare with.
-        p: two-sided p-value of the exact test, corrected for all tests that are made together.
-        n: samples behind it.
-        needed: samples that would show such a difference, see `significance.samples_needed`.
+        difference: of two accuracies over the same samples; None where there is no comparison.
+        corrected: p-value, corrected for all that are compared together; None where there is no test.
+        n: samples.
+        needed: samples with which a difference like this one would be found, where that is known.
     """
-    if difference is None or p is None or n is None:
-        return NO_CONTROL
-    if n < LEAST_SAMPLES:
-        return Verdict("few", f"not enough samples (needs about {max(LEAST_SAMPLES, needed or 0)})")
-    if p < LEVEL and difference:
-        return Verdict("better", "better") if difference > 0 else Verdict("worse", "worse")
-    more = f" (needs about {needed} samples)" if needed is not None and needed > n else ""
-    return Verdict("alike", f"not told apart{more}")
+    if difference is None or corrected is None:
+        return Verdict(UNKNOWN)
+    if n < LEAST:
+        return Verdict(FEW, max(LEAST, needed or 0))
+    if corrected >= LEVEL or difference == 0:
+        return Verdict(ALIKE)
+    return Verdict(BETTER if difference > 0 else WORSE)
+
+
+def grouped(verdicts: Iterable[tuple[str, Verdict]]) -> dict[str, list[str]]:
+    """Names by kind of verdict, in the order given."""
+    groups: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for name, said in verdicts:
+        groups[said.kind].append(name)
+    return groups

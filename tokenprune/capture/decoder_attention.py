@@ -1,4 +1,5 @@
-"""Attention of a few rows in one decoder layer, from the layer's projections: what stages at "layer:K" may ask for.
+"""Attention of a few rows in one decoder layer, from the layer's projections: what stages at "layer:K" may ask for, and
+of layer 0 those at "input".
 
 Layer K - 1 has run when a stage at "layer:K" chooses, so its keys and values are read from its KV cache where that has
 them; those of layer K, which is yet to run, are projected here.
@@ -6,27 +7,31 @@ them; those of layer K, which is yet to run, are projected here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokenprune.capture.branch import Branch
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.signals import (
+    BRANCH_LOGITS,
     DECODER_SIGNALS,
     DECODER_VALUE_NORM,
     INSTRUCTION_ATTENTION,
     LAST_ATTENTION,
     LAST_VALUE_SIMILARITY,
     LAST_VISUAL_ATTENTION,
+    PROMPT_SIGNALS,
     TEXT_TO_VISUAL,
     TRANSITION_SIGNALS,
     VISUAL_TO_TEXT,
     Signal,
 )
 from tokenprune.kernels.attention_rows import attention_rows
+from tokenprune.state.key_bias import biased_key, biased_query
 from tokenprune.state.prompt_state import Prompt
 
 _CHUNK = 128  # query rows at a time: memory stays O(rows x keys)
@@ -45,6 +50,7 @@ class LayerInput:
         keys_seen: `[B, K]` bool, False at padding among them.
         left: keys, rotated, and values `[B, Hk, K + P, d]` that the layer left in its cache; None before it has run.
         cache: the KV cache that it runs with; None if there is none.
+        bias: `[B, <= K + P]` fp32, added to the logits of the first keys, which stand for several tokens; None: no key.
     """
 
     module: Any
@@ -55,6 +61,7 @@ class LayerInput:
     keys_seen: Tensor | None
     left: tuple[Tensor, Tensor] | None = None
     cache: Any = None
+    bias: Tensor | None = None
 
     def after(self, layer: int) -> LayerInput:
         """The same once the layer's attention has run, with what it left in the cache if that has it whole and as it
@@ -74,14 +81,29 @@ class LayerInput:
 
 
 def check_decoder_signal(signal: Signal, site: str, depth: int) -> None:
-    """Raise ValueError if a stage at "layer:K" cannot have this signal."""
+    """Raise ValueError if a stage cannot have this signal.
+
+    Args:
+        depth: K of "layer:K"; 0 at "input", where what enters layer 0 is there; negative elsewhere.
+    """
+    if signal.name in PROMPT_SIGNALS and site != "input":
+        raise ValueError(f"{signal.name} is there at 'input' only, and was asked for at {site!r}.")
     if signal.name in DECODER_SIGNALS and depth < 0:
-        raise ValueError(f"{signal.name} of decoder layers is there at 'layer:K' only, and was asked for at {site!r}.")
+        raise ValueError(
+            f"{signal.name} of decoder layers is there at 'layer:K' and, of layer 0, at 'input' only, and was asked "
+            f"for at {site!r}."
+        )
+    if signal.name in DECODER_SIGNALS and depth == 0 and signal.layer != 0:
+        raise ValueError(
+            f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage there reads layer 0."
+        )
     if signal.name in DECODER_SIGNALS and signal.layer not in (depth - 1, depth):
         raise ValueError(
             f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage there reads layers "
             f"{depth - 1} and {depth}."
         )
+    if signal.name == BRANCH_LOGITS and (signal.layer != depth or not site.startswith("layer")):
+        raise ValueError(f"{signal.name} of a branch at decoder layer {signal.layer} was asked for at {site!r}.")
     if signal.name in TRANSITION_SIGNALS and not 0 <= signal.layer < depth:
         raise ValueError(
             f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage at 'layer:K' reads what "
@@ -92,12 +114,21 @@ def check_decoder_signal(signal: Signal, site: str, depth: int) -> None:
 class DecoderSignals:
     """Computes signals of one layer for the prompts of a batch; what several signals share is computed once.
 
+    Args:
+        adapter: the family.
+        given: what enters the layer.
+        prompt: the batch.
+        branches: those that begin at this layer.
+
     Attributes:
         flops: matrix products so far, projections and attention rows.
     """
 
-    def __init__(self, adapter: Adapter, given: LayerInput, prompt: Prompt) -> None:
+    def __init__(
+        self, adapter: Adapter, given: LayerInput, prompt: Prompt, branches: Mapping[Signal, Branch] | None = None
+    ) -> None:
         self.flops = 0
+        self._branches = branches or {}
         self._adapter, self._given, self._prompt = adapter, given, prompt
         self._reading = adapter.reading(given.module)
         self._cache: dict[str, Tensor] = {}
@@ -129,6 +160,15 @@ class DecoderSignals:
         if name in (LAST_VISUAL_ATTENTION, LAST_VALUE_SIMILARITY, DECODER_VALUE_NORM):
             return self._within(name, sample, places)
         return self._shares(name)[sample]
+
+    def branch_logits(self, signal: Signal, span: int, places: Tensor) -> Tensor:
+        """`BRANCH_LOGITS` for one span, as `value`."""
+        if signal.source not in self._cache:
+            branch, given = self._branches[signal], self._given
+            logits, flops = branch.logits(given.hidden.detach(), given.rotation, given.attended, self._ends()[:, 0])
+            self._cache[signal.source] = logits
+            self.flops += flops
+        return self._cache[signal.source][self._prompt.layout.spans[span].sample, places]
 
     def _allowed(self, rows: Tensor) -> Tensor:
         """`[B, R, K + P]` bool: which keys the query rows `[B, R]` see."""
@@ -188,10 +228,17 @@ class DecoderSignals:
 
     def _attention(self, rows: Tensor) -> Tensor:
         """`[B, R, P]` fp32: head-mean attention of the query rows `[B, R]` to the tokens of this call."""
-        query, key = self._query(rows), self._keys()
+        query, key = self._biased(self._query(rows), self._keys())
         self.flops += 2 * query.numel() * key.shape[2]
         mass = attention_rows(query, key, self._reading.scale, self._allowed(rows))  # [B, R, K + P]
         return mass[..., -self._given.hidden.shape[1] :]
+
+    def _biased(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Both with what the layer adds to the logits of keys `[B, Hk, K + P, d]` that stand for several tokens."""
+        bias = self._given.bias
+        if bias is None:
+            return query, key
+        return biased_query(query), biased_key(key, bias, self._reading.scale)
 
     def _ends(self) -> Tensor:
         """`[B, 1]` int64, the last token of each prompt."""
@@ -236,7 +283,8 @@ class DecoderSignals:
         """`[n]` fp32: how the tokens at `places` `[n]` of a row compare among each other, seen from its last token."""
         ends = self._ends()
         if name == LAST_VISUAL_ATTENTION:
-            query, key = self._last_query()[sample], self._keys()[sample, :, -self._given.hidden.shape[1] :]
+            queries, keys = self._biased(self._last_query(), self._keys())
+            query, key = queries[sample], keys[sample, :, -self._given.hidden.shape[1] :]
             scale = self._reading.scale
         else:
             key = self._values()[sample]

@@ -14,6 +14,7 @@ from tokenprune.interfaces.signals import (
     CLS_PATCH_ATTENTION,
     CLS_PATCH_SIMILARITY,
     CLS_VALUE_SIMILARITY,
+    CLS_WIDE_ATTENTION,
     MEAN_QUERY_ATTENTION,
     MEAN_VALUE_SIMILARITY,
     SINK_ATTENTION,
@@ -38,6 +39,9 @@ def vision_signal(signal: Signal, query: Tensor, key: Tensor, value: Tensor, bef
     scale = query.shape[-1] ** -0.5
     if name == CLS_ATTENTION:
         return attention_rows(query[:, :, :1], key, scale)[:, 0, before:], tokens  # [m, 1, T] -> [m, N]
+    if name == CLS_WIDE_ATTENTION:
+        wide, keys = (part.transpose(1, 2).flatten(2)[:, None] for part in (query[:, :, :1], key))  # [m, 1, T, H d]
+        return attention_rows(wide, keys, wide.shape[-1] ** -0.5)[:, 0, before:], tokens
     if name == MEAN_QUERY_ATTENTION:
         mean = query[:, :, before:].float().mean(dim=2, keepdim=True)  # [m, H, 1, d]
         return attention_rows(mean, key, scale)[:, 0, before:], tokens

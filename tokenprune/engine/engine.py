@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenprune.capture.decoder_attention import check_decoder_signal
+from tokenprune.capture.decoder_attention import DecoderSignals, check_decoder_signal
 from tokenprune.capture.token_transition import Transitions
 from tokenprune.engine.assisted_decoding import Drafts
 from tokenprune.engine.attention import AttentionInterventions
 from tokenprune.engine.decoder_pass import DecoderPass
+from tokenprune.engine.first_layer import entering
 from tokenprune.engine.guards import check_mask, check_replica, check_window, sliding_window
 from tokenprune.engine.hints import Hints
 from tokenprune.engine.layer_cuts import LayerCuts
@@ -30,7 +31,7 @@ from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.intervention import Intervention
 from tokenprune.interfaces.pruner import Stage
-from tokenprune.interfaces.signals import DECODER_SIGNALS, TRANSITION_SIGNALS
+from tokenprune.interfaces.signals import DECODER_SIGNALS, PROMPT_SIGNALS, TRANSITION_SIGNALS
 from tokenprune.plan.checks import check_vision_signal
 from tokenprune.seams import cache_in
 from tokenprune.state.call_inputs import CallInputs
@@ -68,10 +69,9 @@ class Engine:
         signals = [signal for stage in stages for signal in stage.signals(adapter.tower)]
         for stage in stages:
             for signal in stage.signals(adapter.tower):
-                check_decoder_signal(signal, stage.site, stage.depth if stage.place == "layer" else -2)
+                check_decoder_signal(signal, stage.site, stage.depth if stage.place in ("layer", "input") else -2)
                 check_vision_signal(signal, stage, adapter.tower.feature_layer)
-        cuts = [stage.depth for stage in stages if stage.place == "layer"]
-        self.attending = AttentionInterventions(adapter, interventions, self.calls, cuts)
+        self.attending = AttentionInterventions(adapter, interventions, self.calls, self.stages)
         self._input = next((stage for stage in stages if stage.place == "input"), None)
         # tokens that left before the projector leave the rows here too, under their own method's policy
         before_layers = [stage for stage in stages if stage.place != "layer"]
@@ -83,8 +83,8 @@ class Engine:
         self._transitions = Transitions(adapter, signals, self.calls)
         self._selector = PromptSelector(adapter.tower, self._transitions, self.attending, self.hints)
         self._layers = LayerCuts(adapter, self.stages, self._selector, self._transitions, self.attending, self.calls)
-        reads_text = any(signal.name in (*DECODER_SIGNALS, *TRANSITION_SIGNALS) for signal in signals)
-        self._drafts = Drafts(self.calls, reads_text or bool(self.attending))
+        reads_text = any(signal.name in (*DECODER_SIGNALS, *TRANSITION_SIGNALS, *PROMPT_SIGNALS) for signal in signals)
+        self._drafts = Drafts(self.calls, reads_text or bool(self.attending.layers))
         self._outputs = Outputs(self.calls, outputs)
         self._learning = threading.RLock()
         self._window = sliding_window(adapter.language_model.config) if self.stages else None
@@ -233,18 +233,31 @@ class Engine:
             prompt.timer.join(recording.timer)
             prompt.flops += recording.selection_flops
             prompt.tower.append(recording.work())
+            prompt.merged += recording.merged
         prompt.place(embeds.device)
         cutter = CutBuilder(prompt, self._cut_site, inputs.length)
         for index, (recording, row) in enumerate(prompt.sources):
             left = recording.kept[row]
             if left is not None and left.count < prompt.layout.spans[index].num_tokens:
-                cutter.keep(index, left.tokens.to(embeds.device), {})
+                sizes = None if left.sizes is None else left.sizes.to(embeds.device)
+                cutter.keep(index, left.tokens.to(embeds.device), {}, sizes)
                 carry = left.carry
                 prompt.alive[index].carry = {name: values.to(embeds.device) for name, values in carry.items()}
         if self._input is not None:
             with prompt.timer.running(embeds.device):
-                embeds = self._selector.choose(self._input, prompt, cutter, embeds, None)
+                signals = self._read_first_layer(prompt, inputs, embeds, cutter)
+                embeds = self._selector.choose(self._input, prompt, cutter, embeds, signals)
+                prompt.flops += sum(computed.flops for computed in signals.values())
         return embeds, cutter.compact(inputs.attended(embeds.device), inputs.batch_size)
+
+    def _read_first_layer(
+        self, prompt: Prompt, inputs: CallInputs, embeds: Tensor, cutter: CutBuilder
+    ) -> dict[int, DecoderSignals]:
+        """What the stage at "input" wants to know of decoder layer 0, yet to run; {} if nothing."""
+        if self._input is None or not any(s.name in DECODER_SIGNALS for s in self._input.signals(self.adapter.tower)):
+            return {}
+        given = entering(self.adapter, inputs, embeds, cutter.gone(embeds.shape[0]), self._policy)
+        return {0: DecoderSignals(self.adapter, given, prompt)}
 
     def _recorded(self, layout: Layout) -> list[tuple[Recording, int]]:
         """Recording and row of each span, from the features calls of this very forward."""

@@ -9,7 +9,7 @@ all that can be checked.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -50,6 +50,10 @@ def check_decoder_reads(adapter: Adapter, stages: Sequence[Stage], changed: Sequ
     if not attention and not branches and not changed:
         return
     _check_whole(adapter)
+    if any(
+        s.name in DECODER_SIGNALS for stage in stages if stage.place == "input" for s in stage.signals(adapter.tower)
+    ):
+        _checked(adapter, 0, "reads what enters", _check_entrance)
     for layer in sorted(attention):
         _checked(adapter, layer, "reads the attention of", _check_attention)
     for layer in sorted(branches):
@@ -143,6 +147,34 @@ def _check_attention(adapter: Adapter, layer: int) -> None:
     _check_close("its query, key, value, rotation and scale", mixed.transpose(1, 2).flatten(2), truth)
 
 
+def _check_entrance(adapter: Adapter, layer: int) -> None:
+    """Embeddings that the decoder is given must enter its first layer as they are, with the rotation of its own."""
+    module, decoder = adapter.layers[layer], adapter.language_model
+    if not _there(module):
+        return
+    hidden, positions = _hidden(adapter), torch.arange(_TOKENS)[None]
+    found: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+
+    def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
+        found.append((args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"]))
+        raise _Entered
+
+    entrance = _hooked(module.register_forward_pre_hook(stop, with_kwargs=True))
+    with _undisturbed(decoder), entrance, suppress(_Entered):
+        decoder.forward(inputs_embeds=hidden, use_cache=False)
+    entered, rotation = found[0]
+    if not torch.equal(entered, hidden):
+        raise ValueError("the embeddings that the decoder is given are changed before they enter it")
+    positions = positions.to(hidden.device)
+    mine = adapter.rotary(hidden, positions.expand(3, 1, -1) if adapter.mrope else positions, layer)
+    if not all(torch.equal(one.expand_as(other), other) for one, other in zip(mine, rotation)):
+        raise ValueError("it is given another rotation than the decoder's own of the position ids")
+
+
+class _Entered(Exception):
+    """A layer was reached, and need not run."""
+
+
 def _check_branches(adapter: Adapter, layer: int) -> None:
     module = adapter.layers[layer]
     parts = adapter.branches(module)
@@ -190,14 +222,20 @@ def _hooked(*hooks: Any) -> Iterator[None]:
             hook.remove()
 
 
+def _hidden(adapter: Adapter, layer: int = 0) -> Tensor:
+    """A few random hidden states `[1, S, D]` on the device of a layer."""
+    decoder = adapter.language_model
+    weight = next(part for part in adapter.layers[layer].parameters() if part.is_floating_point())
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, _TOKENS, decoder.config.hidden_size, generator=generator, device="cpu")
+    return hidden.to(device=weight.device, dtype=decoder.dtype)
+
+
 def _run(adapter: Adapter, layer: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
     """Run a layer on a few random hidden states, past the hooks that others placed on it: what entered it `[1, S, D]`,
     the rotation, and what it made of them."""
     module, decoder = adapter.layers[layer], adapter.language_model
-    generator = torch.Generator().manual_seed(0)
-    weight = next(part for part in module.parameters() if part.is_floating_point())
-    hidden = torch.randn(1, _TOKENS, decoder.config.hidden_size, generator=generator, device="cpu")
-    hidden = hidden.to(device=weight.device, dtype=decoder.dtype)
+    hidden = _hidden(adapter, layer)
     positions = torch.arange(_TOKENS, device=hidden.device)[None]
     rotation = adapter.rotary(hidden, positions.expand(3, 1, -1) if adapter.mrope else positions, layer)
     mask = None  # the causal one, for all but eager attention

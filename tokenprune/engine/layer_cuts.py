@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tokenprune.capture.branch import load_branch
 from tokenprune.capture.decoder_attention import DecoderSignals, LayerInput
 from tokenprune.capture.token_transition import Transitions
 from tokenprune.engine.attention import AttentionInterventions
@@ -18,7 +19,7 @@ from tokenprune.engine.prompt_selection import PromptSelector
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
-from tokenprune.interfaces.signals import DECODER_SIGNALS
+from tokenprune.interfaces.signals import BRANCH_LOGITS, DECODER_SIGNALS
 from tokenprune.seams import cache_of
 from tokenprune.state.forward_call import Calls, ForwardCall
 from tokenprune.state.prompt_state import CutBuilder, Prompt
@@ -48,7 +49,12 @@ class LayerCuts:
         self._adapter, self._selector, self._transitions = adapter, selector, transitions
         self._attending, self._calls = attending, calls
         self._stages = {stage.depth: stage for stage in stages if stage.place == "layer"}
-        signals = [signal for stage in stages for signal in stage.signals(adapter.tower)]
+        signals = [signal for stage in self._stages.values() for signal in stage.signals(adapter.tower)]
+        self._branches = {
+            signal: load_branch(adapter, signal.layer, int(signal.settings[0]), signal.source)
+            for signal in signals
+            if signal.name == BRANCH_LOGITS
+        }
         self._read_layers = {signal.layer for signal in signals if signal.name in DECODER_SIGNALS}
         self._read_after = {stage.depth - 1: stage for stage in stages if _reads_before(stage, adapter.tower)}
         self._ledger = Ledger()  # that of the handle, once installed
@@ -111,7 +117,10 @@ class LayerCuts:
             left = 0 if current.before is None else current.before.hidden(layer)
             keys, seen = cache.layers[layer].keys, current.seen(layer)  # [B, Hk, K, d], [B, K]
             check_cached_keys(keys, current.past - left, layer, cache)
-        return LayerInput(module, hidden, kwargs["position_embeddings"], current.attended, keys, seen, cache=cache)
+        bias = self._attending.bias(layer, 0 if keys is None else keys.shape[2], hidden)
+        return LayerInput(
+            module, hidden, kwargs["position_embeddings"], current.attended, keys, seen, cache=cache, bias=bias
+        )
 
     def _after_attention(self, layer: int, module: Any, args: Any, output: Any) -> None:
         """Read for the stage after this layer what that one wants to know, while the layer runs."""
@@ -122,7 +131,7 @@ class LayerCuts:
         call.read[layer] = signals = DecoderSignals(self._adapter, given.after(layer), prompt)
         budgets = [stage.budget.tokens(span.num_tokens) for span in prompt.layout.spans]
         cuts = [0 < budget < alive.count for budget, alive in zip(budgets, prompt.alive)]
-        if any(cuts) or (stage.pruner.adaptive and any(alive.count for alive in prompt.alive)):
+        if any(cuts) or (stage.pruner.is_adaptive and any(alive.count for alive in prompt.alive)):
             with prompt.timer.running(given.hidden.device):
                 wanted = stage.signals(self._adapter.tower)
                 signals.prepare([signal.name for signal in wanted if signal.layer == layer])
@@ -134,7 +143,7 @@ class LayerCuts:
             if layer < stage.depth:  # has run
                 signals[layer] = call.read[layer]
             else:
-                signals[layer] = DecoderSignals(self._adapter, call.layer_inputs[layer], prompt)
+                signals[layer] = DecoderSignals(self._adapter, call.layer_inputs[layer], prompt, self._branches)
         cutter = CutBuilder(prompt, stage.site, hidden.shape[1])
         hidden = self._selector.choose(stage, prompt, cutter, hidden, signals)  # [B, P, D]
         prompt.flops += sum(computed.flops for computed in signals.values())

@@ -16,6 +16,10 @@ MEAN_QUERY_ATTENTION = "mean_query_attention"
 """Attention of the mean of all patch queries of an image to each of its patches, as above. Where the tower merges
 patches into tokens, their mean. `[M, N]`."""
 
+CLS_WIDE_ATTENTION = "cls_wide_attention"
+"""As `CLS_ATTENTION`, with all heads taken as one: products over the tower's whole width, over its square root.
+`[M, N]`."""
+
 CLS_VALUE_SIMILARITY = "cls_value_similarity"
 """Softmax over [CLS] and patches of the unscaled product of [CLS]'s value vector with each value vector, mean over
 heads, the [CLS] column dropped. `[M, N]`."""
@@ -68,6 +72,7 @@ VECTOR_SIGNALS = (TOWER_STATES, TOWER_KEYS, ATTENTION_BY_HEAD)
 
 VISION_SIGNALS = (
     CLS_ATTENTION,
+    CLS_WIDE_ATTENTION,
     MEAN_QUERY_ATTENTION,
     CLS_VALUE_SIMILARITY,
     VALUE_NORM,
@@ -78,9 +83,16 @@ VISION_SIGNALS = (
     *VECTOR_SIGNALS,
 )
 
+INSTRUCTION_EMBEDDING = "instruction_embedding"
+"""Mean of the embeddings of a prompt's text after its last visual token, as the decoder is given them; of the text
+before, where none follows. At "input" only. `[M, D]`, the same for all images of a prompt; ask for layer 0."""
+
+PROMPT_SIGNALS = (INSTRUCTION_EMBEDDING,)
+
 LAST_ATTENTION = "last_attention"
 """Attention of a prompt's last token to each visual token in one decoder layer: softmax over all tokens that it sees,
-in fp32, mean over heads. At "layer:K", layer K - 1 is read as it ran and layer K is tried on what would enter it.
+in fp32, mean over heads. At "layer:K", layer K - 1 is read as it ran and layer K is tried on what would enter it; at
+"input", layer 0 is tried.
 `[M, N]`."""
 
 TEXT_TO_VISUAL = "text_to_visual"
@@ -109,6 +121,15 @@ DECODER_VALUE_NORM = "decoder_value_norm"
 """L1 norm of each visual token's value vector in one decoder layer, averaged over heads before the norm. Layers as for
 `LAST_ATTENTION`. `[M, N]`."""
 
+BRANCH_LOGITS = "branch_logits"
+"""Products of a prompt's last token with each visual token at the end of a branch of decoder layers that were trained
+to find regions: what enters layer K goes through all of them but the last, of which queries and keys alone are taken,
+over the square root of a head's width, mean over heads, no softmax. At "layer:K" only. The source is the folder of the
+branch's weights, or `OWN_LAYERS`; the setting is how many layers it has. `[M, N]`."""
+
+OWN_LAYERS = "own"
+"""The source of a branch that is the model's own layers from K on, untrained."""
+
 DECODER_SIGNALS = (
     LAST_ATTENTION,
     TEXT_TO_VISUAL,
@@ -117,6 +138,7 @@ DECODER_SIGNALS = (
     LAST_VISUAL_ATTENTION,
     LAST_VALUE_SIMILARITY,
     DECODER_VALUE_NORM,
+    BRANCH_LOGITS,
 )
 
 ATTENTION_GAIN = "attention_gain"
@@ -145,11 +167,12 @@ TRANSITION_SIGNALS = (ATTENTION_GAIN, ATTENTION_COSINE, ATTENTION_TURN, MLP_GAIN
 @dataclass(frozen=True)
 class Signal:
     """A request: the signal called `name`, of vision block or decoder layer `layer` (0-based); `settings` are numbers
-    that some signals are computed with."""
+    that some signals are computed with, `source` a folder of weights that some are."""
 
     name: str
     layer: int
     settings: tuple[float, ...] = ()
+    source: str = ""
 
 
 @dataclass(frozen=True)

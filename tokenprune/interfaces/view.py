@@ -74,10 +74,10 @@ class View:
         """N."""
         return self.features.shape[1]
 
-    def signal(self, name: str, layer: int, *settings: float) -> Tensor:
+    def signal(self, name: str, layer: int, *settings: float, source: str = "") -> Tensor:
         """The signal that the method asked for in `signals()`, `[M, N]` fp32 (`[M]` for those of a whole prompt)."""
         try:
-            return self.signals[Signal(name, layer, settings)]
+            return self.signals[Signal(name, layer, settings, source)]
         except KeyError:
             asked = ", ".join(f"{signal.name} of block {signal.layer}" for signal in self.signals) or "nothing"
             raise KeyError(f"{name} of block {layer} was not recorded; signals() asked for {asked}.") from None

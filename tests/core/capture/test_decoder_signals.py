@@ -149,5 +149,7 @@ def test_a_decoder_signal_before_the_decoder():
         def signals(self, tower):
             return (Signal(LAST_ATTENTION, 1),)
 
-    with pytest.raises(ValueError, match="at 'layer:K' only, and was asked for at 'input'"):
+    with pytest.raises(ValueError, match="was asked for at 'input'; a stage there reads layer 0"):
         tokenprune.apply(tiny_llava(), Mine(), keep=4)
+    with pytest.raises(ValueError, match="of layer 0, at 'input' only, and was asked for at 'vision:1'"):
+        tokenprune.apply(tiny_llava(), {"at": "vision:1", "prune": Mine(), "keep": 4})

@@ -286,7 +286,7 @@ def test_received_attention_stands_at_the_token_that_receives_it(name, layout):
         start += math.prod(grid)
 
 
-# --- vectors: of every token one ----------------------------------------------------------------------------------------
+# --- vectors: of every token one ---
 
 
 @dataclass
