@@ -56,9 +56,9 @@ def _compare(args: argparse.Namespace) -> int:
     console.print(
         "\ndifference: A minus B in points, with its 95 percent paired bootstrap interval. won / lost: samples that "
         "only A / only B gets right.\np: exact McNemar. needed: samples that show a difference like this with 80 "
-        "percent power at two-sided 5 percent;\ncan show: the smallest difference that these samples show so. A is: by "
-        f"p, corrected for all rows of its kind, and with at least {LEAST} samples.\nThe two points may differ in cost: "
-        "the leaderboard compares at equal cost.",
+        "percent power at two-sided 5 percent;\ncan show: the smallest difference that these samples show so. A is: "
+        f"by p, corrected for all rows of its kind, and with at least {LEAST} samples.\nThe two points may differ in "
+        "cost; the leaderboard compares at equal cost.",
         highlight=False,
     )
     return 0
