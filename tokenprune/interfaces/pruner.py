@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -71,6 +72,11 @@ class Pruner:
     def is_random(self) -> bool:
         """Whether what stays depends on a seed, the option `seed`."""
         return hasattr(self, "seed")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files of weights that decide what stays: with others under the same names, answers are other ones."""
+        return ()
 
     def stages(self, budget: Budget, depths: ModelDepths) -> tuple[Stage, ...]:
         """The cuts that make up the method, for a model of these depths; one cut at `site` by default."""
