@@ -39,8 +39,9 @@ def anyres_visual(pack: Pack, crops: int, side: int) -> Visual:
         rasters = (Raster((side, side), 0, "thumbnail"), Raster(mosaic, side * side, "mosaic"))
 
     def resample(values: Tensor) -> Tensor:
-        values_by_token = pack(values.view(crops, side * side, 1), values.new_zeros(1))[:, 0]
-        return values_by_token[offsets.to(values_by_token.device)]
+        cells = values.view(crops, side * side, -1)
+        by_token = pack(cells, values.new_zeros(cells.shape[-1]))[offsets.to(values.device)]  # [N, C]
+        return by_token[:, 0] if values.dim() == 1 else by_token
 
     one_cell_each = bool((sources == sources.round()).all()) and sources.unique().shape[0] == count
     return Visual(
@@ -111,7 +112,8 @@ def pooled_video(frames: int, side: int, pool: Any, separators: int = 0, before_
     rasters = tuple(Raster((small, small), frame * count, "frame") for frame in range(frames))
 
     def resample(values: Tensor) -> Tensor:
-        return pool(values.view(frames, side * side, 1)).reshape(-1)
+        pooled = pool(values.view(frames, side * side, -1)).flatten(0, 1)  # [frames * n, C]
+        return pooled[:, 0] if values.dim() == 1 else pooled
 
     return Visual(
         rasters,

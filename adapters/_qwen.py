@@ -18,11 +18,14 @@ from tokenprune.cost import ModelShape, tower_flops
 from tokenprune.hooks import Scratch
 from tokenprune.interfaces.adapter import Adapter, VisionTower, submodule
 from tokenprune.interfaces.signals import (
+    ATTENTION_BY_HEAD,
     GREY_ENTROPY,
     MEAN_QUERY_ATTENTION,
     MEAN_VALUE_SIMILARITY,
     SINK_ATTENTION,
     SINK_ATTENTION_SUM,
+    TOWER_KEYS,
+    TOWER_STATES,
     VALUE_NORM,
     TowerInfo,
 )
@@ -68,6 +71,7 @@ class QwenTower(VisionTower):
 
     signals = (
         MEAN_QUERY_ATTENTION, MEAN_VALUE_SIMILARITY, VALUE_NORM, SINK_ATTENTION, SINK_ATTENTION_SUM, GREY_ENTROPY,
+        TOWER_STATES, TOWER_KEYS, ATTENTION_BY_HEAD,
     )  # fmt: skip
     can_cut = True
     can_resize = True
@@ -126,7 +130,10 @@ class QwenTower(VisionTower):
             return values
         order = run.order[run.present].split(run.counts)
         index = torch.stack([order[picture].argsort() for picture in pictures])
-        return values.gather(1, index.to(values.device))
+        index = index.to(values.device)
+        if values.dim() == 3:
+            index = index[..., None].expand(-1, -1, values.shape[-1])
+        return values.gather(1, index)
 
     def _heads(self, qkv: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         """Query, key and value `[H, patches, d]` of a packed row, rotated."""

@@ -13,15 +13,19 @@ from tokenprune.cost import ModelShape
 from tokenprune.hooks import Scratch
 from tokenprune.interfaces.adapter import VisionTower
 from tokenprune.interfaces.signals import (
+    ATTENTION_BY_HEAD,
     CLS_ATTENTION,
     CLS_PATCH_ATTENTION,
     CLS_PATCH_SIMILARITY,
     CLS_VALUE_SIMILARITY,
+    CLS_WIDE_ATTENTION,
     GREY_ENTROPY,
     MEAN_QUERY_ATTENTION,
     MEAN_VALUE_SIMILARITY,
     SINK_ATTENTION,
     SINK_ATTENTION_SUM,
+    TOWER_KEYS,
+    TOWER_STATES,
     VALUE_NORM,
     TowerInfo,
 )
@@ -69,12 +73,13 @@ class Vit(VisionTower):
         self._pooling_head = pooling_head
         self.module, self.blocks, self.exit, self.facts, self.can_cut = module, blocks, exit, facts, can_cut
         self._cell_patches = cell_patches
+        self.can_merge = cell_patches is None
         if cell_patches is not None:
             self.can_cut, self.patches_per_cell = False, cell_patches.shape[1]
-        cls = (CLS_ATTENTION, CLS_VALUE_SIMILARITY, CLS_PATCH_ATTENTION, CLS_PATCH_SIMILARITY)
+        cls = (CLS_ATTENTION, CLS_WIDE_ATTENTION, CLS_VALUE_SIMILARITY, CLS_PATCH_ATTENTION, CLS_PATCH_SIMILARITY)
         summary = cls if facts.has_cls else (MEAN_QUERY_ATTENTION,)
         patches = (MEAN_VALUE_SIMILARITY, VALUE_NORM, SINK_ATTENTION, SINK_ATTENTION_SUM)
-        self.signals = (*summary, *patches, GREY_ENTROPY)
+        self.signals = (*summary, *patches, GREY_ENTROPY, TOWER_STATES, TOWER_KEYS, ATTENTION_BY_HEAD)
         self._patch = patch
         self._before = int(facts.has_cls)
 
@@ -140,7 +145,8 @@ class Vit(VisionTower):
         return VitRun(grids[0][0] * grids[0][1])
 
     def states(self, run: VitRun, args: Any, pictures: Sequence[int], count: int) -> Tensor:
-        return args[0][list(pictures), self._before : self._before + count]  # [m, count, D]
+        left = self._before + count * self.patches_per_cell
+        return self.by_cell(args[0][list(pictures), self._before : left])  # [m, count, D]
 
     def drop_tokens(self, run: VitRun, args: Any, kwargs: Any, kept: Sequence[Tensor] | None) -> tuple[Any, Any]:
         hidden = args[0]
@@ -163,6 +169,13 @@ class Vit(VisionTower):
         if "attention_mask" in kwargs:
             return (hidden, *args[1:]), {**kwargs, "attention_mask": run.mask}
         return (hidden, run.mask, *args[2:]), kwargs
+
+    def replace_states(self, run: VitRun, args: Any, kept: Sequence[Tensor], merged: Sequence[Tensor | None]) -> Any:
+        hidden = args[0].clone()
+        for row, (index, states) in enumerate(zip(kept, merged)):
+            if states is not None:
+                hidden[row, self._before + index] = states.to(hidden.dtype)
+        return (hidden, *args[1:])
 
     def restore_length(self, run: VitRun, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
         full = output.new_zeros(output.shape[0], run.cells, output.shape[-1])

@@ -76,7 +76,7 @@ def run_single(
     point = Point(model, "pocket", method, keep, tuple(sorted(options.items())))
     before = visual_tokens(loaded, inputs)[0]
     plain, _, _ = answer_batch(loaded, Point(model, "pocket", NONE, None), [asked], inputs, 0, max_new_tokens)
-    said = _settle(loaded, point, asked, inputs)
+    said = _calibrate(loaded, point, asked, inputs)
     pruned, counts, kept = answer_batch(loaded, point, [asked], inputs, 0, max_new_tokens)
 
     console = Console()
@@ -96,7 +96,7 @@ def run_single(
     return 0
 
 
-def _settle(loaded: LoadedModel, point: Point, asked: Sample, inputs: dict[str, Any]) -> tuple[str, ...]:
+def _calibrate(loaded: LoadedModel, point: Point, asked: Sample, inputs: dict[str, Any]) -> tuple[str, ...]:
     """Let interventions see prompts of the model's pocket suite before they act, as `tokenprune eval` does; a line each
     on what they then do to this prompt. () without interventions."""
     if point.method == NONE:

@@ -6,8 +6,10 @@ Outside of tests they have none, because what was trained for one model is no de
 from __future__ import annotations
 
 import functools
+import inspect
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -28,11 +30,14 @@ def student(seed: int = 0) -> str:
 _HELD: list[tempfile.TemporaryDirectory[str]] = []
 
 
-def give_files() -> None:
-    """Let `Gtc()` be made without a student, and `SdRpn()` without a branch: it takes the model's own layers."""
-    SdRpn.__init__.__defaults__ = (None, None, "own", None)  # type: ignore[attr-defined]
-    given = Gtc.__init__.__defaults__ or ()
-    Gtc.__init__.__defaults__ = (*given[:-1], student())  # type: ignore[attr-defined]
+def give(method: type, option: str, value: str) -> None:
+    """Let a method have a default for an option."""
+    init: Any = method.__init__
+    names = list(inspect.signature(init).parameters)[1:]
+    defaults = list(init.__defaults__)
+    defaults[names.index(option) - len(names)] = value
+    init.__defaults__ = tuple(defaults)
 
 
-give_files()
+give(Gtc, "student", student())
+give(SdRpn, "branch", "own")

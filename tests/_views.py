@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from tokenprune.interfaces.pruner import Pruner
-from tokenprune.interfaces.signals import TowerInfo
+from tokenprune.interfaces.signals import (
+    ATTENTION_BY_HEAD,
+    INSTRUCTION_EMBEDDING,
+    TOWER_KEYS,
+    TOWER_STATES,
+    Signal,
+    TowerInfo,
+)
 from tokenprune.interfaces.view import View
 from tokenprune.interfaces.visual import Raster
 
@@ -24,6 +31,21 @@ def random_boxes(generator: torch.Generator) -> list[list[float]]:
         high = low + 0.02 + torch.rand(2, generator=generator) * (1 - low - 0.02)
         boxes.append([*low.tolist(), *high.tolist()])
     return boxes
+
+
+def random_signal(
+    signal: Signal, images: int, count: int, tower: TowerInfo, generator: torch.Generator, width: int
+) -> Tensor:
+    """Rows of a softmax over the tokens and one more column, which is dropped; for vectors multiples of 1/8."""
+    if signal.name == INSTRUCTION_EMBEDDING:
+        return torch.randint(-16, 17, (images, width), generator=generator) / 8
+    if signal.name in (TOWER_STATES, TOWER_KEYS):
+        return torch.randint(-16, 17, (images, count, tower.hidden_size), generator=generator) / 8
+    rows = images * tower.num_heads if signal.name == ATTENTION_BY_HEAD else images
+    values = (2 * torch.randn(rows, count + 1, generator=generator)).softmax(dim=1)[:, 1:].contiguous()
+    if signal.name != ATTENTION_BY_HEAD:
+        return values
+    return values.view(images, tower.num_heads, count).transpose(1, 2).contiguous()
 
 
 def make_view(
@@ -49,10 +71,11 @@ def make_view(
     # where a method of a site with a number is tried: the last cut inside the tower, the fourth decoder layer
     depth = {"vision": tower.feature_layer - 1, "layer": 3}.get(method.site, 0)
     signals = {
-        signal: (2 * torch.randn(images, count + 1, generator=generator)).softmax(dim=1)[:, 1:].contiguous()
+        signal: random_signal(signal, images, count, tower, generator, width)
         for signal in method.signals_at(tower, method.site, depth)
     }
-    known = {"boxes": [random_boxes(generator) for _ in range(images)]}
+    known: dict[str, list[Any]] = {"boxes": [random_boxes(generator) for _ in range(images)]}
+    known["relevance"] = torch.rand(images, count, generator=generator).tolist()
     keys = torch.randint(-(2**62), 2**62, (images,), generator=generator)
     view = View(
         features=features,

@@ -178,6 +178,7 @@ class MaskedModel:
         merged: embeddings `[T, D]` that stand at the kept visual places, row by row, for methods that merge; None for
             methods that only drop.
         tower: the kind and the work of each run of the vision tower, those of a kind in their order.
+        sizes: for each of `cuts` and span, how many keys each kept token counts for from there on; None for one each.
     """
 
     def __init__(
@@ -189,6 +190,7 @@ class MaskedModel:
         policies: dict[str, str],
         merged: Tensor | None = None,
         tower: list[tuple[str, Any]] | None = None,
+        sizes: list[list[Tensor | None]] | None = None,
     ) -> None:
         self.adapter, self.model = adapter, adapter.model
         self.mask = batch["attention_mask"]
@@ -199,11 +201,15 @@ class MaskedModel:
         layers = len(adapter.layers)
         stays = torch.ones_like(self.mask, dtype=torch.bool)
         closed = torch.zeros_like(self.mask)
-        by_layer: dict[int, tuple[Tensor, Tensor]] = {}
+        by_layer: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        counts_for = torch.ones(self.mask.shape)
         visual = torch.zeros_like(stays)
         for span in layout.spans:
             visual[span.sample, span.places] = True
-        for site, kept in cuts:
+        for (site, kept), numbers in zip(cuts, sizes or [[None] * len(layout.spans)] * len(cuts), strict=True):
+            for span, tokens, number in zip(layout.spans, kept, numbers, strict=True):
+                if number is not None:
+                    counts_for[span.sample, _standing(span, tokens)] = number.float()
             before = stays.clone()
             for span, tokens in zip(layout.spans, kept):
                 stays[span.sample, span.places] = False
@@ -212,8 +218,8 @@ class MaskedModel:
             if policies[site] == "compact":
                 closed = closed + (before & ~stays).cumsum(1)
             first = int(site.partition(":")[2]) if site.startswith("layer") else 0
-            by_layer[first] = (stays.clone(), closed.clone())
-        everything = (torch.ones_like(stays), torch.zeros_like(closed))
+            by_layer[first] = (stays.clone(), closed.clone(), counts_for.clone())
+        everything = (torch.ones_like(stays), torch.zeros_like(closed), torch.ones(self.mask.shape))
         found = [max((first for first in by_layer if first <= layer), default=None) for layer in range(layers)]
         self.layers = [everything if first is None else by_layer[first] for first in found]
         self.stays, self.after_input = self.layers[-1][0], self.layers[0][0]
@@ -266,13 +272,14 @@ class MaskedModel:
             return torch.cat([closed, closed[:, -1:].expand(-1, more)], dim=1)
 
         def hook(layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            stays = self.layers[layer][0]
+            stays, _, numbers = self.layers[layer]
             seen = torch.cat([stays, torch.ones(stays.shape[0], more, dtype=torch.bool)], dim=1) & mask.bool()
             allowed = (causal[None] & seen[:, None])[:, None]
             allowed = allowed | (own & ~allowed.any(-1, keepdim=True))  # a row that sees nothing sees itself
-            if self.attention == "eager":
+            if self.attention == "eager" or not torch.equal(numbers, torch.ones_like(numbers)):
                 low = torch.finfo(embeds.dtype).min
-                allowed = torch.zeros(allowed.shape, dtype=embeds.dtype).masked_fill(~allowed, low)
+                more_of_it = torch.cat([numbers.log(), torch.zeros(numbers.shape[0], more)], dim=1)[:, None, None]
+                allowed = more_of_it.to(embeds.dtype).expand(allowed.shape).masked_fill(~allowed, low)
             changed = {**kwargs, "attention_mask": allowed}
             if not torch.equal(closing(layer), closing(0)):
                 hidden = args[0] if args else kwargs["hidden_states"]
@@ -337,6 +344,7 @@ def run_pruned(model: Any, method: Any, keep: Any, batch: dict[str, Tensor], tok
         short = torch.arange(output.logits.shape[1]) >= output.logits.shape[1] - stays.sum(1, keepdim=True)
         real = stays if output.logits.shape[1] == stays.shape[1] else short
         cuts = [(cut.site, list(cut.tokens)) for cut in prompt.cuts]
+        sizes = [list(cut.sizes) for cut in prompt.cuts]
         kept = handle.kept
         fed = calls[0]
         generated = model.generate(
@@ -350,6 +358,7 @@ def run_pruned(model: Any, method: Any, keep: Any, batch: dict[str, Tensor], tok
         "merges": any(stage.pruner.merges for stage in handle.stages),
         "exact": not any(stage.place == "vision" for stage in handle.stages),
         "cuts": cuts,
+        "sizes": sizes,
         "full_mask": batch["attention_mask"],
         "tower": kinds_of(prompt),
         "kept": kept,
@@ -380,7 +389,9 @@ def masked_by(
 
 def masked_of(run: dict[str, Any], batch: dict[str, Tensor], merged: Tensor | None = None) -> MaskedModel:
     """The masked model of a run."""
-    return MaskedModel(run["adapter"], batch, run["layout"], run["cuts"], run["policies"], merged, run["tower"])
+    return MaskedModel(
+        run["adapter"], batch, run["layout"], run["cuts"], run["policies"], merged, run["tower"], run["sizes"]
+    )
 
 
 def compare(run: dict[str, Any], batch: dict[str, Tensor], tolerance: float) -> None:

@@ -29,6 +29,8 @@ class Report:
         images: images in all.
         visual_tokens: visual tokens that the processor laid out.
         kept_tokens: visual tokens that reached the decoder's last layer.
+        merged_tokens: visual tokens that left because they were merged into kept ones, by methods that say how many;
+            the others that left were dropped.
         prompt_tokens: text and visual tokens before pruning, padding not counted.
         kept_prompt_tokens: the same in the decoder's last layer.
         visual_by_layer: visual tokens in each decoder layer.
@@ -62,12 +64,14 @@ class Report:
     kv_bytes: int
     kv_bytes_unpruned: int
     interventions: tuple[str, ...] = ()
+    merged_tokens: int = 0
 
     def __str__(self) -> str:
         ratio = self.flops.total / self.flops_unpruned.total if self.flops_unpruned.total else 1.0
         memory = self.kv_bytes / self.kv_bytes_unpruned if self.kv_bytes_unpruned else 1.0
+        merged = f", {self.merged_tokens} merged into them" if self.merged_tokens else ""
         lines = [
-            f"{self.method}: {self.kept_tokens} of {self.visual_tokens} visual tokens kept "
+            f"{self.method}: {self.kept_tokens} of {self.visual_tokens} visual tokens kept{merged} "
             f"({self.images} image(s), {self.samples} prompt(s), positions: {self.positions})",
             f"prompt tokens  {self.prompt_tokens} -> {self.kept_prompt_tokens}",
             *self._layers(),
@@ -134,6 +138,7 @@ def make_report(
         kv_bytes=_kv_bytes(shape, [rows for _, rows in by_layer], itemsize),
         kv_bytes_unpruned=_kv_bytes(shape, [lengths] * shape.layers, itemsize),
         interventions=attending.summaries(prompt),
+        merged_tokens=round(sum(float(merged) for merged in prompt.merged)),
     )
 
 

@@ -16,7 +16,7 @@ from tokenprune.evals.io.atomic_files import DiskRefuses, replace_file
 
 
 @contextmanager
-def held(folder: Path, writer: str = "", wait: float = 0.0) -> Iterator[None]:
+def lock_folder(folder: Path, writer: str = "", wait: float = 0.0) -> Iterator[None]:
     """Hold the right to write to the files of `writer` in `folder`.
 
     The lock is the kernel's (flock), so that of a process that died, in whatever way, is free at once. Who has it is

@@ -94,7 +94,7 @@ class _Tokenprune(lmms):
         self._tokens = []
         bar = tqdm(total=len(requests), disable=self.rank != 0, desc="tokenprune")
         asked = [request.args for request in requests]
-        self._settle(asked)
+        self._calibrate(asked)
         for _, same in groupby(asked, key=lambda arguments: repr(self._settings(arguments))):
             group = list(same)
             for start in range(0, len(group), self.batch_size):
@@ -136,7 +136,7 @@ class _Tokenprune(lmms):
             return conversation
         return [{"role": "system", "content": [{"type": "text", "text": prompt}]}, *conversation]
 
-    def _settle(self, asked: list[tuple[Any, ...]]) -> None:
+    def _calibrate(self, asked: list[tuple[Any, ...]]) -> None:
         """Let interventions see the first prompts if they learn from prompts, as `tokenprune eval` does."""
         if self._spec is None or not self._spec.interventions:
             return

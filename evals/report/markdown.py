@@ -2,47 +2,152 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenprune.evals.io.atomic_files import replace_file
 from tokenprune.evals.report.merge import Merged, merge
-from tokenprune.evals.report.series import budget_of, budget_title, budgets, kind_of, name_of
+from tokenprune.evals.report.series import budget_of, kind_of, name_of
+from tokenprune.evals.results.equal_cost import CONTROLS, Panel, equal_cost_verdict
 from tokenprune.evals.results.records import ResultRecord, Scores
 from tokenprune.evals.results.run_folder import FinishedRun
+from tokenprune.evals.results.standings import costs_to_show, recommended
 from tokenprune.evals.results.summary import flat_costs, title_of
+from tokenprune.evals.statistics.verdict import ALIKE, BETTER, FEW, WORSE, Verdict, grouped
 
-HEADS = ("method", "tokens", "accuracy, %", "vs random, points", "headroom won, %", "GFLOPs", "KV, KiB",
-         "prefill / ideal", "selection, %")  # fmt: skip
-NO_BUDGET = "Without a budget of the run"
+HEADS = ("method", "asked", "tokens", "accuracy, %", "vs random, tokens", "vs random, FLOPs", "vs uniform, tokens",
+         "vs downsample, FLOPs", "GFLOPs", "KV, KiB", "prefill / ideal", "selection, %")  # fmt: skip
 LEGEND = """\
-*Tokens*: visual tokens that the decoder sees, averaged over its layers and the samples; a method that cuts inside the
-decoder sees more than its last cut leaves. Accuracy with its 95 percent bootstrap interval. *vs random*: paired
-difference to random selection at the same budget, with its interval. *Headroom won*: (method - random) / (oracle -
-random); empty where the two are too near to divide by. *GFLOPs*: to the first token, vision tower and selection
+*Asked*: the budget that was asked for. *Tokens*: visual tokens that the decoder sees, averaged over its layers and the
+samples; a method that cuts inside the decoder sees more than its last cut leaves, and no verdict is by what was asked.
+Accuracy with its 95 percent bootstrap interval. *vs random, tokens*: paired difference to random selection at the same
+mean tokens, interpolated between its budgets in the logarithm of the cost, with its interval; *FLOPs*: at the same
+FLOPs to the first token. Bold where the two are told apart: an exact McNemar test (sign flips where the control is
+interpolated), corrected over the table, and at least 100 samples; empty where the control was not measured around that
+cost. *Area*: mean accuracy over the logarithm of the cost. *GFLOPs*: to the first token, vision tower and selection
 included, and the share of the unpruned model's. *KV*: bytes of one prompt after prefill, and their share. *prefill /
-ideal*: the ideal runs the tower on the same picture, then the decoder on just the kept tokens. *Selection*: of the time
-of the unpruned prefill. Controls are in italics; the oracle knows what the answer depends on and is an upper bound."""
+ideal*: against the same counts without any selection. *Selection*: of the time of the unpruned prefill. Controls are in
+italics; the oracle is told where the answer is: a reference, and no upper bound."""
+_AXES = {"tokens": "mean tokens", "flops": "FLOPs to the first token"}
 
 
 def write_markdown(path: Path, runs: Sequence[FinishedRun]) -> Path:
-    """Write the leaderboard of one or more finished runs.
+    """Write the leaderboard of one or more finished runs, and what it recommends to `PATH.defaults.json` beside it.
 
     Raises:
         ValueError: see `merge.merge`.
     """
     merged = merge(runs)
     parts = [f"# {merged.title}", _origin(merged), *merged.notes]
+    defaults = {}
     for model, task in dict.fromkeys((r["model"], r["task"]) for r in merged.records):
-        panel = [record for record in merged.records if (record["model"], record["task"]) == (model, task)]
-        parts += [f"## {title_of(panel[0])}", _unpruned(panel)]
-        for budget in budgets(panel):
-            at = [record for record in panel if budget_of(record) == budget]
-            parts += [f"### {budget_title(budget)}", _verdict(at), _table(at)]
-        others = [record for record in panel if record["keep"] is None and kind_of(record["method"]) != "unpruned"]
-        if others:
-            parts += [f"### {NO_BUDGET}", _verdict(others), _table(others)]
+        records = [record for record in merged.records if (record["model"], record["task"]) == (model, task)]
+        panel = Panel(records, merged.rows)
+        parts += [f"## {title_of(records[0])}", _unpruned(records)]
+        for axis in ("flops", "tokens"):
+            parts.append(_at_given_cost(panel, axis))
+        parts += ["### Every point, by its cost", _table(records)]
+        parts += ["### Verdicts at equal cost", _verdicts(records), "### Where methods lose", _losses(records)]
+        defaults[title_of(records[0])] = rows = recommended(panel, _methods(panel))
+        parts += ["### Which method at which budget", _recommended(rows)]
+    replace_file(path.with_suffix(".defaults.json"), json.dumps(defaults, indent=1, ensure_ascii=False) + "\n")
     return replace_file(path, "\n\n".join(part for part in (*parts, LEGEND) if part) + "\n")
+
+
+def _methods(panel: Panel) -> list[str]:
+    """Series that may be recommended: neither controls nor references."""
+    kinds = {record["series"]: kind_of(record["method"]) for record in panel.records}
+    return [name for name in panel.series() if kinds[name] == "method"]
+
+
+def _at_given_cost(panel: Panel, axis: str) -> str:
+    """Accuracy of every series at the costs of random selection, the largest area first."""
+    shown = costs_to_show(panel, axis)
+    if not shown:
+        return ""
+    costs = list(dict.fromkeys(cost for _, cost in shown))
+    form = {"tokens": ".4g", "flops": ".3g"}[axis]
+    heads = [format(cost / (1e9 if axis == "flops" else 1), form) for cost in costs]
+    areas = {record["series"]: record.get("area", {}).get(axis) for record in panel.records}
+    kinds = {record["series"]: kind_of(record["method"]) for record in panel.records}
+    lines = []
+    for name in panel.series():
+        cells = []
+        for cost in costs:
+            scores = panel.curve(name, axis).scores_at(cost)
+            cells.append("" if not scores else f"{100 * sum(scores.values()) / len(scores):.1f}")
+        area = areas.get(name)
+        width = "" if area is None else _interval(area["value"], area["low"], area["high"])
+        written = _escaped(name)
+        first = -(area["value"] if area is not None else -1.0)
+        lines.append((first, [f"*{written}*" if kinds[name] == "control" else written, width, *cells]))
+    unit = "GFLOPs" if axis == "flops" else "tokens"
+    head = f"| method | area, % | {' | '.join(f'{each} {unit}' for each in heads)} |"
+    rows = ["| " + " | ".join(cells) + " |" for _, cells in sorted(lines, key=lambda line: line[0])]
+    title = f"### Accuracy at given {_AXES[axis]}, %"
+    return "\n".join([title, "", head, "|---|" + "---:|" * (len(costs) + 1), *rows])
+
+
+def _verdicts(records: list[ResultRecord]) -> str:
+    """What is better and worse than each control at equal cost."""
+    lines = []
+    for axis, words in _AXES.items():
+        for control in CONTROLS:
+            said = [
+                (record["label"], equal_cost_verdict(record, control, axis))
+                for record in sorted(records, key=lambda r: (r["series"], -r["kept_tokens"]))
+                if kind_of(record["method"]) == "method" and record.get("equal_cost", {}).get(axis, {}).get(control)
+            ]
+            groups = grouped(said)
+            few = [each for _, each in said if each.kind == FEW]
+            if few:
+                most = max(few, key=lambda each: each.needed or 0)
+                lines.append(f"- {control} at the same {words}: {most.sentence(control)}.")
+                continue
+            for kind in (BETTER, ALIKE, WORSE):
+                if said:
+                    names = ", ".join(_escaped(name) for name in groups[kind]) or "none"
+                    sentence = Verdict(kind).sentence(control)
+                    lines.append(f"- {sentence[0].upper()}{sentence[1:]} at the same {words}: {names}.")
+    return "\n".join(lines) or "No control was measured around the cost of any point."
+
+
+def _losses(records: list[ResultRecord]) -> str:
+    """Which methods lose to random selection or to fewer pixels, and where."""
+    lines = []
+    for name in dict.fromkeys(r["series"] for r in records if kind_of(r["method"]) == "method"):
+        where = []
+        for control, axis in (("random", "tokens"), ("downsample", "flops")):
+            lost = [
+                str(record["keep"])
+                for record in records
+                if record["series"] == name and equal_cost_verdict(record, control, axis).kind == WORSE
+            ]
+            if lost:
+                where.append(f"to {control} at the same {_AXES[axis]} with keep = {', '.join(lost)}")
+        if where:
+            lines.append(f"- {_escaped(name)} loses {'; '.join(where)}.")
+    shown = [equal_cost_verdict(record, "random") for record in records if kind_of(record["method"]) == "method"]
+    if any(said.kind == FEW for said in shown):
+        return "Not enough samples to say."
+    return "\n".join(lines) or "Told apart by these samples, none loses to random or to downsampling at equal cost."
+
+
+def _recommended(rows: list[dict[str, Any]]) -> str:
+    """A table of the recommended methods; computed from the run, the one that chooses fastest first."""
+    if not rows:
+        return "No method was measured around these costs."
+    lines = ["| tokens a layer | recommended | highest accuracy, % |", "|---:|---|---:|"]
+    for row in rows:
+        names = ", ".join(map(_escaped, row["recommended"])) if row["enough"] else "not enough samples"
+        lines.append(f"| {row['cost']:.4g} | {names} | {100 * row['accuracy']:.1f} ({_escaped(row['best'])}) |")
+    return "\n".join(lines)
+
+
+def _escaped(name: str) -> str:
+    return name.replace("|", "\\|")
 
 
 def _origin(merged: Merged) -> str:
@@ -73,39 +178,26 @@ def _unpruned(records: list[ResultRecord]) -> str:
     )
 
 
-def _verdict(records: list[ResultRecord]) -> str:
-    """Which methods random selection loses to, which it cannot be told apart from, and which it beats."""
-    groups: dict[str, list[str]] = {"Better than random": [], "Not told apart from random": [], "Worse than random": []}
-    for record in sorted(records, key=lambda r: -r["overall"]["accuracy"]):
-        low, high = record["overall"]["vs_random_low"], record["overall"]["vs_random_high"]
-        if low is None or high is None or kind_of(record["method"]) in ("bound", "control"):
-            continue
-        names = list(groups)
-        groups[names[0] if low > 0 else names[2] if high < 0 else names[1]].append(name_of(record))
-    said = [f"- {title}: {', '.join(names) or 'none'}." for title, names in groups.items()]
-    return "\n".join(said) if any(groups.values()) else ""
-
-
 def _table(records: list[ResultRecord]) -> str:
     lines = ["| " + " | ".join(HEADS) + " |", "|---|" + "---:|" * (len(HEADS) - 1)]
-    for record in sorted(records, key=lambda r: -r["overall"]["accuracy"]):
-        lines.append("| " + " | ".join(_cells(record)) + " |")
+    for record in sorted(records, key=lambda r: (-r["kept_tokens"], -r["overall"]["accuracy"])):
+        if kind_of(record["method"]) != "unpruned":
+            lines.append("| " + " | ".join(_cells(record)) + " |")
     return "\n".join(lines)
 
 
 def _cells(record: ResultRecord) -> list[str]:
     scores, costs = record["overall"], flat_costs(record)
-    name = name_of(record).replace("|", "\\|")
-    difference = ""
-    value, low, high = scores["vs_random"], scores["vs_random_low"], scores["vs_random_high"]
-    if value is not None and low is not None and high is not None:
-        difference = f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    name = _escaped(name_of(record))
     return [
         f"*{name}*" if kind_of(record["method"]) == "control" else name,
+        budget_of(record),
         f"{record['kept_tokens']:.4g}",
         _accuracy(scores),
-        difference,
-        _show(scores["headroom_won"], 100, ".0f"),
+        _at_cost(record, "random", "tokens"),
+        _at_cost(record, "random", "flops"),
+        _at_cost(record, "uniform", "tokens"),
+        _at_cost(record, "downsample", "flops"),
         _with_share(costs["gflops_total"], costs["flops_share"], ".2f"),
         _with_share(costs["kv_bytes"] and costs["kv_bytes"] / 1024, costs["kv_share"], ",.0f"),
         _show(costs["prefill_to_ideal"], 1, ".2f"),
@@ -113,8 +205,20 @@ def _cells(record: ResultRecord) -> list[str]:
     ]
 
 
+def _at_cost(record: ResultRecord, control: str, axis: str) -> str:
+    entry = record.get("equal_cost", {}).get(axis, {}).get(control)
+    if entry is None:
+        return ""
+    text = f"{100 * entry['difference']:+.1f} ({100 * entry['low']:+.1f} to {100 * entry['high']:+.1f})"
+    return f"**{text}**" if equal_cost_verdict(record, control, axis).told_apart else text
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
 def _accuracy(scores: Scores) -> str:
-    return f"{100 * scores['accuracy']:.1f} ({100 * scores['ci_low']:.1f} to {100 * scores['ci_high']:.1f})"
+    return _interval(scores["accuracy"], scores["ci_low"], scores["ci_high"])
 
 
 def _show(value: float | None, scale: float, form: str) -> str:

@@ -8,6 +8,7 @@ from typing import cast
 
 from tokenprune.evals.io.rows import Costs, SampleRow
 from tokenprune.evals.profiling.measure import COSTS
+from tokenprune.evals.results.equal_cost import compare_at_equal_cost
 from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.run_folder import FinishedRun, point_of
 from tokenprune.evals.results.summary import summarise
@@ -46,6 +47,8 @@ def merge(runs: Sequence[FinishedRun]) -> Merged:
         raise ValueError("A report needs at least one run folder, got none.")
     notes = [note for run in runs for note in run.origin.get("notes", [])]
     if len(runs) == 1 and "vs_unpruned_p" in runs[0].records[0]["overall"]:
+        if not any("equal_cost" in record for record in runs[0].records):  # of a run before there was such a thing
+            compare_at_equal_cost(runs[0].records, runs[0].rows, int(runs[0].origin["config"]["seed"]))
         return Merged(runs[0].name, runs, runs[0].records, runs[0].rows, notes)
     records: dict[str, ResultRecord] = {}
     rows: dict[str, list[SampleRow]] = {}

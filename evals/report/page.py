@@ -18,7 +18,7 @@ from tokenprune.evals.report.explorer import Drawn, Room, explorer
 from tokenprune.evals.report.findings import findings
 from tokenprune.evals.report.leaderboard import GROUPS, leaderboard
 from tokenprune.evals.report.merge import Merged, merge
-from tokenprune.evals.report.series import budget_of, budget_title, budgets, looks, name_of
+from tokenprune.evals.report.series import budget_of, budget_title, budgets, name_of, series_styles
 from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.run_folder import FinishedRun
 from tokenprune.evals.results.summary import flat_costs, title_of
@@ -104,7 +104,7 @@ def _data(records: list[ResultRecord], merged: Merged, room: Room) -> Drawn:
         "name": title_of(records[0]),
         "budgets": [{"keep": keep, "title": budget_title(keep)} for keep in keeps],
         "first": first,
-        "series": looks(records),
+        "series": series_styles(records),
         "points": [_point(record) for record in records],
         "agreement": agreement(records, merged.rows),
         "explorer": explorer(records, merged.rows, merged.runs, room),

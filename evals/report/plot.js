@@ -106,7 +106,7 @@ const plotOf = panel => {
       draw("rect", { class: "band", x: left, width: width - left - right, y: Y(base.high), height: Math.max(0, Y(base.low) - Y(base.high)) }),
       draw("line", { class: "base", x1: left, x2: width - right, y1: Y(base.accuracy), y2: Y(base.accuracy) }));
     if (panel.find(".tools .front").checked) {
-      const front = frontOf(shown.filter(point => panel.looks[point.series].kind !== "bound"), axis);
+      const front = frontOf(shown.filter(point => panel.looks[point.series].kind !== "reference"), axis);
       svg.append(draw("path", { class: "front", d: "M" + front.map(point => `${place.get(point)} ${Y(point.accuracy)}`).join("L") }));
     }
     for (const series of panel.series) {
@@ -130,7 +130,7 @@ const plotOf = panel => {
   };
 
   const keys = panel.series.map(series => {
-    const icon = draw("svg", { viewBox: "-9 -9 18 18" }, draw("path", series.kind === "bound"
+    const icon = draw("svg", { viewBox: "-9 -9 18 18" }, draw("path", series.kind === "reference"
       ? { d: SHAPES[series.marker], fill: "none", stroke: "currentColor", "stroke-width": 2 } : { d: SHAPES[series.marker], fill: "currentColor" }));
     const key = make("button", { type: "button", "aria-pressed": "true", "data-name": series.name, title: series.name }, icon, make("span", {}, series.name));
     key.addEventListener("click", () => { hidden.has(series.name) ? hidden.delete(series.name) : hidden.add(series.name); show(); });

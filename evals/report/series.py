@@ -20,7 +20,7 @@ MARKERS = ("circle", "square", "triangle", "diamond", "cross", "down")
 
 
 def kind_of(method: str) -> str:
-    """ "unpruned", "control" (random, fewer pixels, ...), "bound" (knows what the answer depends on) or "method"."""
+    """ "unpruned", "control" (random, fewer pixels, ...), "reference" (is told where the answer is) or "method"."""
     if method == NONE:
         return "unpruned"
     try:
@@ -28,7 +28,7 @@ def kind_of(method: str) -> str:
     except UnknownName:  # a method of the user's own, in another process
         return "method"
     if any("boxes" in pruner.hints for pruner in pruners):
-        return "bound"
+        return "reference"
     return "control" if pruners and all(pruner.published.startswith("control") for pruner in pruners) else "method"
 
 
@@ -58,7 +58,7 @@ def budgets(records: list[ResultRecord]) -> list[str]:
     return sorted(keeps, key=lambda text: budget_size(keeps[text]), reverse=True)
 
 
-def looks(records: list[ResultRecord]) -> list[dict[str, str]]:
+def series_styles(records: list[ResultRecord]) -> list[dict[str, str]]:
     """One entry per series, in the order of the records: `name`, `kind`, `light` and `dark` colour, `marker`."""
     series: dict[str, dict[str, str]] = {}
     used = {"method": 0, "control": 0}
@@ -71,6 +71,6 @@ def looks(records: list[ResultRecord]) -> list[dict[str, str]]:
         used[kind] = place + 1
         palette = COLOURS if kind == "method" else GREYS if kind == "control" else (INK,)
         light, dark = palette[place % len(palette)]
-        marker = "star" if kind == "unpruned" else "circle" if kind == "bound" else MARKERS[place % len(MARKERS)]
+        marker = "star" if kind == "unpruned" else "circle" if kind == "reference" else MARKERS[place % len(MARKERS)]
         series[name] = {"name": name, "kind": kind, "light": light, "dark": dark, "marker": marker}
     return list(series.values())

@@ -6,16 +6,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokenprune.evals.config.points import NONE
+from tokenprune.evals.results.equal_cost import equal_cost_verdict
 from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.summary import flat_costs, metric_names, title_of
 
-_HEADS = ("method", "tokens", "accuracy %", "95 % interval", "of unpruned %", "vs random", "p Holm", "hard %",
+_HEADS = ("method", "tokens", "accuracy %", "95 % interval", "of unpruned %", "vs random*", "verdict*", "hard %",
           "headroom %", "GFLOPs", "KV KiB", "prefill ms", "select ms", "decode ms", "/ ideal", "failed")  # fmt: skip
 # columns that a narrow terminal goes without, in this order
 _DISPENSABLE = tuple(
     _HEADS.index(name)
     for name in ("decode ms", "select ms", "95 % interval", "KV KiB", "headroom %", "of unpruned %", "hard %",
-                 "/ ideal", "p Holm")
+                 "/ ideal")
 )  # fmt: skip
 
 
@@ -25,10 +26,11 @@ def _cells(record: ResultRecord) -> list[str]:
     def show(value: float | None, form: str) -> str:
         return "" if value is None else form.format(value)
 
-    vs_random = ""
-    value, low, high = scores["vs_random"], scores["vs_random_low"], scores["vs_random_high"]
-    if value is not None and low is not None and high is not None:
-        vs_random = f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    vs_random = said = ""
+    entry = record.get("equal_cost", {}).get("tokens", {}).get("random")
+    if entry is not None:
+        vs_random = f"{100 * entry['difference']:+.1f} ({100 * entry['low']:+.1f} to {100 * entry['high']:+.1f})"
+        said = equal_cost_verdict(record, "random").sentence("it")
     unpruned = record["method"] == NONE
     return [
         "unpruned" if unpruned else record["series"],
@@ -37,7 +39,7 @@ def _cells(record: ResultRecord) -> list[str]:
         f"{100 * scores['ci_low']:.1f} to {100 * scores['ci_high']:.1f}",
         "" if scores["relative"] is None else f"{100 * scores['relative']:.1f}",
         vs_random,
-        show(scores["vs_random_holm"], "{:.2g}"),
+        said,
         "" if scores["discriminating"] is None else f"{100 * scores['discriminating']:.1f}",
         "" if scores["headroom_won"] is None else f"{100 * scores['headroom_won']:.0f}",
         show(costs["gflops_total"], "{:.3f}"),
@@ -69,11 +71,14 @@ def result_tables(records: list[ResultRecord], width: int = 200) -> list[Table]:
         heads = [*_HEADS, *metrics]
         rows = [[*_cells(record), *_metric_cells(record, metrics)] for record in panel]
         used = [i for i in range(len(heads)) if any(row[i] for row in rows)]
+        used_note = _HEADS.index("vs random*") in used
         for index in _DISPENSABLE:
             if sum(2 + max(len(heads[i]), *(len(row[i]) for row in rows)) for i in used) <= width:
                 break
             used = [i for i in used if i != index]
-        table = Table(title=title_of(panel[0]), title_justify="left", box=None, pad_edge=False)
+        note = "* at the same visual tokens, averaged over the decoder's layers"
+        table = Table(title=title_of(panel[0]), title_justify="left", caption=note if used_note else None,
+                      caption_justify="left", box=None, pad_edge=False)  # fmt: skip
         for i in used:
             table.add_column(heads[i], justify="left" if i == 0 else "right", no_wrap=True)
         for record, row in zip(panel, rows, strict=True):

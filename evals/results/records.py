@@ -65,6 +65,39 @@ class Scores(TypedDict):
     headroom_won_high: float | None
 
 
+EqualCost = TypedDict(
+    "EqualCost",
+    {
+        "difference": float,
+        "low": float,
+        "high": float,
+        "n": int,
+        "p": float,
+        "holm": float,
+        "needed": int | None,
+        "from": float,
+        "to": float,
+    },
+)
+"""A point minus a control at the point's cost, see `statistics.equal_cost.Difference`; `from` and `to` are the costs of
+the control between which it was interpolated, `holm` is the p-value corrected for all points of a model and task."""
+
+AreaUnderCurve = TypedDict(
+    "AreaUnderCurve",
+    {
+        "value": float,
+        "low": float,
+        "high": float,
+        "from": float,
+        "to": float,
+        "vs_random": float | None,
+        "vs_random_low": float | None,
+        "vs_random_high": float | None,
+    },
+)
+"""Mean accuracy of a series over the logarithm of the cost `from` .. `to`, with its interval, and minus random's."""
+
+
 class _Summarised(TypedDict):
     point: str
     """Key of the point, `model|task|label`."""
@@ -97,6 +130,10 @@ class ResultRecord(_Summarised, Costs, total=False):
 
     task_name: str
     """What a task file calls itself."""
+    equal_cost: dict[str, dict[str, EqualCost]]
+    """By kind of cost ("tokens", "flops") and control."""
+    area: dict[str, AreaUnderCurve]
+    """By kind of cost: of the series that the point belongs to; only where the series covers the whole span."""
     failed: int
     """Samples without an answer."""
     metrics: dict[str, float]

@@ -18,6 +18,7 @@ from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.io.atomic_files import replace_file, replaced, write_csv
 from tokenprune.evals.io.rows import Costs, SampleRow
 from tokenprune.evals.profiling.hardware import hardware
+from tokenprune.evals.results.equal_cost import compare_at_equal_cost, flat_equal_cost
 from tokenprune.evals.results.records import Provenance, ResultRecord, TableRow
 from tokenprune.evals.results.scores import References, answered, correct_for_many, of_family, scores_of
 
@@ -96,6 +97,7 @@ def summarise(
         }
         records.append(cast(ResultRecord, record))
     correct_for_many(records)
+    compare_at_equal_cost(records, rows, seed)
     return records
 
 
@@ -125,12 +127,14 @@ def table_rows(records: list[ResultRecord]) -> list[TableRow]:
         shared = {name: record[name] for name in ("model", "task", "method", "keep", "seed")}
         shared["options"] = ",".join(f"{key}={value}" for key, value in record["options"].items())
         costs = {"failed": record.get("failed", 0), **flat_costs(record)}
+        at_cost = flat_equal_cost(record)
         for family, scores in [*record["families"].items(), (OVERALL, record["overall"])]:
             metrics = {
                 f"metric:{name}": (record.get("metrics") or {}).get(name) if family == OVERALL else None
                 for name in names
             }
-            rows.append({**shared, "family": family, **scores, **costs, **metrics})
+            of_all = at_cost if family == OVERALL else dict.fromkeys(at_cost)
+            rows.append({**shared, "family": family, **scores, **costs, **of_all, **metrics})
     return rows
 
 

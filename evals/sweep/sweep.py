@@ -12,7 +12,7 @@ from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.errors import as_user_error
 from tokenprune.evals.evaluation.evaluate import SAMPLE_KEY
 from tokenprune.evals.io.atomic_files import replace_file
-from tokenprune.evals.io.folder_lock import held
+from tokenprune.evals.io.folder_lock import lock_folder
 from tokenprune.evals.io.row_store import folder_store
 from tokenprune.evals.profiling.measure import MEASURE_KEY, read_costs
 from tokenprune.evals.results.complete_samples import count_rows
@@ -64,7 +64,7 @@ def run(config: RunConfig, console: Console | None = None, executor: Executor | 
     executor = executor or (Processes() if launched() else Local())
     if not executor.first:
         console = Console(quiet=True)
-    with held(config.folder, executor.writer):
+    with lock_folder(config.folder, executor.writer):
         worked = executor.work(config, config.points(), tasks, console)
         if not executor.first:
             return Run(config, [], [], time.perf_counter() - begin, [])

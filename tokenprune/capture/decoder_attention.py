@@ -24,12 +24,14 @@ from tokenprune.interfaces.signals import (
     LAST_ATTENTION,
     LAST_VALUE_SIMILARITY,
     LAST_VISUAL_ATTENTION,
+    PROMPT_SIGNALS,
     TEXT_TO_VISUAL,
     TRANSITION_SIGNALS,
     VISUAL_TO_TEXT,
     Signal,
 )
 from tokenprune.kernels.attention_rows import attention_rows
+from tokenprune.state.key_bias import biased_key, biased_query
 from tokenprune.state.prompt_state import Prompt
 
 _CHUNK = 128  # query rows at a time: memory stays O(rows x keys)
@@ -48,6 +50,7 @@ class LayerInput:
         keys_seen: `[B, K]` bool, False at padding among them.
         left: keys, rotated, and values `[B, Hk, K + P, d]` that the layer left in its cache; None before it has run.
         cache: the KV cache that it runs with; None if there is none.
+        bias: `[B, <= K + P]` fp32, added to the logits of the first keys, which stand for several tokens; None: no key.
     """
 
     module: Any
@@ -58,6 +61,7 @@ class LayerInput:
     keys_seen: Tensor | None
     left: tuple[Tensor, Tensor] | None = None
     cache: Any = None
+    bias: Tensor | None = None
 
     def after(self, layer: int) -> LayerInput:
         """The same once the layer's attention has run, with what it left in the cache if that has it whole and as it
@@ -82,6 +86,8 @@ def check_decoder_signal(signal: Signal, site: str, depth: int) -> None:
     Args:
         depth: K of "layer:K"; 0 at "input", where what enters layer 0 is there; negative elsewhere.
     """
+    if signal.name in PROMPT_SIGNALS and site != "input":
+        raise ValueError(f"{signal.name} is there at 'input' only, and was asked for at {site!r}.")
     if signal.name in DECODER_SIGNALS and depth < 0:
         raise ValueError(
             f"{signal.name} of decoder layers is there at 'layer:K' and, of layer 0, at 'input' only, and was asked "
@@ -222,10 +228,17 @@ class DecoderSignals:
 
     def _attention(self, rows: Tensor) -> Tensor:
         """`[B, R, P]` fp32: head-mean attention of the query rows `[B, R]` to the tokens of this call."""
-        query, key = self._query(rows), self._keys()
+        query, key = self._biased(self._query(rows), self._keys())
         self.flops += 2 * query.numel() * key.shape[2]
         mass = attention_rows(query, key, self._reading.scale, self._allowed(rows))  # [B, R, K + P]
         return mass[..., -self._given.hidden.shape[1] :]
+
+    def _biased(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Both with what the layer adds to the logits of keys `[B, Hk, K + P, d]` that stand for several tokens."""
+        bias = self._given.bias
+        if bias is None:
+            return query, key
+        return biased_query(query), biased_key(key, bias, self._reading.scale)
 
     def _ends(self) -> Tensor:
         """`[B, 1]` int64, the last token of each prompt."""
@@ -270,7 +283,8 @@ class DecoderSignals:
         """`[n]` fp32: how the tokens at `places` `[n]` of a row compare among each other, seen from its last token."""
         ends = self._ends()
         if name == LAST_VISUAL_ATTENTION:
-            query, key = self._last_query()[sample], self._keys()[sample, :, -self._given.hidden.shape[1] :]
+            queries, keys = self._biased(self._last_query(), self._keys())
+            query, key = queries[sample], keys[sample, :, -self._given.hidden.shape[1] :]
             scale = self._reading.scale
         else:
             key = self._values()[sample]

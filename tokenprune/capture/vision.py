@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from tokenprune.interfaces.signals import (
+    ATTENTION_BY_HEAD,
     CLS_ATTENTION,
     CLS_PATCH_ATTENTION,
     CLS_PATCH_SIMILARITY,
     CLS_VALUE_SIMILARITY,
+    CLS_WIDE_ATTENTION,
     MEAN_QUERY_ATTENTION,
     MEAN_VALUE_SIMILARITY,
     SINK_ATTENTION,
     SINK_ATTENTION_SUM,
+    TOWER_KEYS,
     Signal,
 )
 from tokenprune.kernels.attention_received import attention_received
@@ -26,7 +29,8 @@ _CHUNK = 128  # query rows at a time: memory stays O(rows x keys)
 
 
 def vision_signal(signal: Signal, query: Tensor, key: Tensor, value: Tensor, before: int) -> tuple[Tensor, int]:
-    """One signal of m pictures, `[m, patches]` fp32, and how many products of a query with a key it took of each.
+    """One signal of m pictures, `[m, patches]` fp32 (`[m, patches, C]` for vectors), and how many products of a query
+    with a key it took of each.
 
     Args:
         query, key, value: `[m, H, T, d]`, T = `before` [CLS] tokens and the patches.
@@ -35,6 +39,9 @@ def vision_signal(signal: Signal, query: Tensor, key: Tensor, value: Tensor, bef
     scale = query.shape[-1] ** -0.5
     if name == CLS_ATTENTION:
         return attention_rows(query[:, :, :1], key, scale)[:, 0, before:], tokens  # [m, 1, T] -> [m, N]
+    if name == CLS_WIDE_ATTENTION:
+        wide, keys = (part.transpose(1, 2).flatten(2)[:, None] for part in (query[:, :, :1], key))  # [m, 1, T, H d]
+        return attention_rows(wide, keys, wide.shape[-1] ** -0.5)[:, 0, before:], tokens
     if name == MEAN_QUERY_ATTENTION:
         mean = query[:, :, before:].float().mean(dim=2, keepdim=True)  # [m, H, 1, d]
         return attention_rows(mean, key, scale)[:, 0, before:], tokens
@@ -50,7 +57,23 @@ def vision_signal(signal: Signal, query: Tensor, key: Tensor, value: Tensor, bef
     if name in (SINK_ATTENTION, SINK_ATTENTION_SUM):
         mean_or_sum, count = sink_attention(query, key, before, signal.settings[0], name == SINK_ATTENTION_SUM)
         return mean_or_sum, count * tokens
+    if name == TOWER_KEYS:
+        return key[:, :, before:].transpose(1, 2).flatten(2).float(), 0  # [m, H, N, d] -> [m, N, H d]
+    if name == ATTENTION_BY_HEAD:
+        return attention_by_head(query, key, before), tokens * (1 if before else patches)
     return value.float().mean(dim=1).abs().sum(dim=-1)[:, before:], 0  # [m, T, d] -> [m, T] -> [m, N]
+
+
+def attention_by_head(query: Tensor, key: Tensor, before: int) -> Tensor:
+    """`[m, N, H]` fp32, see `signals.ATTENTION_BY_HEAD`; `query` and `key` are `[m, H, T, d]`."""
+    pictures, heads, _, width = query.shape
+    asked = query[:, :, :1] if before else query
+    asked, key = (part.reshape(pictures * heads, 1, -1, width) for part in (asked, key))  # each head a picture
+    if before:
+        by_head = attention_rows(asked, key, width**-0.5)[:, 0]  # [m H, T]
+    else:
+        by_head = attention_received(asked, key, width**-0.5) / asked.shape[2]
+    return by_head.view(pictures, heads, -1)[..., before:].transpose(1, 2)
 
 
 def sink_attention(query: Tensor, key: Tensor, before: int, threshold: float, total: bool) -> tuple[Tensor, int]:

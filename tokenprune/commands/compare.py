@@ -65,6 +65,13 @@ def _pair(each: Any) -> str:
     return each.first if each.first == each.second else f"{each.first} - {each.second}"
 
 
+def _said(paired: Any, adjusted: float | None) -> str:
+    from tokenprune.evals.statistics.verdict import verdict
+
+    corrected = paired.p if adjusted is None else adjusted
+    return verdict(paired.difference, corrected, paired.n, paired.needed).sentence("B")
+
+
 def _table(head: str, rows: list[Any]) -> Any:
     from rich.markup import escape
     from rich.table import Table
@@ -72,14 +79,15 @@ def _table(head: str, rows: list[Any]) -> Any:
     table = Table(box=None, pad_edge=False)
     holm = any(row[3] is not None for row in rows)
     heads = [head, "n", "A %", "B %", "difference", "interval", "won / lost", "p", *(["p, Holm"] if holm else []),
-             "needed", "can show"]  # fmt: skip
+             "A is", "needed", "can show"]  # fmt: skip
     for place, name in enumerate(heads):
         table.add_column(name, justify="right" if place else "left", no_wrap=True)
     for name, (first, second), paired, adjusted in rows:
         cells = [
             escape(name), str(paired.n), f"{100 * first:.1f}", f"{100 * second:.1f}", f"{100 * paired.difference:+.1f}",
             f"{100 * paired.low:+.1f} to {100 * paired.high:+.1f}", f"{paired.won} / {paired.lost}", f"{paired.p:.2g}",
-            *([f"{adjusted:.2g}"] if holm else []), "" if paired.needed is None else str(paired.needed),
+            *([f"{adjusted:.2g}"] if holm else []), _said(paired, adjusted),
+            "" if paired.needed is None else str(paired.needed),
             "" if paired.detectable is None else f"{100 * paired.detectable:.1f}",
         ]  # fmt: skip
         table.add_row(*cells)

@@ -2,13 +2,13 @@
 
 The attention modules in which an intervention acts, those of this one model object, get a copy of their config that
 names a private attention function; masks are made from the decoder's own config, which stays as it is. The function
-calls whatever the model would have called, and hands chosen rows to the intervention.
+calls whatever the model would have called, and hands chosen rows to the intervention. The same function adds the bias
+of keys that stand for several merged tokens, see `tokenprune.state.key_bias`.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.engine.key_bias import AsConfigured, BiasOfCall, KeyBias
+from tokenprune.engine.query_rows import put, seen_keys, take
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.intervention import Attended, DecoderInfo, Entering, Facts, Intervention
+from tokenprune.interfaces.pruner import Stage
 from tokenprune.state.call_inputs import CallInputs
 from tokenprune.state.compaction import Compaction
 from tokenprune.state.forward_call import Calls
+from tokenprune.state.key_bias import biased_key, biased_query, biased_value
 from tokenprune.state.kv_cache import KeyAnnotations, LayerFacts, key_facts, mark_facts
+from tokenprune.state.prompt_layout import Layout
 from tokenprune.state.prompt_state import Prompt
 from tokenprune.wrappers import runs_again, unwrap
 
@@ -43,6 +48,7 @@ class _Call:
         attended: `[B, S]` bool, None without padding.
         noted: by layer, facts on the tokens of this call.
         joined: by layer, facts on all keys.
+        bias: the bias of keys.
     """
 
     before: KeyAnnotations | None
@@ -55,6 +61,7 @@ class _Call:
     visual: Tensor | None = None
     noted: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     joined: dict[int, LayerFacts] = field(default_factory=dict)
+    bias: BiasOfCall = field(default_factory=BiasOfCall)
 
 
 class AttentionInterventions:
@@ -64,14 +71,14 @@ class AttentionInterventions:
         adapter: the model's family.
         interventions: objects of this model alone.
         calls: the calls at work.
-        cuts: K of the stages at "layer:K" beside them.
+        stages: beside them; keys of what they merge may be biased.
 
     Raises:
         ValueError: two act in one layer, a layer's attention cannot be reached, or an option has nothing to act on.
     """
 
     def __init__(
-        self, adapter: Adapter, interventions: Sequence[Intervention], calls: Calls, cuts: Sequence[int] = ()
+        self, adapter: Adapter, interventions: Sequence[Intervention], calls: Calls, stages: Sequence[Stage] = ()
     ) -> None:
         self.adapter, self.interventions, self._calls = adapter, tuple(interventions), calls
         config = adapter.language_model.config
@@ -83,6 +90,7 @@ class AttentionInterventions:
             config.num_attention_heads,
             getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         )
+        cuts = [stage.depth for stage in stages if stage.place == "layer"]
         self.layers: dict[int, int] = {}  # which intervention acts in which layer
         for number, one in enumerate(self.interventions):
             layers = one.prepare(decoder)
@@ -97,13 +105,15 @@ class AttentionInterventions:
                     )
                 self.layers[layer] = number
         kind = str(getattr(config, "_attn_implementation", None) or "eager")
+        self._bias = KeyBias(stages, config, len(adapter.layers), kind)
         if self.layers and any(word in kind for word in ("flex", "paged")):
             raise ValueError(
                 f"Interventions read the mask of a layer, and {kind!r} has none that can be read. Load the model with "
                 "attn_implementation='sdpa', 'eager' or a flash attention."
             )
         self._places: dict[Any, int] = {
-            unwrap(adapter.attention(adapter.layers[layer])): layer for layer in self.layers
+            unwrap(adapter.attention(adapter.layers[layer])): layer
+            for layer in sorted({*self.layers, *self._bias.layers})
         }
         self._stock: dict[int, tuple[Any, Any]] = {}  # the layer's own config, and its eager function
         self._run_again: set[int] = set()  # layers in which checkpoint wrappers run attention a second time
@@ -119,7 +129,11 @@ class AttentionInterventions:
         return any(one.wants_prompts for one in self.interventions)
 
     def __bool__(self) -> bool:
-        return bool(self.layers)
+        return bool(self._places)
+
+    def _who(self, layer: int) -> str:
+        """What acts in a layer, for messages."""
+        return self.interventions[self.layers[layer]].name if layer in self.layers else self._bias.layers[layer]
 
     def install(self, ledger: Ledger) -> None:
         """Name the private function in this model's attention modules; `ledger` takes it away."""
@@ -138,12 +152,14 @@ class AttentionInterventions:
             if eager is None or not hasattr(module, "config"):
                 raise ValueError(
                     f"{type(module).__name__} chooses its attention function in a way that is not known here, so "
-                    f"{self.interventions[self.layers[layer]].name} cannot act in it."
+                    f"{self._who(layer)} cannot act in it."
                 )
             self._stock[layer] = module.config, eager
             renamed = copy.copy(module.config)
             renamed._attn_implementation = name
             ledger.set(module, "config", renamed)
+            if layer not in self.layers:
+                continue
             hook = opaque(self._enter_layer)
             ledger.hook(self.adapter.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -156,6 +172,7 @@ class AttentionInterventions:
             inputs: what the decoder was given, before any cut.
             prompt: of this call, laid out; None without pictures.
         """
+        self._bias.check_honoured(inputs.cache)
         if not self or self._calls.now is None or inputs.embeds is None:
             return
         if torch.is_grad_enabled():
@@ -185,13 +202,14 @@ class AttentionInterventions:
         call.seen = seen | visual.any(1).to(device)
 
     def _check_checkpointing(self) -> None:
-        for layer in self.layers:
+        for layer in self._places.values():
             block = self.adapter.layers[layer]
             if block.training and (getattr(block, "gradient_checkpointing", False) or layer in self._run_again):
                 raise ValueError(
-                    f"{self.interventions[self.layers[layer]].name} acts in decoder layer {layer}, which gradient "
+                    f"{self._who(layer)} acts in decoder layer {layer}, which gradient "
                     "checkpointing runs a second time, after the prompt is forgotten. Switch gradient checkpointing "
-                    "off, or remove the intervention for training."
+                    f"off, or {'remove the intervention' if layer in self.layers else 'pass key_bias=False'} for "
+                    "training."
                 )
 
     def cut(self, compaction: Compaction, layer: int | None = None) -> None:
@@ -199,6 +217,7 @@ class AttentionInterventions:
         call = self._call
         if call is None:
             return
+        call.bias.moved()
         target, length = compaction.target, compaction.index.shape[1]
         call.rows = {
             number: (target.gather(1, rows).clamp(0, length - 1), real) for number, (rows, real) in call.rows.items()
@@ -225,23 +244,25 @@ class AttentionInterventions:
         if call is None or self._calls.now is None:
             return
         self._calls.now.attention = None
-        if not call.noting or not call.joined:
+        self._bias.check_reached(call.prompt, call.bias)
+        if not call.noting or not (call.joined or call.bias.layers):
             return
-        applies = torch.stack([facts.applies.to(call.seen.device) for facts in call.joined.values()]).cpu()
-        layers = {
-            layer: replace(facts, some=bool(row.any()), every=bool(row.all()))
-            for row, (layer, facts) in zip(applies, call.joined.items())
-        }
-        if call.prompt is not None:
+        layers = {} if call.before is None else dict(call.before.layers)
+        if call.joined:
+            applies = torch.stack([facts.applies.to(call.seen.device) for facts in call.joined.values()]).cpu()
+            for row, (layer, facts) in zip(applies, call.joined.items()):
+                layers[layer] = replace(facts, some=bool(row.any()), every=bool(row.all()))
+        if call.prompt is not None and call.joined:
             call.prompt.noted = self.by_intervention({layer: facts.values for layer, facts in layers.items()})
         if cache is not None:
-            mark_facts(cache, KeyAnnotations(layers, call.seen))
+            mark_facts(cache, KeyAnnotations(layers, call.seen, call.bias.layers))
 
     def by_intervention(self, layers: Mapping[int, Facts]) -> list[dict[int, Facts]]:
         """Facts by layer, for each intervention."""
         facts: list[dict[int, Facts]] = [{} for _ in self.interventions]
         for layer, values in layers.items():
-            facts[self.layers[layer]][layer] = values
+            if layer in self.layers:
+                facts[self.layers[layer]][layer] = values
         return facts
 
     def summaries(self, prompt: Prompt) -> tuple[str, ...]:
@@ -264,7 +285,8 @@ class AttentionInterventions:
         if call.visual is None:
             call.visual = self._visual(call.prompt, hidden)
         visual = call.visual.to(hidden.device)
-        pictures = functools.partial(_picture_keys, call.prompt, hidden.shape[0])
+        prompt = call.prompt or Prompt(Layout((), *hidden.shape[:2]))
+        pictures = prompt.picture_keys
         entering = Entering(layer, hidden.detach(), visual, call.attended, call.first, pictures)
         with torch.no_grad():
             noted = self.interventions[self.layers[layer]].note(entering)
@@ -316,20 +338,58 @@ class AttentionInterventions:
             old[:, : known.shape[1]] = known.to(new.device)
         return torch.cat([old, new], dim=1)
 
+    def bias(self, layer: int, held: int, new: Tensor) -> Tensor | None:
+        """`[B, <= held + P]` fp32, what a layer adds to the logits of its first keys; None: nothing.
+
+        Args:
+            layer: which.
+            held: keys that were there before the call.
+            new: `[B, P, ...]`, of the tokens of the call as they stand.
+        """
+        call = self._call
+        if call is None or layer not in self._bias.layers:
+            return None
+        before = None if call.before is None else call.before.bias.get(layer)
+        return call.bias.of_keys(call.prompt, before, held, new)
+
     def _attention(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        layer = self._places[module]
+        layer, width = self._places[module], value.shape[-1]
+        held = key.shape[2] - query.shape[2]
+        kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        bias = self.bias(layer, held, query.transpose(1, 2))
+        if bias is not None and self._call is not None:
+            self._call.bias.layers[layer] = bias
+            query, value = biased_query(query), biased_value(value)
+            key = biased_key(key, bias, kwargs["scaling"])
+        output, weights = self._changed(module, layer, held, query, key, value, attention_mask, **kwargs)
+        return output[..., :width], weights
+
+    def _changed(
+        self,
+        module: Any,
+        layer: int,
+        held: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any]:
+        """Attention as the layer's intervention has it, over `held` keys of before the call and its own."""
 
         def stock() -> tuple[Tensor, Any]:
             config, eager = self._stock[layer]
             stock_function = self._interfaces.get_interface(config._attn_implementation, eager)
-            return stock_function(module, query, key, value, attention_mask, **kwargs)
+            asking = module if "flash" not in str(config._attn_implementation) else AsConfigured(module, config)
+            return stock_function(asking, query, key, value, attention_mask, **kwargs)
 
-        call, number = self._call, self.layers[layer]
-        if call is None:
+        call = self._call
+        if call is None or layer not in self.layers:
             return stock()
-        facts = self._facts(layer, call, key.shape[2] - query.shape[2])
+        number = self.layers[layer]
+        facts = self._facts(layer, call, held)
         if facts is None or not facts.some:
             return stock()
         one = self.interventions[number]
@@ -338,11 +398,11 @@ class AttentionInterventions:
         rows, real = (part.to(query.device) for part in call.rows[number]) if number in call.rows else (None, None)
         given = Attended(
             layer=layer,
-            query=query if rows is None else _take(query, rows, 2),
+            query=query if rows is None else take(query, rows, 2),
             key=key,
             value=value,
-            allowed=_allowed(attention_mask, rows, query.shape[2], key, kwargs.get("sliding_window")),
-            scale=kwargs.get("scaling") or query.shape[-1] ** -0.5,
+            allowed=seen_keys(attention_mask, rows, query.shape[2], key, kwargs.get("sliding_window")),
+            scale=kwargs["scaling"],
             facts=facts.values,
             real=real,
             prompt=call.noting,
@@ -360,9 +420,9 @@ class AttentionInterventions:
         if rows is None or real is None:
             return torch.where(applies[..., None, None], changed, output), None
         # places that stand for no row hold what was there
-        kept = _take(output, rows, 1)
+        kept = take(output, rows, 1)
         changed = torch.where((real & applies)[..., None, None], changed, kept)
-        return _put(output, rows, real, changed), None
+        return put(output, rows, real, changed), None
 
 
 def _weakly(attending: AttentionInterventions) -> Callable[..., tuple[Tensor, Any]]:
@@ -378,13 +438,6 @@ def _weakly(attending: AttentionInterventions) -> Callable[..., tuple[Tensor, An
     return attention
 
 
-def _picture_keys(prompt: Prompt | None, batch_size: int) -> Tensor:
-    keys = torch.zeros(batch_size, dtype=torch.int64)
-    for span, (recording, row) in zip(prompt.layout.spans, prompt.sources) if prompt is not None else ():
-        keys[span.sample] = keys[span.sample] * 31 + recording.pixel_key(row).cpu()
-    return keys
-
-
 def runs(numbers: Sequence[int]) -> str:
     """`[2, 3, 4, 7]` as "2-4, 7"."""
     parts: list[list[int]] = []
@@ -394,47 +447,3 @@ def runs(numbers: Sequence[int]) -> str:
         else:
             parts.append([number])
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
-
-
-def _take(values: Tensor, rows: Tensor, dim: int) -> Tensor:
-    """Of `[B, ...]`, the places `[B, R]` along `dim`."""
-    shape = [1] * values.dim()
-    shape[0], shape[dim] = rows.shape
-    wide = list(values.shape)
-    wide[dim] = rows.shape[1]
-    return values.gather(dim, rows.view(shape).expand(wide))
-
-
-def _put(output: Tensor, rows: Tensor, real: Tensor, changed: Tensor) -> Tensor:
-    """`output` `[B, S, H, d]` with `changed` `[B, R, H, d]` at `rows` where `real`."""
-    # a spare last row takes what stands for no row, so that no place is written twice
-    length = output.shape[1]
-    spare = torch.cat([output, output[:, :1]], dim=1)
-    index = torch.where(real, rows, length)[..., None, None].expand_as(changed)
-    return spare.scatter(1, index, changed.to(output.dtype))[:, :length]
-
-
-def _allowed(mask: Any, rows: Tensor | None, queries: int, key: Tensor, window: int | None) -> Tensor | None:
-    """`[B or 1, R, K]` bool: which keys the rows `[B, R]` (None: all `queries`) see; None where that is all."""
-    count, device = key.shape[2], key.device
-    if isinstance(mask, Tensor) and mask.dim() == 4:
-        seen = mask[:, 0, :, :count]
-        seen = seen if seen.dtype == torch.bool else seen >= 0
-        if rows is None:
-            return seen
-        seen = seen.expand(rows.shape[0], -1, -1)
-        return _take(seen, rows, 1)
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        raise ValueError(
-            f"A layer was given a {type(mask).__name__} for a mask; interventions work with SDPA, eager and flash "
-            "attention only. Load the model with attn_implementation='sdpa'."
-        )
-    if mask is None and queries == 1 and window is None:
-        return None
-    query_rows = torch.arange(queries, device=device)[None] if rows is None else rows
-    at = torch.arange(count, device=device)
-    last = query_rows[..., None] + (count - queries)
-    seen = at <= last
-    if window is not None:  # flash attention is told so beside the mask
-        seen = seen & (at > last - window)
-    return seen if mask is None else seen & mask[:, None, :count].to(torch.bool)

@@ -70,11 +70,15 @@ class SelectionResult:
         indices: `[k]` int64, increasing, among the tokens that were there.
         features: `[k, D]` in place of the tokens' own, or None.
         carry: name -> `[count]`, values of all tokens that were there.
+        sizes: `[k]` fp32, how many tokens each kept one stands for; None: itself alone, or the method does not say.
+        merged: `[]`, how many tokens went into kept ones; None: none.
     """
 
     indices: Tensor
     features: Tensor | None
     carry: dict[str, Tensor]
+    sizes: Tensor | None = None
+    merged: Tensor | None = None
 
 
 def choose(
@@ -89,9 +93,9 @@ def choose(
     answers: list[SelectionResult | None] = [None] * len(asked)
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, item in enumerate(asked):
-        if item.budget >= item.count and not pruner.adaptive:
+        if item.budget >= item.count and not pruner.is_adaptive:
             continue
-        if item.budget == 0 and not pruner.adaptive:
+        if item.budget == 0 and not pruner.is_adaptive:
             answers[index] = SelectionResult(torch.empty(0, dtype=torch.int64), None, {})
             continue
         shape = tuple((raster.grid, raster.kind) for raster in item.rasters)
@@ -105,6 +109,11 @@ def choose(
         selection = pruner.select(view).validate(len(items), view.num_tokens, least)
         width = view.features.shape[-1]
         flops += pruner.flops(len(items), view.num_tokens, width, selection.indices.shape[1], tower)
+        if pruner.biases_keys and selection.features is not None and selection.sizes is None:
+            raise ValueError(
+                f"{pruner.name} merged tokens and does not say how many each kept one stands for (Selection.sizes), so "
+                "key_bias has nothing to weigh them by. Leave key_bias out."
+            )
         for row, member in enumerate(members):
             answers[member] = _answer(selection, row, view.num_tokens)
     return answers, flops
@@ -144,7 +153,31 @@ def _answer(selection: Selection, row: int, num_tokens: int) -> SelectionResult 
     if count == num_tokens and selection.features is None and not carry:
         return None
     features = None if selection.features is None else selection.features[row, :count]
-    return SelectionResult(selection.indices[row, :count], features, carry)
+    sizes = None if selection.sizes is None else selection.sizes[row, :count].float()
+    if selection.merged is not None:
+        merged = selection.merged[row]
+    else:
+        merged = None if sizes is None else sizes.sum() - count
+    return SelectionResult(selection.indices[row, :count], features, carry, sizes, merged)
+
+
+def joined_sizes(stage: Stage, answers: Sequence[tuple[int, SelectionResult | None]]) -> Tensor | None:
+    """`[n]` fp32: how many tokens the kept ones of one visual, answered in parts, shall weigh as in attention; None
+    where each stands for itself.
+
+    Args:
+        answers: for each part how many tokens were there, and the answer.
+    """
+    given = [answer.sizes for _, answer in answers if answer is not None and answer.sizes is not None]
+    if not given or not stage.pruner.biases_keys:
+        return None
+    parts = []
+    for count, answer in answers:
+        if answer is not None and answer.sizes is not None:
+            parts.append(answer.sizes)
+        else:
+            parts.append(given[0].new_ones(count if answer is None else answer.indices.shape[0]))
+    return torch.cat(parts)
 
 
 def joined_carry(before: Mapping[str, Tensor], answers: Sequence[SelectionResult | None]) -> dict[str, Tensor]:

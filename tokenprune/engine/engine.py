@@ -31,7 +31,7 @@ from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.intervention import Intervention
 from tokenprune.interfaces.pruner import Stage
-from tokenprune.interfaces.signals import DECODER_SIGNALS, TRANSITION_SIGNALS
+from tokenprune.interfaces.signals import DECODER_SIGNALS, PROMPT_SIGNALS, TRANSITION_SIGNALS
 from tokenprune.plan.checks import check_vision_signal
 from tokenprune.seams import cache_in
 from tokenprune.state.call_inputs import CallInputs
@@ -71,8 +71,7 @@ class Engine:
             for signal in stage.signals(adapter.tower):
                 check_decoder_signal(signal, stage.site, stage.depth if stage.place in ("layer", "input") else -2)
                 check_vision_signal(signal, stage, adapter.tower.feature_layer)
-        cuts = [stage.depth for stage in stages if stage.place == "layer"]
-        self.attending = AttentionInterventions(adapter, interventions, self.calls, cuts)
+        self.attending = AttentionInterventions(adapter, interventions, self.calls, self.stages)
         self._input = next((stage for stage in stages if stage.place == "input"), None)
         # tokens that left before the projector leave the rows here too, under their own method's policy
         before_layers = [stage for stage in stages if stage.place != "layer"]
@@ -84,8 +83,8 @@ class Engine:
         self._transitions = Transitions(adapter, signals, self.calls)
         self._selector = PromptSelector(adapter.tower, self._transitions, self.attending, self.hints)
         self._layers = LayerCuts(adapter, self.stages, self._selector, self._transitions, self.attending, self.calls)
-        reads_text = any(signal.name in (*DECODER_SIGNALS, *TRANSITION_SIGNALS) for signal in signals)
-        self._drafts = Drafts(self.calls, reads_text or bool(self.attending))
+        reads_text = any(signal.name in (*DECODER_SIGNALS, *TRANSITION_SIGNALS, *PROMPT_SIGNALS) for signal in signals)
+        self._drafts = Drafts(self.calls, reads_text or bool(self.attending.layers))
         self._outputs = Outputs(self.calls, outputs)
         self._learning = threading.RLock()
         self._window = sliding_window(adapter.language_model.config) if self.stages else None
@@ -234,12 +233,14 @@ class Engine:
             prompt.timer.join(recording.timer)
             prompt.flops += recording.selection_flops
             prompt.tower.append(recording.work())
+            prompt.merged += recording.merged
         prompt.place(embeds.device)
         cutter = CutBuilder(prompt, self._cut_site, inputs.length)
         for index, (recording, row) in enumerate(prompt.sources):
             left = recording.kept[row]
             if left is not None and left.count < prompt.layout.spans[index].num_tokens:
-                cutter.keep(index, left.tokens.to(embeds.device), {})
+                sizes = None if left.sizes is None else left.sizes.to(embeds.device)
+                cutter.keep(index, left.tokens.to(embeds.device), {}, sizes)
                 carry = left.carry
                 prompt.alive[index].carry = {name: values.to(embeds.device) for name, values in carry.items()}
         if self._input is not None:

@@ -63,7 +63,7 @@ class Guards:
         if self._changes_attention and (getattr(config, "output_attentions", False) if wanted is None else wanted):
             raise ValueError(
                 f"output_attentions=True wants the attention matrix of every layer, and {self._label} forms none where "
-                "it acts. Leave it out, or remove the intervention."
+                "it acts. Leave it out, remove the intervention, or pass key_bias=False to a method that merges."
             )
         if self._cuts_layers and module.training:
             self._check_checkpointing()

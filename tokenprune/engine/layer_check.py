@@ -9,7 +9,7 @@ all that can be checked.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -159,11 +159,11 @@ def _check_entrance(adapter: Adapter, layer: int) -> None:
         found.append((args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"]))
         raise _Entered
 
-    with _undisturbed(decoder), _hooked(module.register_forward_pre_hook(stop, with_kwargs=True)):
-        try:
-            decoder.forward(inputs_embeds=hidden, use_cache=False)
-        except _Entered:
-            pass
+    with ExitStack() as stack:
+        stack.enter_context(_undisturbed(decoder))  # before the hook is there, which it would put out of sight
+        stack.enter_context(_hooked(module.register_forward_pre_hook(stop, with_kwargs=True)))
+        stack.enter_context(suppress(_Entered))
+        decoder.forward(inputs_embeds=hidden, use_cache=False)
     entered, rotation = found[0]
     if not torch.equal(entered, hidden):
         raise ValueError("the embeddings that the decoder is given are changed before they enter it")

@@ -117,7 +117,10 @@ class LayerCuts:
             left = 0 if current.before is None else current.before.hidden(layer)
             keys, seen = cache.layers[layer].keys, current.seen(layer)  # [B, Hk, K, d], [B, K]
             check_cached_keys(keys, current.past - left, layer, cache)
-        return LayerInput(module, hidden, kwargs["position_embeddings"], current.attended, keys, seen, cache=cache)
+        bias = self._attending.bias(layer, 0 if keys is None else keys.shape[2], hidden)
+        return LayerInput(
+            module, hidden, kwargs["position_embeddings"], current.attended, keys, seen, cache=cache, bias=bias
+        )
 
     def _after_attention(self, layer: int, module: Any, args: Any, output: Any) -> None:
         """Read for the stage after this layer what that one wants to know, while the layer runs."""
@@ -128,7 +131,7 @@ class LayerCuts:
         call.read[layer] = signals = DecoderSignals(self._adapter, given.after(layer), prompt)
         budgets = [stage.budget.tokens(span.num_tokens) for span in prompt.layout.spans]
         cuts = [0 < budget < alive.count for budget, alive in zip(budgets, prompt.alive)]
-        if any(cuts) or (stage.pruner.adaptive and any(alive.count for alive in prompt.alive)):
+        if any(cuts) or (stage.pruner.is_adaptive and any(alive.count for alive in prompt.alive)):
             with prompt.timer.running(given.hidden.device):
                 wanted = stage.signals(self._adapter.tower)
                 signals.prepare([signal.name for signal in wanted if signal.layer == layer])

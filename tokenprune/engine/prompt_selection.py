@@ -8,11 +8,18 @@ from torch import Tensor
 from tokenprune.capture.decoder_attention import DecoderSignals
 from tokenprune.capture.token_transition import Transitions
 from tokenprune.engine.attention import AttentionInterventions
-from tokenprune.engine.batched_selection import SelectionRequest, SelectionResult, choose, joined_carry
+from tokenprune.engine.batched_selection import SelectionRequest, SelectionResult, choose, joined_carry, joined_sizes
 from tokenprune.engine.hints import Hints
 from tokenprune.interfaces.budget import split_budget
 from tokenprune.interfaces.pruner import Stage
-from tokenprune.interfaces.signals import BRANCH_LOGITS, DECODER_SIGNALS, TRANSITION_SIGNALS, Signal, TowerInfo
+from tokenprune.interfaces.signals import (
+    BRANCH_LOGITS,
+    DECODER_SIGNALS,
+    PROMPT_SIGNALS,
+    TRANSITION_SIGNALS,
+    Signal,
+    TowerInfo,
+)
 from tokenprune.interfaces.visual import Raster
 from tokenprune.state.prompt_state import CutBuilder, Prompt
 
@@ -74,7 +81,8 @@ class PromptSelector:
             if kept.shape[0] == start and not merged:
                 prompt.alive[index].carry = carry
                 continue
-            places = cutter.keep(index, kept, carry)
+            prompt.merged += [answer.merged for _, answer in parts if answer is not None and answer.merged is not None]
+            places = cutter.keep(index, kept, carry, joined_sizes(stage, [(item.count, a) for item, a in parts]))
             if merged:
                 row = torch.full_like(places, prompt.layout.spans[index].sample)
                 hidden = hidden.index_put((row, places), torch.cat(merged).to(hidden.dtype))
@@ -150,6 +158,8 @@ class PromptSelector:
             places = alive.places[begin : begin + count]
 
             def signal(wanted: Signal) -> Tensor:
+                if wanted.name in PROMPT_SIGNALS:
+                    return instruction_embedding(prompt, hidden, span.sample)
                 if wanted.name in DECODER_SIGNALS:
                     if signals is None:
                         raise ValueError(f"{wanted.name} of decoder layers was not read at {stage.site!r}.")
@@ -181,3 +191,22 @@ class PromptSelector:
             one((Raster(raster.grid, 0, raster.kind),), raster.start, raster.num_tokens, share)
             for raster, share in zip(rasters, budgets)
         ]
+
+
+def instruction_embedding(prompt: Prompt, hidden: Tensor, sample: int) -> Tensor:
+    """`[D]` fp32, see `signals.INSTRUCTION_EMBEDDING`; `hidden` `[B, S, D]` is what the decoder is given."""
+    text = torch.ones(prompt.layout.length, dtype=torch.bool)
+    if prompt.attended is not None:
+        text &= prompt.attended[sample].bool()
+    if prompt.drafted:
+        text[-prompt.drafted :] = False
+    last = 0
+    for span in prompt.layout.spans:
+        if span.sample == sample:
+            text[span.places.cpu()] = False
+            last = max(last, int(span.places[-1]) + 1)
+    after = text[last:].nonzero()[:, 0] + last
+    places = after if len(after) else text.nonzero()[:, 0]
+    if not len(places):
+        return hidden.new_zeros(hidden.shape[-1], dtype=torch.float32)
+    return hidden[sample, places.to(hidden.device)].float().mean(dim=0)

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from tokenprune.capture.vision import grey_entropy, grey_levels, vision_signal
-from tokenprune.engine.batched_selection import SelectionRequest, choose
+from tokenprune.engine.batched_selection import SelectionRequest, choose, joined_sizes
 from tokenprune.engine.hints import Hints
+from tokenprune.engine.tower_plan import arguments_in_config, spent_signals
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.selection import grid_places
-from tokenprune.interfaces.signals import PIXEL_SIGNALS, VISION_SIGNALS, Signal
+from tokenprune.interfaces.signals import PIXEL_SIGNALS, TOWER_STATES, VISION_SIGNALS, Signal
 from tokenprune.interfaces.visual import Raster, Visual
 from tokenprune.state.forward_call import Calls
+from tokenprune.state.prompt_state import multiplied_sizes
 from tokenprune.state.tower_recording import KeptBeforeProjector, Recording, tag
-
-_OF_ANY_CALL = {"return_dict", "output_attentions", "output_hidden_states", "use_cache"}
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -49,6 +49,7 @@ class TowerPass:
         self.counts = [rows * cols for rows, cols in self.grids]
         self.alive: list[Tensor | None] = [None] * len(self.grids)
         self.carry: list[Mapping[str, Tensor]] = [{} for _ in self.grids]
+        self.sizes: list[Tensor | None] = [None] * len(self.grids)
         self.latest: dict[Signal, list[Tensor]] = {}
         self.among: dict[Signal, list[Tensor | None]] = {}  # cells that were there when a signal was recorded
         self.patches: list[list[int]] = []
@@ -84,9 +85,7 @@ class TowerPass:
         """Compute signals of the block that just ran, for all pictures."""
         vision = self._owner.adapter.vision
         before = int(vision.facts.has_cls)
-        for signal in signals:
-            self.latest[signal] = [torch.empty(0)] * len(self.counts)
-            self.among[signal] = list(self.alive)
+        self._begin(signals)
         for count, pictures in self.groups().items():
             query, key, value = read(self.run, pictures, count)
             for signal in signals:
@@ -97,14 +96,28 @@ class TowerPass:
                 for row, picture in enumerate(pictures):
                     self.latest[signal][picture] = by_cell[row]
 
-    def cut(self, stage: Stage, args: Any) -> list[Tensor] | None:
+    def record_states(self, signal: Signal, hidden: Tensor) -> None:
+        """Take the hidden states that a block leaves, for all pictures."""
+        self._begin([signal])
+        for count, pictures in self.groups().items():
+            states = self._owner.adapter.vision.states(self.run, (hidden,), pictures, count)  # [m, count, D]
+            for picture, value in zip(pictures, states.float()):
+                self.latest[signal][picture] = value
+
+    def _begin(self, signals: Sequence[Signal]) -> None:
+        for signal in signals:
+            self.latest[signal] = [torch.empty(0)] * len(self.counts)
+            self.among[signal] = list(self.alive)
+
+    def cut(self, stage: Stage, args: Any) -> tuple[list[Tensor], list[Tensor | None]] | None:
         """Let a stage choose among the cells after its block; what stays of each picture, among those that were
-        there."""
+        there, and the states `[k, D]` that stand there where it merged."""
         vision = self._owner.adapter.vision
         asked = [self._ask(stage, args, picture) for picture in range(len(self.grids))]
         answers, flops = choose(stage, vision.facts, asked)
         self.recording.selection_flops += flops
         kept: list[Tensor] = []
+        merged = [None if answer is None else answer.features for answer in answers]
         for picture, answer in enumerate(answers):
             everything = torch.arange(self.counts[picture], device=args[0].device)
             if answer is None:
@@ -112,6 +125,9 @@ class TowerPass:
                 continue
             indices = answer.indices
             self.carry[picture] = {name: values[indices] for name, values in answer.carry.items()}
+            self.sizes[picture] = multiplied_sizes(self.sizes[picture], indices, joined_sizes(stage, [(0, answer)]))
+            if answer.merged is not None:
+                self.recording.merged.append(answer.merged)
             kept.append(indices)
         if all(index.shape[0] == count for index, count in zip(kept, self.counts)):
             return None
@@ -120,7 +136,7 @@ class TowerPass:
             self.alive[picture] = index if alive is None else alive[index]
             self.counts[picture] = index.shape[0]
         self.recording.cuts.append((stage.depth, tuple(self.alive)))
-        return kept
+        return kept, merged
 
     def _ask(self, stage: Stage, args: Any, picture: int) -> SelectionRequest:
         visual, count = self.recording.visuals[self.visual_of[picture]], self.counts[picture]
@@ -181,7 +197,7 @@ class TowerPass:
     def _spread_out(self, values: list[Tensor]) -> list[Tensor]:
         """Values of the cells of smaller grids at their places in the larger ones, zeros elsewhere."""
         return [
-            value.new_zeros(visual.num_tokens).index_copy(0, index.to(value.device), value)
+            value.new_zeros(visual.num_tokens, *value.shape[1:]).index_copy(0, index.to(value.device), value)
             for visual, value, index in zip(self.recording.visuals, values, self._spread)
         ]
 
@@ -191,7 +207,7 @@ class TowerPass:
         if there is None:
             return value
         rows, cols = self.grids[picture]
-        return value.new_zeros(rows * cols).index_copy(0, there, value)
+        return value.new_zeros(rows * cols, *value.shape[1:]).index_copy(0, there, value)
 
     @functools.cached_property
     def _alive_on_host(self) -> list[Tensor | None]:
@@ -205,7 +221,8 @@ class TowerPass:
         if visual.sources is None and len(pictures) == 1:
             alive = self.alive[pictures[0]]
             tokens = torch.arange(cells[0]) if alive is None else alive
-            return KeptBeforeProjector(tokens, self.counts[pictures[0]], dict(self.carry[pictures[0]]))
+            only = pictures[0]
+            return KeptBeforeProjector(tokens, self.counts[only], dict(self.carry[only]), self.sizes[only])
         there = []
         for picture, count in zip(pictures, cells):
             alive = self._alive_on_host[picture]
@@ -213,15 +230,22 @@ class TowerPass:
             there.append(mask if alive is None else mask.index_fill(0, alive, True))
         mask = torch.cat(there)
         tokens = (mask if visual.sources is None else mask[visual.sources]).nonzero()[:, 0]
-        return KeptBeforeProjector(tokens.to(self.recording.device), tokens.shape[0], {})
+        tokens = tokens.to(self.recording.device)
+        return KeptBeforeProjector(tokens, tokens.shape[0], {}, self._token_sizes(visual, pictures, cells, tokens))
 
-
-def _in_config(adapter: Adapter) -> dict[str, Any]:
-    """Arguments of the features calls that stand in the model's config too, with their values there."""
-    config, entry = adapter.model.config, type(adapter.entry)
-    methods = [getattr(entry, name) for name in adapter.features.values()]
-    names = {name for method in methods for name in inspect.signature(method).parameters} - _OF_ANY_CALL
-    return {name: getattr(config, name) for name in sorted(names) if hasattr(config, name)}
+    def _token_sizes(self, visual: Visual, pictures: list[int], cells: list[int], tokens: Tensor) -> Tensor | None:
+        """`[k]`: sizes of the tokens `[k]` of a visual that comes from several pictures of so many cells."""
+        if all(self.sizes[picture] is None for picture in pictures):
+            return None
+        of_cells = []
+        for picture, count in zip(pictures, cells):
+            sizes, alive = self.sizes[picture], self.alive[picture]
+            ones = torch.ones(count, device=tokens.device)
+            if sizes is not None:
+                ones = sizes if alive is None else ones.index_copy(0, alive, sizes)
+            of_cells.append(ones)
+        by_cell = torch.cat(of_cells)
+        return (by_cell if visual.sources is None else by_cell[visual.sources.to(by_cell.device)])[tokens]
 
 
 class TowerHooks:
@@ -240,9 +264,10 @@ class TowerHooks:
     ) -> None:
         self.adapter, self.hints, self._calls = adapter, hints, calls
         self._signals = [signal for signal in signals if signal.name in VISION_SIGNALS]
-        self._planned = _in_config(adapter)
+        self._planned = arguments_in_config(adapter)
         self._shrink = next((stage for stage in stages if stage.place == "pixels"), None)
         self._cuts = {stage.depth: stage for stage in stages if stage.place == "vision"}
+        self._spent = spent_signals(stages, adapter.tower)
 
     def check_planned(self, call: Mapping[str, Any]) -> None:
         """Raise ValueError where a call, or the config since, asks for visual features other than those that the method
@@ -269,7 +294,12 @@ class TowerHooks:
         vision = self.adapter.vision
         for signal in self._signals:
             self._check(signal)
-        of_blocks = [signal for signal in self._signals if signal.name not in PIXEL_SIGNALS]
+        for signal in self._signals:
+            if signal.name == TOWER_STATES:
+                done = opaque(functools.partial(self._record_states, signal))
+                for hook in vision.hook_states(signal.layer, done):
+                    ledger.hook(hook)
+        of_blocks = [signal for signal in self._signals if signal.name not in (*PIXEL_SIGNALS, TOWER_STATES)]
         for block in sorted({signal.layer for signal in of_blocks}):
             names = [signal for signal in of_blocks if signal.layer == block]
             for hook in vision.hook_attention(block, opaque(functools.partial(self._record, names))):
@@ -301,6 +331,11 @@ class TowerHooks:
             with self._run.recording.timer.running(self._run.recording.device):
                 self._run.record(signals, read)
 
+    def _record_states(self, signal: Signal, hidden: Tensor) -> None:
+        if self._run is not None:
+            with self._run.recording.timer.running(self._run.recording.device):
+                self._run.record_states(signal, hidden)
+
     def _enter_block(self, block: int, module: Any, args: Any, kwargs: Any) -> Any:
         run, vision = self._run, self.adapter.vision
         if run is None:
@@ -308,7 +343,13 @@ class TowerHooks:
         stage, kept = self._cuts.get(block - 1), None
         if stage is not None:
             with run.recording.timer.running(run.recording.device):
-                kept = run.cut(stage, args)
+                chosen = run.cut(stage, args)
+            for signal in self._spent.get(block - 1, ()):
+                run.latest.pop(signal, None)
+            if chosen is not None:
+                kept, merged = chosen
+                if any(states is not None for states in merged):
+                    args = vision.replace_states(run.run, args, kept, merged)
         if not run.patches:
             run.first_short = block
         run.patches.append([count * vision.patches_per_cell for count in vision.computed(run.counts)])

@@ -28,6 +28,7 @@ class VisionTower:
         module: the whole tower.
         exit: the module whose output are the visual tokens of all pictures: the projector, or the merger.
         can_cut: whether tokens can leave after a block.
+        can_merge: whether cells can be given other states between two blocks: those whose cells are single patches.
         can_resize: whether it takes pictures of other sizes than the processor's.
         patches_per_cell: patches that one visual token comes from.
     """
@@ -38,6 +39,7 @@ class VisionTower:
     module: Any
     exit: Any
     can_cut: bool = False
+    can_merge: bool = False
     can_resize: bool = False
     patches_per_cell: int = 1
 
@@ -58,6 +60,19 @@ class VisionTower:
         """
         raise TypeError(f"{type(self).__name__} records no signals.")
 
+    def hook_states(self, block: int, done: Callable[[Tensor], None]) -> list[Any]:
+        """Hook a block so that `done(hidden)` is called with the hidden states that it leaves, in the form in which the
+        tower has them and `states` reads them.
+
+        Returns:
+            The removable hook handles.
+        """
+
+        def on_output(module: Any, args: Any, output: Any) -> None:
+            done((output[0] if isinstance(output, tuple) else output).detach())
+
+        return [self.blocks[block].register_forward_hook(on_output)]
+
     def start(self, grids: Sequence[tuple[int, int]]) -> Any:
         """What the other calls need to know of one run; `grids` are (rows, cols) of cells by picture."""
         return None
@@ -75,6 +90,15 @@ class VisionTower:
         """
         raise TypeError(f"{type(self).__name__} cannot be cut inside.")
 
+    def replace_states(self, run: Any, args: Any, kept: Sequence[Tensor], merged: Sequence[Tensor | None]) -> Any:
+        """Arguments for a block with other states at cells that stay, before the others leave.
+
+        Args:
+            kept: as for `drop_tokens`.
+            merged: `[k, D]` for each picture, or None where its cells keep their own.
+        """
+        raise TypeError(f"{type(self).__name__} cannot be given merged states.")
+
     def restore_length(self, run: Any, output: Tensor, alive: Sequence[Tensor]) -> Tensor:
         """Output of one of `exits` at full length: zeros where tokens left; `alive` are the cells left of each picture.
         An output that has its full length already is handed back."""
@@ -85,11 +109,12 @@ class VisionTower:
         return list(counts)
 
     def by_cell(self, values: Tensor) -> Tensor:
-        """From `[m, patches]` to `[m, cells]`: the mean over each cell's patches."""
+        """From `[m, patches, ...]` to `[m, cells, ...]`: the mean over each cell's patches."""
         return values
 
     def in_raster_order(self, run: Any, values: Tensor, pictures: Sequence[int]) -> Tensor:
-        """From the order in which the tower has the cells of some pictures, `[m, cells]`, to that of their rasters."""
+        """From the order in which the tower has the cells of some pictures, `[m, cells, ...]`, to that of their
+        rasters."""
         return values
 
     def patch_pixels(self, pixels: Tensor, pictures: int) -> Tensor:
@@ -187,7 +212,13 @@ class Adapter:
         feature = self.tower.feature_layer if self.vision.can_cut else None
         one_size = self.num_tokens is not None
         return ModelDepths(
-            self.tower.num_layers, feature, len(self.layers), self.first_cut, self.vision.can_resize, one_size
+            self.tower.num_layers,
+            feature,
+            len(self.layers),
+            self.first_cut,
+            self.vision.can_resize,
+            one_size,
+            self.vision.can_merge,
         )
 
     @property

@@ -65,6 +65,10 @@ class Entering:
 class Attended:
     """Attention of some query rows in one layer.
 
+    Where keys stand for several merged tokens, d is wider than a head by columns whose products are the bias of those
+    keys' logits: what is computed from `query`, `key`, `value` and `scale` has it, and of the output the columns behind
+    those of a head are dropped.
+
     Attributes:
         layer: which, from 0.
         query: `[B, H, R, d]`, rotated.

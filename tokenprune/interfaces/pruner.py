@@ -30,6 +30,9 @@ class Pruner:
         scope: what it ranks at a time while a visual is whole: "raster" (each crop, frame or image alone, its share of
             the budget in proportion to its size) or "visual" (all tokens of an image or video together). None is the
             method's `default_scope`. Later cuts rank the visual together.
+        key_bias: for methods that merge: in the decoder's attention a token that stands for b (`Selection.sizes`)
+            weighs as much as b tokens alike would, by log b on the logits of its key, in prompts and while decoding.
+            None is the method's `default_key_bias`.
     """
 
     name: ClassVar[str] = ""
@@ -43,8 +46,9 @@ class Pruner:
     """Names of the hints that the method cannot do without."""
     merges: ClassVar[bool] = False
     """Whether it puts other embeddings at the kept places, such as means of several tokens."""
+    default_key_bias: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
-    """Whether the method itself decides how many stay: it is then asked also where the budget would keep all."""
+    """Whether the method itself decides how many stay, see `is_adaptive`."""
     plan_options: ClassVar[tuple[str, ...]] = ()
     """Options that only `stages` reads: where the user names the site (`at`), they have no effect and are refused."""
     published: ClassVar[str] = ""
@@ -59,14 +63,27 @@ class Pruner:
 
     positions: str | None = None
     scope: str | None = None
+    key_bias: bool | None = None
 
     def __post_init__(self) -> None:
+        if self.key_bias not in (None, True, False):
+            raise ValueError(f"key_bias must be true or false, got {self.key_bias!r}.")
+        if self.key_bias and (not self.merges or self.site == "pixels"):
+            raise ValueError(
+                f"key_bias=True weighs a key by how many tokens were merged into it, and {self.name} merges none of "
+                "the decoder's tokens. Leave key_bias out."
+            )
         if self.scope not in (None, "raster", "visual"):
             raise ValueError(f"scope must be 'raster' or 'visual', got {self.scope!r}.")
         if self.scope == "visual" and self.needs_grid:
             raise ValueError(f"{self.name} works on a grid of tokens, so it cannot rank a visual together.")
         if self.positions not in (None, "compact", "keep"):
             raise ValueError(f"positions must be 'compact' or 'keep', got {self.positions!r}.")
+
+    @property
+    def biases_keys(self) -> bool:
+        """Whether keys of its tokens are weighed by `Selection.sizes`."""
+        return self.default_key_bias if self.key_bias is None else bool(self.key_bias)
 
     @property
     def is_random(self) -> bool:
@@ -77,6 +94,11 @@ class Pruner:
     def files(self) -> tuple[Path, ...]:
         """Files of weights that decide what stays: with others under the same names, answers are other ones."""
         return ()
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether these options decide how many stay: the method is then asked also where the budget would keep all."""
+        return self.adaptive
 
     def stages(self, budget: Budget, depths: ModelDepths) -> tuple[Stage, ...]:
         """The cuts that make up the method, for a model of these depths; one cut at `site` by default."""
@@ -178,6 +200,7 @@ class ModelDepths:
         first_cut: lowest K of "layer:K" (0 cuts at the input of the first layer).
         resizable: whether the vision tower takes pictures of other sizes.
         one_size: whether all images have the same number of visual tokens, and few: no crops, no native sizes.
+        merges_inside: whether the vision tower takes merged states in place of its own, between two blocks.
     """
 
     vision: int
@@ -186,3 +209,4 @@ class ModelDepths:
     first_cut: int = 1
     resizable: bool = False
     one_size: bool = True
+    merges_inside: bool = True

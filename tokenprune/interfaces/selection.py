@@ -24,6 +24,8 @@ class Selection:
             the next stage of the prompt (`View.carry`).
         sizes: `[M, k]` or None: how many tokens each kept one stands for, itself counted, at least 1; from methods that
             merge. Not whole where a method weighs what it merged (ERA).
+        merged: `[M]` or None: how many of the tokens that leave went into kept ones, for reports. None takes it from
+            `sizes`: their sum, less the kept tokens themselves.
     """
 
     indices: Tensor
@@ -31,6 +33,7 @@ class Selection:
     counts: list[int] | None = None
     carry: dict[str, Tensor] | None = None
     sizes: Tensor | None = None
+    merged: Tensor | None = None
 
     def validate(self, count: int, num_tokens: int, least: int = 1) -> Selection:
         """Check shape, range and order of a selection among `num_tokens` tokens of `count` images; return self.

@@ -16,6 +16,10 @@ MEAN_QUERY_ATTENTION = "mean_query_attention"
 """Attention of the mean of all patch queries of an image to each of its patches, as above. Where the tower merges
 patches into tokens, their mean. `[M, N]`."""
 
+CLS_WIDE_ATTENTION = "cls_wide_attention"
+"""As `CLS_ATTENTION`, with all heads taken as one: products over the tower's whole width, over its square root.
+`[M, N]`."""
+
 CLS_VALUE_SIMILARITY = "cls_value_similarity"
 """Softmax over [CLS] and patches of the unscaled product of [CLS]'s value vector with each value vector, mean over
 heads, the [CLS] column dropped. `[M, N]`."""
@@ -56,8 +60,8 @@ TOWER_STATES = "tower_states"
 `[M, N, C]`, C the tower's width."""
 
 TOWER_KEYS = "tower_keys"
-"""Key vectors of the patches in one block, before any rotation, heads side by side, mean over the patches of a token.
-`[M, N, H d]`."""
+"""Key vectors of the patches in one block as its attention multiplies them (behind norms, and behind the rotation where
+the tower rotates), heads side by side, mean over the patches of a token. `[M, N, H d]`."""
 
 ATTENTION_BY_HEAD = "attention_by_head"
 """`CLS_ATTENTION` of each head, and on a tower without [CLS] the attention that a patch gets from all patches of its
@@ -68,6 +72,7 @@ VECTOR_SIGNALS = (TOWER_STATES, TOWER_KEYS, ATTENTION_BY_HEAD)
 
 VISION_SIGNALS = (
     CLS_ATTENTION,
+    CLS_WIDE_ATTENTION,
     MEAN_QUERY_ATTENTION,
     CLS_VALUE_SIMILARITY,
     VALUE_NORM,
@@ -75,7 +80,14 @@ VISION_SIGNALS = (
     SINK_ATTENTION,
     SINK_ATTENTION_SUM,
     GREY_ENTROPY,
+    *VECTOR_SIGNALS,
 )
+
+INSTRUCTION_EMBEDDING = "instruction_embedding"
+"""Mean of the embeddings of a prompt's text after its last visual token, as the decoder is given them; of the text
+before, where none follows. At "input" only. `[M, D]`, the same for all images of a prompt; ask for layer 0."""
+
+PROMPT_SIGNALS = (INSTRUCTION_EMBEDDING,)
 
 LAST_ATTENTION = "last_attention"
 """Attention of a prompt's last token to each visual token in one decoder layer: softmax over all tokens that it sees,

@@ -42,8 +42,8 @@ class Visual:
         offsets: `[N]` int64, which placeholder each token is at; None where there are no separators.
         crops: (rows, cols) of what the vision tower saw of it, in tower order; None means the rasters themselves.
         sources: `[N]` int64, the cell of the concatenated crops that each token comes from; None means in order.
-        resample: from values by cell of the crops to values by token, `[cells]` -> `[N]`, where tokens are mixed from
-            several cells; None means `sources`.
+        resample: from values by cell of the crops to values by token, `[cells, ...]` -> `[N, ...]`, where tokens are
+            mixed from several cells; None means `sources`.
         projected: tokens that the projector makes of it; None means one of each cell of the crops.
         scattered: whether text may come between its placeholders (time stamps of frames, labels of tiles).
     """

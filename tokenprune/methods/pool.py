@@ -5,7 +5,8 @@ Paper: none, this is the mandatory control. UniPruneBench (https://arxiv.org/abs
 Official code: none.
 Licence: none needed, written for this library.
 Deviations: any budget is allowed. The tokens that stay form a raster, so their number is the largest raster that fits
-the budget and keeps the image's shape (`fit_grid`), which may be a few tokens less than k.
+the budget and keeps the image's shape (`fit_grid`), which may be a few tokens less than k. With `key_bias` a mean
+weighs as many tokens as its cell has, those that it shares with neighbours counted in each (our choice).
 """
 
 from __future__ import annotations
@@ -40,5 +41,14 @@ class Pool(Pruner):
         small = fit_grid(view.grid, view.budget)
         raster = view.features.float().unflatten(1, view.grid).permute(0, 3, 1, 2)  # [M, D, rows, cols]
         pooled = adaptive_avg_pool2d(raster, small).flatten(2).transpose(1, 2)  # [M, k, D]
-        places = torch.tensor(grid_places(view.grid, small), device=view.features.device)
-        return Selection(places.expand(view.num_images, -1).contiguous(), pooled.to(view.features.dtype))
+        images, device = view.num_images, view.features.device
+        places = torch.tensor(grid_places(view.grid, small), device=device).expand(images, -1).contiguous()
+        high, wide = (_bins(long, short) for long, short in zip(view.grid, small))
+        sizes = torch.tensor([float(rows * cols) for rows in high for cols in wide], device=device)
+        merged = torch.full((images,), view.num_tokens - len(sizes), device=device)
+        return Selection(places, pooled.to(view.features.dtype), sizes=sizes.expand(images, -1), merged=merged)
+
+
+def _bins(long: int, short: int) -> list[int]:
+    """How many of `long` places each of the `short` cells of adaptive average pooling takes in."""
+    return [-(-(cell + 1) * long // short) - cell * long // short for cell in range(short)]

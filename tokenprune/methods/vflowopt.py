@@ -25,6 +25,7 @@ Our choices and deviations:
 - `keep` counts the tokens after stage 3, as everywhere; `keep="avg0.25"` is the paper's budget, the mean over the
   layers. Knobs that are not set are the shipped ones, interpolated linearly by the fraction kept at the end. t and a of
   an integer budget are those of 25 %, because signals are set up before N is known.
+- With `key_bias` a merged token weighs as many as were merged into it (our choice; off in paper and code).
 - headroom "exact": stage 1 prunes just as many more as there are cells, so that the budget is held. "official": it
   prunes int(n / a^2) more, so that the count may differ by a few tokens. Cells are doubled in side while there are more
   of them than budget, under "exact".
@@ -354,7 +355,11 @@ class VFlowOpt(Pruner):
         index = kept[..., None].expand(-1, -1, view.features.shape[-1])  # [M, k, D]
         unmerged = view.features.gather(1, index)
         of_cell = merged.gather(1, cells.gather(1, kept)[..., None].expand_as(index)).to(unmerged.dtype)
-        return Selection(kept, torch.where(slots.gather(1, kept)[..., None], of_cell, unmerged), counts)
+        is_slot = slots.gather(1, kept)
+        in_cell = torch.zeros(images, count, device=score.device).scatter_add_(1, cells, leaves.float())
+        sizes = torch.where(is_slot, in_cell.gather(1, cells.gather(1, kept)), 1.0)
+        merged = (~stays).sum(dim=1)
+        return Selection(kept, torch.where(is_slot[..., None], of_cell, unmerged), counts, sizes=sizes, merged=merged)
 
 
 def _means(features: Tensor, weights: Tensor, leaves: Tensor, cells: Tensor, count: int) -> Tensor:

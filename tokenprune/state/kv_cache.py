@@ -9,7 +9,7 @@ cropping, batch repetition and `copy.deepcopy`. What an intervention noted on ke
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -115,15 +115,20 @@ class KeyAnnotations:
     Attributes:
         layers: by decoder layer, those in which interventions act.
         visual: `[B]` bool, whether a row has had a visual token.
+        bias: by decoder layer, `[B, P]` fp32, what is added to the logits of the first P physical keys because they
+            stand for several tokens; layers that hold the same tokens share a tensor.
     """
 
     layers: Mapping[int, LayerFacts]
     visual: Tensor
+    bias: Mapping[int, Tensor] = field(default_factory=dict)
 
     def rows(self, index: Tensor) -> KeyAnnotations:
         """The same for the rows in `index`, in that order."""
         layers = {layer: facts.rows(index) for layer, facts in self.layers.items()}
-        return KeyAnnotations(layers, self.visual[index.to(self.visual.device)])
+        moved = {id(bias): bias[index.to(bias.device)] for bias in self.bias.values()}
+        bias = {layer: moved[id(bias)] for layer, bias in self.bias.items()}
+        return KeyAnnotations(layers, self.visual[index.to(self.visual.device)], bias)
 
     def cropped(self, lengths: Mapping[int, int]) -> KeyAnnotations:
         """The same where layers hold so many keys only."""
@@ -131,7 +136,8 @@ class KeyAnnotations:
             layer: replace(facts, values={name: values[:, : lengths[layer]] for name, values in facts.values.items()})
             for layer, facts in self.layers.items()
         }
-        return replace(self, layers=layers)
+        bias = {layer: bias[:, : lengths[layer]] for layer, bias in self.bias.items()}
+        return replace(self, layers=layers, bias=bias)
 
 
 class PrunedCacheMixin:
@@ -208,7 +214,8 @@ class PrunedCacheMixin:
             self.tokenprune = PrunedPrompt(shorter, prompt.length - inside)
         super().crop(-removed)  # type: ignore[misc]
         if self.tokenprune_facts is not None:
-            lengths = {layer: self.get_query_offset(layer) for layer in self.tokenprune_facts.layers}
+            facts = self.tokenprune_facts
+            lengths = {layer: self.get_query_offset(layer) for layer in {*facts.layers, *facts.bias}}
             self.tokenprune_facts = self.tokenprune_facts.cropped(lengths)
 
     def __reduce__(self) -> Any:

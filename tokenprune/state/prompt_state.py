@@ -26,6 +26,7 @@ class KeptTokens:
         places: `[n]` int64, where they stand in the row now.
         placeholders: `[P]` int64, where all of its placeholders stand, separators included; None after its first cut.
         carry: name -> `[n]`, what an earlier stage left with them.
+        sizes: `[n]` fp32, how many tokens each weighs as in attention; None while each stands for itself.
     """
 
     tokens: Tensor | None
@@ -33,6 +34,7 @@ class KeptTokens:
     places: Tensor
     placeholders: Tensor | None
     carry: dict[str, Tensor] = field(default_factory=dict)
+    sizes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,15 @@ class Cut:
         counts: tokens left of each span.
         lengths: attended tokens left of each row.
         tokens: which tokens are left of each span, `[n]` int64; None where all are.
+        sizes: how many tokens those of each span weigh as in attention from here on, `[n]` fp32; None where each stands
+            for itself.
     """
 
     site: str
     counts: tuple[int, ...]
     lengths: tuple[int, ...]
     tokens: tuple[Tensor | None, ...]
+    sizes: tuple[Tensor | None, ...]
 
 
 @dataclass
@@ -66,6 +71,7 @@ class Prompt:
         cuts: what each site left, in the order in which they ran; empty where nothing left.
         timer: time of signals and selection.
         flops: matrix products of methods and signals, all sites together.
+        merged: `[]` each, how many tokens went into kept ones, by visual and stage.
         tower: what the vision tower was given, for each of its runs.
         noted: for each intervention, what it noted on keys, by layer.
         attention_flops: by decoder layer, matrix products of interventions beside the layer's own attention.
@@ -81,6 +87,7 @@ class Prompt:
     cuts: list[Cut] = field(default_factory=list)
     timer: DeviceTimer = field(default_factory=DeviceTimer)
     flops: int = 0
+    merged: list[Tensor] = field(default_factory=list)
     tower: list[TowerWork] = field(default_factory=list)
     noted: list[dict[int, Facts]] = field(default_factory=list)
     attention_flops: dict[int, int] = field(default_factory=dict)
@@ -124,6 +131,13 @@ class Prompt:
                 return True
         return False
 
+    def picture_keys(self) -> Tensor:
+        """`[B]` int64 on the CPU: a number for the pictures of each row, the same for the same pixels."""
+        keys = torch.zeros(self.layout.batch_size, dtype=torch.int64)
+        for span, (recording, row) in zip(self.layout.spans, self.sources):
+            keys[span.sample] = keys[span.sample] * 31 + recording.pixel_key(row).cpu()
+        return keys
+
     def place(self, device: torch.device) -> None:
         """Put every span where the processor laid it."""
         self.alive = [_whole(span, device) for span in self.layout.spans]
@@ -134,6 +148,14 @@ def _whole(span: Span, device: torch.device) -> KeptTokens:
     offsets = span.visual.offsets
     places = placeholders if offsets is None else placeholders[offsets.to(device)]
     return KeptTokens(None, span.num_tokens, places, placeholders)
+
+
+def multiplied_sizes(had: Tensor | None, chosen: Tensor, sizes: Tensor | None) -> Tensor | None:
+    """`[k]`: what the tokens at `chosen` `[k]` weigh that weighed `had` `[n]` before, and `sizes` `[k]` times as much
+    now; None is one each."""
+    if had is None:
+        return sizes
+    return had[chosen] if sizes is None else had[chosen] * sizes
 
 
 class CutBuilder:
@@ -151,9 +173,10 @@ class CutBuilder:
         self._gone: list[tuple[int, Tensor]] = []
         self._kept: dict[int, tuple[int, Tensor]] = {}  # by span: a second stage here may cut a span again
 
-    def keep(self, index: int, chosen: Tensor, carry: dict[str, Tensor]) -> Tensor:
+    def keep(self, index: int, chosen: Tensor, carry: dict[str, Tensor], sizes: Tensor | None = None) -> Tensor:
         """Of the present tokens of span `index`, keep those at `chosen` `[k]` int64 (increasing); all others leave,
-        separators with them. Returns the places of the kept ones."""
+        separators with them. Each then weighs `sizes` `[k]` times as much as it did. Returns the places of the kept
+        ones."""
         alive, span = self._prompt.alive[index], self._prompt.layout.spans[index]
         leaves_whole = alive.placeholders is not None
         before = span.visual.length if leaves_whole else alive.count
@@ -163,8 +186,9 @@ class CutBuilder:
         self._kept[index] = (span.sample, places)
         self._lengths[span.sample] -= before - count
         tokens = chosen if alive.tokens is None else alive.tokens[chosen]
+        sizes = multiplied_sizes(alive.sizes, chosen, sizes)
         self._prompt.alive[index] = KeptTokens(
-            tokens, count, places, None, {name: v[chosen] for name, v in carry.items()}
+            tokens, count, places, None, {name: v[chosen] for name, v in carry.items()}, sizes
         )
         return places
 
@@ -201,7 +225,8 @@ class CutBuilder:
                 alive.placeholders = plan.target[span.sample][alive.placeholders]
         counts = tuple(alive.count for alive in prompt.alive)
         tokens = tuple(alive.tokens for alive in prompt.alive)
-        prompt.cuts.append(Cut(self._site, counts, tuple(self._lengths), tokens))
+        sizes = tuple(alive.sizes for alive in prompt.alive)
+        prompt.cuts.append(Cut(self._site, counts, tuple(self._lengths), tokens, sizes))
         return plan
 
 

@@ -29,11 +29,13 @@ class KeptBeforeProjector:
         tokens: `[k]` int64, increasing, among the tokens of the visual.
         count: k, known on the host.
         carry: name -> `[k]`, see `Selection.carry`.
+        sizes: `[k]` fp32, how many tokens each weighs as in attention; None where each stands for itself.
     """
 
     tokens: Tensor
     count: int
     carry: dict[str, Tensor]
+    sizes: Tensor | None = None
 
 
 class Recording:
@@ -41,10 +43,12 @@ class Recording:
 
     Attributes:
         visuals: what the tower was given, in its order.
-        signals: for each request, one `[cells]` fp32 tensor per visual, in the order of the visual's crops.
+        signals: for each request, one `[cells]` fp32 tensor per visual, in the order of the visual's crops;
+            `[cells, C]` for those that are vectors.
         kept: what a cut before the projector left of each visual; None where nothing was cut.
         shrunk: (rows, cols) of each visual that the tower really worked on, if a method shrank the pictures.
         patches: patches of each picture in each block from `first_short` on, where a method cut inside the tower.
+        merged: `[]` each, how many tokens went into kept ones, by picture and stage.
         selection_flops: matrix products of signals and of methods while the tower ran.
         timer: time of signals and selections while the tower ran.
     """
@@ -57,6 +61,7 @@ class Recording:
         self.patches: list[list[int]] = []
         self.first_short = 0
         self.selection_flops = 0
+        self.merged: list[Tensor] = []
         self.cuts: list[tuple[int, tuple[Tensor | None, ...]]] = []
         self.left: list[int] = []  # cells of each picture behind the tower, where a method cut inside it
         self.device = pixels.device
@@ -95,7 +100,7 @@ class Recording:
         return total * 2654435761
 
     def signal(self, signal: Signal, row: int) -> Tensor:
-        """`[N]` fp32: a signal of one visual, by its own tokens."""
+        """`[N]` fp32, or `[N, C]`: a signal of one visual, by its own tokens."""
         cells, visual = self.signals[signal][row], self.visuals[row]
         if visual.resample is not None:
             return visual.resample(cells)

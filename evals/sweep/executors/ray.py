@@ -20,7 +20,7 @@ from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.errors import UserError
 from tokenprune.evals.evaluation.evaluate import AskedSamples
 from tokenprune.evals.io.digest import digest
-from tokenprune.evals.io.folder_lock import held, holder_file
+from tokenprune.evals.io.folder_lock import holder_file, lock_folder
 from tokenprune.evals.sweep.model_worker import ModelWorker, Worked, show_progress
 from tokenprune.evals.tasks.task import Task
 
@@ -125,7 +125,7 @@ def _answer(config: RunConfig, point: Point, folder: str) -> dict[tuple[str, str
     _start(config, folder)
     writer = f"ray-{digest(point.key)[:8]}"
     # a worker that Ray takes for dead may take a moment to die
-    with held(config.folder, writer, wait=30.0):
+    with lock_folder(config.folder, writer, wait=30.0):
         return ModelWorker(config, point.model, [point], Console(quiet=True)).answer(writer=writer)
 
 
@@ -135,5 +135,5 @@ def _measure(
     """In a worker: times, FLOPs and pictures of one model."""
     _start(config, folder)
     writer = f"ray-{digest(model)[:8]}"
-    with held(config.folder, writer, wait=30.0):
+    with lock_folder(config.folder, writer, wait=30.0):
         return ModelWorker(config, model, points, Console(quiet=True)).measure(answered, writer)

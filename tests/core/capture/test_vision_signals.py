@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,7 +18,20 @@ from masked_reference import relative_error
 import tokenprune
 from tokenprune.api import adapter_for
 from tokenprune.capture.vision import grey_entropy, grey_levels, sink_attention
-from tokenprune.interfaces.signals import GREY_ENTROPY, SINK_ATTENTION, Signal
+from tokenprune.interfaces.pruner import Pruner
+from tokenprune.interfaces.selection import Selection
+from tokenprune.interfaces.signals import (
+    ATTENTION_BY_HEAD,
+    GREY_ENTROPY,
+    SINK_ATTENTION,
+    TOWER_KEYS,
+    TOWER_STATES,
+    VECTOR_SIGNALS,
+    Signal,
+    TowerInfo,
+    summary_attention,
+)
+from tokenprune.interfaces.view import View
 from tokenprune.methods.holov import HoloV
 from tokenprune.methods.vflowopt import VFlowOpt
 
@@ -271,3 +284,64 @@ def test_received_attention_stands_at_the_token_that_receives_it(name, layout):
         received = attention_of(query[:, part], key[:, part]).mean(0)
         assert relative_error(values, received.view(-1, 4).mean(1)) < 1e-5
         start += math.prod(grid)
+
+
+# --- vectors: of every token one ---
+
+
+@dataclass
+class _Reader(Pruner):
+    """Keeps everything and remembers what it was given."""
+
+    adaptive: ClassVar[bool] = True
+    default_scope: ClassVar[str] = "visual"
+    wanted: tuple[Signal, ...] = ()
+    seen: list[dict[Signal, torch.Tensor]] = field(default_factory=list)
+
+    def signals(self, tower: TowerInfo) -> tuple[Signal, ...]:
+        return self.wanted
+
+    def select(self, view: View) -> Selection:
+        self.seen.append(dict(view.signals))
+        return Selection(torch.arange(view.num_tokens).expand(view.num_images, -1))
+
+
+def read_signals(model: Any, batch: dict[str, torch.Tensor], *wanted: Signal) -> list[dict[Signal, torch.Tensor]]:
+    reader = _Reader(wanted=wanted)
+    with tokenprune.applied(model, reader, keep=1.0), torch.no_grad():
+        model(**batch)
+    return reader.seen
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_vectors_of_clip_are_its_own(attention):
+    model, batch = tiny_llava(attention="eager"), prompts([2, 1])
+    block = adapter_for(model).tower.feature_layer
+    wanted = [Signal(name, block) for name in (TOWER_STATES, TOWER_KEYS, ATTENTION_BY_HEAD)]
+    (seen,) = read_signals(tiny_llava(attention=attention), batch, *wanted)
+    tower = model.model.vision_tower
+    with torch.no_grad():
+        output = tower(batch["pixel_values"], output_hidden_states=True, output_attentions=True)
+        layer = tower.encoder.layers[block] if hasattr(tower, "encoder") else tower.vision_model.encoder.layers[block]
+        keys = layer.self_attn.k_proj(layer.layer_norm1(output.hidden_states[block]))[:, 1:]
+    states, heads = output.hidden_states[block + 1][:, 1:], output.attentions[block][:, :, 0, 1:].transpose(1, 2)
+    for signal, truth in zip(wanted, (states, keys, heads), strict=True):
+        assert seen[signal].dtype == torch.float32
+        assert relative_error(seen[signal], truth) < 1e-5
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_vectors_of_every_family_agree_with_what_is_known_of_them(name):
+    """The heads' mean is the received attention, keys and states are of the tower's width, two pictures keep apart."""
+    model = family(name)
+    tower = adapter_for(model).tower
+    summary = summary_attention(tower, tower.feature_layer)
+    wanted = [Signal(each, tower.feature_layer) for each in VECTOR_SIGNALS]
+    for layout in layouts(name):
+        for seen in read_signals(model, batch_of(name, layout), *wanted, summary):
+            states, keys, heads = (seen[signal] for signal in wanted)
+            count = seen[summary].shape[1]
+            assert states.shape[1:] == (count, tower.hidden_size)
+            assert keys.shape[:2] == states.shape[:2]
+            assert relative_error(heads.mean(dim=2), seen[summary]) < 1e-5
+            assert bool(states.isfinite().all()) and float(states.std(dim=1).max()) > 0

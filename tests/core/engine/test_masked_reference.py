@@ -48,6 +48,21 @@ def test_removal_equals_masking(name, attention, layout, policy):
     compare(run, batch, TOLERANCE)
 
 
+@pytest.mark.parametrize(("attention", "layout"), [*[("sdpa", layout) for layout in LAYOUTS], ("eager", "ragged_left")])
+@pytest.mark.parametrize(
+    "name", [n for n in METHODS.names() if METHODS.get(n).merges and METHODS.get(n).site != "pixels"]
+)
+def test_removal_equals_masking_where_merged_keys_are_biased(name, attention, layout):
+    batch = prompts(*LAYOUTS[layout])
+    run = run_pruned(model(attention), name, 9, batch, key_bias=True)
+    compare(run, batch, TOLERANCE)
+    truth = run["logits"]
+    unbiased = run_pruned(model(attention), name, 9, batch, key_bias=False)
+    assert all(sizes is None for by_span in unbiased["sizes"] for sizes in by_span)
+    compare(unbiased, batch, TOLERANCE)
+    assert relative_error(unbiased["logits"], truth) > 1e-3, "the bias changes nothing"
+
+
 @pytest.mark.parametrize("name", METHODS.names())
 def test_the_masked_reference_can_fail(name):
     """One other token kept at the last cut, and the masked model must say no."""

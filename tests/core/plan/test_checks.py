@@ -26,7 +26,6 @@ def test_options_that_a_site_makes_void(entry):
 @pytest.mark.parametrize(
     ("method", "says"),
     [
-        ({"prune": "pool", "at": "vision:1", "keep": 9}, "pool merges tokens"),
         ({"prune": "vtc_cls", "at": "vision:1", "keep": 9}, "reads block 2 of the vision tower"),
         ({"prune": "holov", "at": "vision:0", "keep": 9}, "reads block 2 of the vision tower"),
         ({"prune": "todre", "at": "vision:1", "keep": 9}, "reads block 3 of the vision tower"),

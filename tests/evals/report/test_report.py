@@ -21,7 +21,9 @@ from tokenprune.evals.report.agreement import agreement, cohen_kappa
 from tokenprune.evals.report.markdown import write_markdown
 from tokenprune.evals.report.page import write_report
 from tokenprune.evals.report.series import kind_of
-from tokenprune.evals.results.run_folder import read_run
+from tokenprune.evals.results.equal_cost import CONTROLS, equal_cost_verdict
+from tokenprune.evals.results.run_folder import point_of, read_run
+from tokenprune.evals.results.summary import summarise
 
 TARGET = Target("random", 64, "pocket", 50.0, "made up for this test")
 
@@ -56,16 +58,16 @@ def test_report_rebuilds_the_page_from_files_alone(folder, capsys, monkeypatch):
     by_name = {(row[0], float(row[1])): row for row in table}
     for record in records:
         row = by_name["unpruned" if record["method"] == "none" else record["series"], record["kept_tokens"]]
-        assert float(row[2]) == pytest.approx(record["overall"]["accuracy"])
-        p = record["overall"]["vs_random_holm"]
-        assert row[16] == ("" if p is None else f"{p:.9g}")
+        assert float(row[3]) == pytest.approx(record["overall"]["accuracy"])
+        entry = record.get("equal_cost", {}).get("tokens", {}).get("random")
+        assert row[19] == ("" if entry is None else f"{entry['holm']:.9g}")
 
 
-def test_points_of_a_budget_stand_together_best_first(folder):
+def test_points_stand_by_their_cost_best_first(folder):
     table = rows_of_table(write_report(folder / "report.html", [read_run(folder)]).read_text())
     assert [float(row[1]) for row in table] == [576.0, *[192.0] * 6, *[64.0] * 6]
     for rows in (table[1:7], table[7:]):
-        accuracies = [float(row[2]) for row in rows]
+        accuracies = [float(row[3]) for row in rows]
         assert accuracies == sorted(accuracies, reverse=True)
 
 
@@ -174,7 +176,7 @@ def test_agreement_counts_equal_answers(folder):
 
 def test_kinds_of_methods():
     assert [kind_of(name) for name in ("none", "random", "downsample", "oracle", "holov", "vtc_cls+var")] == [
-        "unpruned", "control", "control", "bound", "method", "method",
+        "unpruned", "control", "control", "reference", "method", "method",
     ]  # fmt: skip
 
 
@@ -185,41 +187,74 @@ def test_the_leaderboard_as_markdown_says_what_the_records_say(folder, tmp_path,
     text = path.read_text()
     assert max(map(len, text.split("\n\n")[-1].splitlines())) <= 120
     records = [record for record in read_run(folder).records if record["keep"] is not None]
-    tables = re.findall(r"^\| (?!method)(.+) \|$", text, re.MULTILINE)
+    section = text.partition("### Every point, by its cost")[2].partition("\n### ")[0]
+    tables = re.findall(r"^\| (?!method)(.+) \|$", section, re.MULTILINE)
     assert len(tables) == len(records) == 12
-    order = sorted(records, key=lambda r: (-r["keep"], -r["overall"]["accuracy"]))
+    order = sorted(records, key=lambda r: (-r["kept_tokens"], -r["overall"]["accuracy"]))
     for line, record in zip(tables, order, strict=True):
         cells = [cell.strip() for cell in line.split(" | ")]
         assert cells[0].strip("*") == record["series"]
         assert (cells[0][0] == "*") == (kind_of(record["method"]) == "control")
-        assert cells[1] == f"{record['kept_tokens']:.4g}"
-        assert cells[2].startswith(f"{100 * record['overall']['accuracy']:.1f} (")
-        assert (cells[3] == "") == (record["method"] == "random")
+        assert cells[1] == str(record["keep"]) and cells[2] == f"{record['kept_tokens']:.4g}"
+        assert cells[3].startswith(f"{100 * record['overall']['accuracy']:.1f} (")
+        assert (cells[4] == "") == (record["method"] == "random")
+        at_cost = record.get("equal_cost", {}).get("tokens", {}).get("random")
+        if at_cost is not None:
+            told = equal_cost_verdict(record, "random").told_apart
+            assert cells[4].startswith("**") == told and f"{100 * at_cost['difference']:+.1f} (" in cells[4]
 
 
-def test_markdown_sorts_methods_by_what_the_interval_to_random_says(folder, tmp_path):
-    path = tmp_path / "board.md"
+def test_markdown_says_of_each_method_what_the_corrected_test_says_at_its_cost(tmp_path):
+    folder, path = fake_run(tmp_path / "run", samples=150, pictured=2), tmp_path / "board.md"
     main(["report", str(folder), "--output", str(path)])
-    found = dict(re.findall(r"^- (Better than|Not told apart from|Worse than) random: (.*)\.$", path.read_text(), re.M))
-    at = [r for r in read_run(folder).records if r["keep"] == 64 and kind_of(r["method"]) == "method"]
-    better = {r["series"] for r in at if r["overall"]["vs_random_low"] > 0}
-    worse = {r["series"] for r in at if r["overall"]["vs_random_high"] < 0}
-    assert better, "else this shows nothing"
-    assert set(found["Better than"].split(", ")) == better
-    assert set(found["Worse than"].split(", ")) == (worse or {"none"})
+    text = path.read_text()
+    methods = [r for r in read_run(folder).records if kind_of(r["method"]) == "method"]
+    for axis, words in (("tokens", "mean tokens"), ("flops", "FLOPs to the first token")):
+        for control in CONTROLS:
+            for kind, title in (("better", "Better than"), ("alike", "Not told apart from"), ("worse", "Worse than")):
+                said = [r["label"] for r in methods if equal_cost_verdict(r, control, axis).kind == kind]
+                line = re.search(rf"^- {title} {control} at the same {words}: (.*)\.$", text, re.M)
+                assert line is not None and set(line.group(1).split(", ")) == set(said or ["none"])
+    assert any(equal_cost_verdict(r, "random").kind == "better" for r in methods), "else this shows nothing"
+    defaults = json.loads(path.with_suffix(".defaults.json").read_text())
+    ((_, rows),) = defaults.items()
+    assert [row["keep"] for row in rows] == [192, 64] and all(row["enough"] for row in rows)
 
 
-def test_markdown_shows_points_without_a_budget(folder, tmp_path):
-    from dataclasses import replace
+def test_six_samples_never_yield_a_verdict(tmp_path, capsys):
+    """On no page, in no table, in no sentence."""
+    folder = fake_run(tmp_path / "few", samples=6, pictured=2)
+    path = tmp_path / "few.md"
+    main(["report", str(folder), "--output", str(path)])
+    main(["report", str(folder), "--output", str(tmp_path / "few.html")])
+    main(["compare", f"{folder}:vtc_cls@64", f"{folder}:random@64"])
+    said = [path.read_text(), (tmp_path / "few.html").read_text(), capsys.readouterr().out]
+    for text in said:
+        visible = re.sub(r"<script.*?</script>", "", text, flags=re.S)
+        visible = re.sub(r' title="[^"]*"', "", visible)
+        assert "not enough samples (needs about" in visible
+        for word in ("told apart from", "etter than", "orse than"):
+            assert word not in visible.replace("machine better than times do", "")
+        assert 'class="good"' not in visible and 'class="bad"' not in visible and "**" not in visible
+    for record in read_run(folder).records:
+        for axis in ("tokens", "flops"):
+            for control in CONTROLS:
+                assert equal_cost_verdict(record, control, axis).kind in ("few", "unknown")
 
+
+def test_a_method_that_holds_more_than_was_asked_is_held_against_what_it_holds(tmp_path):
+    """As good as random at 192 tokens, asked for 64: better than random@64, and no better at its own cost."""
+    folder = fake_run(tmp_path / "run", methods=("none", "random", "holov"), samples=400, pictured=2)
     run = read_run(folder)
-    like = next(record for record in run.records if record["series"] == "holov")
-    others = [{**like, "keep": None, "method": name, "series": name} for name in ("var", "holov@64+fastv@9")]
-    text = write_markdown(tmp_path / "board.md", [replace(run, records=[*run.records, *others])]).read_text()
-    section = text.partition("### Without a budget of the run")[2].partition("\n#")[0]
-    assert re.findall(r"^\| (var|holov@64\+fastv@9|unpruned) \|", section, re.M) == ["var", "holov@64+fastv@9"]
-    plain = write_markdown(tmp_path / "plain.md", [run]).read_text()
-    assert "Without a budget" not in plain
+    by_label = {record["label"]: record for record in run.records}
+    cheap, like = by_label["holov@64"], by_label["random@192"]
+    rows = {**run.rows, cheap["point"]: [{**row, "kept_tokens": 192.0} for row in run.rows[like["point"]]]}
+    records = summarise([point_of(record) for record in run.records], rows, {}, 0)
+    mine = next(record for record in records if record["label"] == "holov@64")
+    assert mine["kept_tokens"] == 192
+    assert mine["equal_cost"]["tokens"]["random"]["difference"] == 0
+    assert equal_cost_verdict(mine, "random").kind == "alike"
+    assert (mine["overall"]["vs_random"] or 0) > 0, "at the asked budget it would have won"
 
 
 def test_line_separators_inside_a_text_end_no_line(tmp_path):

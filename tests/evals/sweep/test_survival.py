@@ -19,7 +19,7 @@ from tokenprune.evals.errors import UserError
 from tokenprune.evals.evaluation import applied_method as runner
 from tokenprune.evals.evaluation.retry import Failure, retry_in_halves
 from tokenprune.evals.io.atomic_files import DiskRefuses, replace_file
-from tokenprune.evals.io.folder_lock import held
+from tokenprune.evals.io.folder_lock import lock_folder
 from tokenprune.evals.io.row_store import RowStore, folder_store
 from tokenprune.evals.sweep.sweep import run
 
@@ -253,8 +253,8 @@ def test_what_was_written_before_the_kernel_refused_is_whole(tmp_path):
 HOLDING = """
     import sys, time
     from pathlib import Path
-    from tokenprune.evals.io.folder_lock import held
-    with held(Path(sys.argv[1])):
+    from tokenprune.evals.io.folder_lock import lock_folder
+    with lock_folder(Path(sys.argv[1])):
         print("held", flush=True)
         time.sleep(600)
 """
@@ -269,7 +269,7 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path, 
         with pytest.raises(UserError, match=f"is being written by process {process.pid} on .* since"):
             run(settings, QUIET)
         assert not (tmp_path / "samples.jsonl").exists()
-        with held(tmp_path, "rank1"):  # another writer has files of its own
+        with lock_folder(tmp_path, "rank1"):  # another writer has files of its own
             pass
     finally:
         process.kill()
