@@ -30,14 +30,17 @@ def student(seed: int = 0) -> str:
 _HELD: list[tempfile.TemporaryDirectory[str]] = []
 
 
-def give(method: type, option: str, value: str) -> None:
-    """Let a method have a default for an option."""
-    init: Any = method.__init__
-    names = list(inspect.signature(init).parameters)[1:]
-    defaults = list(init.__defaults__)
-    defaults[names.index(option) - len(names)] = value
-    init.__defaults__ = tuple(defaults)
+def give_default(method: Any, option: str, value: Any) -> None:
+    """Let `method()` be made as if `option` had this default."""
+    defaults = inspect.signature(method.__init__).parameters
+    known = {name: parameter.default for name, parameter in defaults.items() if name != "self"}
+    method.__init__.__defaults__ = tuple({**known, option: value}.values())
 
 
-give(Gtc, "student", student())
-give(SdRpn, "branch", "own")
+def give_files() -> None:
+    """Let `Gtc()` be made without a student, and `SdRpn()` without a branch: it takes the model's own layers."""
+    give_default(SdRpn, "branch", "own")
+    give_default(Gtc, "student", student())
+
+
+give_files()

@@ -159,10 +159,11 @@ def _check_entrance(adapter: Adapter, layer: int) -> None:
         found.append((args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"]))
         raise _Entered
 
-    with ExitStack() as stack:
-        stack.enter_context(_undisturbed(decoder))  # before the hook is there, which it would put out of sight
-        stack.enter_context(_hooked(module.register_forward_pre_hook(stop, with_kwargs=True)))
-        stack.enter_context(suppress(_Entered))
+    with (
+        _undisturbed(decoder),
+        _hooked(module.register_forward_pre_hook(stop, with_kwargs=True)),
+        suppress(_Entered),
+    ):
         decoder.forward(inputs_embeds=hidden, use_cache=False)
     entered, rotation = found[0]
     if not torch.equal(entered, hidden):
