@@ -17,7 +17,7 @@ from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.evaluation.batching import read_batch
 from tokenprune.evals.evaluation.fingerprint import code_fingerprint
 from tokenprune.evals.evaluation.retry import retry_in_halves
-from tokenprune.evals.io.digest import digest
+from tokenprune.evals.io.digest import digest, file_digest
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.tasks.task import Sample, Task
 from tokenprune.handle import Handle
@@ -28,12 +28,15 @@ from tokenprune.plan.parse import Spec
 
 def settings_digest(config: RunConfig, loaded: LoadedModel, task: str) -> str:
     """Changes with whatever besides the point could change an answer or its score: weights, code, dtype, seed, answer
-    length, and the task.
+    length, files of weights that methods of the run read, and the task.
 
     Args:
         task: its fingerprint, which the digest ends in; "" gives what the digests of all tasks begin with.
     """
-    parts = (loaded.fingerprint, code_fingerprint(), config.dtype, config.seed, config.max_new_tokens)
+    parts = [loaded.fingerprint, code_fingerprint(), config.dtype, config.seed, config.max_new_tokens]
+    pruned = [point for point in config.points() if point.method != NONE]
+    files = {file for point in pruned for entry in point.compile().entries for file in entry.pruner.files}
+    parts += [file_digest(file) for file in sorted(files)]
     return f"{digest(parts)}.{task}"
 
 

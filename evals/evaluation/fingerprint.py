@@ -16,7 +16,7 @@ NO_ANSWER = (
     "cli.py", "commands", "configs", "cost.py", "handle.py", "prompt_view.py", "report.py",
     "kernels/aot.py", "evals/bench", "evals/config", "evals/errors.py", "evals/io/atomic_files.py",
     "evals/io/digest.py", "evals/io/folder_lock.py", "evals/io/row_store.py", "evals/io/rows.py",
-    "evals/lmms", "evals/pocket_training",
+    "evals/learned", "evals/lmms", "evals/pocket_training",
     "evals/profiling", "evals/report", "evals/results", "evals/single_image.py", "evals/statistics", "evals/sweep",
     "evals/tuning",
 )  # fmt: skip

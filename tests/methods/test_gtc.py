@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from scipy.special import erf
 import tokenprune
 from tokenprune.interfaces.signals import INSTRUCTION_ATTENTION, Signal
 from tokenprune.methods import gtc
-from tokenprune.methods.gtc import CHANNELS, Gtc, new_student, student_scores
+from tokenprune.methods.gtc import CHANNELS, Gtc, new_student, student_folder, student_scores
 
 
 def reference(weights: dict[str, torch.Tensor], attention: list[float]) -> np.ndarray:
@@ -133,3 +134,12 @@ def test_keeping_all_changes_no_bit_and_the_words_change_what_stays() -> None:
 def test_it_acts_at_the_input_only() -> None:
     with pytest.raises(ValueError, match="acts at 'input', not at 'layer'"):
         tokenprune.apply(tiny_llava(), {"at": "layer:2", "prune": "gtc", "keep": 9})
+
+
+@pytest.mark.parametrize("model", ["pocket-llava", "pocket-qwen"])
+def test_shipped_students_say_what_they_are(model: str) -> None:
+    said = Gtc(student=model).trained
+    assert json.loads((student_folder(model) / gtc.CONFIG).read_text()) == said
+    assert said["model"] == model and said["method"] == "gtc"
+    assert said["spearman"]["student"] > said["spearman"]["layer_0"]
+    assert (student_folder(model) / gtc.WEIGHTS).stat().st_size < 1_000_000

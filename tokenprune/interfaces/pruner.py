@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -96,6 +97,11 @@ class Pruner:
     def is_random(self) -> bool:
         """Whether what stays depends on a seed, the option `seed`."""
         return hasattr(self, "seed")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files of weights that decide what stays: with others under the same names, answers are other ones."""
+        return ()
 
     @property
     def is_adaptive(self) -> bool:

@@ -152,6 +152,10 @@ class Gtc(Pruner):
         student_folder(self.student)
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        return (student_folder(str(self.student)) / WEIGHTS,)
+
+    @property
     def trained(self) -> dict[str, Any]:
         """What `config.json` says of the student: model, text rule, what was measured."""
         return json.loads((student_folder(str(self.student)) / CONFIG).read_text(encoding="utf-8"))

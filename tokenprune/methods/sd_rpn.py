@@ -35,6 +35,7 @@ from tokenprune.interfaces.view import View
 from tokenprune.registry import register_method
 
 COMMAND = "tokenprune train sd_rpn --model MODEL --data DATA --output FOLDER"
+WEIGHTS = "branch.safetensors"
 DEPTH = 3
 
 
@@ -92,6 +93,10 @@ class SdRpn(Pruner):
             )
         if self.branch != OWN_LAYERS:
             branch_config(self.branch)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return () if self.branch == OWN_LAYERS else (Path(str(self.branch)).expanduser() / WEIGHTS,)
 
     def place(self, depths: ModelDepths) -> tuple[int, int]:
         """K and T on a decoder."""

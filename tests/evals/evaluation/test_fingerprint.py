@@ -82,3 +82,23 @@ def test_a_file_that_comes_or_changes_or_moves_changes_it(tmp_path: Path, monkey
     assert len(seen) == 4
     (tmp_path / "evals" / "report" / "page.py").write_text("")
     assert code_fingerprint() in seen
+
+
+def test_weights_that_were_trained_anew_are_other_answers(tmp_path: Path):
+    from _files import student
+
+    from tokenprune.evals.config.run_config import RunConfig
+    from tokenprune.evals.evaluation.applied_method import settings_digest
+    from tokenprune.evals.models.load import LoadedModel
+
+    loaded = LoadedModel("pocket-llava", None, None, "weights")
+
+    def told(folder: str, method: str = "gtc") -> str:
+        entry = {"method": method, "student": folder} if method == "gtc" else method
+        return settings_digest(RunConfig("run", "pocket-llava", ["pocket"], [entry], keep=[16]), loaded, "task")
+
+    shutil.copytree(student(0), tmp_path / "here")
+    before = told(str(tmp_path / "here"))
+    assert told(student(0)) == before != told("", "uniform")
+    shutil.copyfile(Path(student(1)) / "student.safetensors", tmp_path / "here" / "student.safetensors")
+    assert told(str(tmp_path / "here")) != before
