@@ -17,6 +17,7 @@ from tokenprune.registry import METHODS
 
 # options other than the defaults that take another way through a method; methods without a line are still tested
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "dart": [{"image_pivots": 7, "text_pivots": 0}, {"text_pivots": 9}],
     "era": [{"gamma": 0.5, "cap": 3.0}, {"beta": 0.0, "entropy_weight": 0.0}],
     "holov": [{"variant": "paper"}, {"variant": "paper", "crops": 7}, {"crops": 1}],
     "random": [{"seed": 5}],

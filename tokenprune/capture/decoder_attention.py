@@ -15,16 +15,20 @@ import torch
 from torch import Tensor
 
 from tokenprune.capture.branch import Branch
+from tokenprune.capture.text_pivots import TextPivots, final_states
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.signals import (
     BRANCH_LOGITS,
+    DECODER_KEY_NORM,
     DECODER_SIGNALS,
     DECODER_VALUE_NORM,
+    FINAL_STATES,
     INSTRUCTION_ATTENTION,
     LAST_ATTENTION,
     LAST_VALUE_SIMILARITY,
     LAST_VISUAL_ATTENTION,
     PROMPT_SIGNALS,
+    TEXT_PIVOT_COSINE,
     TEXT_TO_VISUAL,
     TRANSITION_SIGNALS,
     VISUAL_TO_TEXT,
@@ -102,6 +106,11 @@ def check_decoder_signal(signal: Signal, site: str, depth: int) -> None:
             f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage there reads layers "
             f"{depth - 1} and {depth}."
         )
+    if signal.name == TEXT_PIVOT_COSINE and (signal.layer != depth or not site.startswith("layer") or depth == 0):
+        raise ValueError(
+            f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; it is there at 'layer:K' from "
+            "K = 1 on, of layer K."
+        )
     if signal.name == BRANCH_LOGITS and (signal.layer != depth or not site.startswith("layer")):
         raise ValueError(f"{signal.name} of a branch at decoder layer {signal.layer} was asked for at {site!r}.")
     if signal.name in TRANSITION_SIGNALS and not 0 <= signal.layer < depth:
@@ -119,19 +128,27 @@ class DecoderSignals:
         given: what enters the layer.
         prompt: the batch.
         branches: those that begin at this layer.
+        before: signals of the layer before, where a stage asked for some.
 
     Attributes:
         flops: matrix products so far, projections and attention rows.
     """
 
     def __init__(
-        self, adapter: Adapter, given: LayerInput, prompt: Prompt, branches: Mapping[Signal, Branch] | None = None
+        self,
+        adapter: Adapter,
+        given: LayerInput,
+        prompt: Prompt,
+        branches: Mapping[Signal, Branch] | None = None,
+        before: DecoderSignals | None = None,
     ) -> None:
         self.flops = 0
+        self._before = before
         self._branches = branches or {}
         self._adapter, self._given, self._prompt = adapter, given, prompt
         self._reading = adapter.reading(given.module)
         self._cache: dict[str, Tensor] = {}
+        self._pivots: TextPivots | None = None
 
     @torch.no_grad()
     def prepare(self, names: Sequence[str]) -> None:
@@ -147,6 +164,10 @@ class DecoderSignals:
                 self._keys()
             elif name in (LAST_VALUE_SIMILARITY, DECODER_VALUE_NORM):
                 self._values()
+            elif name == DECODER_KEY_NORM:
+                self.key_norms()
+            elif name == FINAL_STATES:
+                continue  # reads no weights of the layer
             else:
                 self._shares(name)
 
@@ -159,7 +180,29 @@ class DecoderSignals:
             return self._instruction()[sample, places]
         if name in (LAST_VISUAL_ATTENTION, LAST_VALUE_SIMILARITY, DECODER_VALUE_NORM):
             return self._within(name, sample, places)
+        if name == DECODER_KEY_NORM:
+            return self.key_norms()[sample, places]
+        if name == FINAL_STATES:
+            return final_states(self._adapter.language_model, self._given.hidden[sample, places])
         return self._shares(name)[sample]
+
+    def text_pivot_cosine(self, signal: Signal, span: int, places: Tensor) -> Tensor:
+        """`TEXT_PIVOT_COSINE` for one span, as `value`."""
+        if self._before is None:
+            raise ValueError(f"{signal.name} needs {DECODER_KEY_NORM} of layer {signal.layer - 1}, which was not read.")
+        if self._pivots is None:
+            decoder, hidden = self._adapter.language_model, self._given.hidden
+            texts, norms = self._prompt.text_after_visual(), self._before.key_norms()
+            self._pivots = TextPivots(decoder, hidden, norms, self._ends(), texts, int(signal.settings[0]))
+        return self._pivots.cosine(self._prompt.layout.spans[span].sample, places)
+
+    @torch.no_grad()
+    def key_norms(self) -> Tensor:
+        """`[B, P]` fp32, see `signals.DECODER_KEY_NORM`, of all tokens of this call."""
+        if "key_norms" not in self._cache:
+            keys = self._keys()[:, :, -self._given.hidden.shape[1] :]  # [B, Hk, P, d]
+            self._cache["key_norms"] = keys.float().abs().sum(dim=-1).sum(dim=1)
+        return self._cache["key_norms"]
 
     def branch_logits(self, signal: Signal, span: int, places: Tensor) -> Tensor:
         """`BRANCH_LOGITS` for one span, as `value`."""

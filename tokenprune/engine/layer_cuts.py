@@ -143,7 +143,9 @@ class LayerCuts:
             if layer < stage.depth:  # has run
                 signals[layer] = call.read[layer]
             else:
-                signals[layer] = DecoderSignals(self._adapter, call.layer_inputs[layer], prompt, self._branches)
+                signals[layer] = DecoderSignals(
+                    self._adapter, call.layer_inputs[layer], prompt, self._branches, call.read.get(layer - 1)
+                )
         cutter = CutBuilder(prompt, stage.site, hidden.shape[1])
         hidden = self._selector.choose(stage, prompt, cutter, hidden, signals)  # [B, P, D]
         prompt.flops += sum(computed.flops for computed in signals.values())
