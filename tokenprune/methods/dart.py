@@ -43,7 +43,7 @@ from torch.nn.functional import normalize
 from tokenprune.interfaces.budget import Budget
 from tokenprune.interfaces.pruner import ModelDepths, Pruner, Stage
 from tokenprune.interfaces.search_space import Range
-from tokenprune.interfaces.selection import Selection, topk_indices
+from tokenprune.interfaces.selection import Selection, refuse_nan, topk_indices
 from tokenprune.interfaces.signals import DECODER_KEY_NORM, FINAL_STATES, TEXT_PIVOT_COSINE, Signal, TowerInfo
 from tokenprune.interfaces.view import View
 from tokenprune.registry import near, register_method
@@ -131,6 +131,8 @@ class DART(Pruner):
         return [share + (turn < over) for turn in range(count)]
 
     def select(self, view: View) -> Selection:
+        for values in view.signals.values():
+            refuse_nan(values)
         norms = view.signal(DECODER_KEY_NORM, view.depth - 1)  # [M, N]
         order = norms.argsort(dim=1, descending=True, stable=True)
         pivots = order[:, : min(self.image_pivots, view.budget)]  # [M, p]
