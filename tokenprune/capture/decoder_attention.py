@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.capture.branch import Branch
+from tokenprune.capture.raters import rated, text_raters
 from tokenprune.capture.text_pivots import TextPivots, final_states
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.signals import (
@@ -28,6 +29,7 @@ from tokenprune.interfaces.signals import (
     LAST_VALUE_SIMILARITY,
     LAST_VISUAL_ATTENTION,
     PROMPT_SIGNALS,
+    RATER_ATTENTION,
     TEXT_PIVOT_COSINE,
     TEXT_TO_VISUAL,
     TRANSITION_SIGNALS,
@@ -111,6 +113,11 @@ def check_decoder_signal(signal: Signal, site: str, depth: int) -> None:
             f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; it is there at 'layer:K' from "
             "K = 1 on, of layer K."
         )
+    if signal.name == RATER_ATTENTION and signal.layer != depth - 1:
+        raise ValueError(
+            f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; it is there at 'layer:K', of "
+            "layer K - 1."
+        )
     if signal.name == BRANCH_LOGITS and (signal.layer != depth or not site.startswith("layer")):
         raise ValueError(f"{signal.name} of a branch at decoder layer {signal.layer} was asked for at {site!r}.")
     if signal.name in TRANSITION_SIGNALS and not 0 <= signal.layer < depth:
@@ -166,6 +173,9 @@ class DecoderSignals:
                 self._values()
             elif name == DECODER_KEY_NORM:
                 self.key_norms()
+            elif name == RATER_ATTENTION:
+                self._text_query()
+                self._keys()
             elif name == FINAL_STATES:
                 continue  # reads no weights of the layer
             else:
@@ -195,6 +205,52 @@ class DecoderSignals:
             texts, norms = self._prompt.text_after_visual(), self._before.key_norms()
             self._pivots = TextPivots(decoder, hidden, norms, self._ends(), texts, int(signal.settings[0]))
         return self._pivots.cosine(self._prompt.layout.spans[span].sample, places)
+
+    def _texts(self) -> list[int]:
+        """Rows of text of each prompt, one at least."""
+        return [max(count, 1) for count in self._prompt.text_after_visual()]
+
+    def _text_rows(self) -> Tensor:
+        """`[B, T]` int64, where the text behind each prompt's last visual token stands; what is beyond a prompt's own
+        count means nothing."""
+        ends = self._ends()
+        counts = torch.tensor(self._texts(), device=ends.device)[:, None]
+        at = torch.arange(max(self._texts()), device=ends.device)[None]
+        return (ends - counts + 1 + at).clamp(max=self._given.hidden.shape[1] - 1)
+
+    @torch.no_grad()
+    def _text_query(self) -> Tensor:
+        """`[B, H, T, d]`, rotated."""
+        if "text" not in self._cache:
+            self._cache["text"] = self._query(self._text_rows())
+        return self._cache["text"]
+
+    @torch.no_grad()
+    def note_raters(self) -> None:
+        """Write down on the prompt who rates each visual; this is layer 0."""
+        hidden, rows, counts = self._given.hidden.detach(), self._text_rows(), self._texts()
+        self._prompt.raters = []
+        for span, alive in zip(self._prompt.layout.spans, self._prompt.alive):
+            text = hidden[span.sample, rows[span.sample, : counts[span.sample]]]
+            self._prompt.raters.append(text_raters(hidden[span.sample, alive.places], text))
+            self.flops += 2 * alive.count * text.numel()
+
+    @torch.no_grad()
+    def rater_attention(self, signal: Signal, span: int, places: Tensor) -> Tensor:
+        """`RATER_ATTENTION` for one span, as `value`."""
+        sample, length = self._prompt.layout.spans[span].sample, self._given.hidden.shape[1]
+        count, rows = self._texts()[sample], self._text_rows()
+        query, key = self._biased(self._text_query(), self._keys())
+        cos, sin = (part.expand(rows.shape[0], -1, -1)[sample, None] for part in self._given.rotation)
+        ones = torch.ones(1, 1, length, self._reading.width, device=cos.device, dtype=torch.float32)
+        plain = self._reading.rotate(ones, (cos.float(), sin.float()))[0, 0]  # [P, d]
+        at = rows[sample, :count]
+        allowed, query = self._allowed(rows[:, :count])[sample], query[sample, :, :count]
+        self.flops += 2 * query.numel() * key.shape[2] + 2 * count * places.shape[0] * plain.shape[1]
+        turned = plain[at] @ plain[places].T * plain.shape[1] ** -0.5  # [T, n]
+        columns = places + (key.shape[2] - length)
+        raters, heads = self._prompt.raters[span].to(query.device), int(signal.settings[0])
+        return rated(query, key[sample], self._reading.scale, allowed, columns, turned, raters, heads)
 
     @torch.no_grad()
     def key_norms(self) -> Tensor:
