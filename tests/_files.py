@@ -6,8 +6,10 @@ Outside of tests they have none, because what was trained for one model is no de
 from __future__ import annotations
 
 import functools
+import inspect
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -28,11 +30,17 @@ def student(seed: int = 0) -> str:
 _HELD: list[tempfile.TemporaryDirectory[str]] = []
 
 
+def give_default(method: Any, option: str, value: Any) -> None:
+    """Let `method()` be made as if `option` had this default."""
+    defaults = inspect.signature(method.__init__).parameters
+    known = {name: parameter.default for name, parameter in defaults.items() if name != "self"}
+    method.__init__.__defaults__ = tuple({**known, option: value}.values())
+
+
 def give_files() -> None:
     """Let `Gtc()` be made without a student, and `SdRpn()` without a branch: it takes the model's own layers."""
-    SdRpn.__init__.__defaults__ = (None, None, "own", None)  # type: ignore[attr-defined]
-    given = Gtc.__init__.__defaults__ or ()
-    Gtc.__init__.__defaults__ = (*given[:-1], student())  # type: ignore[attr-defined]
+    give_default(SdRpn, "branch", "own")
+    give_default(Gtc, "student", student())
 
 
 give_files()

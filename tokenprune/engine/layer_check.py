@@ -159,8 +159,11 @@ def _check_entrance(adapter: Adapter, layer: int) -> None:
         found.append((args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"]))
         raise _Entered
 
-    entrance = _hooked(module.register_forward_pre_hook(stop, with_kwargs=True))
-    with _undisturbed(decoder), entrance, suppress(_Entered):
+    with (
+        _undisturbed(decoder),
+        _hooked(module.register_forward_pre_hook(stop, with_kwargs=True)),
+        suppress(_Entered),
+    ):
         decoder.forward(inputs_embeds=hidden, use_cache=False)
     entered, rotation = found[0]
     if not torch.equal(entered, hidden):
