@@ -122,7 +122,7 @@ def budget_words(adaptive: Any) -> str:
 
 def method_lines() -> list[str]:
     """The table, a line a method."""
-    rows = [HEADS]
+    rows: list[tuple[str, ...]] = [HEADS]
     for row in method_rows():
         yes = {True: "yes", False: "no", None: ""}
         rows.append(
