@@ -11,7 +11,9 @@ from torch import Tensor
 from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.signals import (
     ATTENTION_BY_HEAD,
+    FINAL_STATES,
     INSTRUCTION_EMBEDDING,
+    TEXT_PIVOT_COSINE,
     TOWER_KEYS,
     TOWER_STATES,
     Signal,
@@ -41,6 +43,10 @@ def random_signal(
         return torch.randint(-16, 17, (images, width), generator=generator) / 8
     if signal.name in (TOWER_STATES, TOWER_KEYS):
         return torch.randint(-16, 17, (images, count, tower.hidden_size), generator=generator) / 8
+    if signal.name == FINAL_STATES:
+        return torch.randint(-16, 17, (images, count, width), generator=generator) / 8
+    if signal.name == TEXT_PIVOT_COSINE:
+        return torch.randint(-8, 9, (images, count, int(signal.settings[0])), generator=generator) / 8
     rows = images * tower.num_heads if signal.name == ATTENTION_BY_HEAD else images
     values = (2 * torch.randn(rows, count + 1, generator=generator)).softmax(dim=1)[:, 1:].contiguous()
     if signal.name != ATTENTION_BY_HEAD:

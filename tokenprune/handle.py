@@ -115,6 +115,12 @@ class Handle:
         return self._last().stays
 
     @property
+    def stays_by_layer(self) -> dict[int, Tensor]:
+        """As `stays`, at each decoder layer before which something left, in their order; layer 0 is there always, with
+        what the decoder was given."""
+        return self._last().stays_by_layer
+
+    @property
     def kept_at(self) -> dict[str, list[list[Tensor]]]:
         """As `kept`, after each site at which something left, in the order in which they ran."""
         return self._last().kept_at

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tokenprune.interfaces.site import read_site
 from tokenprune.report import Report, make_report, visual_by_layer
 
 if TYPE_CHECKING:
@@ -72,13 +74,28 @@ class PromptView:
     @property
     def stays(self) -> Tensor:
         """See `Handle.stays`."""
+        return self._places([alive.tokens for alive in self._prompt.alive])
+
+    @property
+    def stays_by_layer(self) -> dict[int, Tensor]:
+        """See `Handle.stays_by_layer`."""
+        prompt = self._prompt
+        by_layer = {0: self._places([None] * len(prompt.layout.spans))}
+        for cut in prompt.cuts:
+            site = read_site(cut.site)
+            by_layer[(site.depth or 0) if site.place == "layer" else 0] = self._places(cut.tokens)
+        return by_layer
+
+    def _places(self, tokens: Sequence[Tensor | None]) -> Tensor:
+        """`[B, S]` bool: places of the rows where these tokens of each span are left, None for all, and nothing else of
+        their spans."""
         prompt = self._prompt
         stays = torch.ones(prompt.layout.batch_size, prompt.layout.length, dtype=torch.bool)
-        for span, alive in zip(prompt.layout.spans, prompt.alive):
-            if alive.tokens is not None:
+        for span, left in zip(prompt.layout.spans, tokens):
+            if left is not None:
                 places = span.places if span.visual.offsets is None else span.places[span.visual.offsets]
                 stays[span.sample, span.places] = False
-                stays[span.sample, places[alive.tokens.cpu()]] = True
+                stays[span.sample, places[left.cpu()]] = True
         return stays
 
     @property

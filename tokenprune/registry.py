@@ -126,6 +126,14 @@ class Registry:
                 raise ValueError(f"{module} registers no {self.kind} called {name!r}.")
         return self._classes[name]
 
+    def registered(self, name: str) -> type | None:
+        """The class called `name` if it is there already; imports nothing."""
+        return self._classes.get(name)
+
+    def file_of(self, name: str) -> Path | None:
+        """The file of a built-in; None for what a user or an installed package registers."""
+        return self._files().get(name)
+
     def describe(self, name: str) -> str:
         """The first line of the docstring, read from the source: nothing is imported."""
         if name in self._classes and name not in self._files():

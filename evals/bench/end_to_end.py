@@ -91,7 +91,7 @@ def method_row(sized: SizedModel, method: str, keep: int | float, rounds: int, d
     point = Point(sized.name, "random pixels", method, keep)
     with pruned(loaded, point, 0, []) as handle:
         pruned_mib = kv_mib(cache_in(prefill(loaded, inputs)))
-        stays, kept = handle.stays, handle.visual_by_layer[0]
+        stays, kept = handle.stays_by_layer, handle.visual_by_layer[0]
     ideal = ideal_prefill(loaded, inputs, stays)
     logs: dict[str, list[float]] = {name: [] for name in ("unpruned", "pruned", "ideal", "selection")}
 

@@ -1,17 +1,21 @@
 """Times of one prompt: prefill, selection and decode, against the unpruned model and against the ideal prefill.
 
 The ideal is the honest bound: the same model, its vision tower and projector on the same image, then the decoder on a
-prompt that holds just the kept tokens; no selection, no bookkeeping. A method that cuts after the projector cannot be
-faster. (One that shrinks the picture, `downsample`, can: its tower has less to do.)
+prompt that holds just the tokens kept at its input, and from each layer before which something left on just those that
+were left there, so that its layers see the counts of the pruned run. No selection, no bookkeeping. A method that cuts
+after the projector cannot be faster. (One that shrinks the picture or cuts inside the tower can: its tower has less to
+do.)
 
 Machines are noisy, so unpruned, pruned and ideal take turns within one round, and ratios are taken within a round.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -27,6 +31,8 @@ from tokenprune.evals.profiling.flops import cache_bytes
 from tokenprune.evals.statistics.bootstrap import median_iqr
 from tokenprune.evals.tasks.task import Sample
 from tokenprune.seams import cache_in
+
+Stays = torch.Tensor | dict[int, torch.Tensor]
 
 
 def _wait(device: torch.device) -> None:
@@ -48,11 +54,12 @@ def prefill(loaded: LoadedModel, inputs: dict[str, Any]) -> Any:
     return loaded.model(**inputs, use_cache=True, logits_to_keep=1)
 
 
-def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], stays: torch.Tensor) -> Callable[[], Any]:
+def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], stays: Stays) -> Callable[[], Any]:
     """The work of an ideal pruned prefill, ready to be timed. Images only or videos only.
 
     Args:
-        stays: `[B, S]` bool, places of the prompts that stay (see `Handle.stays`), equally many in each.
+        stays: by decoder layer before which something left, places of the prompts that stay, `[B, S]` bool, equally
+            many in each (see `Handle.stays_by_layer`); one tensor where all of it left before the decoder.
 
     Raises:
         ValueError: the prompts keep different numbers of places.
@@ -64,14 +71,17 @@ def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], stays: torch.Tens
     encode: Callable[..., Any] = getattr(adapter.entry, adapter.features[kind])
     names = inspect.signature(encode).parameters
     vision = {name: value for name, value in inputs.items() if name in names}
-    keep = stays.to(ids.device)
-    counts = keep.sum(1).tolist()
-    if len(set(counts)) > 1:
-        raise ValueError(f"The ideal is timed for prompts that keep equally many tokens, got {counts}.")
+    left = {layer: part.to(ids.device) for layer, part in (stays if isinstance(stays, dict) else {0: stays}).items()}
+    for part in left.values():
+        counts = part.sum(1).tolist()
+        if len(set(counts)) > 1:
+            raise ValueError(f"The ideal is timed for prompts that keep equally many tokens, got {counts}.")
+    keep = left.pop(0)
     short_ids = ids[keep].view(len(ids), -1)
     places = short_ids == placeholder
     rows = keep[ids == placeholder]
     mask = torch.ones_like(short_ids)
+    shorter = ShorterLayers(adapter.layers, keep, left)
 
     def run() -> Any:
         features = torch.cat(list(encode(**vision, return_dict=True).pooler_output))
@@ -79,9 +89,85 @@ def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], stays: torch.Tens
         features = features.flatten(0, -2)
         embeds = model.get_input_embeddings()(short_ids)
         embeds = embeds.masked_scatter(places[..., None], features[rows].to(embeds.dtype))
-        return model(inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1)
+        with shorter.at_work():
+            return model(inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1)
 
     return run
+
+
+class ShorterLayers:
+    """Decoder layers that see fewer tokens than those before them, by indices that are known beforehand.
+
+    Args:
+        layers: of the decoder.
+        given: `[B, S]` bool, places that the decoder is given.
+        left: by layer, `[B, S]` bool, places that are left from there on.
+    """
+
+    def __init__(self, layers: Sequence[Any], given: torch.Tensor, left: Mapping[int, torch.Tensor]) -> None:
+        self._layers = layers
+        self._index: dict[int, torch.Tensor] = {}  # by layer, among the places that the decoder was given
+        self._among: dict[int, torch.Tensor] = {}  # the same, among those that were left before
+        before, current = given, None
+        for layer in range(len(layers)):
+            if layer in left:
+                now = left[layer] & before
+                self._among[layer] = _numbers(now[before].view(len(now), -1))
+                current, before = _numbers(now[given].view(len(now), -1)), now
+            if current is not None:
+                self._index[layer] = current
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Hooks on the layers, for as long as this lasts."""
+        hooks = [
+            self._layers[layer].register_forward_pre_hook(functools.partial(self._enter, layer), with_kwargs=True)
+            for layer in self._index
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _enter(self, layer: int, module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        index = self._index[layer]
+        hidden, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
+        if layer in self._among:
+            hidden = _take(hidden, self._among[layer], 1)
+        changed = dict(kwargs)
+        if changed.get("position_embeddings") is not None:
+            changed["position_embeddings"] = tuple(_take(part, index, -2) for part in changed["position_embeddings"])
+        for name in ("position_ids", "cache_position"):
+            if isinstance(changed.get(name), torch.Tensor):
+                changed[name] = _take(changed[name], index, -1)
+        mask = changed.get("attention_mask")
+        if isinstance(mask, torch.Tensor):
+            changed["attention_mask"] = _take(_take(mask, index, -1), index, -2) if mask.dim() == 4 else None
+        if args:
+            return (hidden, *rest), changed
+        return (), {**changed, "hidden_states": hidden}
+
+
+def _numbers(stays: torch.Tensor) -> torch.Tensor:
+    """`[B, k]` int64: where each row of `[B, n]` is True."""
+    return stays.nonzero()[:, 1].view(len(stays), -1)
+
+
+def _take(values: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
+    """`values` at `index` `[B, k]` along a dimension; its first one is B, or 1 for all rows alike, or there is none but
+    the last ones."""
+    dim %= values.dim()
+    if dim == 0:  # one row for all
+        return values[index[0]]
+    first = 1 if values.dim() >= 3 and values.shape[0] == 3 and dim == values.dim() - 1 == 2 else 0  # M-RoPE: [3, B, S]
+    shape = [1] * values.dim()
+    shape[first], shape[dim] = index.shape
+    target = list(values.shape)
+    target[first], target[dim] = index.shape
+    if values.shape[first] == 1:
+        values = values.expand(*(index.shape[0] if d == first else -1 for d in range(values.dim())))
+    return values.gather(dim, index.view(shape).expand(target))
 
 
 class _Stamps(StoppingCriteria):
@@ -136,7 +222,7 @@ def measure_times(
         with torch.inference_mode():
             with pruned(loaded, point, seed, [sample]) as handle:
                 cache = cache_in(prefill(loaded, inputs))
-                stays = None if handle is None else handle.stays
+                stays = None if handle is None else handle.stays_by_layer
                 counted = cost.kv_bytes(shape, [length] * shape.layers, itemsize)
                 kv["unpruned"] += counted / len(samples)
                 kv["analytic"] += (counted if handle is None else handle.report().kv_bytes) / len(samples)

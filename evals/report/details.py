@@ -7,14 +7,19 @@ from html import escape
 from tokenprune.evals.report.html import Cell, Column, table
 from tokenprune.evals.report.series import budget_of, name_of
 from tokenprune.evals.results.records import ResultRecord
+from tokenprune.evals.statistics.significance import holm
+from tokenprune.evals.statistics.verdict import BETTER, WORSE, verdict
 
 PARTS = ("vision", "projector", "selection", "prefill", "total", "decode")
 
 
 def family_table(records: list[ResultRecord]) -> str:
-    """Accuracy by question family, tinted by what was won or lost against the unpruned model."""
+    """Accuracy by question family, tinted where that is told apart from the unpruned model."""
     families = list(dict.fromkeys(family for record in records for family in record["families"]))
     columns = [Column("method"), Column("budget"), *(Column(family) for family in families), Column("overall")]
+    everything = [scores for record in records for scores in [*record["families"].values(), record["overall"]]]
+    tested = [scores for scores in everything if scores["vs_unpruned_p"] is not None]
+    corrected = dict(zip(map(id, tested), holm([scores["vs_unpruned_p"] or 0.0 for scores in tested]), strict=True))
     rows = []
     for record in records:
         cells = [Cell(escape(name_of(record)), name_of(record)), Cell(escape(budget_of(record)), budget_of(record))]
@@ -26,8 +31,11 @@ def family_table(records: list[ResultRecord]) -> str:
             # full colour at 40 points
             strength = round(100 * min(1.0, abs(lost) / 0.4) * 0.5)
             title = f"{100 * scores['ci_low']:.1f} to {100 * scores['ci_high']:.1f}, {scores['n']} questions"
-            kind = "lost" if lost < 0 else "won"
-            text = f'<span class="tint {kind}" style="--by:{strength}%">{100 * scores["accuracy"]:.1f}</span>'
+            said = verdict(scores["vs_unpruned"], corrected.get(id(scores)), scores["n"])
+            kind = {BETTER: "won", WORSE: "lost"}.get(said.kind)
+            text = f"{100 * scores['accuracy']:.1f}"
+            if kind is not None:
+                text = f'<span class="tint {kind}" style="--by:{strength}%">{text}</span>'
             cells.append(Cell(text, scores["accuracy"], title=title))
         rows.append((f' data-budget="{escape(budget_of(record))}"', cells))
     return table(columns, rows, "plain")

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from tokenprune.evals.io.rows import Quartiles
 from tokenprune.evals.report.html import Cell, Column, number, p_value, percent, spread, table
-from tokenprune.evals.report.series import budget_of, kind_of, name_of
+from tokenprune.evals.report.series import budget_of, kind_of, name_of, off_budget
 from tokenprune.evals.results.equal_cost import CONTROLS, equal_cost_verdict
 from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.summary import flat_costs
@@ -68,7 +68,17 @@ def leaderboard(records: list[ResultRecord]) -> str:
         name, kind = name_of(record), kind_of(record["method"])
         budget = budget_of(record)
         attributes = f' data-point="{escape(record["label"])}" data-budget="{escape(budget)}" class="{kind}"'
-        rows.append((attributes, [_name(name, kind), *_accuracy(record, unpruned), *_tests(record), *_costs(record)]))
+        rows.append(
+            (
+                attributes,
+                [
+                    _name(name, kind),
+                    *_accuracy(record, unpruned, off_budget(record, records)),
+                    *_tests(record),
+                    *_costs(record),
+                ],
+            )
+        )
     return table(COLUMNS, rows, "leaderboard show-g-acc")
 
 
@@ -76,7 +86,7 @@ def _name(name: str, kind: str) -> Cell:
     return Cell(f'<i class="dot {kind}" data-series="{escape(name)}"></i>{escape(name)}', name)
 
 
-def _accuracy(record: ResultRecord, unpruned: float | None) -> list[Cell]:
+def _accuracy(record: ResultRecord, unpruned: float | None, asked: str) -> list[Cell]:
     scores = record["overall"]
     at = f"--low:{scores['ci_low']:.4f};--high:{scores['ci_high']:.4f};--at:{scores['accuracy']:.4f}"
     line = "" if unpruned is None else f"--base:{unpruned:.4f}"
@@ -84,8 +94,9 @@ def _accuracy(record: ResultRecord, unpruned: float | None) -> list[Cell]:
     if scores["discriminating"] is not None:
         hard = percent(scores["discriminating"]) + spread(scores["discriminating_low"], scores["discriminating_high"])
     n = scores["discriminating_n"]
+    off = f" <small>not {escape(asked)}</small>" if asked else ""
     return [
-        Cell(number(record["kept_tokens"], ".4g"), float(record["kept_tokens"])),
+        Cell(number(record["kept_tokens"], ".4g") + off, float(record["kept_tokens"])),
         Cell(escape(budget_of(record)), budget_size(record["keep"]) if record["keep"] is not None else None),
         Cell(percent(scores["accuracy"]) + spread(scores["ci_low"], scores["ci_high"]), scores["accuracy"]),
         Cell(f'<i class="whisker" style="{at};{line}"></i>', scores["accuracy"]),

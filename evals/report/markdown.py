@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from tokenprune.evals.io.atomic_files import replace_file
 from tokenprune.evals.report.merge import Merged, merge
-from tokenprune.evals.report.series import budget_of, kind_of, name_of
+from tokenprune.evals.report.series import budget_of, kind_of, name_of, off_budget
 from tokenprune.evals.results.equal_cost import CONTROLS, Panel, equal_cost_verdict
 from tokenprune.evals.results.records import ResultRecord, Scores
 from tokenprune.evals.results.run_folder import FinishedRun
 from tokenprune.evals.results.standings import costs_to_show, recommended
 from tokenprune.evals.results.summary import flat_costs, title_of
+from tokenprune.evals.statistics.bootstrap import bootstrap_mean
 from tokenprune.evals.statistics.verdict import ALIKE, BETTER, FEW, WORSE, Verdict, grouped
 
 HEADS = ("method", "asked", "tokens", "accuracy, %", "vs random, tokens", "vs random, FLOPs", "vs uniform, tokens",
-         "vs downsample, FLOPs", "GFLOPs", "KV, KiB", "prefill / ideal", "selection, %")  # fmt: skip
+         "vs downsample, FLOPs", "GFLOPs", "KV, KiB", "prefill / ideal", "selection, %", "selection, ms",
+         "vs uniform, FLOPs", "vs downsample, tokens", "area, %")  # fmt: skip
 LEGEND = """\
 *Asked*: the budget that was asked for. *Tokens*: visual tokens that the decoder sees, averaged over its layers and the
-samples; a method that cuts inside the decoder sees more than its last cut leaves, and no verdict is by what was asked.
+samples; a method that cuts inside the decoder sees more than its last cut leaves, no verdict is by what was asked, and
+a row that is more than 1 percent off it says so.
 Accuracy with its 95 percent bootstrap interval. *vs random, tokens*: paired difference to random selection at the same
 mean tokens, interpolated between its budgets in the logarithm of the cost, with its interval; *FLOPs*: at the same
 FLOPs to the first token. Bold where the two are told apart: an exact McNemar test (sign flips where the control is
-interpolated), corrected over the table, and at least 100 samples; empty where the control was not measured around that
-cost. *Area*: mean accuracy over the logarithm of the cost. *GFLOPs*: to the first token, vision tower and selection
-included, and the share of the unpruned model's. *KV*: bytes of one prompt after prefill, and their share. *prefill /
-ideal*: against the same counts without any selection. *Selection*: of the time of the unpruned prefill. Controls are in
-italics; the oracle is told where the answer is: a reference, and no upper bound."""
+interpolated), corrected over the table, and at least 100 samples. *Area*: mean accuracy over the logarithm of the cost.
+*GFLOPs*: to the first token, vision tower and selection included, and the share of the unpruned model's. *KV*: bytes of
+one prompt after prefill, and their share. *prefill / ideal*: against the same counts without any selection.
+*Selection*: of the time of the unpruned prefill, and in milliseconds. Controls are in italics; the oracle is told where
+the answer is: a reference, and no upper bound."""
 _AXES = {"tokens": "mean tokens", "flops": "FLOPs to the first token"}
 
 
@@ -72,13 +76,15 @@ def _at_given_cost(panel: Panel, axis: str) -> str:
     heads = [format(cost / (1e9 if axis == "flops" else 1), form) for cost in costs]
     areas = {record["series"]: record.get("area", {}).get(axis) for record in panel.records}
     kinds = {record["series"]: kind_of(record["method"]) for record in panel.records}
-    lines = []
+    lines, over = [], None
     for name in panel.series():
         cells = []
         for cost in costs:
             scores = panel.curve(name, axis).scores_at(cost)
-            cells.append("" if not scores else f"{100 * sum(scores.values()) / len(scores):.1f}")
+            mean = bootstrap_mean(list(scores.values())) if scores else None
+            cells.append("" if mean is None else _interval(mean.value, mean.low, mean.high))
         area = areas.get(name)
+        over = area or over
         width = "" if area is None else _interval(area["value"], area["low"], area["high"])
         written = _escaped(name)
         first = -(area["value"] if area is not None else -1.0)
@@ -87,7 +93,12 @@ def _at_given_cost(panel: Panel, axis: str) -> str:
     head = f"| method | area, % | {' | '.join(f'{each} {unit}' for each in heads)} |"
     rows = ["| " + " | ".join(cells) + " |" for _, cells in sorted(lines, key=lambda line: line[0])]
     title = f"### Accuracy at given {_AXES[axis]}, %"
-    return "\n".join([title, "", head, "|---|" + "---:|" * (len(costs) + 1), *rows])
+    table = [title, "", head, "|---|" + "---:|" * (len(costs) + 1), *rows]
+    if over is not None:
+        scale = 1e9 if axis == "flops" else 1
+        span = f"{format(over['from'] / scale, form)} to {format(over['to'] / scale, form)} {unit}"
+        table += ["", f"Area: over {span}; empty for a method that was not measured over all of it."]
+    return "\n".join(table)
 
 
 def _verdicts(records: list[ResultRecord]) -> str:
@@ -119,7 +130,7 @@ def _losses(records: list[ResultRecord]) -> str:
     lines = []
     for name in dict.fromkeys(r["series"] for r in records if kind_of(r["method"]) == "method"):
         where = []
-        for control, axis in (("random", "tokens"), ("downsample", "flops")):
+        for control, axis in product(("random", "downsample"), _AXES):
             lost = [
                 str(record["keep"])
                 for record in records
@@ -182,17 +193,17 @@ def _table(records: list[ResultRecord]) -> str:
     lines = ["| " + " | ".join(HEADS) + " |", "|---|" + "---:|" * (len(HEADS) - 1)]
     for record in sorted(records, key=lambda r: (-r["kept_tokens"], -r["overall"]["accuracy"])):
         if kind_of(record["method"]) != "unpruned":
-            lines.append("| " + " | ".join(_cells(record)) + " |")
+            lines.append("| " + " | ".join(_cells(record, records)) + " |")
     return "\n".join(lines)
 
 
-def _cells(record: ResultRecord) -> list[str]:
+def _cells(record: ResultRecord, records: list[ResultRecord]) -> list[str]:
     scores, costs = record["overall"], flat_costs(record)
-    name = _escaped(name_of(record))
+    name, asked, area = _escaped(name_of(record)), off_budget(record, records), record.get("area", {}).get("tokens")
     return [
         f"*{name}*" if kind_of(record["method"]) == "control" else name,
         budget_of(record),
-        f"{record['kept_tokens']:.4g}",
+        f"{record['kept_tokens']:.4g}" + (f" (not {asked})" if asked else ""),
         _accuracy(scores),
         _at_cost(record, "random", "tokens"),
         _at_cost(record, "random", "flops"),
@@ -202,13 +213,18 @@ def _cells(record: ResultRecord) -> list[str]:
         _with_share(costs["kv_bytes"] and costs["kv_bytes"] / 1024, costs["kv_share"], ",.0f"),
         _show(costs["prefill_to_ideal"], 1, ".2f"),
         _show(costs["selection_to_unpruned_prefill"], 100, ".1f"),
+        _show(costs["selection_ms"], 1, ".2f"),
+        _at_cost(record, "uniform", "flops"),
+        _at_cost(record, "downsample", "tokens"),
+        "" if area is None else _interval(area["value"], area["low"], area["high"]),
     ]
 
 
 def _at_cost(record: ResultRecord, control: str, axis: str) -> str:
     entry = record.get("equal_cost", {}).get(axis, {}).get(control)
     if entry is None:
-        return ""
+        itself = record["series"] == control
+        return "" if itself else equal_cost_verdict(record, control, axis).sentence("control")
     text = f"{100 * entry['difference']:+.1f} ({100 * entry['low']:+.1f} to {100 * entry['high']:+.1f})"
     return f"**{text}**" if equal_cost_verdict(record, control, axis).told_apart else text
 

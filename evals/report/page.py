@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import cast
 
 from tokenprune.evals.io.atomic_files import replace_file
 from tokenprune.evals.report.agreement import agreement
@@ -19,6 +20,7 @@ from tokenprune.evals.report.findings import findings
 from tokenprune.evals.report.leaderboard import GROUPS, leaderboard
 from tokenprune.evals.report.merge import Merged, merge
 from tokenprune.evals.report.series import budget_of, budget_title, budgets, name_of, series_styles
+from tokenprune.evals.results.equal_cost import equal_cost_verdict
 from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.run_folder import FinishedRun
 from tokenprune.evals.results.summary import flat_costs, title_of
@@ -87,7 +89,7 @@ def _panel(number: int, records: list[ResultRecord], merged: Merged) -> str:
         "findings": findings(records, merged.rows),
         "groups": groups,
         "leaderboard": leaderboard(records),
-        "tests": str(sum(record["overall"]["vs_random_p"] is not None for record in records)),
+        "tests": str(sum("random" in record.get("equal_cost", {}).get("tokens", {}) for record in records)),
         "tests_unpruned": str(sum(record["overall"]["vs_unpruned_p"] is not None for record in records)),
         "families": family_table(records),
         "more": more,
@@ -113,12 +115,13 @@ def _data(records: list[ResultRecord], merged: Merged, room: Room) -> Drawn:
 
 def _point(record: ResultRecord) -> Drawn:
     scores, costs = record["overall"], flat_costs(record)
+    fair = cast("dict[str, float]", record.get("equal_cost", {}).get("tokens", {}).get("random") or {})
     decoder = None if costs["gflops_prefill"] is None else costs["gflops_prefill"] + costs["gflops_selection"]
     point = {
         "label": record["label"], "series": name_of(record), "budget": budget_of(record), "n": scores["n"],
         "accuracy": scores["accuracy"], "low": scores["ci_low"], "high": scores["ci_high"],
-        "vs_random": scores["vs_random"], "vs_random_low": scores["vs_random_low"],
-        "vs_random_high": scores["vs_random_high"], "holm": scores["vs_random_holm"],
+        "vs_random": fair.get("difference"), "vs_random_low": fair.get("low"), "vs_random_high": fair.get("high"),
+        "holm": fair.get("holm"), "verdict": equal_cost_verdict(record, "random").sentence("it"),
         "tokens": record["kept_tokens"], "flops": costs["gflops_total"], "decoder": decoder,
         "flops_share": costs["flops_share"], "kv": None if costs["kv_bytes"] is None else costs["kv_bytes"] / 1024,
         "kv_share": costs["kv_share"], "prefill": costs["prefill_ms"],

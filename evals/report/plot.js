@@ -57,7 +57,7 @@ const plotOf = panel => {
   const say = (point, x, y) => {
     const rows = [`<b>${make("i", {}, point.label === "none" ? "unpruned" : point.label).innerHTML}</b>`,
       `${percent(point.accuracy)} % <small>${percent(point.low)} to ${percent(point.high)}</small>`];
-    if (point.vs_random !== null) rows.push(`${signed(point.vs_random)} points to random <small>${signed(point.vs_random_low)} to ${signed(point.vs_random_high)}</small>`);
+    if (point.vs_random !== null) rows.push(`${signed(point.vs_random)} points to random at equal tokens <small>${signed(point.vs_random_low)} to ${signed(point.vs_random_high)}, ${point.verdict}</small>`);
     rows.push(`${short(point.tokens)} visual tokens`);
     if (point.flops !== null) rows.push(`${short(point.flops)} GFLOPs <small>${percent(point.flops_share, 0)} % of unpruned</small>`);
     if (point.kv !== null) rows.push(`${short(point.kv)} KiB of KV <small>${percent(point.kv_share, 0)} %</small>`);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenprune.evals.config.points import NONE
 from tokenprune.evals.results.records import ResultRecord
 from tokenprune.interfaces.budget import budget_size
@@ -40,6 +42,22 @@ def name_of(record: ResultRecord) -> str:
 def budget_of(record: ResultRecord) -> str:
     """The budget of a record as text; "" for the unpruned model."""
     return "" if record["keep"] is None else str(record["keep"])
+
+
+def off_budget(record: ResultRecord, panel: Sequence[ResultRecord]) -> str:
+    """The budget asked for, where the mean tokens over layers are more than 1 percent off it; else "".
+
+    What a budget stands for is what `random` held with it; without that, the number itself or the share of tokens.
+    """
+    keep = record["keep"]
+    same = [one for one in panel if one["method"] == "random" and not one["options"] and one["keep"] == keep]
+    if same:
+        asked = float(same[0]["kept_tokens"])
+    elif isinstance(keep, (int, float)):
+        asked = float(keep) if isinstance(keep, int) else keep * record["visual_tokens"]
+    else:
+        return ""
+    return budget_of(record) if abs(record["kept_tokens"] - asked) > 0.01 * asked else ""
 
 
 def budget_title(keep: str) -> str:

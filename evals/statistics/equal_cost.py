@@ -6,9 +6,10 @@ sample, so what is hard for both cancels. Nothing is extrapolated: outside the m
 
 The p-value at a measured cost is that of the exact McNemar test. Between two costs a difference is not -1, 0 or 1, and
 the sign-flip test takes its place: how often the sum of differences is as far from 0 when each sample's sign is thrown
-anew. It is exact where differences are symmetric around 0, and asymptotically so otherwise, since the sum of their
-squares does not change with signs. Flips are drawn by the counts of equal differences, which has the same law as
-drawing samples; the draw itself counts as one, so p is never 0.
+anew. All patterns are counted where that can be done, see `sign_test`; it is exact where differences are symmetric
+around 0, and asymptotically so otherwise, since the sum of their squares does not change with signs. Where there are
+too many, flips are drawn by the counts of equal differences, which has the same law as drawing samples; the draw itself
+counts as one, so p is never 0.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import bdtr, gammaln
 
 from tokenprune.evals.statistics.bootstrap import Interval, bootstrap_mean
 from tokenprune.evals.statistics.significance import mcnemar, samples_needed
 
 FLIPS = 200_000
+"""Thrown where there are too many patterns to count."""
+EXACT = 1_000_000
 SAME_COST = 0.01
 """Costs that differ by less than this share are the same."""
 
@@ -124,16 +128,41 @@ def difference(differences: np.ndarray, between: tuple[float, float], seed: int 
 
 
 def sign_test(differences: np.ndarray, seed: int = 0) -> float:
-    """Two-sided p-value of paired differences: exact McNemar where all are -1, 0 or 1, else by thrown signs."""
+    """Two-sided p-value of paired differences: exact McNemar where all are -1, 0 or 1, else by signs.
+
+    Differences of one size are one binomial, so all patterns of signs are counted where there are at most `EXACT`
+    combinations of the sizes but the most frequent one, whose part is a tail. Beyond that, signs are thrown.
+    """
     rounded = np.round(differences, 9)
-    values, counts = np.unique(np.abs(rounded[rounded != 0]), return_counts=True)
-    if not len(values):
+    sizes, counts = np.unique(np.abs(rounded[rounded != 0]), return_counts=True)
+    if not len(sizes):
         return 1.0
-    if len(values) == 1:
+    if len(sizes) == 1:
         return mcnemar(int((rounded > 0).sum()), int((rounded < 0).sum()))
+    order = np.argsort(counts, kind="stable")
+    sizes, counts = sizes[order], counts[order]
+    seen = abs(float(rounded.sum())) - 1e-7
+    if seen <= 0:
+        return 1.0
+    if math.prod(int(count) + 1 for count in counts[:-1]) <= EXACT:
+        return _counted(sizes, counts, seen)
     draw = np.random.default_rng(seed)
     sums = np.zeros(FLIPS)
-    for value, count in zip(values, counts):
-        sums += value * (2.0 * draw.binomial(count, 0.5, size=FLIPS) - count)
-    seen = abs(float(rounded.sum()))
-    return (1 + int((np.abs(sums) >= seen - 1e-9).sum())) / (1 + FLIPS)
+    for size, count in zip(sizes, counts, strict=True):
+        sums += size * (2.0 * draw.binomial(count, 0.5, size=FLIPS) - count)
+    return (1 + int((np.abs(sums) >= seen).sum())) / (1 + FLIPS)
+
+
+def _counted(sizes: np.ndarray, counts: np.ndarray, seen: float) -> float:
+    """The share of sign patterns whose sum is at least `seen` away from 0; `counts` differences of each of `sizes`."""
+    sums, logs = np.zeros(1), np.zeros(1)
+    for size, n in zip(sizes[:-1], counts[:-1], strict=True):
+        plus = np.arange(n + 1)
+        ways = gammaln(n + 1) - gammaln(plus + 1) - gammaln(n - plus + 1) - n * math.log(2)
+        sums = (sums[:, None] + size * (2.0 * plus - n)).ravel()
+        logs = (logs[:, None] + ways).ravel()
+    size, n = float(sizes[-1]), int(counts[-1])
+    # so many of the most frequent size may be negative for the sum to reach `seen`
+    negative = np.floor((n - (seen - sums) / size) / 2)
+    tail = np.where(negative >= 0, bdtr(np.clip(negative, 0, n), n, 0.5), 0.0)
+    return min(1.0, 2 * float(np.exp(logs) @ tail))  # the law is symmetric

@@ -40,11 +40,12 @@ class Verdict:
         """In words, for example "better than random"."""
         if self.kind == FEW:
             return f"not enough samples (needs about {self.needed:,})".replace(",", "\u202f")
+        if self.kind == UNKNOWN:
+            return f"no {other} measured at this cost"
         words = {
             BETTER: "better than",
             WORSE: "worse than",
             ALIKE: "not told apart from",
-            UNKNOWN: "no comparison with",
         }
         return f"{words[self.kind]} {other}"
 

@@ -6,7 +6,7 @@ from _views import make_view, random_boxes
 
 import tokenprune
 from tokenprune.methods._places import spread
-from tokenprune.methods.oracle import Oracle, coverage, keep_covered
+from tokenprune.methods.oracle import Oracle, coverage, keep_covered, keep_covered_and_diverse
 
 
 def covered_by_hand(boxes: list[list[float]], grid: tuple[int, int]) -> list[float]:
@@ -73,6 +73,36 @@ def test_any_number_of_other_patches_can_be_filled() -> None:
         boxes = random_boxes(torch.Generator().manual_seed(seed))
         for k in range(1, 36):
             assert len(set(keep_covered(boxes, (5, 7), k).tolist())) == k
+
+
+def test_the_rest_is_what_is_least_like_what_is_kept() -> None:
+    filled = 0
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        grid = (2 + seed % 5, 2 + seed % 6)
+        count = grid[0] * grid[1]
+        boxes, k = random_boxes(generator), 1 + seed * 7 % count
+        features = 2.0 * torch.randint(0, 2, (count, 16), generator=generator) - 1  # of length 4: exact cosines
+        kept = keep_covered_and_diverse(boxes, grid, features, k).tolist()
+        areas = covered_by_hand(boxes, grid)
+        chosen = [place for place, area in enumerate(areas) if area > 1e-4]
+        assert len(set(kept)) == k and kept == sorted(kept)
+        if not chosen or len(chosen) >= k:
+            continue
+        filled += 1
+        while len(chosen) < k:
+            near = {i: max(float(features[i] @ features[j]) for j in chosen) for i in range(count) if i not in chosen}
+            chosen.append(min(near, key=lambda i: (near[i], i)))
+        assert kept == sorted(chosen), seed
+    assert filled > 20
+    method = Oracle(fill="diversity")
+    view = dataclasses.replace(
+        make_view(method, (4, 4), 6), hints={"boxes": [[[0, 0, 0.5, 0.5]], [], [[0.5, 0.5, 1, 1]]]}
+    )
+    kept = method.select(view).indices.tolist()
+    assert {0, 1, 4, 5} <= set(kept[0]) and {10, 11, 14, 15} <= set(kept[2])
+    with pytest.raises(ValueError, match="Did you mean"):
+        Oracle(fill="diverse")
 
 
 def test_boxes_reaching_out_of_the_image_are_cut() -> None:

@@ -17,9 +17,11 @@ from tokenprune.registry import METHODS
 
 # options other than the defaults that take another way through a method; methods without a line are still tested
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "dart": [{"image_pivots": 7, "text_pivots": 0}, {"text_pivots": 9}],
     "era": [{"gamma": 0.5, "cap": 3.0}, {"beta": 0.0, "entropy_weight": 0.0}],
     "holov": [{"variant": "paper"}, {"variant": "paper", "crops": 7}, {"crops": 1}],
     "random": [{"seed": 5}],
+    "sparsevlm": [{"heads": 3}],
     "todre": [{"objective": "k_center"}, {"pivot": "center"}, {"pivot": "random"}],
     "transprune": [{"variant": "paper"}, {"alpha": 0.2}],
     "vflowopt": [{"alpha": -0.7, "cell": 2.5}, {"variant": "paper", "cell": 1.3}, {"recycle": False}],

@@ -311,7 +311,7 @@ def test_bad_options_are_refused(options, says):
 
 
 def test_it_acts_behind_the_tower_only():
-    with pytest.raises(ValueError, match="vflowopt merges tokens"):
+    with pytest.raises(ValueError, match="acts at 'input' and 'layer:K', not at 'vision'"):
         tokenprune.apply(tiny_llava(), {"at": "vision:1", "prune": "vflowopt", "keep": 9})
 
 

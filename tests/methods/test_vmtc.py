@@ -104,7 +104,7 @@ def test_equals_the_definition(ties: bool) -> None:
     compared = 0
     for seed in range(700):
         method, view, signal = problem(seed, ties)
-        selection = method.select(view)
+        selection: Any = method.select(view)
         assert selection.indices.shape[1] == view.budget
         for image in range(view.num_images):
             try:
@@ -131,7 +131,7 @@ def test_kept_rows_are_bit_exact_and_sizes_count_all_tokens() -> None:
     for seed in range(20):
         method = VMTC()
         view = make_view(method, (6, 7), 2 + seed, images=3, seed=seed, features=torch.randn(3, 42, 8))
-        selection = method.select(view)
+        selection: Any = method.select(view)
         kept, clusters = kept_and_clusters(view.budget)
         for image in range(3):
             own = selection.sizes[image] == 1
@@ -151,13 +151,13 @@ def test_every_cluster_has_a_member() -> None:
 
 def test_redundant_tokens_that_are_alike_merge_to_that_token() -> None:
     features = torch.randn(1, 1, 8).expand(1, 20, 8).contiguous()
-    selection = VMTC().select(make_view(VMTC(), (4, 5), 8, images=1, features=features))
+    selection: Any = VMTC().select(make_view(VMTC(), (4, 5), 8, images=1, features=features))
     torch.testing.assert_close(selection.features, features[:, :8])
 
 
 def test_merged_tokens_lie_between_their_members() -> None:
     view = make_view(VMTC(), (6, 6), 12, images=2, features=torch.rand(2, 36, 4))
-    merged = VMTC().select(view).features
+    merged: Any = VMTC().select(view).features
     low, high = view.features.amin(1, keepdim=True), view.features.amax(1, keepdim=True)
     assert bool((merged >= low - 1e-6).all() and (merged <= high + 1e-6).all())
 

@@ -15,16 +15,22 @@ import torch
 from torch import Tensor
 
 from tokenprune.capture.branch import Branch
+from tokenprune.capture.raters import rated, text_raters
+from tokenprune.capture.text_pivots import TextPivots, final_states
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.signals import (
     BRANCH_LOGITS,
+    DECODER_KEY_NORM,
     DECODER_SIGNALS,
     DECODER_VALUE_NORM,
+    FINAL_STATES,
     INSTRUCTION_ATTENTION,
     LAST_ATTENTION,
     LAST_VALUE_SIMILARITY,
     LAST_VISUAL_ATTENTION,
     PROMPT_SIGNALS,
+    RATER_ATTENTION,
+    TEXT_PIVOT_COSINE,
     TEXT_TO_VISUAL,
     TRANSITION_SIGNALS,
     VISUAL_TO_TEXT,
@@ -102,6 +108,16 @@ def check_decoder_signal(signal: Signal, site: str, depth: int) -> None:
             f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage there reads layers "
             f"{depth - 1} and {depth}."
         )
+    if signal.name == TEXT_PIVOT_COSINE and (signal.layer != depth or not site.startswith("layer") or depth == 0):
+        raise ValueError(
+            f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; it is there at 'layer:K' from "
+            "K = 1 on, of layer K."
+        )
+    if signal.name == RATER_ATTENTION and signal.layer != depth - 1:
+        raise ValueError(
+            f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; it is there at 'layer:K', of "
+            "layer K - 1."
+        )
     if signal.name == BRANCH_LOGITS and (signal.layer != depth or not site.startswith("layer")):
         raise ValueError(f"{signal.name} of a branch at decoder layer {signal.layer} was asked for at {site!r}.")
     if signal.name in TRANSITION_SIGNALS and not 0 <= signal.layer < depth:
@@ -119,19 +135,27 @@ class DecoderSignals:
         given: what enters the layer.
         prompt: the batch.
         branches: those that begin at this layer.
+        before: signals of the layer before, where a stage asked for some.
 
     Attributes:
         flops: matrix products so far, projections and attention rows.
     """
 
     def __init__(
-        self, adapter: Adapter, given: LayerInput, prompt: Prompt, branches: Mapping[Signal, Branch] | None = None
+        self,
+        adapter: Adapter,
+        given: LayerInput,
+        prompt: Prompt,
+        branches: Mapping[Signal, Branch] | None = None,
+        before: DecoderSignals | None = None,
     ) -> None:
         self.flops = 0
+        self._before = before
         self._branches = branches or {}
         self._adapter, self._given, self._prompt = adapter, given, prompt
         self._reading = adapter.reading(given.module)
         self._cache: dict[str, Tensor] = {}
+        self._pivots: TextPivots | None = None
 
     @torch.no_grad()
     def prepare(self, names: Sequence[str]) -> None:
@@ -147,6 +171,13 @@ class DecoderSignals:
                 self._keys()
             elif name in (LAST_VALUE_SIMILARITY, DECODER_VALUE_NORM):
                 self._values()
+            elif name == DECODER_KEY_NORM:
+                self.key_norms()
+            elif name == RATER_ATTENTION:
+                self._text_query()
+                self._keys()
+            elif name == FINAL_STATES:
+                continue  # reads no weights of the layer
             else:
                 self._shares(name)
 
@@ -159,7 +190,75 @@ class DecoderSignals:
             return self._instruction()[sample, places]
         if name in (LAST_VISUAL_ATTENTION, LAST_VALUE_SIMILARITY, DECODER_VALUE_NORM):
             return self._within(name, sample, places)
+        if name == DECODER_KEY_NORM:
+            return self.key_norms()[sample, places]
+        if name == FINAL_STATES:
+            return final_states(self._adapter.language_model, self._given.hidden[sample, places])
         return self._shares(name)[sample]
+
+    def text_pivot_cosine(self, signal: Signal, span: int, places: Tensor) -> Tensor:
+        """`TEXT_PIVOT_COSINE` for one span, as `value`."""
+        if self._before is None:
+            raise ValueError(f"{signal.name} needs {DECODER_KEY_NORM} of layer {signal.layer - 1}, which was not read.")
+        if self._pivots is None:
+            decoder, hidden = self._adapter.language_model, self._given.hidden
+            texts, norms = self._prompt.text_after_visual(), self._before.key_norms()
+            self._pivots = TextPivots(decoder, hidden, norms, self._ends(), texts, int(signal.settings[0]))
+        return self._pivots.cosine(self._prompt.layout.spans[span].sample, places)
+
+    def _texts(self) -> list[int]:
+        """Rows of text of each prompt, one at least."""
+        return [max(count, 1) for count in self._prompt.text_after_visual()]
+
+    def _text_rows(self) -> Tensor:
+        """`[B, T]` int64, where the text behind each prompt's last visual token stands; what is beyond a prompt's own
+        count means nothing."""
+        ends = self._ends()
+        counts = torch.tensor(self._texts(), device=ends.device)[:, None]
+        at = torch.arange(max(self._texts()), device=ends.device)[None]
+        return (ends - counts + 1 + at).clamp(max=self._given.hidden.shape[1] - 1)
+
+    @torch.no_grad()
+    def _text_query(self) -> Tensor:
+        """`[B, H, T, d]`, rotated."""
+        if "text" not in self._cache:
+            self._cache["text"] = self._query(self._text_rows())
+        return self._cache["text"]
+
+    @torch.no_grad()
+    def note_raters(self) -> None:
+        """Write down on the prompt who rates each visual; this is layer 0."""
+        hidden, rows, counts = self._given.hidden.detach(), self._text_rows(), self._texts()
+        self._prompt.raters = []
+        for span, alive in zip(self._prompt.layout.spans, self._prompt.alive):
+            text = hidden[span.sample, rows[span.sample, : counts[span.sample]]]
+            self._prompt.raters.append(text_raters(hidden[span.sample, alive.places], text))
+            self.flops += 2 * alive.count * text.numel()
+
+    @torch.no_grad()
+    def rater_attention(self, signal: Signal, span: int, places: Tensor) -> Tensor:
+        """`RATER_ATTENTION` for one span, as `value`."""
+        sample, length = self._prompt.layout.spans[span].sample, self._given.hidden.shape[1]
+        count, rows = self._texts()[sample], self._text_rows()
+        query, key = self._biased(self._text_query(), self._keys())
+        cos, sin = (part.expand(rows.shape[0], -1, -1)[sample, None] for part in self._given.rotation)
+        ones = torch.ones(1, 1, length, self._reading.width, device=cos.device, dtype=torch.float32)
+        plain = self._reading.rotate(ones, (cos.float(), sin.float()))[0, 0]  # [P, d]
+        at = rows[sample, :count]
+        allowed, query = self._allowed(rows[:, :count])[sample], query[sample, :, :count]
+        self.flops += 2 * query.numel() * key.shape[2] + 2 * count * places.shape[0] * plain.shape[1]
+        turned = plain[at] @ plain[places].T * plain.shape[1] ** -0.5  # [T, n]
+        columns = places + (key.shape[2] - length)
+        raters, heads = self._prompt.raters[span].to(query.device), int(signal.settings[0])
+        return rated(query, key[sample], self._reading.scale, allowed, columns, turned, raters, heads)
+
+    @torch.no_grad()
+    def key_norms(self) -> Tensor:
+        """`[B, P]` fp32, see `signals.DECODER_KEY_NORM`, of all tokens of this call."""
+        if "key_norms" not in self._cache:
+            keys = self._keys()[:, :, -self._given.hidden.shape[1] :]  # [B, Hk, P, d]
+            self._cache["key_norms"] = keys.float().abs().sum(dim=-1).sum(dim=1)
+        return self._cache["key_norms"]
 
     def branch_logits(self, signal: Signal, span: int, places: Tensor) -> Tensor:
         """`BRANCH_LOGITS` for one span, as `value`."""

@@ -30,6 +30,7 @@ def _compare(args: argparse.Namespace) -> int:
 
     from tokenprune.evals.errors import as_user_error
     from tokenprune.evals.results.compare import OVERALL, compare
+    from tokenprune.evals.statistics.verdict import LEAST
 
     with as_user_error():
         comparisons = compare(args.first, args.second, args.method, args.seed)
@@ -55,7 +56,9 @@ def _compare(args: argparse.Namespace) -> int:
     console.print(
         "\ndifference: A minus B in points, with its 95 percent paired bootstrap interval. won / lost: samples that "
         "only A / only B gets right.\np: exact McNemar. needed: samples that show a difference like this with 80 "
-        "percent power at two-sided 5 percent;\ncan show: the smallest difference that these samples show so.",
+        "percent power at two-sided 5 percent;\ncan show: the smallest difference that these samples show so. A is: "
+        f"by p, corrected for all rows of its kind, and with at least {LEAST} samples.\nThe two points may differ in "
+        "cost; the leaderboard compares at equal cost.",
         highlight=False,
     )
     return 0
@@ -65,10 +68,19 @@ def _pair(each: Any) -> str:
     return each.first if each.first == each.second else f"{each.first} - {each.second}"
 
 
-def _said(paired: Any, adjusted: float | None) -> str:
+def _corrected(rows: list[Any]) -> list[float]:
+    """The p-value that the verdict of each row goes by: corrected for all points, or, of question families, for all
+    families; that of all samples of two points is one test."""
+    from tokenprune.evals.results.compare import OVERALL
+    from tokenprune.evals.statistics.significance import holm
+
+    families = iter(holm([row[2].p for row in rows if row[3] is None and row[0] != OVERALL]))
+    return [row[3] if row[3] is not None else row[2].p if row[0] == OVERALL else next(families) for row in rows]
+
+
+def _said(paired: Any, corrected: float) -> str:
     from tokenprune.evals.statistics.verdict import verdict
 
-    corrected = paired.p if adjusted is None else adjusted
     return verdict(paired.difference, corrected, paired.n, paired.needed).sentence("B")
 
 
@@ -82,11 +94,11 @@ def _table(head: str, rows: list[Any]) -> Any:
              "A is", "needed", "can show"]  # fmt: skip
     for place, name in enumerate(heads):
         table.add_column(name, justify="right" if place else "left", no_wrap=True)
-    for name, (first, second), paired, adjusted in rows:
+    for (name, (first, second), paired, adjusted), corrected in zip(rows, _corrected(rows), strict=True):
         cells = [
             escape(name), str(paired.n), f"{100 * first:.1f}", f"{100 * second:.1f}", f"{100 * paired.difference:+.1f}",
             f"{100 * paired.low:+.1f} to {100 * paired.high:+.1f}", f"{paired.won} / {paired.lost}", f"{paired.p:.2g}",
-            *([f"{adjusted:.2g}"] if holm else []), _said(paired, adjusted),
+            *([f"{adjusted:.2g}"] if holm else []), _said(paired, corrected),
             "" if paired.needed is None else str(paired.needed),
             "" if paired.detectable is None else f"{100 * paired.detectable:.1f}",
         ]  # fmt: skip

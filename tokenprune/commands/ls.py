@@ -9,17 +9,23 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Declare the subcommand."""
     ls = commands.add_parser("ls", help="list methods, interventions, models, tasks or sweeps")
     ls.add_argument("what", choices=("methods", "interventions", "models", "tasks", "sweeps"))
+    ls.add_argument("name", nargs="?", help="with methods: all of one method, its options, source and notes")
+    ls.add_argument("--json", action="store_true", help="with methods: as JSON, for other programs")
     ls.set_defaults(handler=_ls)
 
 
 def _ls(args: argparse.Namespace) -> int:
     what: str = args.what
-    from tokenprune.registry import INTERVENTIONS, METHODS, MODELS
+    from tokenprune.evals.errors import UserError
+    from tokenprune.registry import INTERVENTIONS, MODELS
 
-    if what in ("methods", "interventions"):
-        registry = METHODS if what == "methods" else INTERVENTIONS
-        for name in registry.names():
-            print(f"{name:<17} {registry.describe(name)}")
+    if what != "methods" and (args.name is not None or args.json):
+        raise UserError(f"A name and --json go with `ls methods`, not with `ls {what}`.")
+    if what == "methods":
+        _methods(args.name, args.json)
+    elif what == "interventions":
+        for name in INTERVENTIONS.names():
+            print(f"{name:<17} {INTERVENTIONS.describe(name)}")
     elif what == "models":
         from tokenprune.evals.models.load import pocket_names
 
@@ -42,3 +48,17 @@ def _ls(args: argparse.Namespace) -> int:
             first = file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
             print(f"{name:<21} {first}")
     return 0
+
+
+def _methods(name: str | None, as_json: bool) -> None:
+    import json
+
+    from tokenprune.commands._methods import detail_lines, method_details, method_lines, method_rows
+    from tokenprune.evals.errors import as_user_error
+
+    if name is None:
+        print(json.dumps(method_rows(), indent=1) if as_json else "\n".join(method_lines()))
+        return
+    with as_user_error():
+        details = method_details(name)
+    print(json.dumps(details, indent=1, default=str) if as_json else "\n".join(detail_lines(details)))

@@ -19,7 +19,7 @@ from tokenprune.engine.prompt_selection import PromptSelector
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
-from tokenprune.interfaces.signals import BRANCH_LOGITS, DECODER_SIGNALS
+from tokenprune.interfaces.signals import BRANCH_LOGITS, DECODER_SIGNALS, RATER_ATTENTION
 from tokenprune.seams import cache_of
 from tokenprune.state.forward_call import Calls, ForwardCall
 from tokenprune.state.prompt_state import CutBuilder, Prompt
@@ -56,6 +56,7 @@ class LayerCuts:
             if signal.name == BRANCH_LOGITS
         }
         self._read_layers = {signal.layer for signal in signals if signal.name in DECODER_SIGNALS}
+        self._rates = any(signal.name == RATER_ATTENTION for signal in signals)
         self._read_after = {stage.depth - 1: stage for stage in stages if _reads_before(stage, adapter.tower)}
         self._ledger = Ledger()  # that of the handle, once installed
         self._hooked_from = len(adapter.layers)
@@ -68,7 +69,7 @@ class LayerCuts:
         """Place the hooks; `ledger` takes them away."""
         self._ledger, self._hooked_from = ledger, len(self._adapter.layers)
         if self._stages:
-            self.hook_from(min({*self._stages, *self._read_layers}))
+            self.hook_from(0 if self._rates else min({*self._stages, *self._read_layers}))
         for layer in self._read_after:
             hook = opaque(functools.partial(self._after_attention, layer))
             # first, while what shards or offloads weights still has those of this layer here
@@ -92,6 +93,12 @@ class LayerCuts:
         hidden = args[0] if positional else kwargs["hidden_states"]  # [B, P, D]
         stage = self._stages.get(layer) if prompt is not None else None
         reads = prompt is not None and layer in self._read_layers
+        if self._rates and layer == 0 and prompt is not None:
+            with prompt.timer.running(hidden.device):
+                given = self._layer_input(layer, module, hidden, kwargs, current)
+                signals = DecoderSignals(self._adapter, given, prompt)
+                signals.note_raters()
+                prompt.flops += signals.flops
         if reads and stage is not None:  # what this layer would do, for the stage before it
             fitted = current.arguments(layer, hidden, kwargs) if current.differs(layer) else kwargs
             call.layer_inputs[layer] = self._layer_input(layer, module, hidden, fitted, current)
@@ -143,7 +150,9 @@ class LayerCuts:
             if layer < stage.depth:  # has run
                 signals[layer] = call.read[layer]
             else:
-                signals[layer] = DecoderSignals(self._adapter, call.layer_inputs[layer], prompt, self._branches)
+                signals[layer] = DecoderSignals(
+                    self._adapter, call.layer_inputs[layer], prompt, self._branches, call.read.get(layer - 1)
+                )
         cutter = CutBuilder(prompt, stage.site, hidden.shape[1])
         hidden = self._selector.choose(stage, prompt, cutter, hidden, signals)  # [B, P, D]
         prompt.flops += sum(computed.flops for computed in signals.values())

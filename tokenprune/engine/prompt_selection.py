@@ -16,6 +16,8 @@ from tokenprune.interfaces.signals import (
     BRANCH_LOGITS,
     DECODER_SIGNALS,
     PROMPT_SIGNALS,
+    RATER_ATTENTION,
+    TEXT_PIVOT_COSINE,
     TRANSITION_SIGNALS,
     Signal,
     TowerInfo,
@@ -165,6 +167,10 @@ class PromptSelector:
                         raise ValueError(f"{wanted.name} of decoder layers was not read at {stage.site!r}.")
                     if wanted.name == BRANCH_LOGITS:
                         return signals[wanted.layer].branch_logits(wanted, index, places)
+                    if wanted.name == RATER_ATTENTION:
+                        return signals[wanted.layer].rater_attention(wanted, index, places)
+                    if wanted.name == TEXT_PIVOT_COSINE:
+                        return signals[wanted.layer].text_pivot_cosine(wanted, index, places)
                     return signals[wanted.layer].value(wanted.name, index, places)
                 if wanted.name in TRANSITION_SIGNALS:
                     return self._transitions.value(wanted, span.sample, places)

@@ -47,6 +47,9 @@ class Pruner:
     merges: ClassVar[bool] = False
     """Whether it puts other embeddings at the kept places, such as means of several tokens."""
     default_key_bias: ClassVar[bool] = False
+    says_sizes: ClassVar[bool] = True
+    """Whether a method that merges says how many tokens each kept one stands for; one that mixes a token into several
+    cannot."""
     adaptive: ClassVar[bool] = False
     """Whether the method itself decides how many stay, see `is_adaptive`."""
     plan_options: ClassVar[tuple[str, ...]] = ()
@@ -72,6 +75,11 @@ class Pruner:
             raise ValueError(
                 f"key_bias=True weighs a key by how many tokens were merged into it, and {self.name} merges none of "
                 "the decoder's tokens. Leave key_bias out."
+            )
+        if self.key_bias and not self.says_sizes:
+            raise ValueError(
+                f"key_bias=True weighs a key by how many tokens it stands for, and {self.name} mixes a token into "
+                "several, so none stands for a number of them. Leave key_bias out."
             )
         if self.scope not in (None, "raster", "visual"):
             raise ValueError(f"scope must be 'raster' or 'visual', got {self.scope!r}.")

@@ -121,6 +121,29 @@ DECODER_VALUE_NORM = "decoder_value_norm"
 """L1 norm of each visual token's value vector in one decoder layer, averaged over heads before the norm. Layers as for
 `LAST_ATTENTION`. `[M, N]`."""
 
+DECODER_KEY_NORM = "decoder_key_norm"
+"""L1 norm of each visual token's key after rotation, over all heads, in one decoder layer. Layers as for
+`LAST_ATTENTION`. `[M, N]`."""
+
+FINAL_STATES = "final_states"
+"""What enters one decoder layer, as the norm behind the decoder's last layer makes it. Layers as for `LAST_ATTENTION`.
+`[M, N, D]`."""
+
+TEXT_PIVOT_COSINE = "text_pivot_cosine"
+"""Cosine, after that norm, of what enters layer K at each visual token with the same at some tokens of the text behind
+the prompt's last visual token: those with the largest L1 norm of the key in layer K - 1, in falling order, the earlier
+of equals first. Where there are fewer, they come again in turn; where no text follows, the last token is taken.
+At "layer:K" only, of layer K, from a stage that asks for `DECODER_KEY_NORM` of layer K - 1 too; the setting is how
+many. `[M, N, P]`."""
+
+RATER_ATTENTION = "rater_attention"
+"""Attention of a prompt's text raters to each visual token in one decoder layer, as `INSTRUCTION_ATTENTION` with the
+raters for rows, each head's divided by what rotation alone makes of it: the product of vectors of ones, rotated to both
+places, over the square root of a head's width. Mean over the raters and over the heads that have most of it for the
+visual's tokens; the setting is how many heads, 0 for 14 or half of fewer than 28. Raters are those tokens of the text
+behind the prompt's last visual token that get more than the mean, over the visual's tokens, of a softmax over that text
+of products between what enters layer 0; all of that text where none does. At "layer:K", of layer K - 1. `[M, N]`."""
+
 BRANCH_LOGITS = "branch_logits"
 """Products of a prompt's last token with each visual token at the end of a branch of decoder layers that were trained
 to find regions: what enters layer K goes through all of them but the last, of which queries and keys alone are taken,
@@ -138,6 +161,10 @@ DECODER_SIGNALS = (
     LAST_VISUAL_ATTENTION,
     LAST_VALUE_SIMILARITY,
     DECODER_VALUE_NORM,
+    DECODER_KEY_NORM,
+    FINAL_STATES,
+    TEXT_PIVOT_COSINE,
+    RATER_ATTENTION,
     BRANCH_LOGITS,
 )
 

@@ -41,6 +41,10 @@ class DivPrune(Pruner):
 
     default_scope: ClassVar[str] = "visual"
     published: ClassVar[str] = "arXiv 2503.02175, vbdi/divprune"
+    reproduces: ClassVar[str] = (
+        "LLaVA-1.5-7B at 64 of 576: GQA 57.1, POPE 85.3, TextVQA 54.5 (re-run in one environment: "
+        "arXiv 2606.01711, Table 1)"
+    )
 
     def select(self, view: View) -> Selection:
         chosen = greedy_diversity(view.features, view.budget, "k_center")  # [M, k]

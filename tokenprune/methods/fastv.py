@@ -49,6 +49,10 @@ class FastV(Pruner):
     default_scope: ClassVar[str] = "visual"
     published_positions: ClassVar[str] = "keep"
     published: ClassVar[str] = "arXiv 2403.06764, pkunlp-icler/FastV"
+    reproduces: ClassVar[str] = (
+        "LLaVA-1.5-7B, K = 3, half of the tokens: GQA 60.4 of 62.0, MME-P 1511.7 of 1510.8 (official README)"
+    )
+    text_aware: ClassVar[bool] = True
     plan_options: ClassVar[tuple[str, ...]] = ("layer",)
 
     layer: int = 2

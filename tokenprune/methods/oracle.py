@@ -1,9 +1,12 @@
-"""Keeps the tokens that the answer depends on: an upper bound for tasks whose object boxes are known.
+"""Keeps the tokens that the answer depends on, as the boxes of a task say: a reference that is told where to look.
 
-Paper: none; a baseline from above that shows the headroom of other methods (our choice throughout).
+Paper: none; it shows the headroom of other methods (our choice throughout).
 Official code: none.
 Licence: none needed, written for this library.
 Deviations: none, there is nothing to deviate from. Only tasks that come with boxes can use it.
+
+It is no upper bound. It keeps what suffices and fills the rest of the budget without knowing what helps the model, so a
+method that keeps a better rest can beat it. `fill="diversity"` fills with the tokens that are least like those kept.
 """
 
 from __future__ import annotations
@@ -14,12 +17,16 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.selection import Selection, topk_indices
 from tokenprune.interfaces.view import View
+from tokenprune.kernels.greedy_diversity import greedy_diversity
 from tokenprune.methods._places import spread
-from tokenprune.registry import register_method
+from tokenprune.registry import near, register_method
+
+FILLS = ("spread", "diversity")
 
 _TOUCH = 1e-4  # of a patch: a box that ends on the border of a patch does not touch it, even if rounded to fp32
 
@@ -70,18 +77,53 @@ def keep_covered(boxes: Sequence[Sequence[float]], grid: tuple[int, int], k: int
     return wanted.nonzero().squeeze(1)
 
 
+def keep_covered_and_diverse(
+    boxes: Sequence[Sequence[float]], grid: tuple[int, int], features: Tensor, k: int
+) -> Tensor:
+    """`[k]` int64, sorted: patches that a box touches, the most covered first, then, again and again, the one whose
+    largest cosine to those kept is smallest; ties go to the lower index.
+
+    Args:
+        features: `[N, D]`, on any device; the result is on the CPU.
+    """
+    covered = coverage(boxes, grid)
+    wanted = covered > _TOUCH
+    missing = k - int(wanted.sum())
+    if missing <= 0:
+        return topk_indices(covered.unsqueeze(0), k).squeeze(0)
+    if missing == k:
+        return greedy_diversity(features[None], k, "k_center")[0].cpu().sort().values
+    unit = normalize(features.float(), dim=1).cpu()
+    nearest = (unit @ unit[wanted].T).amax(dim=1)
+    for _ in range(missing):
+        place = int(nearest.masked_fill(wanted, torch.inf).argmin())
+        wanted[place] = True
+        nearest = torch.maximum(nearest, unit @ unit[place])
+    return wanted.nonzero().squeeze(1)
+
+
 @register_method("oracle")
 @dataclass
 class Oracle(Pruner):
     """Keeps the patches that the boxes touch first; if these are more than k, those covered most.
 
     Needs `hints["boxes"]`: for each image a list of boxes `[x0, y0, x1, y1]` in fractions (0 to 1) of the image's width
-    and height; an empty list means an even spread. It has no options of its own.
+    and height; an empty list means that all is filled.
+
+    Attributes:
+        fill: what the rest of the budget is filled with: "spread", evenly over the picture, or "diversity".
     """
 
     hints: ClassVar[tuple[str, ...]] = ("boxes",)
     needs_grid: ClassVar[bool] = True
-    published: ClassVar[str] = "upper bound, no paper"
+    published: ClassVar[str] = "reference, no paper"
+
+    fill: str = "spread"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fill not in FILLS:
+            raise ValueError(f"fill must be one of {', '.join(FILLS)}, got {self.fill!r}.{near(self.fill, FILLS)}")
 
     def select(self, view: View) -> Selection:
         boxes = view.hints.get("boxes")
@@ -90,5 +132,9 @@ class Oracle(Pruner):
                 f"oracle needs hints['boxes'], one list of boxes for each of the {view.num_images} images, got "
                 f"{'none' if boxes is None else len(boxes)}."
             )
-        kept = [keep_covered(image_boxes, view.grid, view.budget) for image_boxes in boxes]
+        if self.fill == "spread":
+            kept = [keep_covered(image_boxes, view.grid, view.budget) for image_boxes in boxes]
+        else:
+            pairs = zip(boxes, view.features, strict=True)
+            kept = [keep_covered_and_diverse(each, view.grid, rows, view.budget) for each, rows in pairs]
         return Selection(torch.stack(kept).to(view.features.device))

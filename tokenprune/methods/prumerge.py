@@ -49,6 +49,7 @@ class PruMerge(Pruner):
     """
 
     merges: ClassVar[bool] = True
+    says_sizes: ClassVar[bool] = False
     published: ClassVar[str] = "arXiv 2403.15388, 42Shawn/LLaVA-PruMerge"
 
     count: str = "budget"

@@ -34,6 +34,7 @@ class PruMergePlus(Pruner):
     """
 
     merges: ClassVar[bool] = True
+    says_sizes: ClassVar[bool] = False
     published: ClassVar[str] = "arXiv 2403.15388, 42Shawn/LLaVA-PruMerge"
 
     neighbours: int = NEIGHBOURS

@@ -64,6 +64,11 @@ class PyramidDrop(Pruner):
     site: ClassVar[str] = "layer"
     default_scope: ClassVar[str] = "visual"
     published: ClassVar[str] = "arXiv 2410.17247, Cooperx521/PyramidDrop"
+    reproduces: ClassVar[str] = (
+        "LLaVA-1.5-7B, 192 tokens on average over layers: GQA 58.0, POPE 84.0, TextVQA 57.1 (re-run in one "
+        "environment: arXiv 2606.01711, Table 1); GQA 57.3, POPE 82.3, TextVQA 56.5 (arXiv 2505.19536)"
+    )
+    text_aware: ClassVar[bool] = True
     plan_options: ClassVar[tuple[str, ...]] = ("layers",)
 
     layers: tuple[int, ...] | list[int] | None = None

@@ -71,6 +71,7 @@ class ToDRE(Pruner):
     """
 
     published: ClassVar[str] = "arXiv 2505.18757, no official code"
+    text_aware: ClassVar[bool] = False  # stage 2 asks the text whether all leave, never which
     plan_options: ClassVar[tuple[str, ...]] = ("tau", "depth")
     default_scope: ClassVar[str] = "visual"
 

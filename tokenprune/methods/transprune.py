@@ -112,6 +112,7 @@ class TransPrune(Pruner):
     default_scope: ClassVar[str] = "visual"
     adaptive: ClassVar[bool] = True  # a cut that keeps all still adds to the transition
     published: ClassVar[str] = "arXiv 2507.20630, liaolea/TransPrune"
+    text_aware: ClassVar[bool] = True
     plan_options: ClassVar[tuple[str, ...]] = ("schedule",)
 
     schedule: str | tuple[float, ...] | list[float] = "high"

@@ -76,6 +76,8 @@ class Prompt:
         noted: for each intervention, what it noted on keys, by layer.
         attention_flops: by decoder layer, matrix products of interventions beside the layer's own attention.
         drafted: tokens at the end of each row that a draft proposed.
+        raters: for each span, `[T]` bool, which tokens of the text behind the row's last visual token rate it; empty
+            where no stage asks.
     """
 
     layout: Layout
@@ -92,6 +94,7 @@ class Prompt:
     noted: list[dict[int, Facts]] = field(default_factory=list)
     attention_flops: dict[int, int] = field(default_factory=dict)
     drafted: int = 0
+    raters: list[Tensor] = field(default_factory=list)
 
     @property
     def lengths_now(self) -> list[int]:

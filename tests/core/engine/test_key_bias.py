@@ -24,8 +24,8 @@ from tokenprune.interfaces.selection import Selection
 from tokenprune.kernels.redistribute_attention import redistribute_attention
 from tokenprune.registry import INTERVENTIONS, METHODS
 from tokenprune.seams import cache_in, cache_name
+from tokenprune.state import kv_cache
 from tokenprune.state.key_bias import biased_key, biased_query, biased_value
-from tokenprune.state.kv_cache import key_facts
 
 TOLERANCE = 1e-5
 SIZES = [3.0, 1.0, 2.0, 5.0, 1.0, 4.0, 2.0, 1.0, 1.0]  # of the tokens that `weighed` keeps
@@ -83,6 +83,14 @@ def answer(model: Any, batch: dict[str, torch.Tensor], method: Any, **options: A
         return model(**batch).logits
 
 
+def last_of(handle: Any) -> Any:
+    return handle.last
+
+
+def key_facts(cache: Any) -> Any:
+    return kv_cache.key_facts(cache)
+
+
 # --- what it equals ---------------------------------------------------------------------------------------------------
 
 
@@ -104,7 +112,7 @@ def test_the_columns_are_an_additive_bias_and_repeated_keys(width):
     assert not wide[..., width:].any()
     truth = plain(query, key, value, scale, bias[:, None, None])
     torch.testing.assert_close(wide[..., :width], truth, rtol=1e-12, atol=1e-12)
-    again = plain(query, *(part.repeat_interleave(count, 2) for part in (key, value)), scale)
+    again = plain(query, key.repeat_interleave(count, 2), value.repeat_interleave(count, 2), scale)
     torch.testing.assert_close(wide[..., :width], again, rtol=1e-12, atol=1e-12)
     # keys behind those whose bias is known have none
     short = biased_key(key, bias[:, :4], scale)
@@ -148,7 +156,7 @@ def test_a_token_that_weighs_b_is_b_tokens_alike(attention):
             states = model.model(**batch).last_hidden_state
         stays = handle.stays[0]
         visual = torch.zeros_like(stays)
-        visual[handle.last.layout.spans[0].places] = True
+        visual[last_of(handle).layout.spans[0].places] = True
     embeds, positions = calls[0]["inputs_embeds"], calls[0]["position_ids"]
     count = torch.ones(embeds.shape[1], dtype=torch.int64)
     count[visual[stays]] = torch.tensor(SIZES).long()
@@ -200,7 +208,7 @@ def test_weights_multiply_through_later_merges_and_stay_through_later_cuts():
     twice = [{"prune": "weighed", "keep": 18}, {"at": "layer:2", "prune": "weighed", "keep": 6}]
     with tokenprune.applied(model, twice) as handle, torch.no_grad():
         cache = cache_in(model(**batch))
-        first, second = (cut.sizes[0].tolist() for cut in handle.last.cuts)
+        first, second = (cut.sizes[0].tolist() for cut in last_of(handle).cuts)
     begun = [SIZES[i % 9] for i in range(18)]
     assert first == begun and second == [begun[3 * i] * SIZES[i] for i in range(6)]
     bias = key_facts(cache).bias
@@ -210,8 +218,8 @@ def test_weights_multiply_through_later_merges_and_stay_through_later_cuts():
     mixed = [{"prune": "weighed", "keep": 18, "key_bias": False}, {"at": "layer:2", "prune": "weighed", "keep": 6}]
     with tokenprune.applied(model, mixed) as handle, torch.no_grad():
         model(**batch)
-        assert [cut.sizes[0] is None for cut in handle.last.cuts] == [True, False]
-        assert handle.last.cuts[1].sizes[0].tolist() == SIZES[:6]
+        assert [cut.sizes[0] is None for cut in last_of(handle).cuts] == [True, False]
+        assert last_of(handle).cuts[1].sizes[0].tolist() == SIZES[:6]
 
 
 def test_what_a_later_cut_reads_of_attention_has_the_bias():
@@ -343,13 +351,15 @@ def test_var_redistributes_what_biased_keys_get():
     key, value = torch.randn(2, 1, 2, 12, 8, generator=generator)
     count = torch.randint(1, 4, (12,), generator=generator)
     groups = torch.tensor([[0, 1, 2, 1, 1, 3, 2, 1, 0, 1, 2, 0]], dtype=torch.int8)
-    rule = {"share": 0.6, "least_mass": 0.05, "most_sink": 0.9, "slack": 0.0, "scale": 0.35}
+    rule: Any = {"share": 0.6, "least_mass": 0.05, "most_sink": 0.9, "slack": 0.0, "scale": 0.35}
     bias = count.float().log()[None]
     wide = redistribute_attention(
         biased_query(query), biased_key(key, bias, 0.35), biased_value(value), groups, None, None, **rule
     )
-    many = (part.repeat_interleave(count, 2) for part in (key, value))
-    truth = redistribute_attention(query, *many, groups.repeat_interleave(count, 1), None, None, **rule)
+    many: Any = (part.repeat_interleave(count, 2) for part in (key, value))
+    truth = redistribute_attention(
+        query, next(many), next(many), groups.repeat_interleave(count, 1), None, None, **rule
+    )
     torch.testing.assert_close(wide[..., :8], truth, rtol=1e-5, atol=1e-6)
     assert relative_error(redistribute_attention(query, key, value, groups, None, None, **rule), truth) > 1e-2
 
@@ -376,7 +386,7 @@ def test_layers_before_the_cut_keep_their_own_attention():
     assert names[:2] == ["sdpa", "sdpa"] and all(name.startswith("tokenprune") for name in names[2:])
 
 
-def flash_like(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, softcap=None,
+def flash_like(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, sliding_window=None, softcap=None,
                is_causal=None, **kwargs):  # fmt: skip
     """What a flash function asks for, and computes."""
     assert module.config._attn_implementation == "flash_attention_like", "it looks up which it is"
@@ -417,6 +427,12 @@ def test_methods_that_merge_nothing_refuse_it(name):
     assert not METHODS.get(name)(key_bias=False).biases_keys
     with pytest.raises(ValueError, match="true or false, got 'yes'"):
         METHODS.get(name)(key_bias="yes")
+
+
+@pytest.mark.parametrize("name", ["prumerge", "prumerge_plus"])
+def test_methods_that_mix_a_token_into_several_refuse_it(name):
+    with pytest.raises(ValueError, match=f"{name} mixes a token into several"):
+        tokenprune.apply(tiny_llava(), name, keep=9, key_bias=True)
 
 
 def test_a_method_that_does_not_say_its_sizes():

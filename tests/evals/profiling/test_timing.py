@@ -25,6 +25,28 @@ def test_ideal_computes_what_the_pruned_model_computes(tiny, tiny_task):
     assert cache_in(ideal).get_seq_length() == inputs["input_ids"].shape[1] - 36 + 9
 
 
+@pytest.mark.parametrize(("method", "options"), [("fastv", {"layer": 1}), ("pyramiddrop", {"layers": [1, 2]})])
+def test_layers_of_the_ideal_see_the_counts_of_the_pruned_run(method, options, tiny, tiny_task):
+    """Positions are kept, so the ideal's are those of the pruned run, and it must say the same."""
+    sample = next(load_task(tiny_task).load(0, 1))
+    inputs = dict(tiny.inputs([sample.question], [sample.image]))
+    with torch.inference_mode():
+        with applied(tiny.model, method, keep=9, positions="keep", **options) as handle:
+            pruned = prefill(tiny, inputs)
+            stays, by_layer = handle.stays_by_layer, handle.visual_by_layer[0]
+        ideal = ideal_prefill(tiny, inputs, stays)
+        first, second = ideal(), ideal()
+        plain = prefill(tiny, inputs)
+    lengths = [layer.keys.shape[-2] for layer in cache_in(first).layers]
+    assert lengths == [layer.keys.shape[-2] for layer in cache_in(pruned).layers]
+    text = inputs["input_ids"].shape[1] - 36
+    assert lengths == [count + text for count in by_layer] and len(set(lengths)) > 1
+    torch.testing.assert_close(first.logits, pruned.logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(first.logits, second.logits)
+    assert not torch.allclose(plain.logits, pruned.logits, atol=1e-5), "hooks are gone, and pruning changes something"
+    assert all(layer.keys.shape[-2] == text + 36 for layer in cache_in(plain).layers)
+
+
 @pytest.mark.parametrize("method", ["none", "vtc_cls"])
 def test_every_time_is_there(method, tiny, tiny_task):
     samples = list(load_task(tiny_task).load(0, 2))

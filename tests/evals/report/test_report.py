@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import csv
+import io
 import json
 import re
 from pathlib import Path
@@ -235,11 +237,66 @@ def test_six_samples_never_yield_a_verdict(tmp_path, capsys):
         assert "not enough samples (needs about" in visible
         for word in ("told apart from", "etter than", "orse than"):
             assert word not in visible.replace("machine better than times do", "")
+        assert not re.search(r'class="[^"]*\b(good|bad|won|lost|sure)\b', visible)
         assert 'class="good"' not in visible and 'class="bad"' not in visible and "**" not in visible
     for record in read_run(folder).records:
         for axis in ("tokens", "flops"):
             for control in CONTROLS:
                 assert equal_cost_verdict(record, control, axis).kind in ("few", "unknown")
+
+
+def test_terminal_and_csv_give_no_verdict_from_six_samples(tmp_path):
+    from rich.console import Console
+
+    from tokenprune.evals.report.tables import result_tables
+
+    folder = fake_run(tmp_path / "few", samples=6, pictured=1)
+    console = Console(width=200, record=True, file=io.StringIO())
+    for table in result_tables(read_run(folder).records, 200):
+        console.print(table)
+    text = console.export_text()
+    assert "not enough samples (needs about" in text
+    summary = (folder / "summary.csv").read_text()
+    verdicts = {row[f"at_{axis}_vs_{control}_verdict"] for row in csv.DictReader(summary.splitlines())
+                for axis in ("tokens", "flops") for control in CONTROLS}  # fmt: skip
+    assert verdicts <= {"few", ""} and "few" in verdicts
+    assert not re.search(r"better|worse|told apart", text)
+
+
+def test_a_family_is_corrected_for_all_families(tmp_path, capsys):
+    """Of two points, the verdict on a question family goes by Holm's p over the families."""
+    from types import SimpleNamespace
+
+    from tokenprune.commands.compare import _corrected
+
+    rows = [(name, (0.0, 0.0), SimpleNamespace(p=p), None) for name, p in (("a", 0.01), ("b", 0.04), ("c", 0.03))]
+    assert _corrected([*rows, ("overall", (0.0, 0.0), SimpleNamespace(p=0.02), None)]) == [0.03, 0.06, 0.06, 0.02]
+    assert _corrected([("x@64", (0.0, 0.0), SimpleNamespace(p=0.02), 0.08)]) == [0.08]
+
+
+def test_a_row_off_its_budget_says_so(tmp_path):
+    folder = fake_run(tmp_path / "run", methods=("none", "random", "holov"), samples=120, pictured=2)
+    run = read_run(folder)
+    like = next(record for record in run.records if record["label"] == "holov@64")
+    like["kept_tokens"] = 235.0
+    text = write_markdown(tmp_path / "board.md", [run]).read_text()
+    assert "| holov | 64 | 235 (not 64) |" in text and "| holov | 192 | 192 |" in text
+    assert "235 <small>not 64</small>" in write_report(tmp_path / "page.html", [run]).read_text()
+    like["kept_tokens"] = 64.5
+    assert "(not" not in write_markdown(tmp_path / "board.md", [run]).read_text()
+
+
+def test_a_cost_without_a_control_has_no_verdict(tmp_path):
+    folder = fake_run(tmp_path / "run", methods=("none", "random", "holov"), samples=120, pictured=2)
+    run = read_run(folder)
+    rows = {key: [{**row, "kept_tokens": 20.0} if key.endswith("holov@64") else row for row in answers]
+            for key, answers in run.rows.items()}  # fmt: skip
+    records = summarise([point_of(record) for record in run.records], rows, {}, 0)
+    mine = next(record for record in records if record["label"] == "holov@64")
+    assert equal_cost_verdict(mine, "random").kind == "unknown"
+    run.records, run.rows = records, rows
+    line = next(x for x in write_markdown(tmp_path / "board.md", [run]).read_text().splitlines() if "(not 64)" in x)
+    assert "no control measured at this cost" in line
 
 
 def test_a_method_that_holds_more_than_was_asked_is_held_against_what_it_holds(tmp_path):
