@@ -14,6 +14,7 @@ from tokenprune.kernels import (
     attention_received,
     attention_rows,
     compact_rows,
+    greedy_coverage,
     greedy_diversity,
     merge,
     redistribute_attention,
@@ -174,6 +175,51 @@ def test_greedy_diversity(objective: str, images: int, count: int, k: int, ragge
 def test_greedy_diversity_of_half_precision(dtype: torch.dtype) -> None:
     features = (torch.randint(2, (1, 63, 16)) * 2.0 - 1).to(dtype)
     assert torch.equal(*both(greedy_diversity, features, 20, "k_center", None, None))
+
+
+# --- greedy coverage --------------------------------------------------------------------------------------------------
+
+
+def exact_cosines(images: int, count: int, width: int) -> Tensor:
+    """Of entries of +-1 in 16 dimensions (or fewer): cosines and their sums are exact, so ties are."""
+    return greedy_coverage.cosines(torch.randint(2, (images, count, width)) * 2.0 - 1)
+
+
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize(
+    ("images", "count", "k", "width"),
+    [(2, 1, 1, 16), (2, 33, 33, 16), (3, 20, 20, 4), (2, 19, 19, 1), (1, 577, 2, 16)],
+)
+def test_greedy_coverage(images: int, count: int, k: int, width: int, add: bool) -> None:
+    """Index for index with many ties; weights of zero, and copies of tokens, so that nothing is left to be gained."""
+    table = exact_cosines(images, count, width)
+    weights = torch.randint(0, 5, (images, count)) / 4
+    found, expected = both(greedy_coverage, table, weights, k, add)
+    assert torch.equal(found, expected)
+    assert torch.equal(expected, greedy_coverage._plain(table, weights, k, add))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_greedy_coverage_where_nothing_is_weighed(weight: float) -> None:
+    table = exact_cosines(2, 33, 16)
+    weights = torch.full((2, 33), weight)
+    weights[1, 7] = 1.0
+    found, expected = both(greedy_coverage, table, weights, 33, False)
+    assert torch.equal(found, expected) and found.sort().values.equal(torch.arange(33).expand(2, -1))
+
+
+def test_greedy_coverage_of_drawn_features_and_of_tables_with_strides() -> None:
+    """Where there are no ties; weights in half precision are ranked in fp32."""
+    table = greedy_coverage.cosines(torch.randn(2, 90, 8)).transpose(1, 2)
+    weights = torch.rand(2, 180)[:, ::2].bfloat16()
+    found, expected = both(greedy_coverage, table, weights, 40, False)
+    assert torch.equal(found, expected)
+
+
+def test_greedy_coverage_ends_and_stays_inside_where_the_table_is_nan() -> None:
+    table = torch.full((1, 20, 20), torch.nan)
+    found = greedy_coverage._OP(on_device(table), on_device(torch.ones(1, 20)), 6, False).cpu()
+    assert found.shape == (1, 6) and bool(((found >= 0) & (found < 20)).all())
 
 
 # --- segmented top-k and the move -------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.selection import Selection, refuse_nan
 from tokenprune.interfaces.signals import TOWER_STATES, Signal, TowerInfo, summary_attention
 from tokenprune.interfaces.view import View
-from tokenprune.methods._coverage import cosines, greedy_coverage
+from tokenprune.kernels.greedy_coverage import cosines, greedy_coverage
 from tokenprune.registry import near, register_method
 
 RULES = ("product", "sum")
