@@ -13,8 +13,9 @@ Relevance, by the option `relevance`:
 - "embedding": cosine of each token with the mean embedding of the text behind the last visual token, from the
   decoder's table of embeddings. An extension of ours, for models without a text tower in the space of the pictures.
 - "hint": numbers that the caller has, `handle.set_hints(relevance=[...])`, one list of N for each image. Published is
-  minus the cosine of CLIP's patch features with CLIP's text features (on objects CLIP's are the other way round); the
-  checkpoints of LLaVA hold no text tower.
+  minus the cosine of CLIP's patch features with CLIP's text features (on objects CLIP's are the other way round), which
+  `tokenprune.clip_relevance` computes with a CLIP model that the caller loads; the checkpoints of LLaVA hold no text
+  tower.
 - "none": every token alike; what is left is diversity.
 
 Deviations:
