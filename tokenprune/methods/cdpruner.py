@@ -20,15 +20,15 @@ Relevance, by the option `relevance`:
 
 Deviations:
 - Extremes are those of each image; the official code takes those of the whole batch or stack of crops.
-- Where what is left is spanned by the chosen ones (determinant 0), tokens come by what rounding left, then by index;
-  the official square root of it can be NaN.
+- Where what is left is spanned by the chosen ones (determinant 0), tokens come by index; in the official code by what
+  rounding left, whose square root can be NaN.
 - Ties go to the lower raster index. The official code prunes crops by themselves, so does `scope="raster"`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,12 +36,12 @@ from torch.nn.functional import normalize
 
 from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.selection import Selection, refuse_nan
-from tokenprune.interfaces.signals import INSTRUCTION_EMBEDDING, Signal, TowerInfo
+from tokenprune.interfaces.signals import Signal, TowerInfo
 from tokenprune.interfaces.view import View
-from tokenprune.registry import near, register_method
+from tokenprune.methods._relevance import HINTS, NOTES, SIGNALS, check_source, relevance_of
+from tokenprune.registry import register_method
 
-RELEVANCE = ("embedding", "hint", "none")
-_LEAST = 1e-6  # of the residual: below it a token is spanned by the chosen ones
+_LEAST = 1e-5  # of a token's square: what is left below it is rounding, and the token is spanned by the chosen ones
 
 
 @register_method("cdpruner")
@@ -64,46 +64,25 @@ class CdPruner(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.relevance not in RELEVANCE:
-            raise ValueError(
-                f"relevance must be one of {', '.join(RELEVANCE)}, got {self.relevance!r}."
-                f"{near(self.relevance, RELEVANCE)}"
-            )
+        check_source(self.relevance)
 
     @property
     def hints(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("relevance",) if self.relevance == "hint" else ()
+        return HINTS.get(self.relevance, ())
 
     def signals(self, tower: TowerInfo) -> tuple[Signal, ...]:
-        return (Signal(INSTRUCTION_EMBEDDING, 0),) if self.relevance == "embedding" else ()
+        return SIGNALS.get(self.relevance, ())
 
     def notes(self, tower: TowerInfo) -> tuple[str, ...]:
-        if self.relevance == "embedding":
-            return ("extension: relevance by the decoder's own embeddings, not by CLIP's text tower",)
-        return ()
+        return NOTES.get(self.relevance, ())
 
     def scores(self, view: View) -> Tensor:
         """r, `[M, N]` fp32 in (0, 1]."""
-        if self.relevance == "none":
+        values = relevance_of(self.relevance, view)
+        if values is None:
             return torch.ones_like(view.features[..., 0], dtype=torch.float32)
-        if self.relevance == "hint":
-            values = torch.stack([self._given(value, view) for value in view.hints["relevance"]])
-        else:
-            text = normalize(view.signal(INSTRUCTION_EMBEDDING, 0), dim=1)  # [M, D]
-            values = (normalize(view.features.float(), dim=2) @ text[:, :, None])[..., 0]
-        refuse_nan(values)
         low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
         return torch.where(high > low, (values - low + 1e-6) / (high - low).clamp_min(1e-12), 1.0)
-
-    @staticmethod
-    def _given(value: Any, view: View) -> Tensor:
-        numbers = torch.as_tensor(value, dtype=torch.float32, device=view.features.device).flatten()
-        if len(numbers) != view.num_tokens:
-            raise ValueError(
-                f"set_hints(relevance=...) must give one number for each of an image's {view.num_tokens} tokens, got "
-                f"{len(numbers)}."
-            )
-        return numbers
 
     def order(self, view: View) -> Tensor:
         """`[M, k]` int64, the kept tokens in the order of choice: the first j are the choice for a budget of j."""
@@ -119,7 +98,7 @@ class CdPruner(Pruner):
 
     def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: TowerInfo) -> int:
         relevance = 2 * num_tokens * width if self.relevance == "embedding" else 0
-        steps = sum(2 * step * num_tokens for step in range(1, keep))
+        steps = sum(2 * step * num_tokens for step in range(1, keep - 1))
         return num_images * (2 * num_tokens**2 * width + relevance + steps)
 
 
@@ -130,6 +109,7 @@ def greedy_determinant(kernel: Tensor, k: int) -> Tensor:
         kernel: `[M, N, N]` fp32, positive semi-definite.
     """
     images, count, _ = kernel.shape
+    least = kernel.diagonal(dim1=1, dim2=2) * _LEAST
     left = kernel.diagonal(dim1=1, dim2=2).clone()  # [M, N], what is outside of the span, squared
     parts = kernel.new_zeros(images, max(k - 1, 1), count)
     order: list[Tensor] = []
@@ -144,7 +124,8 @@ def greedy_determinant(kernel: Tensor, k: int) -> Tensor:
             column = before.gather(2, best[:, None].expand(-1, step, 1))  # [M, step, 1]
             row = row - (column.transpose(1, 2) @ before)[:, 0]
         size = left.gather(1, best)
-        part = torch.where(size > _LEAST**2, row / size.clamp_min(_LEAST**2).sqrt(), 0)
+        part = torch.where(size > 0, row / torch.where(size > 0, size, 1).sqrt(), 0)
         parts[:, step] = part
-        left = (left - part.square()).scatter(1, best, -torch.inf)  # minus infinity stays what it is
+        left = left - part.square()  # minus infinity stays what it is
+        left = torch.where((left < least) & left.isfinite(), 0, left).scatter(1, best, -torch.inf)
     return torch.cat(order, dim=1)
