@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
@@ -22,7 +22,7 @@ from typing import TypeVar
 T = TypeVar("T", bound=type)
 
 
-def near(name: str, known: list[str]) -> str:
+def near(name: str, known: Sequence[str]) -> str:
     """A ` Did you mean ...?` clause with the near matches of `name` in `known`, or an empty string."""
     matches = get_close_matches(str(name), known, n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""

@@ -101,7 +101,8 @@ def main() -> None:
 
 
 def _line(name: str, scores: list[tuple[str, float, float]]) -> str:
-    plain, other = (sum(one[i] for one in scores) / len(scores) for i in (1, 2))
+    plain = sum(one[1] for one in scores) / len(scores)
+    other = sum(one[2] for one in scores) / len(scores)
     changed = [sum(one[2] > one[1] for one in scores), sum(one[2] < one[1] for one in scores)]
     counts = f"(better {changed[0]}, worse {changed[1]})"
     return f"{name:<10} {len(scores):>4} questions  plain {plain:.1%}  then {other:.1%}  {counts}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
@@ -179,7 +180,7 @@ def agreement(examples: list[Example], score: Callable[[Tensor], Tensor]) -> flo
             given = score(one.attention.to(one.relevance.device)).cpu()
         ranks = 0.0
         if len(given) > 1 and given.min() < given.max() and one.relevance.min() < one.relevance.max():
-            ranks = float(spearmanr(given.numpy(), one.relevance.numpy()).statistic)
+            ranks = float(np.asarray(spearmanr(given.numpy(), one.relevance.numpy()))[0])
         found.append(ranks)
     return round(sum(found) / len(found), 4)
 

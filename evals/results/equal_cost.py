@@ -127,7 +127,7 @@ def _areas(panel: Panel, records: Sequence[ResultRecord], axis: str, seed: int) 
         if not by_id:
             continue
         mean = bootstrap_mean(list(by_id.values()), seed)
-        entry: AreaUnderCurve = {
+        entry = {
             "value": mean.value, "low": mean.low, "high": mean.high, "from": span[0], "to": span[1],
             "vs_random": None, "vs_random_low": None, "vs_random_high": None,
         }  # fmt: skip
@@ -137,7 +137,7 @@ def _areas(panel: Panel, records: Sequence[ResultRecord], axis: str, seed: int) 
             entry |= {"vs_random": against.value, "vs_random_low": against.low, "vs_random_high": against.high}
         for record in records:
             if record["series"] == series:
-                record.setdefault("area", {})[axis] = entry
+                record.setdefault("area", {})[axis] = cast(AreaUnderCurve, entry)
 
 
 def equal_cost_verdict(record: ResultRecord, control: str, axis: str = "tokens") -> Verdict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -53,6 +54,27 @@ def test_evs_equals_the_card(ties: bool) -> None:
             x = x / x.norm(dim=1, keepdim=True)
             score = [255.0] * size + [round(1 - float(x[i] @ x[i - size]), 6) for i in range(size, count)]
             assert kept[image].tolist() == sorted(sorted(range(count), key=lambda i: (-score[i], i))[:k]), seed
+
+
+def test_evs_behind_another_cut_looks_where_the_frame_before_still_has_its_token() -> None:
+    for seed in range(60):
+        features, frames, grid = drawn(seed, ties=True)
+        count, size = features.shape[1], grid[0] * grid[1]
+        draw = torch.Generator().manual_seed(seed)
+        left = torch.stack([torch.randperm(count, generator=draw)[: count - 2].sort().values for _ in range(2)])
+        standing = features.gather(1, left[..., None].expand(-1, -1, 16))
+        k = 1 + seed % (count - 3)
+        view = dataclasses.replace(view_of(Evs(), standing, frames, grid, k), tokens=left, rasters=video(frames, grid))
+        kept = Evs().select(view).indices
+        for image in range(2):
+            where = {token: place for place, token in enumerate(left[image].tolist())}
+            score = []
+            for token in left[image].tolist():
+                before = where.get(token - size)
+                x, y = features[image, token], features[image, token - size]
+                score.append(255.0 if before is None else 1 - float(x @ y) / 16)
+            order = sorted(range(count - 2), key=lambda i: (-score[i], i))
+            assert kept[image].tolist() == sorted(order[:k]), seed
 
 
 def test_evs_spreads_what_has_no_frame_before_it() -> None:

@@ -8,13 +8,6 @@ from torch import Tensor
 from tokenprune.interfaces.view import View
 
 
-def frame_size(view: View) -> int:
-    """P, tokens of each frame of a whole video; 0 where the tokens are no frames, or some left before."""
-    rasters = view.rasters
-    frames = view.tokens is None and len(rasters) > 1 and all(raster.kind == "frame" for raster in rasters)
-    return rasters[0].num_tokens if frames and len({raster.grid for raster in rasters}) == 1 else 0
-
-
 def raster_numbers(view: View) -> Tensor:
     """`[M, N]` int64, which raster (frame, crop) each token stands in."""
     sizes = torch.tensor([raster.num_tokens for raster in view.rasters], device=view.features.device)

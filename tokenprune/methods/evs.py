@@ -9,6 +9,7 @@ before all others. The highest k stay, ties in the order of the video. Kept toke
 
 Deviations:
 - The budget is exact. vLLM keeps at least the tokens of one frame; here a smaller budget keeps the first of them.
+- A token whose place in the frame before is empty, because an earlier cut took it, comes first as well.
 - What has no frame before it, a picture or its crops, is spread evenly in raster order (our choice; vLLM leaves
   pictures whole).
 """
@@ -16,6 +17,7 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -23,9 +25,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokenprune.interfaces.pruner import Pruner
-from tokenprune.interfaces.selection import Selection, topk_indices
+from tokenprune.interfaces.selection import Selection, refuse_nan, topk_indices
 from tokenprune.interfaces.view import View
-from tokenprune.methods._frames import frame_size
 from tokenprune.registry import register_method
 
 _FIRST = 255.0
@@ -41,14 +42,34 @@ class Evs(Pruner):
     published: ClassVar[str] = "arXiv 2510.14624, vLLM"
 
     def score(self, view: View) -> Tensor:
-        """`[M, N]` fp32, of a video."""
-        size = frame_size(view)
-        unit = normalize(view.features.float(), dim=2).unflatten(1, (-1, size))  # [M, F, P, D]
-        changed = 1 - (unit[:, 1:] * unit[:, :-1]).sum(dim=3)
-        return torch.cat([torch.full_like(changed[:, :1], _FIRST), changed], dim=1).flatten(1)
+        """`[M, N]` fp32."""
+        features = view.features.float()
+        refuse_nan(features)
+        before = self.before(view)
+        earlier = features.gather(1, before.clamp_min(0)[..., None].expand_as(features))
+        changed = 1 - (normalize(features, dim=2) * normalize(earlier, dim=2)).sum(dim=2)
+        return changed.masked_fill(before < 0, _FIRST)
+
+    @staticmethod
+    def before(view: View) -> Tensor:
+        """`[M, N]` int64, which of the tokens stands at the same place of the frame before; -1 where none does."""
+        device, total = view.features.device, sum(raster.num_tokens for raster in view.rasters)
+        parts = [torch.full((raster.num_tokens,), -1, device=device) for raster in view.rasters]
+        for number, (one, other) in enumerate(pairwise(view.rasters), start=1):
+            if one.grid == other.grid and one.kind == other.kind == "frame":
+                parts[number] = torch.arange(one.start, one.start + one.num_tokens, device=device)
+        place_before = torch.cat(parts)
+        if view.tokens is None:
+            return place_before.expand(view.num_images, -1)
+        tokens = view.tokens.to(device)
+        rows = torch.arange(view.num_tokens, device=device).expand_as(tokens)
+        standing = torch.full((view.num_images, total), -1, device=device).scatter(1, tokens, rows)
+        wanted = place_before[tokens]
+        return torch.where(wanted >= 0, standing.gather(1, wanted.clamp_min(0)), -1)
 
     def select(self, view: View) -> Selection:
-        if frame_size(view):
+        frames = [raster for raster in view.rasters if raster.kind == "frame"]
+        if len(frames) > 1:
             return Selection(topk_indices(self.score(view), view.budget))
         k, count = view.budget, view.num_tokens
         places = (2 * torch.arange(k, device=view.features.device) + 1) * count // (2 * k)
