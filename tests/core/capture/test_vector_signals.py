@@ -46,6 +46,7 @@ def vectors(model: Any, batch: dict[str, torch.Tensor], block: int) -> list[list
     with tokenprune.applied(model, reader, keep=1.0) as handle, torch.no_grad():
         handle.set_hints(place=list(range(64)))
         model(**batch)
+        assert handle.last is not None
         assert sorted(reader.seen) == list(range(len(handle.last.layout.spans)))
     return [reader.seen[place] for place in sorted(reader.seen)]
 
