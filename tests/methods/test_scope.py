@@ -52,7 +52,8 @@ def test_equals_plain_greedy_index_for_index_ties_included(rule: str, alpha: flo
         order, kept = method.order(view), method.select(view).indices
         for image in range(2):
             cosine = (states[image] @ states[image].T / 16).double().numpy()
-            truth = plain_order(cosine, (attention[image] ** alpha).double().numpy(), k, rule == "sum")
+            summed = TOWER.num_heads if rule == "sum" else 1  # over heads, as in the code: a scale
+            truth = plain_order(cosine, ((summed * attention[image]) ** alpha).double().numpy(), k, rule == "sum")
             assert order[image].tolist() == truth, seed
             assert kept[image].tolist() == sorted(truth)
 

@@ -188,6 +188,8 @@ class PromptSelector:
                 key=lambda: recording.pixel_key(row) + (span.image * 0x9E3779B1 + begin),
                 hint=lambda name: self._hints.of_visual(name, prompt.place_of(index)),
                 carry={name: values[begin : begin + count] for name, values in alive.carry.items()},
+                first=begin,
+                total=span.num_tokens,
             )
 
         if whole or together or alive.tokens is not None:

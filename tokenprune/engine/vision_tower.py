@@ -156,6 +156,8 @@ class TowerPass:
             key=lambda: self.recording.pixel_key(place) + picture - first,
             hint=lambda name: self._owner.hints.of_tower(name, visual.kind, place, len(self.recording.visuals)),
             carry=self.carry[picture],
+            first=sum(h * w for h, w in self.grids[first:picture]),
+            total=sum(h * w for (h, w), owner in zip(self.grids, self.visual_of) if owner == place),
         )
 
     def _signal(self, signal: Signal, picture: int) -> Tensor:

@@ -44,6 +44,9 @@ class Pruner:
     published_positions: ClassVar[str] = "compact"
     hints: ClassVar[tuple[str, ...]] = ()
     """Names of the hints that the method cannot do without."""
+    token_hints: ClassVar[tuple[str, ...]] = ()
+    """Those hints that are a number for each token of a visual, before any cut: a view has the numbers of its own tokens,
+    `[N]` fp32 each."""
     merges: ClassVar[bool] = False
     """Whether it puts other embeddings at the kept places, such as means of several tokens."""
     default_key_bias: ClassVar[bool] = False

@@ -12,7 +12,8 @@ outside of what the chosen ones span (Chen et al., 2018).
 Relevance, by the option `relevance`:
 - "embedding": cosine of each token with the mean embedding of the text behind the last visual token, from the
   decoder's table of embeddings. An extension of ours, for models without a text tower in the space of the pictures.
-- "hint": numbers that the caller has, `handle.set_hints(relevance=[...])`, one list of N for each image. Published is
+- "hint": numbers that the caller has, `handle.set_hints(relevance=[...])`, for each image or video one list with a
+  number for each of its tokens, crop after crop. Published is
   minus the cosine of CLIP's patch features with CLIP's text features (on objects CLIP's are the other way round); the
   checkpoints of LLaVA hold no text tower.
 - "none": every token alike; what is left is diversity.
@@ -27,7 +28,7 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class CdPruner(Pruner):
     """
 
     text_aware: ClassVar[bool] = True
+    token_hints: ClassVar[tuple[str, ...]] = ("relevance",)
     published: ClassVar[str] = "arXiv 2506.10967, Theia-4869/CDPruner"
     reproduces: ClassVar[str] = (
         "LLaVA-1.5-7B at 64 of 576: 95.7 % of the unpruned average of 9 benchmarks (via arXiv 2602.05809), with CLIP's "
@@ -86,23 +88,13 @@ class CdPruner(Pruner):
         if self.relevance == "none":
             return torch.ones_like(view.features[..., 0], dtype=torch.float32)
         if self.relevance == "hint":
-            values = torch.stack([self._given(value, view) for value in view.hints["relevance"]])
+            values = torch.stack([value.to(view.features.device) for value in view.hints["relevance"]])
         else:
             text = normalize(view.signal(INSTRUCTION_EMBEDDING, 0), dim=1)  # [M, D]
             values = (normalize(view.features.float(), dim=2) @ text[:, :, None])[..., 0]
         refuse_nan(values)
         low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
         return torch.where(high > low, (values - low + 1e-6) / (high - low).clamp_min(1e-12), 1.0)
-
-    @staticmethod
-    def _given(value: Any, view: View) -> Tensor:
-        numbers = torch.as_tensor(value, dtype=torch.float32, device=view.features.device).flatten()
-        if len(numbers) != view.num_tokens:
-            raise ValueError(
-                f"set_hints(relevance=...) must give one number for each of an image's {view.num_tokens} tokens, got "
-                f"{len(numbers)}."
-            )
-        return numbers
 
     def order(self, view: View) -> Tensor:
         """`[M, k]` int64, the kept tokens in the order of choice: the first j are the choice for a budget of j."""
