@@ -55,6 +55,9 @@ class Pruner:
     cannot."""
     adaptive: ClassVar[bool] = False
     """Whether the method itself decides how many stay, see `is_adaptive`."""
+    cuts_pixels: ClassVar[bool] = False
+    """Only at the site "pixels": whether patches leave before the first block of the vision tower, by a `select` that
+    sees their pixels, rather than that the tower is given a smaller picture, see `target_grid`."""
     plan_options: ClassVar[tuple[str, ...]] = ()
     """Options that only `stages` reads: where the user names the site (`at`), they have no effect and are refused."""
     published: ClassVar[str] = ""
@@ -198,6 +201,14 @@ class Stage:
     def depth(self) -> int:
         """L of "vision:L" or K of "layer:K"; 0 elsewhere."""
         return read_site(self.site).depth or 0
+
+    @property
+    def after_block(self) -> int | None:
+        """The block of the vision tower behind which tokens leave: L of "vision:L", and -1, before the first one, at
+        "pixels"; None where none leave there."""
+        if self.place == "pixels":
+            return -1 if self.pruner.cuts_pixels else None
+        return self.depth if self.place == "vision" else None
 
 
 @dataclass(frozen=True)
