@@ -44,6 +44,8 @@ class Pruner:
     published_positions: ClassVar[str] = "compact"
     hints: ClassVar[tuple[str, ...]] = ()
     """Names of the hints that the method cannot do without."""
+    hint_sources: ClassVar[Mapping[str, str]] = {}
+    """By hint, a sentence that says who gave none how to get it."""
     merges: ClassVar[bool] = False
     """Whether it puts other embeddings at the kept places, such as means of several tokens."""
     default_key_bias: ClassVar[bool] = False
