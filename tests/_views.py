@@ -82,6 +82,7 @@ def make_view(
     }
     known: dict[str, list[Any]] = {"boxes": [random_boxes(generator) for _ in range(images)]}
     known["relevance"] = list(torch.rand(images, count, generator=generator))
+    known["frame_scores"] = [[index % 5 / 4, 0.5] for index in range(images)]
     keys = torch.randint(-(2**62), 2**62, (images,), generator=generator)
     view = View(
         features=features,

@@ -47,6 +47,8 @@ class Pruner:
     token_hints: ClassVar[tuple[str, ...]] = ()
     """Those hints that are a number for each token of a visual, before any cut: a view has the numbers of its own tokens,
     `[N]` fp32 each."""
+    hint_sources: ClassVar[Mapping[str, str]] = {}
+    """By hint, a sentence that says who gave none how to get it."""
     merges: ClassVar[bool] = False
     """Whether it puts other embeddings at the kept places, such as means of several tokens."""
     default_key_bias: ClassVar[bool] = False
