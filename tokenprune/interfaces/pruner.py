@@ -45,8 +45,8 @@ class Pruner:
     hints: ClassVar[tuple[str, ...]] = ()
     """Names of the hints that the method cannot do without."""
     token_hints: ClassVar[tuple[str, ...]] = ()
-    """Those hints that are a number for each token of a visual, before any cut: a view has the numbers of its own tokens,
-    `[N]` fp32 each."""
+    """Those hints that are a number for each token of a visual, before any cut: a view has the numbers of its own
+    tokens, `[N]` fp32 each."""
     hint_sources: ClassVar[Mapping[str, str]] = {}
     """By hint, a sentence that says who gave none how to get it."""
     merges: ClassVar[bool] = False
