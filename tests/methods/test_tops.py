@@ -10,7 +10,8 @@ from _views import make_view
 from tokenprune.interfaces.budget import Budget
 from tokenprune.interfaces.pruner import ModelDepths
 from tokenprune.interfaces.signals import CLS_ATTENTION, Signal
-from tokenprune.methods._coverage import cosines, greedy_preservation
+from tokenprune.kernels.greedy_coverage import cosines
+from tokenprune.methods._preservation import greedy_preservation
 from tokenprune.methods.tops import Tops
 
 

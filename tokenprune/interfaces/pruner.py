@@ -45,7 +45,7 @@ class Pruner:
     hints: ClassVar[tuple[str, ...]] = ()
     """Names of the hints that the method cannot do without."""
     token_hints: ClassVar[tuple[str, ...]] = ()
-    """Those hints that are a number for each token of a visual, before any cut: a view has the numbers of its own tokens,
+    """Those hints that are a number for each token of a visual, before any cut: a view has those of its own tokens,
     `[N]` fp32 each."""
     merges: ClassVar[bool] = False
     """Whether it puts other embeddings at the kept places, such as means of several tokens."""

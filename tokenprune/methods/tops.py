@@ -36,7 +36,8 @@ from tokenprune.interfaces.pruner import ModelDepths, Pruner, Stage
 from tokenprune.interfaces.selection import Selection, refuse_nan
 from tokenprune.interfaces.signals import INSTRUCTION_ATTENTION, Signal, TowerInfo, summary_attention
 from tokenprune.interfaces.view import View
-from tokenprune.methods._coverage import cosines, greedy_preservation
+from tokenprune.kernels.greedy_coverage import cosines
+from tokenprune.methods._preservation import greedy_preservation
 from tokenprune.registry import near, register_method
 
 SCALES = ("mean", "extremes")
