@@ -14,8 +14,8 @@ Relevance, by the option `relevance`:
   decoder's table of embeddings. An extension of ours, for models without a text tower in the space of the pictures.
 - "hint": numbers that the caller has, `handle.set_hints(relevance=[...])`, for each image or video one list with a
   number for each of its tokens, crop after crop. Published is
-  minus the cosine of CLIP's patch features with CLIP's text features (on objects CLIP's are the other way round); the
-  checkpoints of LLaVA hold no text tower.
+  minus the cosine of CLIP's patch features with CLIP's text features (on objects CLIP's are the other way round), which
+  `tokenprune.clip_relevance` computes; the checkpoints of LLaVA hold no text tower.
 - "none": every token alike; what is left is diversity.
 
 Deviations:
