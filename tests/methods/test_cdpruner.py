@@ -9,10 +9,17 @@ from _families import BUILDERS, batch_of, family
 from _tiny import prompts, tiny_llava
 from _views import make_view
 from masked_reference import relative_error
+from torch.utils.flop_counter import FlopCounterMode
 
 import tokenprune
 from tokenprune.interfaces.signals import INSTRUCTION_EMBEDDING, Signal
-from tokenprune.methods.cdpruner import CdPruner, greedy_determinant
+from tokenprune.methods import cdpruner
+from tokenprune.methods.cdpruner import CdPruner, take_row
+
+
+def greedy_determinant(kernel: torch.Tensor, k: int) -> torch.Tensor:
+    diagonal = kernel.diagonal(dim1=1, dim2=2)
+    return cdpruner.greedy_determinant(diagonal, lambda best: take_row(kernel, best), k)
 
 
 def by_hand(kernel: np.ndarray, k: int) -> tuple[list[int], float]:
@@ -29,8 +36,13 @@ def by_hand(kernel: np.ndarray, k: int) -> tuple[list[int], float]:
     return order, gap
 
 
+@pytest.mark.parametrize("whole", [4096, 0])
 @pytest.mark.parametrize("relevance", ["embedding", "hint", "none"])
-def test_equals_the_greedy_maximum_of_the_determinant(relevance: str) -> None:
+def test_equals_the_greedy_maximum_of_the_determinant(
+    relevance: str, whole: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where rows of the kernel are computed when they are chosen, as of many tokens."""
+    monkeypatch.setattr(cdpruner, "_WHOLE", whole)
     compared = 0
     for seed in range(150):
         draw = torch.Generator().manual_seed(seed)
@@ -68,6 +80,16 @@ def test_more_tokens_than_directions_are_still_distinct() -> None:
     assert sorted(greedy_determinant(torch.zeros(1, 5, 5), 5)[0].tolist()) == list(range(5))
     same = greedy_determinant(torch.ones(1, 6, 6), 6)
     assert sorted(same[0].tolist()) == list(range(6)) and bool(same.isfinite().all())
+
+
+def test_the_formula_counts_what_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = CdPruner(relevance="none")
+    view = make_view(method, (5, 6), 9, images=2, width=16)
+    for whole in (4096, 0):
+        monkeypatch.setattr(cdpruner, "_WHOLE", whole)
+        with FlopCounterMode(display=False) as counter:
+            method.select(view)
+        assert counter.get_total_flops() == method.flops(2, 30, 16, 9, view.tower)
 
 
 def test_hints_of_the_wrong_length_and_unknown_sources_are_refused() -> None:

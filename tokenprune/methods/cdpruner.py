@@ -14,8 +14,8 @@ Relevance, by the option `relevance`:
   decoder's table of embeddings. An extension of ours, for models without a text tower in the space of the pictures.
 - "hint": numbers that the caller has, `handle.set_hints(relevance=[...])`, for each image or video one list with a
   number for each of its tokens, crop after crop. Published is
-  minus the cosine of CLIP's patch features with CLIP's text features (on objects CLIP's are the other way round); the
-  checkpoints of LLaVA hold no text tower.
+  minus the cosine of CLIP's patch features with CLIP's text features (on objects CLIP's are the other way round), which
+  `tokenprune.clip_relevance` computes; the checkpoints of LLaVA hold no text tower.
 - "none": every token alike; what is left is diversity.
 
 Deviations:
@@ -27,6 +27,7 @@ Deviations:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,6 +42,7 @@ from tokenprune.interfaces.view import View
 from tokenprune.registry import near, register_method
 
 RELEVANCE = ("embedding", "hint", "none")
+_WHOLE = 4096  # tokens; of more, rows of the kernel are computed when they are chosen: N^2 numbers are 600 MB of 12288
 _LEAST = 1e-6  # of the residual: below it a token is spanned by the chosen ones
 
 
@@ -101,35 +103,51 @@ class CdPruner(Pruner):
         refuse_nan(view.features)
         scores = self.scores(view)
         weighed = normalize(view.features.float(), dim=2) * scores[..., None]  # [M, N, D]
+        # by relevance, so that equal relevance is equal to the last bit
+        if view.num_tokens > _WHOLE:
+            return greedy_determinant(scores.square(), lambda best: _row(weighed, best), view.budget)
         kernel = weighed @ weighed.transpose(1, 2)
-        kernel.diagonal(dim1=1, dim2=2).copy_(scores.square())  # so that equal relevance is equal to the last bit
-        return greedy_determinant(kernel, view.budget)
+        return greedy_determinant(scores.square(), lambda best: take_row(kernel, best), view.budget)
 
     def select(self, view: View) -> Selection:
         return Selection(self.order(view).sort(dim=1).values)
 
     def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: TowerInfo) -> int:
         relevance = 2 * num_tokens * width if self.relevance == "embedding" else 0
-        steps = sum(2 * step * num_tokens for step in range(1, keep))
-        return num_images * (2 * num_tokens**2 * width + relevance + steps)
+        steps = sum(2 * step * num_tokens for step in range(1, keep - 1))
+        rows = keep - 1 if num_tokens > _WHOLE else num_tokens
+        return num_images * (2 * rows * num_tokens * width + relevance + steps)
 
 
-def greedy_determinant(kernel: Tensor, k: int) -> Tensor:
+def take_row(table: Tensor, best: Tensor) -> Tensor:
+    """`[M, N]`, row `best` `[M, 1]` of each of `[M, N, N]`."""
+    return table.gather(1, best[..., None].expand(-1, 1, table.shape[2]))[:, 0]
+
+
+def _row(weighed: Tensor, best: Tensor) -> Tensor:
+    """`[M, N]`: products of all rows of `[M, N, D]` with row `best` `[M, 1]` of each."""
+    own = weighed.gather(1, best[..., None].expand(-1, 1, weighed.shape[2]))
+    return (weighed @ own.transpose(1, 2))[..., 0]
+
+
+def greedy_determinant(diagonal: Tensor, row_of: Callable[[Tensor], Tensor], k: int) -> Tensor:
     """The greedy maximum of the determinant of k rows and columns, `[M, k]` int64 in the order of choice.
 
     Args:
-        kernel: `[M, N, N]` fp32, positive semi-definite.
+        diagonal: `[M, N]` fp32, of positive semi-definite matrices.
+        row_of: gives row `[M, 1]` int64 of each of them, `[M, N]`.
+        k: 1 <= k <= N.
     """
-    images, count, _ = kernel.shape
-    left = kernel.diagonal(dim1=1, dim2=2).clone()  # [M, N], what is outside of the span, squared
-    parts = kernel.new_zeros(images, max(k - 1, 1), count)
+    images, count = diagonal.shape
+    left = diagonal.clone()  # [M, N], what is outside of the span, squared
+    parts = diagonal.new_zeros(images, max(k - 1, 1), count)
     order: list[Tensor] = []
     for step in range(k):
         best = left.argmax(dim=1, keepdim=True)
         order.append(best)
         if step == k - 1:
             break
-        row = kernel.gather(1, best[..., None].expand(-1, 1, count))[:, 0]
+        row = row_of(best)
         if step:
             before = parts[:, :step]
             column = before.gather(2, best[:, None].expand(-1, step, 1))  # [M, step, 1]

@@ -31,7 +31,7 @@ from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.selection import Selection, refuse_nan
 from tokenprune.interfaces.signals import TOWER_STATES, Signal, TowerInfo, summary_attention
 from tokenprune.interfaces.view import View
-from tokenprune.methods._coverage import cosines, greedy_coverage
+from tokenprune.kernels.greedy_coverage import greedy_coverage, greedy_coverage_flops
 from tokenprune.registry import near, register_method
 
 RULES = ("product", "sum")
@@ -83,10 +83,10 @@ class Scope(Pruner):
             weights = (given[0] * view.tower.num_heads) ** self.alpha if self.rule == "sum" else given[0] ** self.alpha
         else:
             weights = torch.ones_like(states[..., 0], dtype=torch.float32)
-        return greedy_coverage(cosines(states), weights, view.budget, self.rule == "sum")
+        return greedy_coverage(states, weights, view.budget, self.rule == "sum")
 
     def select(self, view: View) -> Selection:
         return Selection(self.order(view).sort(dim=1).values)
 
     def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: TowerInfo) -> int:
-        return 2 * num_images * num_tokens**2 * (tower.hidden_size if tower.has_cls else width)
+        return greedy_coverage_flops(num_images, num_tokens, tower.hidden_size if tower.has_cls else width)
