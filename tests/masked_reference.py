@@ -357,7 +357,7 @@ def run_pruned(model: Any, method: Any, keep: Any, batch: dict[str, Tensor], tok
         "adapter": adapter,
         "layout": prompt.layout,
         "policies": {stage.site: stage.pruner.positions for stage in handle.stages},
-        "merges": any(stage.pruner.merges for stage in handle.stages),
+        "merges": any(stage.pruner.is_merging for stage in handle.stages),
         "exact": all(stage.after_block is None for stage in handle.stages),
         "cuts": cuts,
         "sizes": sizes,

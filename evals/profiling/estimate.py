@@ -107,7 +107,7 @@ def estimate(model: Outline, point: Point, seed: int = 0) -> Estimate:
     """
     stages = () if point.method == NONE else plan_for(model.adapter, method_of(point, seed))
     # a raster of merged tokens has as many as fit in rows and columns
-    at_most = any(stage.pruner.is_adaptive or stage.pruner.merges for stage in stages)
+    at_most = any(stage.pruner.is_adaptive or stage.pruner.is_merging for stage in stages)
     return Estimate(_flops(model, stages), _flops(model, ()), stages, at_most)
 
 

@@ -241,16 +241,21 @@ class DecoderSignals:
         sample, length = self._prompt.layout.spans[span].sample, self._given.hidden.shape[1]
         count, rows = self._texts()[sample], self._text_rows()
         query, key = self._biased(self._text_query(), self._keys())
-        cos, sin = (part.expand(rows.shape[0], -1, -1)[sample, None] for part in self._given.rotation)
-        ones = torch.ones(1, 1, length, self._reading.width, device=cos.device, dtype=torch.float32)
-        plain = self._reading.rotate(ones, (cos.float(), sin.float()))[0, 0]  # [P, d]
-        at = rows[sample, :count]
+        heads, divided = (int(setting) for setting in signal.settings)
+        turned = self._rotation_alone(sample, rows[sample, :count], places) if divided else None
         allowed, query = self._allowed(rows[:, :count])[sample], query[sample, :, :count]
-        self.flops += 2 * query.numel() * key.shape[2] + 2 * count * places.shape[0] * plain.shape[1]
-        turned = plain[at] @ plain[places].T * plain.shape[1] ** -0.5  # [T, n]
+        self.flops += 2 * query.numel() * key.shape[2]
         columns = places + (key.shape[2] - length)
-        raters, heads = self._prompt.raters[span].to(query.device), int(signal.settings[0])
+        raters = self._prompt.raters[span].to(query.device)
         return rated(query, key[sample], self._reading.scale, allowed, columns, turned, raters, heads)
+
+    def _rotation_alone(self, sample: int, rows: Tensor, places: Tensor) -> Tensor:
+        """`[T, n]`: products of vectors of ones, rotated to rows and to places, over the root of their width."""
+        cos, sin = (part[sample % len(part), None] for part in self._given.rotation)  # one row, or one for each
+        ones = torch.ones(1, 1, cos.shape[1], self._reading.width, device=cos.device, dtype=torch.float32)
+        plain = self._reading.rotate(ones, (cos.float(), sin.float()))[0, 0]  # [P, d]
+        self.flops += 2 * rows.shape[0] * places.shape[0] * plain.shape[1]
+        return plain[rows] @ plain[places].T * plain.shape[1] ** -0.5
 
     @torch.no_grad()
     def key_norms(self) -> Tensor:

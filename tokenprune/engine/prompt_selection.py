@@ -101,7 +101,7 @@ class PromptSelector:
         stay: bool,
     ) -> Tensor:
         """`_choose` where tokens at `out` `[B, S]` bool are not ranked: they stay beside the budget, or leave."""
-        if stage.pruner.merges:
+        if stage.pruner.is_merging:
             raise ValueError(
                 f"{stage.pruner.name} merges tokens, so an intervention cannot keep any out of its ranking."
             )

@@ -79,7 +79,7 @@ class Pruner:
     def __post_init__(self) -> None:
         if self.key_bias not in (None, True, False):
             raise ValueError(f"key_bias must be true or false, got {self.key_bias!r}.")
-        if self.key_bias and (not self.merges or self.site == "pixels"):
+        if self.key_bias and (not self.is_merging or self.site == "pixels"):
             raise ValueError(
                 f"key_bias=True weighs a key by how many tokens were merged into it, and {self.name} merges none of "
                 "the decoder's tokens. Leave key_bias out."
@@ -100,6 +100,16 @@ class Pruner:
     def biases_keys(self) -> bool:
         """Whether keys of its tokens are weighed by `Selection.sizes`."""
         return self.default_key_bias if self.key_bias is None else bool(self.key_bias)
+
+    @property
+    def is_merging(self) -> bool:
+        """Whether these options put other embeddings at the kept places."""
+        return self.merges
+
+    @property
+    def own_positions(self) -> str:
+        """The published policy of position ids, with these options."""
+        return self.published_positions
 
     @property
     def is_random(self) -> bool:

@@ -140,7 +140,8 @@ RATER_ATTENTION = "rater_attention"
 """Attention of a prompt's text raters to each visual token in one decoder layer, as `INSTRUCTION_ATTENTION` with the
 raters for rows, each head's divided by what rotation alone makes of it: the product of vectors of ones, rotated to both
 places, over the square root of a head's width. Mean over the raters and over the heads that have most of it for the
-visual's tokens; the setting is how many heads, 0 for 14 or half of fewer than 28. Raters are those tokens of the text
+visual's tokens; the settings are how many heads, 0 for 14 or half of fewer than 28 and -1 for all, and whether to
+divide (1 or 0). Raters are those tokens of the text
 behind the prompt's last visual token that get more than the mean, over the visual's tokens, of a softmax over that text
 of products between what enters layer 0; all of that text where none does. At "layer:K", of layer K - 1. `[M, N]`."""
 

@@ -20,8 +20,8 @@ Relevance, by the option `relevance`:
 
 Deviations:
 - Extremes are those of each image; the official code takes those of the whole batch or stack of crops.
-- Where what is left is spanned by the chosen ones (determinant 0), tokens come by what rounding left, then by index;
-  the official square root of it can be NaN.
+- Where what is left is spanned by the chosen ones (below 1e-5, where rounding decides), tokens come by index; the
+  official square root of it can be NaN.
 - Ties go to the lower raster index. The official code prunes crops by themselves, so does `scope="raster"`.
 """
 
@@ -43,7 +43,7 @@ from tokenprune.registry import near, register_method
 
 RELEVANCE = ("embedding", "hint", "none")
 _WHOLE = 4096  # tokens; of more, rows of the kernel are computed when they are chosen: N^2 numbers are 600 MB of 12288
-_LEAST = 1e-6  # of the residual: below it a token is spanned by the chosen ones
+_LEAST = 1e-5  # of what is outside of the span, squared: below it, rounding is all that is left
 
 
 @register_method("cdpruner")
@@ -141,10 +141,12 @@ def greedy_determinant(diagonal: Tensor, row_of: Callable[[Tensor], Tensor], k: 
     images, count = diagonal.shape
     left = diagonal.clone()  # [M, N], what is outside of the span, squared
     parts = diagonal.new_zeros(images, max(k - 1, 1), count)
+    taken = torch.zeros_like(left, dtype=torch.bool)
     order: list[Tensor] = []
     for step in range(k):
         best = left.argmax(dim=1, keepdim=True)
         order.append(best)
+        taken = taken.scatter(1, best, True)
         if step == k - 1:
             break
         row = row_of(best)
@@ -153,7 +155,8 @@ def greedy_determinant(diagonal: Tensor, row_of: Callable[[Tensor], Tensor], k: 
             column = before.gather(2, best[:, None].expand(-1, step, 1))  # [M, step, 1]
             row = row - (column.transpose(1, 2) @ before)[:, 0]
         size = left.gather(1, best)
-        part = torch.where(size > _LEAST**2, row / size.clamp_min(_LEAST**2).sqrt(), 0)
+        part = torch.where(size > 0, row / size.clamp_min(_LEAST).sqrt(), 0)
         parts[:, step] = part
-        left = (left - part.square()).scatter(1, best, -torch.inf)  # minus infinity stays what it is
+        left = left - part.square()
+        left = torch.where(left > _LEAST, left, 0).masked_fill(taken, -torch.inf)
     return torch.cat(order, dim=1)

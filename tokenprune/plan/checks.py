@@ -63,7 +63,12 @@ def check_plan(stages: Sequence[Stage], depths: ModelDepths) -> tuple[Stage, ...
                 f"{stage.pruner.name} works on a whole grid of tokens, so nothing may leave before it, and "
                 f"{ordered[0].pruner.name} cuts at {ordered[0].site!r}."
             )
-        if stage.pruner.merges and stage.place == "vision" and depths.feature is not None and not depths.merges_inside:
+        if (
+            stage.pruner.is_merging
+            and stage.place == "vision"
+            and depths.feature is not None
+            and not depths.merges_inside
+        ):
             raise ValueError(
                 f"{stage.pruner.name} merges tokens, and what it merges has no place at {stage.site!r}: a visual token "
                 "is a group of patches there, with a state each. Cut at 'input'. This tower takes no merged states: "
