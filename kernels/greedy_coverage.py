@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 _CELLS = 1 << 26  # numbers of a table of gains at a time, on devices that take all tokens at once
-_WHOLE = 4096  # tokens; of more, a CPU computes rows of cosines when they are looked at: N^2 are 600 MB of 12288
+_WHOLE = 16384  # tokens; of more, a CPU computes rows of cosines when they are looked at: N^2 would be over 1 GB
 
 
 def greedy_coverage_flops(num_images: int, num_tokens: int, width: int) -> int:
-    """Floating-point operations of the matrix products, 2 per multiply-add: all cosines once. Above 4096 tokens a CPU
+    """Floating-point operations of the matrix products, 2 per multiply-add: all cosines once. Above 16384 tokens a CPU
     computes those again that it looks at again, which depends on the picture and is not counted."""
     return 2 * num_images * num_tokens**2 * width
 
@@ -55,8 +55,8 @@ def greedy_coverage(features: Tensor, weights: Tensor, k: int, add: bool = False
 
     Where all that is left has a product of 0, tokens that still add something come by their gain alone, and then the
     others by their weight. Equal scores go to the lower index. Costs 2 N^2 D floating-point operations and N^2 numbers
-    of memory an image (a CPU: N of them above 4096 tokens), and in the worst case k steps of N^2, in practice a few
-    rows of N a step. The first j of the k are the choice for a budget of j.
+    of memory (on a CPU for one image at a time, 600 MB for 12288 tokens, and none above 16384), then a few rows of N a
+    step; at worst k steps of N^2. The first j of the k are the choice for a budget of j.
 
     Args:
         features: `[M, N, D]`, any float dtype; rows need not be normalised, and a row of zeros is like itself alone.
@@ -112,14 +112,16 @@ class _Rows:
 
     def first_gains(self) -> np.ndarray:
         """`[N]`: what each token would add to nothing."""
-        if self._table is not None:
-            return np.maximum(self._table, 0).sum(axis=1, dtype=np.float32)
-        unit, parts = self._unit, []
-        step = max(1, _CELLS // 16 // self.count)
+        parts, step = [], max(1, _CELLS // 16 // self.count)
         for start in range(0, self.count, step):
-            part = (unit[start : start + step] @ unit.T).clamp_(0, 1)
-            part.diagonal(start).fill_(1)
-            parts.append(part.numpy().sum(axis=1, dtype=np.float32))
+            rows = slice(start, start + step)
+            if self._table is not None:
+                part = np.maximum(self._table[rows], 0)
+            else:
+                cut = (self._unit[rows] @ self._unit.T).clamp_(0, 1)
+                cut.diagonal(start).fill_(1)
+                part = cut.numpy()
+            parts.append(part.sum(axis=1, dtype=np.float32))
         return np.concatenate(parts)
 
 

@@ -110,7 +110,7 @@ def test_one_stage_and_tiny_budgets() -> None:
 
 @pytest.mark.parametrize("mean", [True, False])
 def test_gains_kept_up_to_date_are_gains_taken_anew(mean: bool) -> None:
-    """Many steps over more rows than one block; with exact ties, of features whose cosines are whole eighths."""
+    """Many steps over more rows than one block, also with copies and opposites."""
     for seed in range(12):
         draw = torch.Generator().manual_seed(seed)
         features = torch.randn(2, 300, 24, generator=draw)

@@ -93,7 +93,9 @@ class CdPruner(Pruner):
             values = torch.stack([value.to(view.features.device) for value in view.hints["relevance"]])
         else:
             text = normalize(view.signal(INSTRUCTION_EMBEDDING, 0), dim=1)  # [M, D]
-            values = (normalize(view.features.float(), dim=2) @ text[:, :, None])[..., 0]
+            unit = normalize(view.features.float(), dim=2)
+            # one image at a time: the same bits in any batch
+            values = torch.stack([(one @ words[:, None])[:, 0] for one, words in zip(unit, text, strict=True)])
         refuse_nan(values)
         low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
         return torch.where(high > low, (values - low + 1e-6) / (high - low).clamp_min(1e-12), 1.0)
@@ -103,11 +105,11 @@ class CdPruner(Pruner):
         refuse_nan(view.features)
         scores = self.scores(view)
         weighed = normalize(view.features.float(), dim=2) * scores[..., None]  # [M, N, D]
-        # by relevance, so that equal relevance is equal to the last bit
-        if view.num_tokens > _WHOLE:
-            return greedy_determinant(scores.square(), lambda best: _row(weighed, best), view.budget)
-        kernel = weighed @ weighed.transpose(1, 2)
-        return greedy_determinant(scores.square(), lambda best: take_row(kernel, best), view.budget)
+        if weighed.device.type != "cpu":
+            return greedy(weighed, scores, view.budget)
+        # one image at a time: the same bits in any batch, and the memory of one
+        parts = zip(weighed.split(1), scores.split(1), strict=True)
+        return torch.cat([greedy(one, score, view.budget) for one, score in parts])
 
     def select(self, view: View) -> Selection:
         return Selection(self.order(view).sort(dim=1).values)
@@ -117,6 +119,15 @@ class CdPruner(Pruner):
         steps = sum(2 * step * num_tokens for step in range(1, keep - 1))
         rows = keep - 1 if num_tokens > _WHOLE else num_tokens
         return num_images * (2 * rows * num_tokens * width + relevance + steps)
+
+
+def greedy(weighed: Tensor, scores: Tensor, k: int) -> Tensor:
+    """`greedy_determinant` of the products of rows `[M, N, D]` whose lengths are `scores` `[M, N]`."""
+    diagonal = scores.square()  # so that equal relevance is equal to the last bit
+    if weighed.shape[1] > _WHOLE:
+        return greedy_determinant(diagonal, lambda best: _row(weighed, best), k)
+    kernel = weighed @ weighed.transpose(1, 2)
+    return greedy_determinant(diagonal, lambda best: take_row(kernel, best), k)
 
 
 def take_row(table: Tensor, best: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
-"""Groups tokens by principal components, drops near copies in each group, and shares the budget by what is left
-(PruneSID).
+"""Groups tokens by principal components, drops near copies, and shares the budget by what is left (PruneSID).
 
 Paper: "Prune Redundancy, Preserve Essence: Vision Token Compression in VLMs via Synergistic Importance-Diversity", Fang
 et al., ICLR 2026, https://arxiv.org/abs/2603.09480 (only the abstract could be read).
@@ -95,7 +94,7 @@ class PruneSid(Pruner):
     def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: TowerInfo) -> int:
         channels = tower.hidden_size if tower.has_cls else width
         small = min(num_tokens, channels)
-        vectors = min(max(1 if tower.has_cls else 4, keep // 4), num_tokens)
+        vectors = min(max(1 if tower.has_cls else 4, keep // 4), small)
         back = 2 * num_tokens * channels * vectors if channels < num_tokens else 0
         return num_images * (2 * small * small * max(num_tokens, channels) + back + 2 * num_tokens**2 * channels)
 
@@ -118,11 +117,13 @@ def principal_groups(states: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         one = table[image]
         if count <= channels:
             values, vectors = torch.linalg.eigh(one @ one.T)  # [N], [N, N], smallest first
+            values, vectors = values[-groups:], vectors[:, -groups:]
         else:
             values, left = torch.linalg.eigh(one.T @ one)
-            vectors = one @ left / values.clamp_min(1e-300).sqrt()  # [N, C]
+            values, left = values[-groups:], left[:, -groups:]
+            vectors = one @ left / values.clamp_min(1e-300).sqrt()  # [N, q], or C of them where q is more
         real = values > 1e-12 * values[-1:]  # squares of singular values
-        vectors = torch.where(real, vectors, 0).flip(1)[:, :groups]  # [N, q], largest first
+        vectors = torch.where(real, vectors, 0).flip(1)  # [N, q], largest first
         parts.append(vectors.abs())
     return torch.stack(parts).max(dim=2)  # type: ignore[return-value]
 
