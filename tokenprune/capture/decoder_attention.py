@@ -15,24 +15,22 @@ import torch
 from torch import Tensor
 
 from tokenprune.capture.branch import Branch
+from tokenprune.capture.largest_attention import largest_attention
 from tokenprune.capture.raters import rated, text_raters
 from tokenprune.capture.text_pivots import TextPivots, final_states
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.signals import (
-    BRANCH_LOGITS,
     DECODER_KEY_NORM,
-    DECODER_SIGNALS,
     DECODER_VALUE_NORM,
     FINAL_STATES,
     INSTRUCTION_ATTENTION,
     LAST_ATTENTION,
     LAST_VALUE_SIMILARITY,
     LAST_VISUAL_ATTENTION,
-    PROMPT_SIGNALS,
+    MAX_SIGNALS,
     RATER_ATTENTION,
-    TEXT_PIVOT_COSINE,
     TEXT_TO_VISUAL,
-    TRANSITION_SIGNALS,
+    VISUAL_MAX_ATTENTION,
     VISUAL_TO_TEXT,
     Signal,
 )
@@ -86,47 +84,6 @@ class LayerInput:
         return replace(self, left=(left[0], left[1]))
 
 
-def check_decoder_signal(signal: Signal, site: str, depth: int) -> None:
-    """Raise ValueError if a stage cannot have this signal.
-
-    Args:
-        depth: K of "layer:K"; 0 at "input", where what enters layer 0 is there; negative elsewhere.
-    """
-    if signal.name in PROMPT_SIGNALS and site != "input":
-        raise ValueError(f"{signal.name} is there at 'input' only, and was asked for at {site!r}.")
-    if signal.name in DECODER_SIGNALS and depth < 0:
-        raise ValueError(
-            f"{signal.name} of decoder layers is there at 'layer:K' and, of layer 0, at 'input' only, and was asked "
-            f"for at {site!r}."
-        )
-    if signal.name in DECODER_SIGNALS and depth == 0 and signal.layer != 0:
-        raise ValueError(
-            f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage there reads layer 0."
-        )
-    if signal.name in DECODER_SIGNALS and signal.layer not in (depth - 1, depth):
-        raise ValueError(
-            f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage there reads layers "
-            f"{depth - 1} and {depth}."
-        )
-    if signal.name == TEXT_PIVOT_COSINE and (signal.layer != depth or not site.startswith("layer") or depth == 0):
-        raise ValueError(
-            f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; it is there at 'layer:K' from "
-            "K = 1 on, of layer K."
-        )
-    if signal.name == RATER_ATTENTION and signal.layer != depth - 1:
-        raise ValueError(
-            f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; it is there at 'layer:K', of "
-            "layer K - 1."
-        )
-    if signal.name == BRANCH_LOGITS and (signal.layer != depth or not site.startswith("layer")):
-        raise ValueError(f"{signal.name} of a branch at decoder layer {signal.layer} was asked for at {site!r}.")
-    if signal.name in TRANSITION_SIGNALS and not 0 <= signal.layer < depth:
-        raise ValueError(
-            f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage at 'layer:K' reads what "
-            "layers before K did to the tokens."
-        )
-
-
 class DecoderSignals:
     """Computes signals of one layer for the prompts of a batch; what several signals share is computed once.
 
@@ -176,6 +133,9 @@ class DecoderSignals:
             elif name == RATER_ATTENTION:
                 self._text_query()
                 self._keys()
+            elif name in MAX_SIGNALS:
+                self._every_query()
+                self._keys()
             elif name == FINAL_STATES:
                 continue  # reads no weights of the layer
             else:
@@ -192,6 +152,8 @@ class DecoderSignals:
             return self._within(name, sample, places)
         if name == DECODER_KEY_NORM:
             return self.key_norms()[sample, places]
+        if name in MAX_SIGNALS:
+            return self._largest(name, sample, places)
         if name == FINAL_STATES:
             return final_states(self._adapter.language_model, self._given.hidden[sample, places])
         return self._shares(name)[sample]
@@ -224,6 +186,29 @@ class DecoderSignals:
         if "text" not in self._cache:
             self._cache["text"] = self._query(self._text_rows())
         return self._cache["text"]
+
+    @torch.no_grad()
+    def _every_query(self) -> Tensor:
+        """`[B, H, P, d]` of this call, rotated."""
+        if "every" not in self._cache:
+            batch_size, length = self._given.hidden.shape[:2]
+            self._cache["every"] = self._query(torch.arange(length, device=self._ends().device).expand(batch_size, -1))
+        return self._cache["every"]
+
+    @torch.no_grad()
+    def _largest(self, name: str, sample: int, places: Tensor) -> Tensor:
+        """`[n]` fp32, see `signals.MAX_SIGNALS`."""
+        query, key = self._biased(self._every_query(), self._keys())
+        rows = places if name == VISUAL_MAX_ATTENTION else self._text_rows()[sample, : self._texts()[sample]]
+        columns = places + (key.shape[2] - self._given.hidden.shape[1])
+        self.flops += 2 * query.shape[1] * rows.shape[0] * query.shape[3] * key.shape[2]
+        batch_size = query.shape[0]
+
+        def allowed(asking: Tensor) -> Tensor:
+            return self._allowed(asking.expand(batch_size, -1))[sample]
+
+        total = largest_attention(query[sample], key[sample], self._reading.scale, rows, columns, allowed)
+        return total / rows.shape[0] if name == VISUAL_MAX_ATTENTION else total
 
     @torch.no_grad()
     def note_raters(self) -> None:

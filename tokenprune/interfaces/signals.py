@@ -145,6 +145,16 @@ divide (1 or 0). Raters are those tokens of the text
 behind the prompt's last visual token that get more than the mean, over the visual's tokens, of a softmax over that text
 of products between what enters layer 0; all of that text where none does. At "layer:K", of layer K - 1. `[M, N]`."""
 
+VISUAL_MAX_ATTENTION = "visual_max_attention"
+"""Attention of a visual's tokens to each of them in one decoder layer: softmax over all tokens that a row sees, in
+fp32, the largest over heads, mean over those rows. At "layer:K", of layer K - 1. `[M, N]`."""
+
+TEXT_MAX_ATTENTION = "text_max_attention"
+"""The same with the text behind the prompt's last visual token for rows, and their sum; its last token, where none
+follows. `[M, N]`."""
+
+MAX_SIGNALS = (VISUAL_MAX_ATTENTION, TEXT_MAX_ATTENTION)
+
 BRANCH_LOGITS = "branch_logits"
 """Products of a prompt's last token with each visual token at the end of a branch of decoder layers that were trained
 to find regions: what enters layer K goes through all of them but the last, of which queries and keys alone are taken,
@@ -166,6 +176,7 @@ DECODER_SIGNALS = (
     FINAL_STATES,
     TEXT_PIVOT_COSINE,
     RATER_ATTENTION,
+    *MAX_SIGNALS,
     BRANCH_LOGITS,
 )
 
