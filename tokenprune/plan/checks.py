@@ -96,11 +96,8 @@ def check_plan(stages: Sequence[Stage], depths: ModelDepths) -> tuple[Stage, ...
                 f"{stage.site!r} is not a place to cut in this model: K goes from {depths.first_cut} to "
                 f"{depths.decoder - 1} (cut before the first layer with the site 'input')."
             )
-    if (
-        ordered[0].place == "pixels"
-        and ordered[0].after_block is None
-        and any(stage.place == "vision" for stage in ordered)
-    ):
+    shrinks = ordered[0].place == "pixels" and ordered[0].after_block is None
+    if shrinks and any(stage.place == "vision" for stage in ordered):
         raise ValueError("A picture that 'pixels' shrank cannot be cut again inside the vision tower.")
     return ordered
 
