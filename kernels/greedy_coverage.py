@@ -237,17 +237,17 @@ def steps_kernel(
                 nothing = top != top
             if nothing & (rule < 2):
                 rule += 1
-            elif (rule == 2) | (age >= step):
+            elif (rule == 2) | (age >= step):  # type: ignore
                 open_to = 0
             else:
                 row = tl.load(p_table + place.to(tl.int64) * count + o_n, mask=o_n < count, other=0.0)
                 gain = tl.sum(tl.maximum(row - b_covered, 0.0), axis=0)
                 b_last = tl.where(o_n == place, gain, b_last)
                 b_seen = tl.where(o_n == place, step, b_seen)
-        row = tl.load(p_table + place.to(tl.int64) * count + o_n, mask=o_n < count, other=0.0)
+        row = tl.load(p_table + place.to(tl.int64) * count + o_n, mask=o_n < count, other=0.0)  # type: ignore
         b_covered = tl.maximum(b_covered, row)
         b_seen = tl.where(o_n == place, k, b_seen)
-        tl.store(p_chosen + step, place.to(tl.int64))
+        tl.store(p_chosen + step, place.to(tl.int64))  # type: ignore
 
 
 def _fake(features: Tensor, weights: Tensor, k: int, add: bool) -> Tensor:
