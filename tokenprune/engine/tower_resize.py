@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +11,17 @@ from torch import Tensor
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.selection import grid_places
-from tokenprune.state.tower_recording import KeptBeforeProjector
-
-if TYPE_CHECKING:
-    from tokenprune.engine.vision_tower import TowerPass
+from tokenprune.state.tower_recording import KeptBeforeProjector, Recording
 
 
 def run_smaller(
-    adapter: Adapter, stage: Stage, kind: str, original: Callable[..., Any], call: dict[str, Any], run: TowerPass
+    adapter: Adapter,
+    stage: Stage,
+    kind: str,
+    original: Callable[..., Any],
+    call: dict[str, Any],
+    recording: Recording,
+    shrink: Callable[[list[tuple[int, int]], list[Tensor]], None],
 ) -> Any:
     """Run the tower on fewer pixels; its tokens stand at their cells' centres, zeros elsewhere (they leave).
 
@@ -27,9 +30,9 @@ def run_smaller(
         kind: "image" or "video".
         original: the model's own features call.
         call: its arguments by name.
-        run: what is known of the pictures.
+        recording: of this run.
+        shrink: is told the smaller grids before the tower runs, and where their cells stand, see `TowerPass.shrink`.
     """
-    recording = run.recording
     grids = [visual.rasters[0].grid for visual in recording.visuals]
     budgets = [stage.budget.tokens(v.num_tokens) // len(v.rasters) for v in recording.visuals]
     small = [stage.pruner.target_grid(grid, max(budget, 1)) for grid, budget in zip(grids, budgets)]
@@ -39,7 +42,7 @@ def run_smaller(
     for visual, grid, small_grid in zip(recording.visuals, grids, small):
         step = torch.arange(len(visual.rasters))[:, None] * (grid[0] * grid[1])
         places.append((step + torch.tensor(grid_places(grid, small_grid))).flatten().to(recording.device))
-    run.shrink(small, places)
+    shrink(small, places)
     output = original(**{**adapter.vision.resize(kind, call, recording.visuals, small), "return_dict": True})
     recording.shrunk = small
     recording.kept = [KeptBeforeProjector(index, index.shape[0], {}) for index in places]

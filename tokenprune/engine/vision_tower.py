@@ -417,7 +417,7 @@ class TowerHooks:
                         with recording.timer.running(recording.device):
                             run.read_pixels(signal, pixels)
                 if self._shrink is not None:
-                    output = run_smaller(self.adapter, self._shrink, kind, original, call, run)
+                    output = run_smaller(self.adapter, self._shrink, kind, original, call, recording, run.shrink)
                 else:
                     output = original(**call)
                 run.finish()
