@@ -90,7 +90,7 @@ def make_view(
         budget=budget,
         tower=tower,
         signals=signals,
-        hints={name: known[name] for name in method.hints},
+        hints={name: known[name] for name in method.needed_hints},
         make_keys=lambda: keys,
         site=f"{method.site}:{depth}" if depth else method.site,
     )

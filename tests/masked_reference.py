@@ -315,7 +315,7 @@ def example_hints(method: Any, images: int) -> dict[str, list[Any]]:
         # as many as make whole frames of any small video
         "frame_scores": [[(5 * i + 3 * image) % 11 / 11 for i in range(12)] for image in range(images)],
     }
-    return {name: known[name] for name in method.hints}
+    return {name: known[name] for name in method.needed_hints}
 
 
 def kinds_of(prompt: Any) -> list[tuple[str, Any]]:
@@ -332,7 +332,7 @@ def run_pruned(model: Any, method: Any, keep: Any, batch: dict[str, Tensor], tok
     with tokenprune.applied(model, method, keep=keep, **options) as handle, torch.no_grad():
         adapter = handle.adapter
         for stage in handle.stages:
-            if stage.pruner.hints:
+            if stage.pruner.needed_hints:
                 handle.set_hints(**example_hints(stage.pruner, 64))
         given = {}
         if not adapter.mrope:

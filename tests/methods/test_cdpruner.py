@@ -94,7 +94,7 @@ def test_the_formula_counts_what_is_multiplied(monkeypatch: pytest.MonkeyPatch) 
 
 def test_hints_of_the_wrong_length_and_unknown_sources_are_refused() -> None:
     method = CdPruner(relevance="hint")
-    assert method.hints == ("relevance",) and CdPruner().hints == ()
+    assert method.needed_hints == ("relevance",) and CdPruner().needed_hints == ()
     with tokenprune.applied(tiny_llava(), method, keep=9) as handle, torch.no_grad():
         handle.set_hints(relevance=[[1.0, 2.0]])
         with pytest.raises(ValueError, match="one number for each of a visual's 36 tokens, got 2"):

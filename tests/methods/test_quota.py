@@ -26,7 +26,7 @@ def view_of(method: Quota, features: Tensor, grid: tuple[int, int], budget: int,
     frames = features.shape[1] // (grid[0] * grid[1])
     return make_view(
         method, (frames * grid[0], grid[1]), budget, images=len(features), features=features,
-        rasters=video(frames, grid), hints={"frame_scores": scores} if method.hints else {},
+        rasters=video(frames, grid), hints={"frame_scores": scores} if method.needed_hints else {},
     )  # fmt: skip
 
 

@@ -104,6 +104,7 @@ def test_one_stage_and_tiny_budgets() -> None:
     assert len(Tops(stages_in_decoder=False).stages(Budget(64), depths)) == 1
     assert [stage.budget.tokens(576) for stage in Tops().stages(Budget(1), depths)] == [2, 1, 1]
     assert [stage.budget.tokens(576) for stage in Tops().stages(Budget(500), depths)] == [576, 500, 125]
+    assert [stage.budget.tokens(576) for stage in Tops().stages(Budget(576), depths)] == [576] * 3, "all is all"
     with pytest.raises(ValueError, match="diversity"):
         Tops(diversity=-0.1)
 

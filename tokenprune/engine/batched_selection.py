@@ -152,7 +152,7 @@ def make_view(stage: Stage, tower: TowerInfo, items: Sequence[SelectionRequest])
         },
         hints={
             name: [item.token_hint(name, device) if name in pruner.token_hints else item.hint(name) for item in items]
-            for name in pruner.hints
+            for name in pruner.needed_hints
         },
         make_keys=lambda: torch.stack([item.key() for item in items]).to(device),
         site=stage.site,

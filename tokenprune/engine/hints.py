@@ -42,7 +42,7 @@ class Hints:
         """
         values = self._given(name)
         if values is None:
-            method = next((stage.pruner for stage in self._stages if name in stage.pruner.hints), None)
+            method = next((stage.pruner for stage in self._stages if name in stage.pruner.needed_hints), None)
             called, source = ("", "") if method is None else (method.name, method.hint_sources.get(name, ""))
             raise ValueError(
                 f"Method {called!r} needs {name!r} of each image or video: call handle.set_hints({name}=[...]) first."

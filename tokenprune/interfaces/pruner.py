@@ -122,6 +122,11 @@ class Pruner:
         return ()
 
     @property
+    def needed_hints(self) -> tuple[str, ...]:
+        """Hints that it cannot do without with these options."""
+        return self.hints
+
+    @property
     def is_adaptive(self) -> bool:
         """Whether these options decide how many stay: the method is then asked also where the budget would keep all."""
         return self.adaptive

@@ -74,7 +74,7 @@ class CdPruner(Pruner):
             )
 
     @property
-    def hints(self) -> tuple[str, ...]:  # type: ignore[override]
+    def needed_hints(self) -> tuple[str, ...]:
         return ("relevance",) if self.relevance == "hint" else ()
 
     def signals(self, tower: TowerInfo) -> tuple[Signal, ...]:

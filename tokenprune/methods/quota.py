@@ -112,7 +112,7 @@ class Quota(Pruner):
             raise ValueError('count_newlines pays for the ends of rows, and resize="v3" makes none.')
 
     @property
-    def hints(self) -> tuple[str, ...]:  # type: ignore[override]
+    def needed_hints(self) -> tuple[str, ...]:
         return (HINT,) if self.scores == "hint" else ()
 
     def weights(self, rasters: Sequence[Raster], given: Any) -> list[int]:

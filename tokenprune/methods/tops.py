@@ -45,7 +45,7 @@ SCHEDULE_OF_28 = (2.0, 281 / 256, 77 / 256)
 
 
 class TimesBudget(Budget):
-    """So many times the budget, rounded down, at least one and at most all."""
+    """So many times the budget, rounded down, at least one and at most all; all where all are asked for."""
 
     def __init__(self, keep: int | float, times: float) -> None:
         super().__init__(keep)
@@ -53,6 +53,8 @@ class TimesBudget(Budget):
 
     def tokens(self, num_tokens: int) -> int:
         wanted = self.keep if isinstance(self.keep, int) else self.keep * num_tokens
+        if wanted >= num_tokens:
+            return num_tokens
         return min(num_tokens, max(1, math.floor(wanted * self._times + 1e-9)))
 
 
