@@ -69,7 +69,7 @@ def fill(weights: Sequence[int], budget: int, low: Sequence[int], high: Sequence
     levels = sorted({Fraction(bound[i], weights[i]) for i in positive for bound in (low, high)})
 
     def total(level: Fraction) -> Fraction:
-        return sum((min(max(level * weights[i], low[i]), Fraction(high[i])) for i in positive), Fraction(0))
+        return sum((Fraction(min(max(level * weights[i], low[i]), high[i])) for i in positive), Fraction(0))
 
     first, last = 0, len(levels) - 1
     if not positive:
