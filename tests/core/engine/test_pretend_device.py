@@ -39,7 +39,7 @@ READS = {
     ("pixelprune.py", "select"): "numbers of tokens that the pictures decide, those of one shape at once",
     ("todre.py", "select"): "whether all tokens of a picture leave, for pictures of one size",
     ("tower_recording.py", "sources_of"): "features that `generate` repeated for beams, known again by what they hold",
-    ("attention.py", "_picture_keys"): "discovery of sink channels, on its first prompts only",
+    ("prompt_state.py", "picture_keys"): "discovery of sink channels, on its first prompts only",
     ("_sinks.py", "begin"): "discovery, on its first prompts only",
     ("_sinks.py", "look"): "discovery, on its first prompts only",
     ("_sinks.py", "listen"): "discovery, on its first prompts only",
