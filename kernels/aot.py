@@ -92,8 +92,8 @@ def _greedy(count: int, objective: str) -> Callable[..., object]:
 
 def _coverage(count: int, add: bool) -> Callable[..., object]:
     def make(dtype: torch.dtype) -> object:
-        table, weights = _new(1, count, count, dtype=torch.float32), _new(1, count, dtype=dtype)
-        return greedy_coverage.launch(table, weights, 64, add)
+        weights = _new(1, count, dtype=torch.float32)
+        return greedy_coverage.launch(_new(1, count, 1024, dtype=dtype), weights, 64, add)
 
     return make
 
@@ -137,9 +137,8 @@ CASES = (
     Case("attention_received", "CLIP-L/14-336", _received(16, 577, 64)),
     Case("attention_received", "width 72, SigLIP", _received(16, 729, 72)),
     Case("greedy_coverage", "product, 576", _coverage(576, False), (torch.float32,)),
-    Case("greedy_coverage", "sum, 576", _coverage(576, True), (torch.float32,)),
-    Case("greedy_coverage", "product, 2880", _coverage(2880, False), (torch.float32,)),
-    Case("greedy_coverage", "product, 8192", _coverage(8192, False), (torch.float32,)),
+    Case("greedy_coverage", "sum, 2880", _coverage(2880, True), (torch.float32,)),
+    Case("greedy_coverage", "product, 16384", _coverage(16384, False), (torch.float32,)),
     Case("greedy_diversity", "max-sum, 576", _greedy(576, "max_sum"), (torch.float32,)),
     Case("greedy_diversity", "k-center, 2880", _greedy(2880, "k_center"), (torch.float32,)),
     Case("greedy_diversity", "k-center, 16384", _greedy(16384, "k_center"), (torch.float32,)),

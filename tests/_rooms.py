@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("prompt_view",),
     ("handle",),
     ("api",),
-    ("regions",),
+    ("frame_questions", "regions"),
     ("evals.io",),
     ("evals.models", "evals.pocket"),
     ("evals.tasks",),

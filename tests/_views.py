@@ -81,7 +81,8 @@ def make_view(
         for signal in method.signals_at(tower, method.site, depth)
     }
     known: dict[str, list[Any]] = {"boxes": [random_boxes(generator) for _ in range(images)]}
-    known["relevance"] = torch.rand(images, count, generator=generator).tolist()
+    known["relevance"] = list(torch.rand(images, count, generator=generator))
+    known["frame_scores"] = [[index % 5 / 4, 0.5] for index in range(images)]
     keys = torch.randint(-(2**62), 2**62, (images,), generator=generator)
     view = View(
         features=features,
@@ -89,7 +90,7 @@ def make_view(
         budget=budget,
         tower=tower,
         signals=signals,
-        hints={name: known[name] for name in method.hints},
+        hints={name: known[name] for name in method.needed_hints},
         make_keys=lambda: keys,
         site=f"{method.site}:{depth}" if depth else method.site,
     )

@@ -86,7 +86,7 @@ def run(model: Any, plan: Any, keep: Any, batch: dict[str, Any], **more: Any) ->
     found: dict[str, Any] = {}
     with tokenprune.applied(model, plan, keep=keep) as handle:
         for stage in handle.stages:
-            if stage.pruner.hints:
+            if stage.pruner.needed_hints:
                 handle.set_hints(**example_hints(stage.pruner, 64))
         for part in ("forward", "generate"):
             sim.reads.clear()
@@ -127,6 +127,9 @@ def cells() -> list[tuple[str, str, str]]:
         order = drawn.sample(own, len(own))
         for number, method in enumerate([*METHODS.names(), *PLANS]):
             found.append((name, method, order[number % len(order)]))
+            inside = method in METHODS.names() and METHODS.get(method).site in ("vision", "pixels")
+            if inside and found[-1][2].startswith(("mixed", "interpolated")):  # which may be pooled, and refused
+                found.append((name, method, "one_left"))
         found += [(name, way, "one_left") for way in GENERATED]
     return found
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     # the names of `_public` once more, for type checkers (`as` says that they are exported); a test compares the two
     from tokenprune.api import applied as applied
     from tokenprune.api import apply as apply
+    from tokenprune.frame_questions import frame_scores as frame_scores
     from tokenprune.handle import Handle as Handle
     from tokenprune.interfaces.adapter import Adapter as Adapter
     from tokenprune.interfaces.budget import Budget as Budget
@@ -60,6 +61,7 @@ _public = {
     "applied": "tokenprune.api",
     "apply": "tokenprune.api",
     "clip_relevance": "tokenprune.relevance",
+    "frame_scores": "tokenprune.frame_questions",
     "list_interventions": "tokenprune.registry",
     "list_methods": "tokenprune.registry",
     "list_models": "tokenprune.registry",

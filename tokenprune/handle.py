@@ -69,7 +69,7 @@ class Handle:
         Raises:
             ValueError: the method uses no such hint.
         """
-        used = sorted({name for stage in self.stages for name in stage.pruner.hints})
+        used = sorted({name for stage in self.stages for name in stage.pruner.needed_hints})
         for name in hints:
             if name not in used:
                 raise ValueError(f"{self.label} uses no hint {name!r}; it uses: {', '.join(used) or 'none'}.")

@@ -1,18 +1,16 @@
-"""How relevant each patch of a picture is to a question, by a CLIP model with a text tower: a hint for `cdpruner`.
+"""How relevant each token of a picture is to a question, by a CLIP model beside the one that is pruned.
 
-A LLaVA checkpoint holds CLIP's vision tower and not its text tower, so the CLIP model that the tower was taken from is
-loaded beside it (`openai/clip-vit-large-patch14-336` for LLaVA-1.5):
+The published relevance of CDPruner (arXiv 2506.10967; Theia-4869/CDPruner at 9541616, Apache-2.0, no code was copied),
+for models whose visual tokens stand in the grid of CLIP's own patches, as LLaVA-1.5's do:
 
-    handle = tokenprune.apply(model, "cdpruner", keep=64, relevance="hint")
-    clip, tokenizer = CLIPModel.from_pretrained(NAME), AutoTokenizer.from_pretrained(NAME)
-    inputs = processor(images=picture, text=prompt, return_tensors="pt")
-    handle.set_hints(relevance=tokenprune.clip_relevance(clip, tokenizer, question, inputs["pixel_values"]))
+    name = "openai/clip-vit-large-patch14-336"
+    clip, tokenizer = CLIPModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    handle = tokenprune.apply(model, "cdpruner(relevance=hint)", keep=64)
+    handle.set_hints(relevance=tokenprune.clip_relevance(clip, tokenizer, [question], inputs["pixel_values"]))
     model.generate(**inputs)
 
-Published (CDPruner, arXiv 2506.10967, its official code): patch features are CLIP's last hidden state but one behind
-the last norm and the projection of pictures; relevance is minus their cosine with the text, because on objects CLIP's
-patches are the other way round; a question that is too long for CLIP is cut into segments, whose relevance is averaged.
-Our choice: each segment begins and ends with the tokenizer's own tokens, so that CLIP reads it as a text.
+Pixels must be as CLIP's own processor makes them; that of LLaVA-1.5 is CLIP's. Checkpoints of LLaVA hold no text tower,
+so this is a second model of CLIP's size, whose run is in no report.
 """
 
 from __future__ import annotations
@@ -22,63 +20,66 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 
 @torch.no_grad()
 def clip_relevance(
-    clip: Any, tokenizer: Any, questions: str | Sequence[str], pixel_values: Tensor, sign: float = -1.0
+    clip: Any, tokenizer: Any, questions: Sequence[str], pixel_values: Tensor, layer: int = -2
 ) -> list[Tensor]:
-    """Relevance of the N patches of M pictures to their questions, for `handle.set_hints(relevance=...)`.
+    """Minus the cosine of CLIP's patch features with its text features, mean over the question's segments.
 
-    Works for families whose token n is patch n of one square crop (LLaVA-1.5); where crops, pooling or a merger make
-    other tokens of patches, N does not fit and `cdpruner` says so.
+    Patch features are the hidden states of `layer` behind the tower's last norm and its projection, though they were
+    trained to be so behind the last layer and for [CLS] alone; there patches that show what the text says have the
+    lower cosine (hence the minus, as in the official code). Questions longer than the text tower's places (77) are cut
+    into segments of that length, the last one filled with zeros that are not attended to.
 
     Args:
-        clip: a `CLIPModel` of transformers: towers of text and vision and both projections.
-        tokenizer: that of `clip`.
-        questions: one for each picture, or one for all; the words alone, without the chat template.
-        pixel_values: `[M, 3, H, W]`, as the tower of `clip` takes them.
-        sign: -1 as published for CDPruner, 1 for the cosine itself.
+        clip: a `transformers.CLIPModel`.
+        tokenizer: its tokenizer; of `tokenizer(question)` the `input_ids` are taken.
+        questions: one for each picture, without the template of the chat.
+        pixel_values: `[M, 3, H, W]`, the size that the tower was made for.
+        layer: of the tower's hidden states, as its output numbers them; that from which the pruned model takes its
+            tokens.
 
     Returns:
-        M tensors `[N]`, fp32.
+        For each picture `[N]` fp32, N patches in raster order, on the device of `clip`.
 
     Raises:
-        ValueError: the arguments do not fit each other.
+        ValueError: `clip` has no text tower, or pictures and questions do not go together.
     """
-    if pixel_values.dim() != 4:
+    parts = ("text_model", "text_projection", "vision_model", "visual_projection")
+    missing = [part for part in parts if not hasattr(clip, part)]
+    if missing:
         raise ValueError(
-            f"pixel_values must be [M, 3, H, W], one crop a picture, got {tuple(pixel_values.shape)}. Pictures in "
-            "several crops have tokens that no patch of CLIP's stands for."
+            f"clip_relevance needs a CLIPModel with both towers, and {type(clip).__name__} has no {missing[0]}: load "
+            'one with CLIPModel.from_pretrained("openai/clip-vit-large-patch14-336").'
         )
-    asked = [questions] * len(pixel_values) if isinstance(questions, str) else list(questions)
-    if len(asked) != len(pixel_values):
+    if isinstance(questions, str) or pixel_values.dim() != 4 or len(questions) != len(pixel_values):
+        got = "one string" if isinstance(questions, str) else f"{len(questions)}"
         raise ValueError(
-            f"questions must be one for each of {len(pixel_values)} pictures, or one text for all, got {len(asked)}."
+            f"clip_relevance needs a list with one question for each picture of [M, 3, H, W], got {got} for "
+            f"{list(pixel_values.shape)}."
         )
-    if sign not in (-1, 1):
-        raise ValueError(f"sign must be -1 (minus the cosine) or 1, got {sign!r}.")
-    patches = _patches(clip, pixel_values)
-    texts = {question: _texts(clip, tokenizer, question).to(patches.device) for question in set(asked)}
-    return [sign * (own @ texts[question].T).mean(dim=1) for own, question in zip(patches, asked)]
-
-
-def _patches(clip: Any, pixel_values: Tensor) -> Tensor:
-    """`[M, N, P]` fp32 of length 1: patches in the space that CLIP shares with text, without [CLS]."""
-    tower = clip.vision_model
     weight = clip.visual_projection.weight
-    states = tower(pixel_values.to(weight.device, weight.dtype), output_hidden_states=True).hidden_states[-2]
-    return normalize(clip.visual_projection(tower.post_layernorm(states[:, 1:])).float(), dim=-1)
+    seen = clip.vision_model(pixel_values.to(weight.device, weight.dtype), output_hidden_states=True)
+    patches = clip.vision_model.post_layernorm(seen.hidden_states[layer][:, 1:])
+    patches = normalize(clip.visual_projection(patches).float(), dim=2)  # [M, N, P]
+    texts: dict[str, Tensor] = {}
+    relevance = []
+    for question, picture in zip(questions, patches, strict=True):
+        if question not in texts:
+            texts[question] = _text_features(clip, tokenizer(question)["input_ids"])
+        relevance.append(-(picture @ texts[question].T).mean(dim=1))
+    return relevance
 
 
-def _texts(clip: Any, tokenizer: Any, question: str) -> Tensor:
-    """`[S, P]` fp32 of length 1, one row for each segment of a question."""
-    words = tokenizer(question, add_special_tokens=False)["input_ids"]
-    room = clip.config.text_config.max_position_embeddings - 2
-    rows = []
-    for start in range(0, max(len(words), 1), room):
-        ids = [tokenizer.bos_token_id, *words[start : start + room], tokenizer.eos_token_id]
-        states = clip.text_model(input_ids=torch.tensor([ids], device=clip.text_projection.weight.device))
-        rows.append(clip.text_projection(states.pooler_output)[0])
-    return normalize(torch.stack(rows).float(), dim=-1)
+def _text_features(clip: Any, ids: Sequence[int]) -> Tensor:
+    """`[segments, P]` fp32, of length 1."""
+    device, places = clip.text_projection.weight.device, clip.config.text_config.max_position_embeddings
+    row = torch.as_tensor(ids, dtype=torch.int64, device=device)
+    filling = -len(row) % places if len(row) else places
+    input_ids = pad(row, (0, filling)).view(-1, places)
+    mask = pad(torch.ones_like(row), (0, filling)).view(-1, places)
+    pooled = clip.text_model(input_ids=input_ids, attention_mask=mask).pooler_output
+    return normalize(clip.text_projection(pooled).float(), dim=1)

@@ -1,6 +1,8 @@
-"""Prefill, decode and memory at the sizes of the published checkpoints, weights random:
+r"""Prefill, decode and memory at the sizes of the published checkpoints, weights random:
 
     python -m tokenprune.evals.bench.end_to_end --out docs/bench/end-to-end-GPU-DATE.csv
+    python -m tokenprune.evals.bench.end_to_end --sizes llava-1.5-0.5b qwen2.5-vl-0.5b --batch 1 --dtype bfloat16 \
+        --methods vtc_cls divprune --out docs/bench/end-to-end-CPU-DATE.csv
 
 Unpruned, pruned and ideal prefill take turns within a round, and ratios are taken within a round. The ideal is the same
 model on a prompt of just the kept tokens.
@@ -9,6 +11,7 @@ model on a prompt of just the kept tokens.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,16 +37,34 @@ COLUMNS = (
 LEFT_OUT = ("oracle",)  # needs boxes, which random pixels have none of
 
 
-def peak_mib(device: torch.device, work: Callable[[], Any]) -> float | None:
-    """Most memory allocated while `work` runs, MiB, weights included; None on a CPU, where nobody counts."""
+def peak_mib(model: torch.nn.Module, work: Callable[[], Any]) -> float:
+    """Most memory that tensors hold while `work` runs, MiB, weights included.
+
+    On a CPU the profiler reports what torch's allocator hands out and takes back, and the weights are added: the same
+    notion as CUDA's counter, and the same number in every run. Scratch memory that a matrix library keeps for itself is
+    in neither. A process's peak resident size would hold it, but also what the C library keeps of freed memory.
+    """
+    device = next(model.parameters()).device
     if device.type != "cuda":
-        work()
-        return None
+        weights = {tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())}
+        return (sum(storage.nbytes() for storage in weights) + _most_allocated(work)) / 2**20
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     work()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) / 2**20
+
+
+def _most_allocated(work: Callable[[], Any]) -> int:
+    """Most bytes that tensors made while `work` runs on a CPU hold at one time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    held = most = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()  # type: ignore[attr-defined]
+        most = max(most, held)
+    return most
 
 
 def tower_seconds(sized: SizedModel, inputs: dict[str, Any], rounds: int) -> float:
@@ -74,7 +95,7 @@ def unpruned_row(sized: SizedModel, rounds: int, decode: int) -> dict[str, Any]:
         "unpruned_ms": 1e3 * median_iqr(times)["median"],
         "tower_ms": 1e3 * tower_seconds(sized, inputs, rounds),
         "unpruned_decode_ms": _decode_ms(sized, inputs, decode),
-        "unpruned_peak_mib": peak_mib(device, lambda: prefill(sized, inputs)),  # type: ignore[arg-type]
+        "unpruned_peak_mib": peak_mib(sized.model, lambda: prefill(sized, inputs)),  # type: ignore[arg-type]
         "unpruned_kv_mib": unpruned_mib,
     }
 
@@ -116,7 +137,7 @@ def method_row(sized: SizedModel, method: str, keep: int | float, rounds: int, d
     }
     middle = {name: median_iqr(values) for name, values in ratios.items()}
     with pruned(loaded, point, 0, []):
-        peak = peak_mib(device, lambda: prefill(loaded, inputs))
+        peak = peak_mib(sized.model, lambda: prefill(loaded, inputs))
         decode_ms = _decode_ms(sized, inputs, decode)
     return {
         "kept_tokens": sum(kept) / len(kept),
@@ -126,7 +147,7 @@ def method_row(sized: SizedModel, method: str, keep: int | float, rounds: int, d
         "to_ideal_q75": middle["to_ideal"]["q75"],
         "decode_ms": decode_ms,
         "peak_mib": peak,
-        "ideal_peak_mib": peak_mib(device, ideal),
+        "ideal_peak_mib": peak_mib(sized.model, ideal),
         "kv_mib": pruned_mib,
         "rounds": rounds,
     }
@@ -146,11 +167,13 @@ def parser(description: str | None, out: str) -> argparse.ArgumentParser:
 
 def default_sizes() -> list[str]:
     """The true sizes on a GPU, their small copies on a CPU."""
-    return [name for name in SIZES if name.startswith("tiny") != torch.cuda.is_available()]
+    wanted = (lambda name: name.endswith("-7b")) if torch.cuda.is_available() else (lambda name: name[:5] == "tiny-")
+    return [name for name in SIZES if wanted(name)]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and write the CSV."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory would report its own starts
     asked = parser(__doc__, "runs/bench/end_to_end.csv")
     asked.add_argument("--sizes", nargs="*", default=default_sizes(), help="model sizes (%(default)s)")
     asked.add_argument("--methods", nargs="*", default=[name for name in METHODS.names() if name not in LEFT_OUT])

@@ -103,9 +103,9 @@ def _greedy(s: Shape) -> Call:
 
 
 def _coverage(s: Shape) -> Call:
-    table = greedy_coverage.cosines(s.new(s.batch, s.tokens, s.width))
+    features, pairs = s.new(s.batch, s.tokens, s.width), s.batch * s.tokens**2
     weights = torch.rand(s.batch, s.tokens, device=s.device)
-    return Call(greedy_coverage, (table, weights, s.keep, False), 0, 2 * _bytes(table))
+    return Call(greedy_coverage, (features, weights, s.keep, False), 2 * pairs * s.width, 12 * pairs)
 
 
 def _topk(s: Shape) -> Call:

@@ -1,7 +1,9 @@
 """Models at the sizes of the published checkpoints, built from configs with random weights, and prompts for them.
 
-Weights do not matter for times and memory, so nothing is downloaded. A small copy of each (`tiny-...`) serves to try
-the commands on a CPU.
+Weights do not matter for times and memory, so nothing is downloaded. The sizes that end in `0.5b` are for a CPU with a
+few cores: CLIP-L/14-336 as published, or a tower of Qwen2.5-VL's kind at ViT-B's size, before a decoder of Qwen2-0.5B's
+shape, prompts as long as those of the 7B models. No checkpoint of LLaVA-1.5, LLaVA-NeXT or Qwen2.5-VL is so small. A
+small copy of each (`tiny-...`) serves to try the commands.
 """
 
 from __future__ import annotations
@@ -28,6 +30,18 @@ _QWEN_TEXT = {
 _QWEN_VISION = {
     "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
     "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "patch_size": 14,
+}  # fmt: skip
+_QWEN_HALF = {
+    "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+    "num_attention_heads": 14, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768,
+    "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}  # fmt: skip
+_QWEN_HALF_TEXT = _QWEN_HALF | {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
+}
+_QWEN_BASE_VISION = _QWEN_VISION | {
+    "depth": 12, "hidden_size": 768, "intermediate_size": 2048, "num_heads": 12, "out_hidden_size": 896,
+    "fullatt_block_indexes": [2, 5, 8, 11],
 }  # fmt: skip
 _TINY_CLIP = _CLIP | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
                       "image_size": 56}  # fmt: skip
@@ -63,22 +77,29 @@ class Size:
         return self.config["vision_config"]["image_size"]
 
 
-def _llava(vision: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
-    return {"model_type": "llava", "vision_config": vision, "text_config": text, "image_token_index": 7}
+def _llava(vision: dict[str, Any], text: dict[str, Any], tied: bool = False) -> dict[str, Any]:
+    return {"model_type": "llava", "vision_config": vision, "text_config": text, "image_token_index": 7,
+            "tie_word_embeddings": tied}  # fmt: skip
 
 
-def _next(vision: dict[str, Any], text: dict[str, Any], grid: list[list[int]]) -> dict[str, Any]:
-    return _llava(vision, text) | {"model_type": "llava_next", "image_grid_pinpoints": grid}
+def _next(vision: dict[str, Any], text: dict[str, Any], grid: list[list[int]], tied: bool = False) -> dict[str, Any]:
+    return _llava(vision, text, tied) | {"model_type": "llava_next", "image_grid_pinpoints": grid}
 
 
-def _qwen(vision: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
-    return {"model_type": "qwen2_5_vl", "vision_config": vision, "text_config": text, **_QWEN_IDS}
+def _qwen(vision: dict[str, Any], text: dict[str, Any], tied: bool = False) -> dict[str, Any]:
+    return {"model_type": "qwen2_5_vl", "vision_config": vision, "text_config": text, **_QWEN_IDS,
+            "tie_word_embeddings": tied}  # fmt: skip
 
 
 SIZES: dict[str, Size] = {
     "llava-1.5-7b": Size(_llava(_CLIP, _VICUNA), (336, 336), (192, 128, 64)),
     "llava-next-7b": Size(_next(_CLIP, _VICUNA, _GRID), (672, 672), (640, 320, 160)),
     "qwen2.5-vl-7b": Size(_qwen(_QWEN_VISION, _QWEN_TEXT), (1008, 1008), (0.333, 0.222, 0.111)),
+    "llava-1.5-0.5b": Size(_llava(_CLIP, {"model_type": "qwen2", **_QWEN_HALF}, tied=True), (336, 336), (192, 128, 64)),
+    "llava-next-0.5b": Size(
+        _next(_CLIP, {"model_type": "qwen2", **_QWEN_HALF}, _GRID, tied=True), (672, 672), (640, 320, 160)
+    ),
+    "qwen2.5-vl-0.5b": Size(_qwen(_QWEN_BASE_VISION, _QWEN_HALF_TEXT, tied=True), (1008, 1008), (0.333, 0.222, 0.111)),
     "tiny-llava-1.5": Size(_llava(_TINY_CLIP, _TINY_LLAMA), (56, 56), (8, 4)),
     "tiny-llava-next": Size(_next(_TINY_CLIP, _TINY_LLAMA, [[112, 112]]), (112, 112), (16, 8)),
     "tiny-qwen2.5-vl": Size(_qwen(_TINY_QWEN_VISION, _TINY_QWEN_TEXT), (168, 168), (0.333, 0.111)),

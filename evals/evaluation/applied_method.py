@@ -116,7 +116,7 @@ def give_boxes(handle: Handle, point: Point, samples: list[Sample]) -> None:
 
 
 def _wants_boxes(handle: Handle) -> bool:
-    return any("boxes" in stage.pruner.hints for stage in handle.stages)
+    return any("boxes" in stage.pruner.needed_hints for stage in handle.stages)
 
 
 def check_points(loaded: LoadedModel, task: Task, points: list[Point], seed: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from tokenprune.evals.io.atomic_files import replace_file
 from tokenprune.evals.io.digest import digest
 from tokenprune.evals.models.load import check_device, check_dtype, model_source
-from tokenprune.evals.pocket.catalog import SUITES
+from tokenprune.evals.pocket.catalog import SUITES, refuse_test_only
 from tokenprune.evals.tasks.load import check_task
 
 
@@ -68,6 +68,7 @@ class TrainConfig:
         check_dtype(self.dtype)
         check_device(self.device)
         model_source(self.model)
+        refuse_test_only(self.data, "to train on")
         if self.data.partition(":")[0] not in SUITES or self.data != self.data.partition(":")[0]:
             check_task(self.data)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ class _Tokenprune(lmms):
         self._tokens: list[tuple[int, float]] = []
         self._prepared: Prepared | None = None
         with self._pruned() as handle:  # what cannot work on this model fails now, not after the data was loaded
-            if handle is not None and any("boxes" in stage.pruner.hints for stage in handle.stages):
+            if handle is not None and any("boxes" in stage.pruner.needed_hints for stage in handle.stages):
                 raise ValueError(
                     f"{self.arguments.method} needs the boxes that suffice for an answer, and tasks of lmms-eval have "
                     "none; use it in `tokenprune eval` on the pocket suite."

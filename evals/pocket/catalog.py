@@ -7,12 +7,26 @@ from pathlib import Path
 from tokenprune.evals.io.digest import file_digest
 
 POCKET_FAMILIES = ("exist", "attribute", "count", "relation", "read", "global", "easy_vqa")
+CROWD_FAMILIES = ("exist", "relation")
+SUITES = {
+    "pocket": POCKET_FAMILIES, "pocket-mixed": (*POCKET_FAMILIES, "video"),
+    "pocket-crowd": CROWD_FAMILIES, "pocket-mixed-crowd": CROWD_FAMILIES,
+}  # fmt: skip
+FILES = {
+    "pocket": "test.parquet", "pocket-mixed": "test_mixed.parquet",
+    "pocket-crowd": "test_crowd.parquet", "pocket-mixed-crowd": "test_mixed_crowd.parquet",
+}  # fmt: skip
+TEST_ONLY = ("pocket-crowd", "pocket-mixed-crowd")
 
 
-SUITES = {"pocket": POCKET_FAMILIES, "pocket-mixed": (*POCKET_FAMILIES, "video")}
-
-
-FILES = {"pocket": "test.parquet", "pocket-mixed": "test_mixed.parquet"}
+def refuse_test_only(data: str, aim: str) -> None:
+    """Raise if the task `data` is of a suite that has a test split only; `aim`: what it was wanted for."""
+    suite = data.partition(":")[0]
+    if suite in TEST_ONLY:
+        other = suite.removesuffix("-crowd")
+        raise ValueError(
+            f"{data} has a test split only, so there is nothing {aim} that would not spoil it; use {other} instead."
+        )
 
 
 def suite_file(suite: str) -> Path:

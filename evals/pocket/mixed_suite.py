@@ -56,7 +56,11 @@ def training_rows(scenes: int, clips: int, start: int) -> list[dict]:
 
 def build(path: Path = TEST_FILE) -> None:
     """Draw the test split and write it; rows go round the families, and equal pictures are stored once."""
-    rows = _scene_rows("test", TEST_SCENES, TEST_CLIPS, TEST_EASY)
+    write_rows(_scene_rows("test", TEST_SCENES, TEST_CLIPS, TEST_EASY), path)
+
+
+def write_rows(rows: list[dict], path: Path) -> None:
+    """Write rows with the columns of `COLUMNS`; equal pictures are stored once."""
     columns = {name: [row[name] for row in rows] for name in COLUMNS}
     table = pa.table({**columns, "boxes": pa.array(columns["boxes"], pa.list_(pa.list_(pa.float32())))})
     pq.write_table(
@@ -76,28 +80,29 @@ def _scene_rows(split: str, scenes: int, clips: int, easy: int, start: int = 0) 
         if i - start < scenes:
             cols, lines = SIZES[i % len(SIZES)]
             scene = make_scene(seed, (cols * PATCH, lines * PATCH), (5, 9))
-            picture = png(_grown(scene.image))
+            picture = png(grown(scene.image))
             for family in FAMILIES:
                 question = ask(scene, family, rng)
                 if question is not None:
-                    rows.append(_row(f"{split}-{i:04d}", picture, question, scene.width, scene.height))
+                    rows.append(row_of(f"{split}-{i:04d}", picture, question, scene.width, scene.height))
         if i - start < clips:
             cols, lines = CLIP_SIZES[i % len(CLIP_SIZES)]
             clip = make_clip(seed, (cols * PATCH, lines * PATCH), CLIP_FRAMES[i // len(CLIP_SIZES) % 2], (3, 6))
-            frames = [_grown(scene.image) for scene in clip.frames]
+            frames = [grown(scene.image) for scene in clip.frames]
             first = clip.frames[0]
             rows.append(
-                _row(f"{split}-clip-{i:04d}", animation(frames), ask_clip(clip, rng), first.width, first.height)
+                row_of(f"{split}-clip-{i:04d}", animation(frames), ask_clip(clip, rng), first.width, first.height)
             )
         if extra and i < easy:
             side = rng.choice((10, 12, 14, 16)) * PATCH
             question, answer = rng.choice(extra.questions[places[i]])
             asked = Question("easy_vqa", question, answer, ((0.0, 0.0, float(side), float(side)),))
-            rows.append(_row(f"easy-{i:04d}", png(_grown(extra.image(places[i], side))), asked, side, side))
+            rows.append(row_of(f"easy-{i:04d}", png(grown(extra.image(places[i], side))), asked, side, side))
     return rows
 
 
-def _row(scene_id: str, image: bytes, question: Question, width: int, height: int) -> dict:
+def row_of(scene_id: str, image: bytes, question: Question, width: int, height: int) -> dict:
+    """A row of a question about a scene of so many pixels; its boxes become fractions of them."""
     boxes = [[x0 / width, y0 / height, x1 / width, y1 / height] for x0, y0, x1, y1 in question.boxes]
     return {
         "sample_id": f"{scene_id}-{question.family}", "scene_id": scene_id, "family": question.family, "image": image,
@@ -112,8 +117,9 @@ def animation(frames: list[np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
-def _grown(image: np.ndarray) -> np.ndarray:
-    return image.repeat(SCALE, 0).repeat(SCALE, 1)
+def grown(image: np.ndarray, scale: int = SCALE) -> np.ndarray:
+    """``image`` [H, W, 3], ``scale`` times as large."""
+    return image.repeat(scale, 0).repeat(scale, 1)
 
 
 def main() -> None:

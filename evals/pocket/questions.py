@@ -47,12 +47,17 @@ def _boxes(things: list[Thing]) -> tuple[Box, ...]:
 
 
 def _exist(scene: Scene, rng: random.Random) -> Question:
-    present = {(t.shape, t.colour) for t in scene.things}
-    if rng.random() < 0.5:
+    return exist(scene, rng, rng.random() < 0.5)
+
+
+def exist(scene: Scene, rng: random.Random, present: bool) -> Question:
+    """Is there such a thing, answered yes or no as ``present`` says."""
+    if present:
         thing = rng.choice(scene.things)
         return Question("exist", _exist_text(thing.colour, thing.shape), "yes", _boxes([thing]))
+    pairs = {(t.shape, t.colour) for t in scene.things}
     shapes, colours = {t.shape for t in scene.things}, {t.colour for t in scene.things}
-    absent = [(s, c) for s in SHAPES for c in COLOURS if (s, c) not in present]
+    absent = [(s, c) for s in SHAPES for c in COLOURS if (s, c) not in pairs]
     # hard negatives: most often both the shape and the colour occur, only not on one object
     both = [(s, c) for s, c in absent if s in shapes and c in colours]
     shape, colour = rng.choice(both if both and rng.random() < 0.7 else absent)
@@ -93,18 +98,29 @@ def _count(scene: Scene, rng: random.Random) -> Question:
 
 
 def _relation(scene: Scene, rng: random.Random) -> Question | None:
+    by_side = _pairs_by_side(scene)
+    return relation(scene, rng, rng.choice(sorted(by_side))) if by_side else None
+
+
+def relation(scene: Scene, rng: random.Random, side: str) -> Question | None:
+    """On which side of one thing another is, answered ``side``; None if no two things stand so."""
+    pairs = _pairs_by_side(scene).get(side)
+    if pairs is None:
+        return None
+    a, b = rng.choice(pairs)
+    text = f"which side of the {b.colour} {b.shape} is the {a.colour} {a.shape} on?"
+    return Question("relation", text, side, _boxes([a, b]))
+
+
+def _pairs_by_side(scene: Scene) -> dict[str, list[tuple[Thing, Thing]]]:
+    """By side: the pairs (a, b) with a on that side of b."""
     by_side: dict[str, list[tuple[Thing, Thing]]] = {}
     for a in scene.things:
         for b in scene.things:
             side = side_of(a, b) if a is not b else None
             if side is not None:
                 by_side.setdefault(side, []).append((a, b))
-    if not by_side:
-        return None
-    side = rng.choice(sorted(by_side))
-    a, b = rng.choice(by_side[side])
-    text = f"which side of the {b.colour} {b.shape} is the {a.colour} {a.shape} on?"
-    return Question("relation", text, side, _boxes([a, b]))
+    return by_side
 
 
 def _read(scene: Scene, rng: random.Random) -> Question | None:

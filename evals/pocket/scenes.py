@@ -81,17 +81,24 @@ class Scene:
 
 
 def make_scene(
-    seed: int, size: int | tuple[int, int] = SIZE, objects: tuple[int, int] = (5, 9), sign_share: float = 1.0
+    seed: int,
+    size: int | tuple[int, int] = SIZE,
+    objects: tuple[int, int] = (5, 9),
+    sign_share: float = 1.0,
+    free_repeats: bool = False,
 ) -> Scene:
     """Draw the scene of ``seed``: between ``objects`` things (ends included), a sign in ``sign_share`` of scenes.
 
-    ``size``: pixels a side, or (width, height).
+    ``size``: pixels a side, or (width, height). ``free_repeats``: any different (shape, colour) pairs, also where no
+    shape or colour occurs once or one occurs more than five times; attribute and count questions need those limits,
+    and many things do not fit them.
     """
+    pick = _pick_freely if free_repeats else _pick_things
     rng = random.Random(seed)
     width, height = (size, size) if isinstance(size, int) else size
     pattern = rng.choice(PATTERNS)
     while True:
-        wanted = _pick_things(rng, rng.randint(*objects))
+        wanted = pick(rng, rng.randint(*objects))
         text = "".join(rng.choices(SYMBOLS, k=SIGN_LENGTH)) if rng.random() < sign_share else None
         extents = [_extent(shape, rng.randint(20, 30)) for shape, _ in wanted]
         boxes = _place(rng, width, height, ([_SIGN_SIZE] if text else []) + extents)
@@ -142,6 +149,11 @@ def _pick_things(rng: random.Random, n: int) -> list[tuple[str, str]]:
         if not any(colours.count(c) == 1 for c in colours) or max(map(colours.count, colours)) > 5:
             continue
         return [(SHAPES[shape], COLOURS[colour]) for shape, colour in rng.sample(sorted(pairs), n)]
+
+
+def _pick_freely(rng: random.Random, n: int) -> list[tuple[str, str]]:
+    """``n`` different (shape, colour) pairs."""
+    return rng.sample([(shape, colour) for shape in SHAPES for colour in COLOURS], n)
 
 
 def _extent(shape: str, side: int) -> tuple[int, int]:

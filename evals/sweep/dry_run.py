@@ -155,7 +155,7 @@ def _estimate(model: Outline | None, point: Point, seed: int) -> tuple[Estimate 
 
 
 def _needs(point: Point, cost: Estimate | None) -> tuple[str, ...]:
-    hints = dict.fromkeys(hint for stage in cost.stages for hint in stage.pruner.hints) if cost else {}
+    hints = dict.fromkeys(hint for stage in cost.stages for hint in stage.pruner.needed_hints) if cost else {}
     hub = [] if Path(model_source(point.model)).is_dir() else ["a hub model"]
     return (*hub, *task_needs(point.task), *hints)
 

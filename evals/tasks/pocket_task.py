@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from tokenprune.evals.io.picture_reader import read_picture
@@ -51,4 +52,14 @@ def _mixed() -> _Rows:
     return rows, [row["family"] for row in rows], mixed.decode, 1.0
 
 
-_READERS: dict[str, Callable[[], _Rows]] = {"pocket": _square, "pocket-mixed": _mixed}
+def _crowd(suite_name: str) -> _Rows:
+    from tokenprune.evals.pocket import crowd
+
+    rows = crowd.load_rows(suite_name)
+    return rows, [row["family"] for row in rows], read_picture, 1.0
+
+
+_READERS: dict[str, Callable[[], _Rows]] = {
+    "pocket": _square, "pocket-mixed": _mixed, "pocket-crowd": partial(_crowd, "pocket-crowd"),
+    "pocket-mixed-crowd": partial(_crowd, "pocket-mixed-crowd"),
+}  # fmt: skip

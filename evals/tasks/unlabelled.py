@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenprune.evals.io.atomic_files import read_lines
 from tokenprune.evals.io.picture_reader import read_frames, read_picture
+from tokenprune.evals.pocket.catalog import refuse_test_only
 from tokenprune.evals.tasks.load import check_task, load_task, task_names
 
 QUESTIONS = "questions.jsonl"
@@ -32,6 +33,7 @@ def check_data(data: str) -> None:
     folder = Path(data).expanduser()
     if not folder.is_dir():
         check_task(data)
+        refuse_test_only(data, "to tune on")
     elif not (folder / QUESTIONS).is_file():
         raise FileNotFoundError(
             f"The folder {data} holds no {QUESTIONS}; write one with a line like "

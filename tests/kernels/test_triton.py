@@ -3,11 +3,11 @@ which `test_interpreter.py` starts. Without either these tests are skipped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from _triton import DEVICE, DTYPES, HALF, ROUNDING, assert_near, both, heads, on_device, poisoned, pytestmark, some_seen  # noqa: F401
 from torch import Tensor
 
 from tokenprune.kernels import (
@@ -21,73 +21,6 @@ from tokenprune.kernels import (
     segmented_topk,
     token_transition,
 )
-from tokenprune.kernels.launch import INTERPRETED
-
-DEVICE = "cpu" if INTERPRETED else "cuda"
-HALF = [torch.float16, torch.bfloat16]
-DTYPES = [torch.float32, *HALF]
-# of the largest value: fp32 sums in another order; one rounding to the output's format, which is that of the input
-ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
-
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1 before the start"
-)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Memory that a kernel is handed holds NaN or nonsense, so what it leaves unwritten shows."""
-
-    def poison(tensor: Tensor) -> Tensor:
-        if tensor.dtype.is_floating_point:
-            return tensor.fill_(torch.nan)
-        return tensor.fill_(True) if tensor.dtype == torch.bool else tensor.fill_(113)
-
-    empty, new_empty = torch.empty, Tensor.new_empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
-    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
-    torch.manual_seed(0)
-    yield
-
-
-def on_device(value: Any) -> Any:
-    if isinstance(value, list):
-        return [on_device(item) for item in value]
-    return value.to(DEVICE) if isinstance(value, Tensor) else value
-
-
-def both(module: Any, *args: Any) -> tuple[Any, Any]:
-    """Kernel and reference, on the CPU."""
-    launched = module._OP(*[on_device(arg) for arg in args])
-    expected = module.reference(*args)
-    if isinstance(launched, Tensor):
-        return launched.cpu(), expected
-    return [tensor.cpu() for tensor in launched], list(expected)
-
-
-def assert_near(found: Tensor, expected: Tensor, rounding: float = 1e-5) -> None:
-    """Equal within `rounding` of the largest value."""
-    assert found.dtype == expected.dtype and found.shape == expected.shape
-    error = (found.double() - expected.double()).abs().max()
-    assert error <= rounding * expected.double().abs().max(), f"{float(error)}"
-
-
-def heads(
-    batch: int, query_heads: int, key_heads: int, rows: int, count: int, width: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key, value as models hold them: tokens before heads, so every one is strided."""
-    sizes = ((rows, query_heads), (count, key_heads), (count, key_heads))
-    query, key, value = (torch.randn(batch, n, h, width).to(dtype).transpose(1, 2) for n, h in sizes)
-    return query, key, value
-
-
-def some_seen(batch: int, rows: int, count: int) -> Tensor:
-    seen = torch.rand(batch, rows, count) < 0.7
-    seen[..., 0] = True
-    return seen
-
-
-# --- attention rows ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -180,46 +113,45 @@ def test_greedy_diversity_of_half_precision(dtype: torch.dtype) -> None:
 # --- greedy coverage --------------------------------------------------------------------------------------------------
 
 
-def exact_cosines(images: int, count: int, width: int) -> Tensor:
-    """Of entries of +-1 in 16 dimensions (or fewer): cosines and their sums are exact, so ties are."""
-    return greedy_coverage.cosines(torch.randint(2, (images, count, width)) * 2.0 - 1)
-
-
 @pytest.mark.parametrize("add", [True, False])
-@pytest.mark.parametrize(
-    ("images", "count", "k", "width"),
-    [(2, 1, 1, 16), (2, 33, 33, 16), (3, 20, 20, 4), (2, 19, 19, 1), (1, 577, 2, 16)],
-)
-def test_greedy_coverage(images: int, count: int, k: int, width: int, add: bool) -> None:
-    """Index for index with many ties; weights of zero, and copies of tokens, so that nothing is left to be gained."""
-    table = exact_cosines(images, count, width)
-    weights = torch.randint(0, 5, (images, count)) / 4
-    found, expected = both(greedy_coverage, table, weights, k, add)
+@pytest.mark.parametrize(("images", "count", "k"), [(2, 1, 1), (3, 23, 23), (2, 63, 40), (1, 300, 10)])
+def test_greedy_coverage(images: int, count: int, k: int, add: bool) -> None:
+    # entries of +-1 in 16 dimensions: cosines and their sums are exact, so ties are, and every choice must agree
+    features = torch.randint(2, (images, count, 16)) * 2.0 - 1
+    features[:, ::7] = 0
+    weights = torch.randint(-3, 9, (images, count)).clamp_min(0) / 8  # many of 0: at last gains and weights decide
+    found, expected = both(greedy_coverage, features, weights, k, add)
     assert torch.equal(found, expected)
-    assert torch.equal(expected, greedy_coverage._plain(table, weights, k, add))
+    table = greedy_coverage.cosines(features)
+    assert torch.equal(greedy_coverage._batched(table, weights, k, add), expected)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_greedy_coverage_where_nothing_is_weighed(weight: float) -> None:
-    table = exact_cosines(2, 33, 16)
-    weights = torch.full((2, 33), weight)
-    weights[1, 7] = 1.0
-    found, expected = both(greedy_coverage, table, weights, 33, False)
-    assert torch.equal(found, expected) and found.sort().values.equal(torch.arange(33).expand(2, -1))
+@pytest.mark.parametrize("case", ["alike", "opposite", "no weights", "strides"])
+def test_greedy_coverage_where_nothing_is_gained(case: str) -> None:
+    features, weights = torch.ones(2, 40, 16), torch.randint(5, (2, 40)) / 4
+    if case == "opposite":
+        features[:, 20:] = -1
+    elif case == "no weights":
+        features, weights = torch.randint(2, (2, 40, 16)) * 2.0 - 1, torch.zeros(2, 40)
+    elif case == "strides":
+        features, weights = features.transpose(0, 1).contiguous().transpose(0, 1), torch.ones(1).expand(2, 40)
+    found, expected = both(greedy_coverage, features, weights, 40, False)
+    assert torch.equal(found, expected) and torch.equal(found.sort(1).values, torch.arange(40).expand(2, -1))
 
 
-def test_greedy_coverage_of_drawn_features_and_of_tables_with_strides() -> None:
-    """Where there are no ties; weights in half precision are ranked in fp32."""
-    table = greedy_coverage.cosines(torch.randn(2, 90, 8)).transpose(1, 2)
-    weights = torch.rand(2, 180)[:, ::2].bfloat16()
-    found, expected = both(greedy_coverage, table, weights, 40, False)
-    assert torch.equal(found, expected)
+def test_greedy_coverage_of_nan_ends() -> None:
+    """Features that are no numbers cannot be seen on a device: the choice means nothing, but it is within range."""
+    features, weights = torch.randn(1, 40, 16), torch.rand(1, 40)
+    features[0, 3] = torch.nan
+    for add in (True, False):
+        chosen = greedy_coverage.launch(on_device(features), on_device(weights), 9, add)
+        assert bool(((chosen >= 0) & (chosen < 40)).all())
 
 
-def test_greedy_coverage_ends_and_stays_inside_where_the_table_is_nan() -> None:
-    table = torch.full((1, 20, 20), torch.nan)
-    found = greedy_coverage._OP(on_device(table), on_device(torch.ones(1, 20)), 6, False).cpu()
-    assert found.shape == (1, 6) and bool(((found >= 0) & (found < 20)).all())
+@pytest.mark.parametrize("dtype", HALF)
+def test_greedy_coverage_of_half_precision(dtype: torch.dtype) -> None:
+    features = (torch.randint(2, (1, 63, 16)) * 2.0 - 1).to(dtype)
+    assert torch.equal(*both(greedy_coverage, features, torch.rand(1, 63).round(decimals=1), 20, False))
 
 
 # --- segmented top-k and the move -------------------------------------------------------------------------------------
@@ -411,81 +343,3 @@ def test_redistribute_attention_of_a_row_that_sees_nothing_is_finite() -> None:
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda x: attention_rows.attention_rows(x[:, :, :1], x, 1.0),
-        lambda x: attention_received.attention_received(x, x, 1.0),
-        lambda x: merge.merge(x[0], torch.zeros(2, 5, dtype=torch.int64, device=x.device), 1),
-        lambda x: compact_rows.compact_rows(torch.tensor([[0, 3], [1, 2]], device=x.device), [x[0] * 1, x[0]])[1],
-        lambda x: token_transition.token_transition(x[0], x[0] + 1, x[0], x[0] - 1)[0],
-        lambda x: redistribute_attention.redistribute_attention(
-            x,
-            x,
-            x,
-            torch.ones(1, 5, dtype=torch.int8, device=x.device),
-            None,
-            share=0.6,
-            least_mass=0.0,
-            most_sink=1.0,
-            slack=0.0,
-            scale=1.0,
-        ),
-    ],
-)
-def test_gradients_go_through_the_reference(call: Callable[[Tensor], Tensor]) -> None:
-    x = torch.randn(1, 2, 5, 4, device=DEVICE, requires_grad=True)
-    call(x).sum().backward()
-    assert x.grad is not None
-
-
-# --- layouts and formats that no model has, and no check forbids -----------------------------------------------------
-
-
-def test_arguments_of_any_strides() -> None:
-    features, table = torch.randn(3, 40, 8), torch.tensor([[3, 20], [5, 15], [7, 10]])
-    for first in (table[:, 0], torch.tensor(4).expand(3)):
-        found, expected = both(greedy_diversity, features, 9, "k_center", first, table[:, 1])
-        assert torch.equal(found, expected)
-    query, key, _ = heads(3, 2, 2, 20, 20, 8, torch.float32)
-    for lengths in (table[:, 1], torch.tensor(11).expand(3)):
-        assert_near(*both(attention_received, query, key, 0.3, lengths))
-    target = torch.randint(-1, 4, (40, 3)).t()
-    assert_near(*both(merge, features, target, 4, torch.rand(40, 3).t()))
-
-
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.float64, torch.int8, torch.float16, torch.float8_e4m3fn])
-def test_rows_of_any_format_are_moved(dtype: torch.dtype) -> None:
-    source = torch.randn(2, 9, 3, dtype=torch.float32).mul(50).to(dtype)
-    index = torch.tensor([[8, 0, 3], [1, 2, 5]])
-    (found,) = compact_rows._OP(on_device(index), [on_device(source)])
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[source.element_size()]
-    expected = torch.stack([row[places] for row, places in zip(source.view(bits), index)])
-    assert found.dtype == dtype and torch.equal(found.cpu().view(bits), expected)
-
-
-@pytest.mark.parametrize("name", ["attention_rows", "attention_received"])
-def test_float64_is_taken(name: str) -> None:
-    query, key, _ = heads(2, 2, 1, 5, 33, 8, torch.float64)
-    module = attention_rows if name == "attention_rows" else attention_received
-    assert_near(*both(module, query, key, 0.3, None))
-
-
-def test_outputs_share_no_memory() -> None:
-    tensors = [on_device(torch.randn(1, 5, 16)) for _ in range(4)]
-    torch.library.opcheck(token_transition._OP._op, tuple(tensors), test_utils=("test_schema",))
-
-
-def test_kernels_have_nothing_to_do() -> None:
-    x, keys = torch.randn(2, 2, 0, 4), torch.randn(2, 1, 3, 4)
-    groups = torch.zeros(2, 3, dtype=torch.int8)
-    settings = (None, None, 0.6, 0.1, 0.9, 0.0, 0.5)
-    for given in ((x, keys, keys, groups), (x[:0], keys[:0], keys[:0], groups[:0])):
-        found = redistribute_attention._OP(*[on_device(part) for part in given], *settings)
-        assert found.shape == (*given[0].shape[:3], 4)
-    for rows in (0, 2):
-        scores, quotas = torch.randn(rows, 5), torch.zeros(rows, 2, dtype=torch.int64)
-        found = segmented_topk._OP(on_device(scores), [2, 3], on_device(quotas), 0)
-        assert found.shape == (rows, 0)

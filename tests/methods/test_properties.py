@@ -24,7 +24,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "prumerge": [{"neighbours": 0}, {"neighbours": 3}],
     "prumerge_plus": [{"neighbours": 0}, {"neighbours": 3}],
     "random": [{"seed": 5}],
-    "sparsevlm": [{"heads": 3}],
+    "sparsevlm": [{"heads": 3}, {"version": "v1"}],
     "todre": [{"objective": "k_center"}, {"pivot": "center"}, {"pivot": "random"}],
     "transprune": [{"variant": "paper"}, {"alpha": 0.2}],
     "vflowopt": [{"alpha": -0.7, "cell": 2.5}, {"variant": "paper", "cell": 1.3}, {"recycle": False}],

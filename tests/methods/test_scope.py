@@ -10,7 +10,7 @@ import torch
 from _views import TOWER, make_view
 
 from tokenprune.interfaces.signals import CLS_ATTENTION, TOWER_STATES, Signal
-from tokenprune.kernels.greedy_coverage import cosines, greedy_coverage
+from tokenprune.kernels.greedy_coverage import greedy_coverage
 from tokenprune.methods.scope import Scope
 
 LAYER = TOWER.feature_layer
@@ -52,7 +52,8 @@ def test_equals_plain_greedy_index_for_index_ties_included(rule: str, alpha: flo
         order, kept = method.order(view), method.select(view).indices
         for image in range(2):
             cosine = (states[image] @ states[image].T / 16).double().numpy()
-            truth = plain_order(cosine, (attention[image] ** alpha).double().numpy(), k, rule == "sum")
+            summed = TOWER.num_heads if rule == "sum" else 1  # over heads, as in the code: a scale
+            truth = plain_order(cosine, ((summed * attention[image]) ** alpha).double().numpy(), k, rule == "sum")
             assert order[image].tolist() == truth, seed
             assert kept[image].tolist() == sorted(truth)
 
@@ -63,7 +64,7 @@ def test_without_cls_the_tokens_of_the_decoder_are_covered() -> None:
     features = exact_states(30, torch.Generator().manual_seed(2))
     view = make_view(method, (5, 6), 9, images=2, features=features, tower=tower)
     assert not method.signals(tower)
-    assert torch.equal(method.order(view), greedy_coverage(cosines(features), torch.ones(2, 30), 9))
+    assert torch.equal(method.order(view), greedy_coverage(features, torch.ones(2, 30), 9))
     assert method.notes(tower) and not method.notes(TOWER)
 
 

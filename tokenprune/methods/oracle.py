@@ -1,6 +1,6 @@
 """Keeps the tokens that the answer depends on, as the boxes of a task say: a reference that is told where to look.
 
-Paper: none; it shows the headroom of other methods (our choice throughout).
+Paper: none; a baseline that is told the answer, it shows the headroom of other methods (our choice throughout).
 Official code: none.
 Licence: none needed, written for this library.
 Deviations: none, there is nothing to deviate from. Only tasks that come with boxes can use it.

@@ -1,7 +1,7 @@
 """PruMerge with tokens spread over the picture besides those that stand out (PruMerge+).
 
-Paper, official code and licence: as of `prumerge`. There an evenly spaced list of patches, three of the size of what
-stands out, joins the outliers; about a quarter of all tokens stays.
+Paper, official code and licence: as of `prumerge`, https://arxiv.org/abs/2403.15388. There an evenly spaced list of
+patches, three of the size of what stands out, joins the outliers; about a quarter of all tokens stays.
 
 Here the budget is exact, as tables at equal cost need it: floor(k / 4) tokens, at least one, by attention, and the
 others evenly spaced among those that remain, in raster order (our choice; conventions differ between papers, and the

@@ -36,7 +36,7 @@ from tokenprune.interfaces.pruner import ModelDepths, Pruner, Stage
 from tokenprune.interfaces.selection import Selection, refuse_nan
 from tokenprune.interfaces.signals import INSTRUCTION_ATTENTION, Signal, TowerInfo, summary_attention
 from tokenprune.interfaces.view import View
-from tokenprune.kernels.greedy_coverage import cosines, greedy_preservation
+from tokenprune.methods._preservation import greedy_preservation
 from tokenprune.registry import near, register_method
 
 SCALES = ("mean", "extremes")
@@ -45,7 +45,7 @@ SCHEDULE_OF_28 = (2.0, 281 / 256, 77 / 256)
 
 
 class TimesBudget(Budget):
-    """So many times the budget, rounded down, at least one and at most all."""
+    """So many times the budget, rounded down, at least one and at most all; all where all are asked for."""
 
     def __init__(self, keep: int | float, times: float) -> None:
         super().__init__(keep)
@@ -53,6 +53,8 @@ class TimesBudget(Budget):
 
     def tokens(self, num_tokens: int) -> int:
         wanted = self.keep if isinstance(self.keep, int) else self.keep * num_tokens
+        if wanted >= num_tokens:
+            return num_tokens
         return min(num_tokens, max(1, math.floor(wanted * self._times + 1e-9)))
 
 
@@ -123,9 +125,7 @@ class Tops(Pruner):
         refuse_nan(relevance)
         refuse_nan(view.features)
         by_mean = self.scale == "mean"
-        return greedy_preservation(
-            cosines(view.features), relevance, view.budget, self.diversity, self.coverage, by_mean
-        )
+        return greedy_preservation(view.features, relevance, view.budget, self.diversity, self.coverage, by_mean)
 
     def select(self, view: View) -> Selection:
         return Selection(self.order(view).sort(dim=1).values)

@@ -91,7 +91,7 @@ def run(method: Any, images: list[int], monkeypatch: pytest.MonkeyPatch) -> None
         engine = handle._engine
         for recording in {id(recording): recording for recording, _ in prompt.sources}.values():
             recording.signals = {name: [value.to("meta") for value in rows] for name, rows in recording.signals.items()}
-            recording._pixels = [pixels.to("meta") for pixels in recording._pixels]
+            recording.pixels = [pixels.to("meta") for pixels in recording.pixels]
         with torch.no_grad():
             given = {"inputs_embeds": entering.embeds.to("meta"), "attention_mask": entering.mask.to("meta")}
             elsewhere = CallInputs(given)

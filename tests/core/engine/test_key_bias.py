@@ -3,101 +3,21 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
+from _key_bias import SIZES, TOLERANCE, answer, key_facts, last_of, plain, recomputed, weighed  # noqa: F401
 from _tiny import prompts, tiny_llava
 from masked_reference import compare, decoder_inputs, masked_of, relative_error, run_pruned
-from transformers import DynamicCache
-from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tokenprune
-from tokenprune.interfaces.intervention import Intervention
-from tokenprune.interfaces.pruner import Pruner
-from tokenprune.interfaces.selection import Selection
 from tokenprune.kernels.redistribute_attention import redistribute_attention
-from tokenprune.registry import INTERVENTIONS, METHODS
 from tokenprune.seams import cache_in, cache_name
-from tokenprune.state import kv_cache
 from tokenprune.state.key_bias import biased_key, biased_query, biased_value
-
-TOLERANCE = 1e-5
-SIZES = [3.0, 1.0, 2.0, 5.0, 1.0, 4.0, 2.0, 1.0, 1.0]  # of the tokens that `weighed` keeps
-
-
-@pytest.fixture(autouse=True)
-def weighed():
-    """Keeps every fourth token as it is and says that it stands for so many."""
-
-    @tokenprune.register_method("weighed")
-    @dataclass
-    class Weighed(Pruner):
-        merges: ClassVar[bool] = True
-        default_key_bias: ClassVar[bool] = True
-        weigh: float | None = None
-        """One size for all, in place of SIZES; 0 says no sizes."""
-
-        def select(self, view):
-            step = view.num_tokens // view.budget
-            kept = torch.arange(view.budget) * step
-            sizes = torch.tensor(
-                [SIZES[i % len(SIZES)] if self.weigh is None else self.weigh for i in range(len(kept))]
-            )
-            kept, sizes = kept.expand(view.num_images, -1), sizes.expand(view.num_images, -1)
-            return Selection(kept, view.features[:, kept[0]], sizes=None if self.weigh == 0 else sizes)
-
-    yield Weighed
-    METHODS.unregister("weighed")
-
-
-@pytest.fixture
-def recomputed():
-    """An intervention that computes what the layer does anyway, from what it is given."""
-
-    @tokenprune.register_intervention("recomputed")
-    @dataclass
-    class Recomputed(Intervention):
-        def note(self, entering):
-            return {"visual": entering.visual}
-
-        def attend(self, given):
-            groups = given.query.shape[1] // given.key.shape[1]
-            key, value = (part.repeat_interleave(groups, 1) for part in (given.key, given.value))
-            scores = given.query @ key.transpose(2, 3) * given.scale
-            if given.allowed is not None:
-                scores = scores.masked_fill(~given.allowed[:, None], float("-inf"))
-            return scores.softmax(-1) @ value
-
-    yield Recomputed
-    INTERVENTIONS.unregister("recomputed")
-
-
-def answer(model: Any, batch: dict[str, torch.Tensor], method: Any, **options: Any) -> torch.Tensor:
-    with tokenprune.applied(model, method, **options), torch.no_grad():
-        return model(**batch).logits
-
-
-def last_of(handle: Any) -> Any:
-    return handle.last
-
-
-def key_facts(cache: Any) -> Any:
-    return kv_cache.key_facts(cache)
-
-
-# --- what it equals ---------------------------------------------------------------------------------------------------
-
-
-def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, bias: Any = 0.0) -> torch.Tensor:
-    groups = query.shape[1] // key.shape[1]
-    key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
-    return (query @ key.transpose(2, 3) * scale + bias).softmax(-1) @ value
 
 
 @pytest.mark.parametrize("width", [6, 8, 12, 16, 63, 64, 128])
@@ -334,7 +254,7 @@ def test_without_a_cache_and_with_a_draft():
         assert torch.equal(looked_up, greedy)
 
 
-def test_an_intervention_in_the_same_layers_sees_it(recomputed):
+def test_an_intervention_in_the_same_layers_sees_it(recomputed):  # noqa: F811
     for attention in ("sdpa", "eager"):
         model, batch = tiny_llava(attention=attention), prompts([1, 3, 0, 2])
         alone = run_pruned(model, "weighed@9", None, batch)
@@ -384,125 +304,3 @@ def test_layers_before_the_cut_keep_their_own_attention():
     with tokenprune.applied(model, {"method": "weighed", "at": "layer:2", "keep": 9}):
         names = [layer.self_attn.config._attn_implementation for layer in model.model.language_model.layers]
     assert names[:2] == ["sdpa", "sdpa"] and all(name.startswith("tokenprune") for name in names[2:])
-
-
-def flash_like(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, sliding_window=None, softcap=None,
-               is_causal=None, **kwargs):  # fmt: skip
-    """What a flash function asks for, and computes."""
-    assert module.config._attn_implementation == "flash_attention_like", "it looks up which it is"
-    assert query.shape[-1] == key.shape[-1] == value.shape[-1] and query.shape[-1] % 8 == 0
-    assert attention_mask is None or attention_mask.dim() == 2
-    rows, count = query.shape[2], key.shape[2]
-    allowed = torch.ones(rows, count, dtype=torch.bool).tril(count - rows)[None]
-    if attention_mask is not None:
-        allowed = allowed & attention_mask[:, None, :count].bool()
-        allowed = allowed | torch.eye(count, dtype=torch.bool)[count - rows :] & ~allowed.any(-1, keepdim=True)
-    low = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))[:, None]
-    return plain(query, key, value, scaling, low).transpose(1, 2), None
-
-
-def test_flash_functions_get_it_in_columns():
-    ALL_ATTENTION_FUNCTIONS["flash_attention_like"] = flash_like
-    AttentionMaskInterface.register("flash_attention_like", flash_attention_mask)
-    try:
-        batch = prompts([1, 3, 0, 2])
-        model = tiny_llava()
-        truth = run_pruned(model, "weighed", 9, batch)
-        model.model.language_model.config._attn_implementation = "flash_attention_like"
-        run = run_pruned(model, "weighed", 9, batch)
-    finally:
-        ALL_ATTENTION_FUNCTIONS.pop("flash_attention_like")
-        AttentionMaskInterface._global_mapping.pop("flash_attention_like")
-    assert relative_error(run["logits"], truth["logits"]) < TOLERANCE
-    assert torch.equal(run["tokens"], truth["tokens"])
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["uniform", "fastv", "downsample"])
-def test_methods_that_merge_nothing_refuse_it(name):
-    with pytest.raises(ValueError, match=f"{name} merges none of the decoder's tokens"):
-        tokenprune.apply(tiny_llava(), name, keep=9, key_bias=True)
-    assert not METHODS.get(name)(key_bias=False).biases_keys
-    with pytest.raises(ValueError, match="true or false, got 'yes'"):
-        METHODS.get(name)(key_bias="yes")
-
-
-@pytest.mark.parametrize("name", ["prumerge", "prumerge_plus"])
-def test_methods_that_mix_a_token_into_several_refuse_it(name):
-    with pytest.raises(ValueError, match=f"{name} mixes a token into several"):
-        tokenprune.apply(tiny_llava(), name, keep=9, key_bias=True)
-
-
-def test_a_method_that_does_not_say_its_sizes():
-    model, said = tiny_llava(), "does not say how many each kept one stands for"
-    with tokenprune.applied(model, "weighed", keep=9, weigh=0), pytest.raises(ValueError, match=said):
-        model(**prompts([1]))
-
-
-def test_decoders_that_cannot_have_it():
-    for kind in ("flex_attention", "paged|sdpa"):
-        model = tiny_llava()
-        model.model.language_model.config._attn_implementation = kind
-        with pytest.raises(ValueError, match="key_bias of weighed works with SDPA, eager and flash"):
-            tokenprune.apply(model, "weighed", keep=9)
-        with tokenprune.applied(model, "weighed", keep=9, key_bias=False):
-            pass
-    model = tiny_llava()
-    model.model.language_model.config.attn_logit_softcapping = 50.0
-    with pytest.raises(ValueError, match="caps them afterwards \\(attn_logit_softcapping=50\\)"):
-        tokenprune.apply(model, "weighed", keep=9)
-    model = tiny_llava()
-    model.model.language_model.config._attn_implementation = "flash_attention_2"
-    model.model.language_model.config.head_dim = 256
-    with pytest.raises(ValueError, match="needs heads of 264 numbers"):
-        tokenprune.apply(model, "weighed", keep=9)
-
-
-def test_layers_that_run_past_the_function_are_found():
-    model, batch = tiny_llava(), prompts([1])
-    with tokenprune.applied(model, "weighed", keep=9):
-        attention = model.model.language_model.layers[2].self_attn
-        attention.config._attn_implementation = "sdpa"
-        with pytest.raises(RuntimeError, match="Decoder layer 2 computed its attention past"):
-            model(**batch)
-
-
-def test_a_cache_is_not_continued_without_it():
-    model, batch = tiny_llava(), prompts([1])
-    with torch.no_grad():
-        with tokenprune.applied(model, "weighed", keep=9):
-            cache = cache_in(model(**batch, use_cache=True))
-        more = {
-            "input_ids": torch.tensor([[9]]),
-            "attention_mask": torch.ones(1, batch["input_ids"].shape[1] + 1).long(),
-        }
-        for method in ("uniform", "pool"):
-            with tokenprune.applied(model, method, keep=9), pytest.raises(ValueError, match="holds merged tokens"):
-                model(**more, **{cache_name(): copy.deepcopy(cache)})
-        with tokenprune.applied(model, "pool", keep=9, key_bias=True):
-            model(**more, **{cache_name(): copy.deepcopy(cache)})
-        assert isinstance(cache, DynamicCache) and not math.isnan(float(key_facts(cache).bias[0].sum()))
-
-
-def test_checkpointing_and_attention_maps_are_refused():
-    model, batch = tiny_llava(), prompts([1])
-    with tokenprune.applied(model, "weighed", keep=9):
-        with pytest.raises(ValueError, match="pass key_bias=False to a method that merges"):
-            model(**batch, output_attentions=True)
-        model.train()
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        with pytest.raises(
-            ValueError, match="key_bias of weighed acts in decoder layer 0, which gradient checkpointing"
-        ):
-            model(**batch)
-
-
-def test_gradients_pass_through_it():
-    model, batch = tiny_llava(), prompts([1])
-    with tokenprune.applied(model, "weighed", keep=9):
-        loss = model(**batch, labels=batch["input_ids"]).loss
-        loss.backward()
-    weights = [layer.self_attn.k_proj.weight.grad for layer in model.model.language_model.layers]
-    assert all(grad is not None and grad.isfinite().all() and grad.any() for grad in weights)

@@ -22,6 +22,57 @@ def test_sizes_are_those_of_the_checkpoints(name, billions):
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 3) == billions
 
 
+# CLIP-L/14-336 to its feature layer, its projector and Qwen2-0.5B (0.494) with tied embeddings
+@pytest.mark.parametrize(
+    ("name", "billions"), [("llava-1.5-0.5b", 0.799), ("llava-next-0.5b", 0.799), ("qwen2.5-vl-0.5b", 0.592)]
+)
+def test_sizes_for_a_cpu_keep_the_prompts_of_the_large_ones(name, billions):
+    model = build(name, "bfloat16", "meta")
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 3) == billions
+    large = find_size(name.replace("0.5b", "7b"))
+    assert (find_size(name).picture, find_size(name).budgets) == (large.picture, large.budgets)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_a_size_for_a_cpu_runs_and_can_be_pruned():
+    """Its own configs with few and narrow layers: the decoder is of another kind than those of the 7B sizes."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from tokenprune import apply
+
+    config = dict(find_size("llava-1.5-0.5b").config)
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "image_size": 56}
+    config["vision_config"] = config["vision_config"] | small
+    config["text_config"] = config["text_config"] | {"num_hidden_layers": 2, "vocab_size": 128}
+    settings = {name: value for name, value in config.items() if name != "model_type"}
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("llava", **settings)).eval()
+    sized = SizedModel("tiny-llava-1.5", model)
+    with torch.no_grad(), apply(model, "vtc_cls", 4) as handle:
+        assert model(**sized.inputs(), logits_to_keep=1).logits.isfinite().all()
+        assert list(handle.visual_by_layer[0]) == [4, 4]
+
+
+def test_the_peak_on_a_cpu_is_what_tensors_hold_at_one_time():
+    linear, rows = torch.nn.Linear(256, 1024, bias=False), torch.zeros(64, 256)
+    weights, out = 256 * 1024 * 4, 64 * 1024 * 4
+    with torch.inference_mode():
+        assert end_to_end.peak_mib(linear, lambda: linear(rows)) * 2**20 == weights + out
+        # one after another: what was freed before does not count again; a tensor of before that is freed counts nothing
+        held = [torch.zeros(1 << 22)]
+
+        def two() -> None:
+            held.clear()
+            linear(rows)
+            linear(rows)
+
+        assert end_to_end.peak_mib(linear, two) * 2**20 == weights + out
+        both = end_to_end.peak_mib(linear, lambda: (linear(rows), linear(rows)))
+        assert both * 2**20 == weights + 2 * out
+    tied = torch.nn.ModuleList([linear, torch.nn.Linear(256, 1024, bias=False)])
+    tied[1].weight = linear.weight
+    assert end_to_end.peak_mib(tied, lambda: None) * 2**20 == weights
+
+
 @pytest.mark.parametrize(
     ("name", "more", "visual"),
     [
@@ -90,6 +141,12 @@ def test_end_to_end_writes_a_row_a_method_and_budget(tmp_path):
         held = float(row["kv_mib"] or row["unpruned_kv_mib"])
         assert held == pytest.approx(2 * 2 * 16 * 2 * 16 * 4 * tokens / 2**20, rel=1e-4)
     assert all(float(rows[1][name]) > 0 for name in ("pruned_ms", "ideal_ms", "unpruned_ms", "decode_ms", "tower_ms"))
+    # on a CPU too, and the same in every run: the weights, and what is held beside them
+    weights = sum(p.numel() for p in build("tiny-llava-1.5", "float32", "cpu").parameters()) * 4 / 2**20
+    for row in (rows[1], rows[3]):
+        peak = [float(row[name]) for name in ("ideal_peak_mib", "peak_mib", "unpruned_peak_mib")]
+        assert weights + float(row["kv_mib"]) < min(peak) and max(peak) < 2 * weights + 8
+        assert row["unpruned_peak_mib"] == rows[0]["unpruned_peak_mib"]
 
 
 def test_growth_goes_over_pictures_and_frames(tmp_path):

@@ -130,7 +130,7 @@ def test_the_committed_suite_is_what_the_generator_draws():
     frames = suite.decode(row["image"])
     assert isinstance(frames, list) and len(frames) == 4
     for frame, scene in zip(frames, clip.frames):
-        assert np.array_equal(np.array(frame), suite._grown(scene.image))
+        assert np.array_equal(np.array(frame), suite.grown(scene.image))
 
 
 def test_its_tasks_have_pictures_and_clips():

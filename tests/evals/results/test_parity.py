@@ -184,8 +184,10 @@ def test_tables_name_points_of_their_sweep(name, anywhere):
     for one in config.targets:
         assert (one.method, one.keep, one.options) in points, one
         assert one.task in config.all_tasks or one.task == "lmms:mmbench_en_dev", one
-        assert one.source and one.family and one.unpruned
-        assert 0 < one.value <= 1.02 * one.unpruned, one
+        assert one.source and one.family
+        # some tables of 2026 could be read without their unpruned row
+        assert one.unpruned or one.family in ("TOPS", "ERA"), one
+        assert one.unpruned is None or 0 < one.value <= 1.02 * one.unpruned, one
         assert (one.unit == "points") == (one.task == "lmms:mme")
 
 

@@ -37,8 +37,10 @@ def config(folder: Path, model: str, **changes) -> RunConfig:
 def real_costs(model, inputs, point: Point):
     """What the report of a real prompt counts."""
     with tokenprune.applied(model, point.method, point.keep) as handle:
-        if any("boxes" in stage.pruner.hints for stage in handle.stages):
+        if any("boxes" in stage.pruner.needed_hints for stage in handle.stages):
             handle.set_hints(boxes=[[[0.1, 0.1, 0.4, 0.5]]])
+        if any("frame_scores" in stage.pruner.needed_hints for stage in handle.stages):
+            handle.set_hints(frame_scores=[None])
         with torch.inference_mode():
             model(**inputs)
         return handle.report()

@@ -227,7 +227,7 @@ def test_pocket_means_its_validation_split(monkeypatch):
         (["vflowopt", "--budget", "0.25", "--held-out", "0"], "--held-out must be at least 1, got 0"),
         (["vflowopt", "--budget", "0.25", "--data", "poket"], "Did you mean 'pocket'"),
         (["vflowopt", "--budget", "0.25", "--data", "tests"], "tests holds no questions.jsonl; write one"),
-        (["random", "--budget", "0.25"], "random declares nothing to search. Methods that do: fastv, vflowopt"),
+        (["random", "--budget", "0.25"], "random declares nothing to search. Methods that do: dart, fastv, vflowopt"),
     ],
 )
 def test_refuses_with_a_sentence(argv, says, capsys, tiny_folder, tiny_task, tmp_path, monkeypatch):
