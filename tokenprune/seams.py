@@ -273,14 +273,6 @@ EVALUATION_SEAMS: tuple[Seam, ...] = (
     Seam("transformers:AutoConfig.from_pretrained", "planning a run"),
     Seam("transformers:AutoModelForImageTextToText.from_pretrained", "loading a model"),
     Seam("transformers:AutoProcessor.from_pretrained", "loading a processor"),
-    Seam(
-        "transformers.models.clip.modeling_clip:CLIPModel",
-        "relevance by CLIP's text tower",
-        ("text_model", "vision_model", "text_projection", "visual_projection"),
-    ),
-    Seam(
-        "transformers.models.clip.modeling_clip:CLIPVisionModel", "relevance by CLIP's text tower", ("post_layernorm",)
-    ),
     Seam("transformers:StoppingCriteria.__call__", "timing decode steps", ("input_ids", "scores")),
     Seam("transformers:StoppingCriteriaList", "timing decode steps"),
     Seam("transformers:BatchFeature", "videos without torchvision"),

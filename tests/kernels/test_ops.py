@@ -229,7 +229,6 @@ def test_nothing_to_do_is_done(batch: int) -> None:
     assert redistribute_attention._OP(x, keys, keys, groups, *settings).shape == (batch, 2, 0, 4)
     none = torch.randn(batch, 2, 3, 4)[:0]
     assert redistribute_attention._OP(none, keys[:0], keys[:0], groups[:0], *settings).shape == (0, 2, 3, 4)
-    assert greedy_coverage._OP(torch.randn(0, 5, 5), torch.randn(0, 5), 2, False).shape == (0, 2)
     assert greedy_diversity._OP(torch.randn(0, 5, 4), 2, "k_center", None, None).shape == (0, 2)
     assert greedy_coverage._OP(torch.randn(0, 5, 4), torch.ones(0, 5), 2, False).shape == (0, 2)
     assert merge._OP(torch.randn(batch, 5, 4), torch.full((batch, 5), -1), 0, None).shape == (batch, 0, 4)

@@ -89,7 +89,7 @@ def test_equals_the_card_ties_included(source: str, alpha: float, beta: float, r
         method = Fsr(relevance=source, alpha=alpha, beta=beta, rho=rho, kappa=kappa)
         view = make_view(
             method, grid, k, images=2, features=features, signals={Signal(CLS_ATTENTION, LAYER): attention},
-            hints={"relevance": hint.tolist()},
+            hints={"relevance": list(hint)},
         )  # fmt: skip
         found = method.select(view).validate(2, n)
         assert found.features is not None and found.sizes is not None
@@ -163,7 +163,7 @@ def test_moved_and_stretched_numbers_are_the_same_numbers() -> None:
     for stretch, shift in ((1, 0), (4, 2)):
         view = make_view(
             method, (5, 6), 11, images=2, signals={Signal(CLS_ATTENTION, LAYER): stretch * attention + shift},
-            hints={"relevance": (stretch * hint - shift).tolist()},
+            hints={"relevance": list(stretch * hint - shift)},
         )  # fmt: skip
         kept.append(method.select(view))
     assert torch.equal(kept[0].indices, kept[1].indices) and torch.equal(kept[0].features, kept[1].features)
@@ -173,7 +173,7 @@ def test_reports_say_what_stands_in() -> None:
     no_cls = dataclasses.replace(TOWER, has_cls=False)
     for source, notes in (("embedding", [1, 2]), ("hint", [0, 1]), ("none", [0, 1])):
         assert [len(Fsr(relevance=source).notes(tower)) for tower in (TOWER, no_cls)] == notes
-    assert Fsr(relevance="hint").hints == ("relevance",) and not Fsr().hints
+    assert Fsr(relevance="hint").needed_hints == ("relevance",) and not Fsr().needed_hints
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,12 @@
 
 - "embedding": cosine of each token with the mean embedding of the text behind the last visual token, from the
   decoder's table of embeddings. An extension of ours, for models without a text tower in the space of the pictures.
-- "hint": numbers that the caller has, one list of N for each image (`tokenprune.clip_relevance` makes such).
+- "hint": numbers that the caller has, `handle.set_hints(relevance=[...])`, for each image or video one list with a
+  number for each of its tokens, crop after crop (`tokenprune.clip_relevance` makes such).
 - "none": the question is not read.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from tokenprune.registry import near
 SOURCES = ("embedding", "hint", "none")
 SIGNALS = {"embedding": (Signal(INSTRUCTION_EMBEDDING, 0),)}
 HINTS = {"hint": ("relevance",)}
+TOKEN_HINTS = ("relevance",)
 NOTES = {"embedding": ("extension: relevance by the decoder's own embeddings, not by CLIP's text tower",)}
 
 
@@ -36,19 +36,11 @@ def relevance_of(source: str, view: View) -> Tensor | None:
     if source == "none":
         return None
     if source == "hint":
-        values = torch.stack([_given(value, view) for value in view.hints["relevance"]])
+        values = torch.stack([value.to(view.features.device) for value in view.hints["relevance"]])
     else:
         text = normalize(view.signal(INSTRUCTION_EMBEDDING, 0), dim=1)  # [M, D]
-        values = (normalize(view.features.float(), dim=2) @ text[:, :, None])[..., 0]
+        unit = normalize(view.features.float(), dim=2)
+        # one image at a time: the same bits in any batch
+        values = torch.stack([(one @ words[:, None])[:, 0] for one, words in zip(unit, text, strict=True)])
     refuse_nan(values)
     return values
-
-
-def _given(value: Any, view: View) -> Tensor:
-    numbers = torch.as_tensor(value, dtype=torch.float32, device=view.features.device).flatten()
-    if len(numbers) != view.num_tokens:
-        raise ValueError(
-            f"set_hints(relevance=...) must give one number for each of an image's {view.num_tokens} tokens, got "
-            f"{len(numbers)}."
-        )
-    return numbers

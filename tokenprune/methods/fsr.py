@@ -13,7 +13,7 @@ each by that one, with phi for weights; focus tokens stay as they are.
 Our choices, and deviations:
 - Relevance by the option `relevance`: "embedding" (an extension, labelled in reports), "hint" (published: CLIP's text
   tower, `tokenprune.clip_relevance`), or "none", as published for Qwen2.5-VL. The text says cosine and cites CDPruner,
-  whose code takes minus the cosine: `clip_relevance` gives the latter, and the other with sign=1.
+  whose code takes minus the cosine, as `clip_relevance` does: negate its numbers for the other reading.
 - The product of relevance and saliency; one of the notes has a sum.
 - Tokens are compared and merged as the decoder gets them, since what is merged goes there; saliency is [CLS]'s
   attention in the feature layer, without [CLS] the attention that patches receive. The text names neither.
@@ -38,7 +38,7 @@ from tokenprune.interfaces.signals import Signal, TowerInfo, summary_attention
 from tokenprune.interfaces.view import View
 from tokenprune.kernels.greedy_coverage import cosines
 from tokenprune.kernels.merge import merge
-from tokenprune.methods._relevance import HINTS, NOTES, SIGNALS, check_source, relevance_of
+from tokenprune.methods._relevance import HINTS, NOTES, SIGNALS, TOKEN_HINTS, check_source, relevance_of
 from tokenprune.registry import register_method
 
 
@@ -56,6 +56,7 @@ class Fsr(Pruner):
 
     text_aware: ClassVar[bool] = True
     merges: ClassVar[bool] = True
+    token_hints: ClassVar[tuple[str, ...]] = TOKEN_HINTS
     published: ClassVar[str] = "arXiv 2602.05809, no official code"
     reproduces: ClassVar[str] = (
         "LLaVA-1.5-7B at 64 of 576: 96.1 % of the unpruned average of 9 benchmarks (arXiv 2602.05809), with CLIP's "
@@ -78,7 +79,7 @@ class Fsr(Pruner):
             raise ValueError(f"rho must be a share of the sum of phi, from 0 to 1, got {self.rho!r}.")
 
     @property
-    def hints(self) -> tuple[str, ...]:  # type: ignore[override]
+    def needed_hints(self) -> tuple[str, ...]:
         return HINTS.get(self.relevance, ())
 
     def signals(self, tower: TowerInfo) -> tuple[Signal, ...]:
@@ -99,7 +100,9 @@ class Fsr(Pruner):
 
     def select(self, view: View) -> Selection:
         refuse_nan(view.features)
-        phi, table, k = self.phi(view), cosines(view.features), view.budget
+        # one image at a time: the same bits in any batch
+        table = torch.cat([cosines(one) for one in view.features.split(1)])
+        phi, k = self.phi(view), view.budget
         ranked = phi.sort(dim=1, descending=True, stable=True)
         mass = ranked.values.cumsum(dim=1)
         in_focus = ((mass < self.rho * mass[:, -1:]).sum(dim=1, keepdim=True) + 1).clamp_max(k)  # [M, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def cells() -> list[tuple[str, str, str, str]]:
     return found
 
 
-MERGING = {"fsr": {"rho": 0.3}}
+MERGING: dict[str, dict[str, Any]] = {"fsr": {"rho": 0.3}}
 """Options with which a method merges on pictures of so few tokens, where its defaults do not."""
 
 
