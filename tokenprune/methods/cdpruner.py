@@ -37,11 +37,11 @@ from torch.nn.functional import normalize
 
 from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.selection import Selection, refuse_nan
-from tokenprune.interfaces.signals import INSTRUCTION_EMBEDDING, Signal, TowerInfo
+from tokenprune.interfaces.signals import Signal, TowerInfo
 from tokenprune.interfaces.view import View
-from tokenprune.registry import near, register_method
+from tokenprune.methods._relevance import HINTS, NOTES, SIGNALS, TOKEN_HINTS, check_source, relevance_of
+from tokenprune.registry import register_method
 
-RELEVANCE = ("embedding", "hint", "none")
 _WHOLE = 4096  # tokens; of more, rows of the kernel are computed when they are chosen: N^2 numbers are 600 MB of 12288
 _LEAST = 1e-5  # of what is outside of the span, squared: below it, rounding is all that is left
 
@@ -56,7 +56,7 @@ class CdPruner(Pruner):
     """
 
     text_aware: ClassVar[bool] = True
-    token_hints: ClassVar[tuple[str, ...]] = ("relevance",)
+    token_hints: ClassVar[tuple[str, ...]] = TOKEN_HINTS
     published: ClassVar[str] = "arXiv 2506.10967, Theia-4869/CDPruner"
     reproduces: ClassVar[str] = (
         "LLaVA-1.5-7B at 64 of 576: 95.7 % of the unpruned average of 9 benchmarks (via arXiv 2602.05809), with CLIP's "
@@ -67,36 +67,23 @@ class CdPruner(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.relevance not in RELEVANCE:
-            raise ValueError(
-                f"relevance must be one of {', '.join(RELEVANCE)}, got {self.relevance!r}."
-                f"{near(self.relevance, RELEVANCE)}"
-            )
+        check_source(self.relevance)
 
     @property
     def needed_hints(self) -> tuple[str, ...]:
-        return ("relevance",) if self.relevance == "hint" else ()
+        return HINTS.get(self.relevance, ())
 
     def signals(self, tower: TowerInfo) -> tuple[Signal, ...]:
-        return (Signal(INSTRUCTION_EMBEDDING, 0),) if self.relevance == "embedding" else ()
+        return SIGNALS.get(self.relevance, ())
 
     def notes(self, tower: TowerInfo) -> tuple[str, ...]:
-        if self.relevance == "embedding":
-            return ("extension: relevance by the decoder's own embeddings, not by CLIP's text tower",)
-        return ()
+        return NOTES.get(self.relevance, ())
 
     def scores(self, view: View) -> Tensor:
         """r, `[M, N]` fp32 in (0, 1]."""
-        if self.relevance == "none":
+        values = relevance_of(self.relevance, view)
+        if values is None:
             return torch.ones_like(view.features[..., 0], dtype=torch.float32)
-        if self.relevance == "hint":
-            values = torch.stack([value.to(view.features.device) for value in view.hints["relevance"]])
-        else:
-            text = normalize(view.signal(INSTRUCTION_EMBEDDING, 0), dim=1)  # [M, D]
-            unit = normalize(view.features.float(), dim=2)
-            # one image at a time: the same bits in any batch
-            values = torch.stack([(one @ words[:, None])[:, 0] for one, words in zip(unit, text, strict=True)])
-        refuse_nan(values)
         low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
         return torch.where(high > low, (values - low + 1e-6) / (high - low).clamp_min(1e-12), 1.0)
 
