@@ -80,7 +80,7 @@ class QwenTower(VisionTower):
         self.module, self.blocks, self.exit = module, module.blocks, module.merger
         self._vision, self._extra = vision, extra
         merge = vision.spatial_merge_size
-        self.patches_per_cell = merge**2
+        self.patches_per_cell, self.moments = merge**2, vision.temporal_patch_size
         self.facts = TowerInfo(
             num_layers=vision.depth,
             feature_layer=vision.depth - 1,

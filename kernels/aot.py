@@ -27,6 +27,7 @@ from tokenprune.kernels import (
     attention_received,
     attention_rows,
     compact_rows,
+    greedy_coverage,
     greedy_diversity,
     merge,
     redistribute_attention,
@@ -89,6 +90,14 @@ def _greedy(count: int, objective: str) -> Callable[..., object]:
     return lambda dtype: greedy_diversity.launch(_new(1, count, 4096, dtype=dtype), 64, objective, None, None)
 
 
+def _coverage(count: int, add: bool) -> Callable[..., object]:
+    def make(dtype: torch.dtype) -> object:
+        weights = _new(1, count, dtype=torch.float32)
+        return greedy_coverage.launch(_new(1, count, 1024, dtype=dtype), weights, 64, add)
+
+    return make
+
+
 def _topk(sizes: list[int], quotas: bool) -> Callable[..., object]:
     def make(dtype: torch.dtype) -> object:
         wanted = _new(1, len(sizes), dtype=torch.int64) if quotas else None
@@ -127,6 +136,9 @@ CASES = (
     Case("attention_rows", "last token, Qwen2-7B", _rows(28, 4, 1, 3000, 128, True)),
     Case("attention_received", "CLIP-L/14-336", _received(16, 577, 64)),
     Case("attention_received", "width 72, SigLIP", _received(16, 729, 72)),
+    Case("greedy_coverage", "product, 576", _coverage(576, False), (torch.float32,)),
+    Case("greedy_coverage", "sum, 2880", _coverage(2880, True), (torch.float32,)),
+    Case("greedy_coverage", "product, 16384", _coverage(16384, False), (torch.float32,)),
     Case("greedy_diversity", "max-sum, 576", _greedy(576, "max_sum"), (torch.float32,)),
     Case("greedy_diversity", "k-center, 2880", _greedy(2880, "k_center"), (torch.float32,)),
     Case("greedy_diversity", "k-center, 16384", _greedy(16384, "k_center"), (torch.float32,)),

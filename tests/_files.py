@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from tokenprune.methods.fitprune import FitPrune
 from tokenprune.methods.gtc import CONFIG, WEIGHTS, Gtc, new_student
 from tokenprune.methods.sd_rpn import SdRpn
 
@@ -38,8 +39,10 @@ def give_default(method: Any, option: str, value: Any) -> None:
 
 
 def give_files() -> None:
-    """Let `Gtc()` be made without a student, and `SdRpn()` without a branch: it takes the model's own layers."""
+    """Let `Gtc()` be made without a student, `SdRpn()` without a branch: it takes the model's own layers, and
+    `FitPrune()` without a schedule."""
     give_default(SdRpn, "branch", "own")
+    give_default(FitPrune, "schedule", [6, 9, 4, 2])
     give_default(Gtc, "student", student())
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from _imports import imports, sources
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("kernels", "hooks", "seams", "registry", "cost", "evals.statistics", "evals.errors"),
+    ("kernels", "hooks", "seams", "registry", "cost", "relevance", "evals.statistics", "evals.errors"),
     ("wrappers", "interfaces"),
     ("state", "plan", "adapters", "methods", "interventions"),
     ("capture",),

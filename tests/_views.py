@@ -81,7 +81,8 @@ def make_view(
         for signal in method.signals_at(tower, method.site, depth)
     }
     known: dict[str, list[Any]] = {"boxes": [random_boxes(generator) for _ in range(images)]}
-    known["relevance"] = torch.rand(images, count, generator=generator).tolist()
+    known["relevance"] = list(torch.rand(images, count, generator=generator))
+    known["frame_scores"] = [[index % 5 / 4, 0.5] for index in range(images)]
     keys = torch.randint(-(2**62), 2**62, (images,), generator=generator)
     view = View(
         features=features,

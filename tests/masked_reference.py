@@ -311,7 +311,9 @@ def example_hints(method: Any, images: int) -> dict[str, list[Any]]:
         "boxes": [
             [[0.1, 0.2, 0.3, 0.5]] if i % 2 == 0 else [[0.6, 0.1, 0.9, 0.2], [0.0, 0.8, 0.1, 1.0]]
             for i in range(images)
-        ]
+        ],
+        # as many as make whole frames of any small video
+        "frame_scores": [[(5 * i + 3 * image) % 11 / 11 for i in range(12)] for image in range(images)],
     }
     return {name: known[name] for name in method.hints}
 
@@ -355,8 +357,8 @@ def run_pruned(model: Any, method: Any, keep: Any, batch: dict[str, Tensor], tok
         "adapter": adapter,
         "layout": prompt.layout,
         "policies": {stage.site: stage.pruner.positions for stage in handle.stages},
-        "merges": any(stage.pruner.merges for stage in handle.stages),
-        "exact": not any(stage.place == "vision" for stage in handle.stages),
+        "merges": any(stage.pruner.is_merging for stage in handle.stages),
+        "exact": all(stage.after_block is None for stage in handle.stages),
         "cuts": cuts,
         "sizes": sizes,
         "full_mask": batch["attention_mask"],

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from tokenprune.registry import register_intervention as register_intervention
     from tokenprune.registry import register_method as register_method
     from tokenprune.registry import register_model as register_model
+    from tokenprune.relevance import clip_relevance as clip_relevance
 
 # The public names and their modules. They load on first use, so that `tokenprune --help` and `ls` never import torch.
 _public = {
@@ -58,6 +59,7 @@ _public = {
     "Visual": "tokenprune.interfaces.visual",
     "applied": "tokenprune.api",
     "apply": "tokenprune.api",
+    "clip_relevance": "tokenprune.relevance",
     "list_interventions": "tokenprune.registry",
     "list_methods": "tokenprune.registry",
     "list_models": "tokenprune.registry",

@@ -75,7 +75,7 @@ class Prepared:
         self.model, self.adapter, self.stages, self.label = model, adapter, stages, spec.label
         self._engine = Engine(adapter, stages, spec.interventions, outputs)
         check_decoder_reads(adapter, stages, tuple(self._engine.attending.layers))
-        inside = any(stage.place in ("vision", "layer") for stage in stages)
+        inside = any(stage.place == "layer" or stage.after_block is not None for stage in stages)
         self._guards = Guards(adapter, spec.label, inside, bool(self._engine.attending))
         vision = adapter.vision
         self._links = Links(adapter.model, [*adapter.layers, *vision.blocks, *vision.exits])

@@ -62,7 +62,7 @@ def _most_allocated(work: Callable[[], Any]) -> int:
     changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
     held = most = 0
     for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+        held += event.nbytes()  # type: ignore[attr-defined]
         most = max(most, held)
     return most
 

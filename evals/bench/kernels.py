@@ -27,6 +27,7 @@ from tokenprune.kernels import (
     attention_received,
     attention_rows,
     compact_rows,
+    greedy_coverage,
     greedy_diversity,
     merge,
     redistribute_attention,
@@ -101,6 +102,12 @@ def _greedy(s: Shape) -> Call:
     return Call(greedy_diversity, (features, s.keep, "k_center", first, None), 2 * pairs * s.width, 4 * pairs)
 
 
+def _coverage(s: Shape) -> Call:
+    features, pairs = s.new(s.batch, s.tokens, s.width), s.batch * s.tokens**2
+    weights = torch.rand(s.batch, s.tokens, device=s.device)
+    return Call(greedy_coverage, (features, weights, s.keep, False), 2 * pairs * s.width, 12 * pairs)
+
+
 def _topk(s: Shape) -> Call:
     sizes = [s.tokens // 4] * 4
     scores = s.new(s.batch, sum(sizes), dtype=torch.float32)
@@ -141,6 +148,7 @@ def _redistribute(rows: int) -> Callable[[Shape], Call]:
 CALLS: dict[str, Callable[[Shape], Call]] = {
     "attention_rows": _rows,
     "attention_received": _received,
+    "greedy_coverage": _coverage,
     "greedy_diversity": _greedy,
     "segmented_topk": _topk,
     "compact_rows": _compact,

@@ -107,7 +107,7 @@ def estimate(model: Outline, point: Point, seed: int = 0) -> Estimate:
     """
     stages = () if point.method == NONE else plan_for(model.adapter, method_of(point, seed))
     # a raster of merged tokens has as many as fit in rows and columns
-    at_most = any(stage.pruner.is_adaptive or stage.pruner.merges for stage in stages)
+    at_most = any(stage.pruner.is_adaptive or stage.pruner.is_merging for stage in stages)
     return Estimate(_flops(model, stages), _flops(model, ()), stages, at_most)
 
 
@@ -130,12 +130,12 @@ def _flops(model: Outline, stages: Sequence[Stage]) -> cost.Flops:
 def _tower_work(adapter: Adapter, visual: Visual, stages: Sequence[Stage]) -> TowerWork:
     """What the vision tower has to do if every cut before the projector leaves exactly its budget."""
     vision, grids = adapter.vision, visual.tower_grids
-    shrink = next((stage for stage in stages if stage.place == "pixels"), None)
+    shrink = next((stage for stage in stages if stage.place == "pixels" and stage.after_block is None), None)
     if shrink is not None:
         rows, cols = visual.rasters[0].grid
         small = shrink.pruner.target_grid((rows, cols), shrink.budget.tokens(rows * cols))
         grids = (small,) * len(visual.rasters)
-    cuts = {stage.depth: stage for stage in stages if stage.place == "vision"}
+    cuts = {stage.after_block: stage for stage in stages if stage.after_block is not None}
     counts = [rows * cols for rows, cols in grids]
     if not cuts:
         return TowerWork(grids, left=sum(counts))

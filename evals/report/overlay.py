@@ -135,7 +135,7 @@ def _draw_view(view: SeenView, point: Point, images: list[list[int]]) -> Image.I
     start, count = raster.start, raster.num_tokens
     kept = [index - start for index in images[visual] if start <= index < start + count]
     pruners = [METHODS.get(split_name(part)[0]) for part in pruner_parts(point.method)]
-    if any(pruner.site == "pixels" for pruner in pruners) and 0 < len(kept) < count:
+    if any(pruner.site == "pixels" and not pruner.cuts_pixels for pruner in pruners) and 0 < len(kept) < count:
         # nothing is dropped: the whole picture is seen, with fewer pixels
         small = square_grid(len(kept), picture.size) if _has_raster(len(kept), picture.size) else raster.grid
         return shrunk(picture, small, picture.size[0] // raster.grid[1])

@@ -29,7 +29,7 @@ def _pooled(name: str, method: str, layout: str) -> bool:
     """Whether a method would cut inside the tower what is interpolated or pooled behind it."""
     return (
         name.startswith("llava")
-        and METHODS.get(method).site == "vision"
+        and (METHODS.get(method).site == "vision" or METHODS.get(method).cuts_pixels)
         and layout.startswith(("mixed", "interpolated"))
     )
 

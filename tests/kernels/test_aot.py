@@ -47,14 +47,20 @@ def test_the_record_holds_every_kernel_in_every_dtype_for_both_architectures() -
 
 
 def test_little_spills_on_sm_90_and_docs_say_what() -> None:
-    """A row of 16384 scores is 32 of them a thread; text rows of seven heads keep four sums and three vectors each."""
+    """A row of 16384 scores is 32 of them a thread, of gains four times that; text rows of seven heads keep four sums
+    and three vectors each."""
     spilled = {
         (row["op"], row["case"]): int(row["spill_bytes"])
         for row in recorded()
         if row["arch"] == "sm_90" and row["spill_bytes"] != "0"
     }
-    assert set(spilled) <= {("segmented_topk", "one of 16384"), ("redistribute_attention", "48 text rows, Qwen2-7B")}
-    assert max(spilled.values()) <= 24
+    most = {
+        ("segmented_topk", "one of 16384"): 24,
+        ("redistribute_attention", "48 text rows, Qwen2-7B"): 24,
+        ("greedy_coverage", "product, 16384"): 560,
+    }
+    assert set(spilled) <= set(most)
+    assert all(count <= most[case] for case, count in spilled.items())
 
 
 def test_every_kernel_is_among_the_cases() -> None:

@@ -20,6 +20,7 @@ from tokenprune.kernels import (
     attention_received,
     attention_rows,
     compact_rows,
+    greedy_coverage,
     greedy_diversity,
     merge,
     redistribute_attention,
@@ -41,6 +42,7 @@ def examples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     return {
         "attention_rows": (attention_rows, (x[:, :, :2], half, 0.3, None)),
         "attention_received": (attention_received, (x, half, 0.3, torch.tensor([9, 4]))),
+        "greedy_coverage": (greedy_coverage, (wide, flags.float(), 4, False)),
         "greedy_diversity": (greedy_diversity, (wide, 4, "k_center", None, None)),
         "segmented_topk": (segmented_topk, (wide[..., 0], [4, 5], quotas, 3)),
         "compact_rows": (compact_rows, (index, [wide, flags])),
@@ -88,7 +90,9 @@ def leaves(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
 
-@pytest.mark.parametrize("name", ["attention_rows", "attention_received", "greedy_diversity", "redistribute_attention"])
+@pytest.mark.parametrize(
+    "name", ["attention_rows", "attention_received", "greedy_coverage", "greedy_diversity", "redistribute_attention"]
+)
 def test_the_formula_counts_what_the_reference_multiplies(name: str) -> None:
     module, args = examples()[name]
     counts = []
@@ -226,6 +230,7 @@ def test_nothing_to_do_is_done(batch: int) -> None:
     none = torch.randn(batch, 2, 3, 4)[:0]
     assert redistribute_attention._OP(none, keys[:0], keys[:0], groups[:0], *settings).shape == (0, 2, 3, 4)
     assert greedy_diversity._OP(torch.randn(0, 5, 4), 2, "k_center", None, None).shape == (0, 2)
+    assert greedy_coverage._OP(torch.randn(0, 5, 4), torch.ones(0, 5), 2, False).shape == (0, 2)
     assert merge._OP(torch.randn(batch, 5, 4), torch.full((batch, 5), -1), 0, None).shape == (batch, 0, 4)
 
 

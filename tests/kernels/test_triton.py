@@ -14,6 +14,7 @@ from tokenprune.kernels import (
     attention_received,
     attention_rows,
     compact_rows,
+    greedy_coverage,
     greedy_diversity,
     merge,
     redistribute_attention,
@@ -174,6 +175,50 @@ def test_greedy_diversity(objective: str, images: int, count: int, k: int, ragge
 def test_greedy_diversity_of_half_precision(dtype: torch.dtype) -> None:
     features = (torch.randint(2, (1, 63, 16)) * 2.0 - 1).to(dtype)
     assert torch.equal(*both(greedy_diversity, features, 20, "k_center", None, None))
+
+
+# --- greedy coverage --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize(("images", "count", "k"), [(2, 1, 1), (3, 23, 23), (2, 63, 40), (1, 300, 10)])
+def test_greedy_coverage(images: int, count: int, k: int, add: bool) -> None:
+    # entries of +-1 in 16 dimensions: cosines and their sums are exact, so ties are, and every choice must agree
+    features = torch.randint(2, (images, count, 16)) * 2.0 - 1
+    features[:, ::7] = 0
+    weights = torch.randint(-3, 9, (images, count)).clamp_min(0) / 8  # many of 0: at last gains and weights decide
+    found, expected = both(greedy_coverage, features, weights, k, add)
+    assert torch.equal(found, expected)
+    table = greedy_coverage.cosines(features)
+    assert torch.equal(greedy_coverage._batched(table, weights, k, add), expected)
+
+
+@pytest.mark.parametrize("case", ["alike", "opposite", "no weights", "strides"])
+def test_greedy_coverage_where_nothing_is_gained(case: str) -> None:
+    features, weights = torch.ones(2, 40, 16), torch.randint(5, (2, 40)) / 4
+    if case == "opposite":
+        features[:, 20:] = -1
+    elif case == "no weights":
+        features, weights = torch.randint(2, (2, 40, 16)) * 2.0 - 1, torch.zeros(2, 40)
+    elif case == "strides":
+        features, weights = features.transpose(0, 1).contiguous().transpose(0, 1), torch.ones(1).expand(2, 40)
+    found, expected = both(greedy_coverage, features, weights, 40, False)
+    assert torch.equal(found, expected) and torch.equal(found.sort(1).values, torch.arange(40).expand(2, -1))
+
+
+def test_greedy_coverage_of_nan_ends() -> None:
+    """Features that are no numbers cannot be seen on a device: the choice means nothing, but it is within range."""
+    features, weights = torch.randn(1, 40, 16), torch.rand(1, 40)
+    features[0, 3] = torch.nan
+    for add in (True, False):
+        chosen = greedy_coverage.launch(on_device(features), on_device(weights), 9, add)
+        assert bool(((chosen >= 0) & (chosen < 40)).all())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_greedy_coverage_of_half_precision(dtype: torch.dtype) -> None:
+    features = (torch.randint(2, (1, 63, 16)) * 2.0 - 1).to(dtype)
+    assert torch.equal(*both(greedy_coverage, features, torch.rand(1, 63).round(decimals=1), 20, False))
 
 
 # --- segmented top-k and the move -------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from _views import make_view
 from tokenprune.interfaces.budget import Budget
 from tokenprune.interfaces.pruner import ModelDepths
 from tokenprune.interfaces.signals import CLS_ATTENTION, Signal
-from tokenprune.methods._coverage import cosines, greedy_preservation
+from tokenprune.kernels.greedy_coverage import cosines
+from tokenprune.methods._preservation import _batched, greedy_preservation
 from tokenprune.methods.tops import Tops
 
 
@@ -67,13 +68,13 @@ def test_special_cases_of_the_card() -> None:
     draw = torch.Generator().manual_seed(0)
     features, r = torch.randn(1, 30, 8, generator=draw), torch.rand(1, 30, generator=draw)
     table = cosines(features)
-    assert greedy_preservation(table, r, 9, 0, 0)[0].tolist() == r[0].topk(9).indices.tolist()
-    assert sorted(greedy_preservation(table, r, 30, 0.5, 0.5)[0].tolist()) == list(range(30))
-    one = greedy_preservation(table, r, 12, 0.5, 0.5)
-    assert torch.equal(one, greedy_preservation(table, 8 * r, 12, 0.5, 0.5)), "relevance has no scale"
-    assert torch.equal(greedy_preservation(table, r, 20, 0.5, 0.5)[:, :12], one), "nested"
+    assert greedy_preservation(features, r, 9, 0, 0)[0].tolist() == r[0].topk(9).indices.tolist()
+    assert sorted(greedy_preservation(features, r, 30, 0.5, 0.5)[0].tolist()) == list(range(30))
+    one = greedy_preservation(features, r, 12, 0.5, 0.5)
+    assert torch.equal(one, greedy_preservation(features, 8 * r, 12, 0.5, 0.5)), "relevance has no scale"
+    assert torch.equal(greedy_preservation(features, r, 20, 0.5, 0.5)[:, :12], one), "nested"
     # farthest points, where relevance says nothing
-    chosen = greedy_preservation(table, torch.ones(1, 30), 10, 0.5, 0)[0].tolist()
+    chosen = greedy_preservation(features, torch.ones(1, 30), 10, 0.5, 0)[0].tolist()
     for step in range(1, 10):
         far = {i: max(float(table[0, i, j]) for j in chosen[:step]) for i in range(30) if i not in chosen[:step]}
         assert chosen[step] == min(far, key=lambda i: (far[i], i))
@@ -81,7 +82,7 @@ def test_special_cases_of_the_card() -> None:
 
 def test_copies_of_a_kept_token_come_last() -> None:
     features = torch.eye(4).repeat_interleave(2, 0)[None]
-    order = greedy_preservation(cosines(features), torch.ones(1, 8), 8, 0.5, 0.5)[0]
+    order = greedy_preservation(features, torch.ones(1, 8), 8, 0.5, 0.5)[0]
     assert sorted((order[:4] // 2).tolist()) == [0, 1, 2, 3]
 
 
@@ -105,3 +106,52 @@ def test_one_stage_and_tiny_budgets() -> None:
     assert [stage.budget.tokens(576) for stage in Tops().stages(Budget(500), depths)] == [576, 500, 125]
     with pytest.raises(ValueError, match="diversity"):
         Tops(diversity=-0.1)
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_gains_kept_up_to_date_are_gains_taken_anew(mean: bool) -> None:
+    """Many steps over more rows than one block, also with copies and opposites."""
+    for seed in range(12):
+        draw = torch.Generator().manual_seed(seed)
+        features = torch.randn(2, 300, 24, generator=draw)
+        if seed % 2:  # copies and opposites
+            features[:, 150:] = (
+                features[:, :150] * torch.tensor([1.0, -2.0])[torch.randint(2, (150, 1), generator=draw)]
+            )
+        r = torch.rand(2, 300, generator=draw)
+        chosen = greedy_preservation(features, r, 120, 0.5, 0.5, mean)
+        table = cosines(features)
+        for image in range(2):
+            # each choice has the highest score, all three terms anew, up to rounding
+            x, order = table[image].double(), chosen[image].tolist()
+            for step in (1, 2, 60, 119):
+                left = torch.ones(300, dtype=torch.bool)
+                left[order[:step]] = False
+                m = x[order[:step]].amax(0)
+                cov = (x - m[:, None]).clamp_min(0)[left].sum(0)
+                terms = []
+                for values in (r[image].double(), (1 - m).clamp_min(0), cov):
+                    own = values[left]
+                    terms.append(own / own.mean() if mean else (own - own.min()) / (own.max() - own.min()))
+                score = terms[0] + 0.5 * terms[1] + 0.5 * terms[2]
+                won = score[left.nonzero()[:, 0].tolist().index(order[step])]
+                assert float(won) > float(score.max()) - 1e-5
+        if seed % 2 == 0:
+            assert torch.equal(_batched(table, r, 120, 0.5, 0.5, mean), chosen)
+
+
+@pytest.mark.parametrize("case", ["alike", "zeros", "opposite", "no relevance"])
+@pytest.mark.parametrize("mean", [True, False])
+def test_features_that_say_nothing(case: str, mean: bool) -> None:
+    features, r = torch.ones(1, 12, 4), torch.arange(12.0)[None].flip(1)
+    if case == "zeros":
+        features = torch.zeros(1, 12, 4)
+    elif case == "opposite":
+        features[:, ::2] = -1
+    elif case == "no relevance":
+        r = torch.zeros(1, 12)
+    order = greedy_preservation(features, r, 12, 0.5, 0.5, mean)
+    assert sorted(order[0].tolist()) == list(range(12))
+    assert torch.equal(order, _batched(cosines(features), r, 12, 0.5, 0.5, mean))
+    if case != "opposite":
+        assert order[0].tolist() == list(range(12)), "by relevance, then by index"

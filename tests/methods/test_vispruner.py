@@ -60,3 +60,24 @@ def test_only_attention_is_the_ranking_of_attention() -> None:
     view = make_view(method, (6, 6), 10)
     attention = view.signal(CLS_ATTENTION, TOWER.feature_layer)
     assert torch.equal(method.select(view).indices, attention.topk(10).indices.sort().values)
+
+
+@pytest.mark.parametrize("k", [64, 128, 192])
+def test_on_576_patches_the_official_gather_loses_nothing(k: int) -> None:
+    """The code gathers R // 2 - r' rows of a, one short where R is odd: here every round is even, so it is the same."""
+    draw = torch.Generator().manual_seed(k)
+    states = 2.0 * torch.randint(0, 2, (576, 16), generator=draw) - 1
+    attention = torch.randperm(576, generator=draw) / 1024
+    cosine = (states @ states.T / 16).tolist()
+    order = sorted(range(576), key=lambda i: -attention[i])
+    rest, wanted = order[k // 2 :], k - k // 2
+    while len(rest) > wanted:
+        assert len(rest) % 2 == 0
+        leaving, half = min(8, len(rest) - wanted), len(rest) // 2
+        even, odd = rest[::2], rest[1::2]
+        alike = [max(cosine[i][j] for j in odd) for i in even]
+        ranked = sorted(range(half), key=lambda place: (-alike[place], place))
+        rest = [even[place] for place in ranked[leaving:][: half - leaving]] + odd
+    signals = {Signal(CLS_ATTENTION, 4): attention[None], Signal(TOWER_STATES, 4): states[None]}
+    kept = VisPruner().select(make_view(VisPruner(), (24, 24), k, images=1, signals=signals)).indices
+    assert kept[0].tolist() == sorted(order[: k // 2] + rest)

@@ -15,24 +15,22 @@ import torch
 from torch import Tensor
 
 from tokenprune.capture.branch import Branch
+from tokenprune.capture.largest_attention import largest_attention
 from tokenprune.capture.raters import rated, text_raters
 from tokenprune.capture.text_pivots import TextPivots, final_states
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.signals import (
-    BRANCH_LOGITS,
     DECODER_KEY_NORM,
-    DECODER_SIGNALS,
     DECODER_VALUE_NORM,
     FINAL_STATES,
     INSTRUCTION_ATTENTION,
     LAST_ATTENTION,
     LAST_VALUE_SIMILARITY,
     LAST_VISUAL_ATTENTION,
-    PROMPT_SIGNALS,
+    MAX_SIGNALS,
     RATER_ATTENTION,
-    TEXT_PIVOT_COSINE,
     TEXT_TO_VISUAL,
-    TRANSITION_SIGNALS,
+    VISUAL_MAX_ATTENTION,
     VISUAL_TO_TEXT,
     Signal,
 )
@@ -86,47 +84,6 @@ class LayerInput:
         return replace(self, left=(left[0], left[1]))
 
 
-def check_decoder_signal(signal: Signal, site: str, depth: int) -> None:
-    """Raise ValueError if a stage cannot have this signal.
-
-    Args:
-        depth: K of "layer:K"; 0 at "input", where what enters layer 0 is there; negative elsewhere.
-    """
-    if signal.name in PROMPT_SIGNALS and site != "input":
-        raise ValueError(f"{signal.name} is there at 'input' only, and was asked for at {site!r}.")
-    if signal.name in DECODER_SIGNALS and depth < 0:
-        raise ValueError(
-            f"{signal.name} of decoder layers is there at 'layer:K' and, of layer 0, at 'input' only, and was asked "
-            f"for at {site!r}."
-        )
-    if signal.name in DECODER_SIGNALS and depth == 0 and signal.layer != 0:
-        raise ValueError(
-            f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage there reads layer 0."
-        )
-    if signal.name in DECODER_SIGNALS and signal.layer not in (depth - 1, depth):
-        raise ValueError(
-            f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage there reads layers "
-            f"{depth - 1} and {depth}."
-        )
-    if signal.name == TEXT_PIVOT_COSINE and (signal.layer != depth or not site.startswith("layer") or depth == 0):
-        raise ValueError(
-            f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; it is there at 'layer:K' from "
-            "K = 1 on, of layer K."
-        )
-    if signal.name == RATER_ATTENTION and signal.layer != depth - 1:
-        raise ValueError(
-            f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; it is there at 'layer:K', of "
-            "layer K - 1."
-        )
-    if signal.name == BRANCH_LOGITS and (signal.layer != depth or not site.startswith("layer")):
-        raise ValueError(f"{signal.name} of a branch at decoder layer {signal.layer} was asked for at {site!r}.")
-    if signal.name in TRANSITION_SIGNALS and not 0 <= signal.layer < depth:
-        raise ValueError(
-            f"{signal.name} of decoder layer {signal.layer} was asked for at {site!r}; a stage at 'layer:K' reads what "
-            "layers before K did to the tokens."
-        )
-
-
 class DecoderSignals:
     """Computes signals of one layer for the prompts of a batch; what several signals share is computed once.
 
@@ -176,6 +133,9 @@ class DecoderSignals:
             elif name == RATER_ATTENTION:
                 self._text_query()
                 self._keys()
+            elif name in MAX_SIGNALS:
+                self._every_query()
+                self._keys()
             elif name == FINAL_STATES:
                 continue  # reads no weights of the layer
             else:
@@ -192,6 +152,8 @@ class DecoderSignals:
             return self._within(name, sample, places)
         if name == DECODER_KEY_NORM:
             return self.key_norms()[sample, places]
+        if name in MAX_SIGNALS:
+            return self._largest(name, sample, places)
         if name == FINAL_STATES:
             return final_states(self._adapter.language_model, self._given.hidden[sample, places])
         return self._shares(name)[sample]
@@ -226,6 +188,29 @@ class DecoderSignals:
         return self._cache["text"]
 
     @torch.no_grad()
+    def _every_query(self) -> Tensor:
+        """`[B, H, P, d]` of this call, rotated."""
+        if "every" not in self._cache:
+            batch_size, length = self._given.hidden.shape[:2]
+            self._cache["every"] = self._query(torch.arange(length, device=self._ends().device).expand(batch_size, -1))
+        return self._cache["every"]
+
+    @torch.no_grad()
+    def _largest(self, name: str, sample: int, places: Tensor) -> Tensor:
+        """`[n]` fp32, see `signals.MAX_SIGNALS`."""
+        query, key = self._biased(self._every_query(), self._keys())
+        rows = places if name == VISUAL_MAX_ATTENTION else self._text_rows()[sample, : self._texts()[sample]]
+        columns = places + (key.shape[2] - self._given.hidden.shape[1])
+        self.flops += 2 * query.shape[1] * rows.shape[0] * query.shape[3] * key.shape[2]
+        batch_size = query.shape[0]
+
+        def allowed(asking: Tensor) -> Tensor:
+            return self._allowed(asking.expand(batch_size, -1))[sample]
+
+        total = largest_attention(query[sample], key[sample], self._reading.scale, rows, columns, allowed)
+        return total / rows.shape[0] if name == VISUAL_MAX_ATTENTION else total
+
+    @torch.no_grad()
     def note_raters(self) -> None:
         """Write down on the prompt who rates each visual; this is layer 0."""
         hidden, rows, counts = self._given.hidden.detach(), self._text_rows(), self._texts()
@@ -241,16 +226,21 @@ class DecoderSignals:
         sample, length = self._prompt.layout.spans[span].sample, self._given.hidden.shape[1]
         count, rows = self._texts()[sample], self._text_rows()
         query, key = self._biased(self._text_query(), self._keys())
-        cos, sin = (part.expand(rows.shape[0], -1, -1)[sample, None] for part in self._given.rotation)
-        ones = torch.ones(1, 1, length, self._reading.width, device=cos.device, dtype=torch.float32)
-        plain = self._reading.rotate(ones, (cos.float(), sin.float()))[0, 0]  # [P, d]
-        at = rows[sample, :count]
+        heads, divided = (int(setting) for setting in signal.settings)
+        turned = self._rotation_alone(sample, rows[sample, :count], places) if divided else None
         allowed, query = self._allowed(rows[:, :count])[sample], query[sample, :, :count]
-        self.flops += 2 * query.numel() * key.shape[2] + 2 * count * places.shape[0] * plain.shape[1]
-        turned = plain[at] @ plain[places].T * plain.shape[1] ** -0.5  # [T, n]
+        self.flops += 2 * query.numel() * key.shape[2]
         columns = places + (key.shape[2] - length)
-        raters, heads = self._prompt.raters[span].to(query.device), int(signal.settings[0])
+        raters = self._prompt.raters[span].to(query.device)
         return rated(query, key[sample], self._reading.scale, allowed, columns, turned, raters, heads)
+
+    def _rotation_alone(self, sample: int, rows: Tensor, places: Tensor) -> Tensor:
+        """`[T, n]`: products of vectors of ones, rotated to rows and to places, over the root of their width."""
+        cos, sin = (part[sample % len(part), None] for part in self._given.rotation)  # one row, or one for each
+        ones = torch.ones(1, 1, cos.shape[1], self._reading.width, device=cos.device, dtype=torch.float32)
+        plain = self._reading.rotate(ones, (cos.float(), sin.float()))[0, 0]  # [P, d]
+        self.flops += 2 * rows.shape[0] * places.shape[0] * plain.shape[1]
+        return plain[rows] @ plain[places].T * plain.shape[1] ** -0.5
 
     @torch.no_grad()
     def key_norms(self) -> Tensor:

@@ -22,7 +22,7 @@ def rated(
     scale: float,
     allowed: Tensor,
     columns: Tensor,
-    turned: Tensor,
+    turned: Tensor | None,
     raters: Tensor,
     heads: int,
 ) -> Tensor:
@@ -34,9 +34,9 @@ def rated(
         scale: of the products.
         allowed: `[T, K]` bool, which keys a row sees.
         columns: `[n]` int64, the visual tokens among the keys.
-        turned: `[T, n]`, what the attention to each column is divided by.
+        turned: `[T, n]`, what the attention to each column is divided by; None: nothing.
         raters: `[T]` bool.
-        heads: how many heads count, all where there are fewer; 0 means 14, or half of fewer than 28.
+        heads: how many heads count, all where there are fewer; 0 means 14, or half of fewer than 28, and -1 all.
     """
     groups = query.shape[0] // key.shape[0]
     total = torch.zeros(query.shape[0], columns.shape[0], device=query.device)  # [H, n]
@@ -44,8 +44,11 @@ def rated(
         rows = slice(start, start + _CHUNK)
         asked = query[:, rows].float().unflatten(0, (-1, groups))  # [Hk, G, R, d]
         products = (asked @ key.float()[:, None].transpose(2, 3)) * scale  # [Hk, G, R, K]
-        mass = products.masked_fill(~allowed[rows], -torch.inf).softmax(dim=-1)[..., columns] / turned[rows]
+        mass = products.masked_fill(~allowed[rows], -torch.inf).softmax(dim=-1)[..., columns]
+        mass = mass if turned is None else mass / turned[rows]
         total += (mass * raters[rows, None]).sum(dim=2).flatten(0, 1)
+    if heads < 0:
+        return total.mean(dim=0) / raters.sum()
     heads = heads or min(14, max(1, query.shape[0] // 2))
     best = total.sum(dim=1).argsort(descending=True, stable=True)[: min(heads, query.shape[0])]
     return total[best].mean(dim=0) / raters.sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class SelectionRequest:
         key: reads the image's number for random methods, `[]` int64.
         hint: reads a hint by name.
         carry: name -> `[count]`.
+        first: where, among the tokens of its visual before any cut, those of its rasters begin.
+        total: how many tokens the visual had.
     """
 
     owner: int
@@ -40,8 +43,22 @@ class SelectionRequest:
     features: Callable[[], Tensor]
     signal: Callable[[Signal], Tensor]
     key: Callable[[], Tensor]
-    hint: Callable[[str], object]
+    hint: Callable[[str], Any]
     carry: Mapping[str, Tensor]
+    first: int
+    total: int
+
+    def token_hint(self, name: str, device: torch.device) -> Tensor:
+        """`[count]` fp32: of a hint with a number for each token of the visual, those of the tokens that are there."""
+        values = torch.as_tensor(self.hint(name), dtype=torch.float32, device=device).flatten()
+        if len(values) != self.total:
+            raise ValueError(
+                f"set_hints({name}=...) must give one number for each of a visual's {self.total} tokens, got "
+                f"{len(values)}."
+            )
+        if self.tokens is None:
+            return values[self.first : self.first + self.count]
+        return values[self.first + self.tokens.to(device)]
 
     def only(self, places: Tensor, budget: int) -> SelectionRequest:
         """The same about some of its tokens, `places` `[n]` int64 among those that are there."""
@@ -133,7 +150,10 @@ def make_view(stage: Stage, tower: TowerInfo, items: Sequence[SelectionRequest])
         signals={
             signal: torch.stack([item.signal(signal) for item in items]).to(device) for signal in stage.signals(tower)
         },
-        hints={name: [item.hint(name) for item in items] for name in pruner.hints},
+        hints={
+            name: [item.token_hint(name, device) if name in pruner.token_hints else item.hint(name) for item in items]
+            for name in pruner.hints
+        },
         make_keys=lambda: torch.stack([item.key() for item in items]).to(device),
         site=stage.site,
         tokens=None if first.tokens is None else torch.stack([_present(item.tokens) for item in items]),

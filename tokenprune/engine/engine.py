@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenprune.capture.decoder_attention import DecoderSignals, check_decoder_signal
+from tokenprune.capture.decoder_attention import DecoderSignals
+from tokenprune.capture.signal_checks import check_decoder_signal
 from tokenprune.capture.token_transition import Transitions
 from tokenprune.engine.assisted_decoding import Drafts
 from tokenprune.engine.attention import AttentionInterventions

@@ -42,9 +42,11 @@ class Hints:
         """
         values = self._given(name)
         if values is None:
-            method = next((stage.pruner.name for stage in self._stages if name in stage.pruner.hints), "")
+            method = next((stage.pruner for stage in self._stages if name in stage.pruner.hints), None)
+            called, source = ("", "") if method is None else (method.name, method.hint_sources.get(name, ""))
             raise ValueError(
-                f"Method {method!r} needs {name!r} of each image: call handle.set_hints({name}=[...]) first."
+                f"Method {called!r} needs {name!r} of each image or video: call handle.set_hints({name}=[...]) first."
+                f"{' ' if source else ''}{source}"
             )
         if place >= len(values):
             raise ValueError(f"set_hints({name}=...) gave {len(values)} value(s) for {place + 1} images or more.")

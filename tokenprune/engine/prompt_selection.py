@@ -101,7 +101,7 @@ class PromptSelector:
         stay: bool,
     ) -> Tensor:
         """`_choose` where tokens at `out` `[B, S]` bool are not ranked: they stay beside the budget, or leave."""
-        if stage.pruner.merges:
+        if stage.pruner.is_merging:
             raise ValueError(
                 f"{stage.pruner.name} merges tokens, so an intervention cannot keep any out of its ranking."
             )
@@ -188,6 +188,8 @@ class PromptSelector:
                 key=lambda: recording.pixel_key(row) + (span.image * 0x9E3779B1 + begin),
                 hint=lambda name: self._hints.of_visual(name, prompt.place_of(index)),
                 carry={name: values[begin : begin + count] for name, values in alive.carry.items()},
+                first=begin,
+                total=span.num_tokens,
             )
 
         if whole or together or alive.tokens is not None:

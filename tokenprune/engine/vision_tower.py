@@ -18,10 +18,10 @@ from tokenprune.capture.vision import grey_entropy, grey_levels, vision_signal
 from tokenprune.engine.batched_selection import SelectionRequest, choose, joined_sizes
 from tokenprune.engine.hints import Hints
 from tokenprune.engine.tower_plan import arguments_in_config, spent_signals
+from tokenprune.engine.tower_resize import run_smaller
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
-from tokenprune.interfaces.selection import grid_places
 from tokenprune.interfaces.signals import PIXEL_SIGNALS, TOWER_STATES, VISION_SIGNALS, Signal
 from tokenprune.interfaces.visual import Raster, Visual
 from tokenprune.state.forward_call import Calls
@@ -109,6 +109,15 @@ class TowerPass:
             self.latest[signal] = [torch.empty(0)] * len(self.counts)
             self.among[signal] = list(self.alive)
 
+    @functools.cached_property
+    def _cell_pixels(self) -> list[Tensor]:
+        """`[cells, C n]` of each picture: its pixels, the first colour first."""
+        vision, recording = self._owner.adapter.vision, self.recording
+        cells: list[Tensor] = []
+        for visual, of_visual in zip(recording.visuals, recording.pixels):
+            cells += vision.cell_pixels(of_visual.detach(), len(visual.tower_grids), visual.kind).flatten(2)
+        return cells
+
     def cut(self, stage: Stage, args: Any) -> tuple[list[Tensor], list[Tensor | None]] | None:
         """Let a stage choose among the cells after its block; what stays of each picture, among those that were
         there, and the states `[k, D]` that stand there where it merged."""
@@ -135,7 +144,7 @@ class TowerPass:
             alive = self.alive[picture]
             self.alive[picture] = index if alive is None else alive[index]
             self.counts[picture] = index.shape[0]
-        self.recording.cuts.append((stage.depth, tuple(self.alive)))
+        self.recording.cuts.append((int(stage.after_block or 0), tuple(self.alive)))
         return kept, merged
 
     def _ask(self, stage: Stage, args: Any, picture: int) -> SelectionRequest:
@@ -151,11 +160,17 @@ class TowerPass:
             count=count,
             budget=min(max(budget, 1), count),
             tokens=self.alive[picture],
-            features=lambda: vision.states(self.run, args, [picture], count)[0],
+            features=lambda: (
+                self._cell_pixels[picture]
+                if stage.place == "pixels"
+                else vision.states(self.run, args, [picture], count)[0]
+            ),
             signal=lambda signal: self._signal(signal, picture),
             key=lambda: self.recording.pixel_key(place) + picture - first,
             hint=lambda name: self._owner.hints.of_tower(name, visual.kind, place, len(self.recording.visuals)),
             carry=self.carry[picture],
+            first=sum(h * w for h, w in self.grids[first:picture]),
+            total=sum(h * w for (h, w), owner in zip(self.grids, self.visual_of) if owner == place),
         )
 
     def _signal(self, signal: Signal, picture: int) -> Tensor:
@@ -265,8 +280,8 @@ class TowerHooks:
         self.adapter, self.hints, self._calls = adapter, hints, calls
         self._signals = [signal for signal in signals if signal.name in VISION_SIGNALS]
         self._planned = arguments_in_config(adapter)
-        self._shrink = next((stage for stage in stages if stage.place == "pixels"), None)
-        self._cuts = {stage.depth: stage for stage in stages if stage.place == "vision"}
+        self._cuts = {stage.after_block: stage for stage in stages if stage.after_block is not None}
+        self._shrink = next((s for s in stages if s.place == "pixels" and s.after_block is None), None)
         self._spent = spent_signals(stages, adapter.tower)
 
     def check_planned(self, call: Mapping[str, Any]) -> None:
@@ -391,9 +406,9 @@ class TowerHooks:
             cuts = list(self._cuts.values())
             if cuts and any(visual.resample is not None and visual.sources is None for visual in visuals):
                 raise ValueError(
-                    f"{cuts[0].pruner.name} cuts inside the vision tower, but a visual token of this {kind} is mixed "
-                    "from several places there (interpolated or pooled). Use a method that cuts at 'input' or at a "
-                    "layer."
+                    f"{cuts[0].pruner.name} takes tokens out of the vision tower (at {cuts[0].site!r}), but a visual "
+                    f"token of this {kind} is mixed from several places there (interpolated or pooled). Use a method "
+                    "that cuts at 'input' or at a layer."
                 )
             run = self._calls.tower = TowerPass(recording, self)
             try:
@@ -402,7 +417,7 @@ class TowerHooks:
                         with recording.timer.running(recording.device):
                             run.read_pixels(signal, pixels)
                 if self._shrink is not None:
-                    output = self._small(kind, original, call, run)
+                    output = run_smaller(self.adapter, self._shrink, kind, original, call, recording, run.shrink)
                 else:
                     output = original(**call)
                 run.finish()
@@ -414,32 +429,3 @@ class TowerHooks:
             return output
 
         return opaque(features)
-
-    def _small(self, kind: str, original: Callable[..., Any], call: dict[str, Any], run: TowerPass) -> Any:
-        """Run the tower on fewer pixels; its tokens stand at their cells' centres, zeros elsewhere (they leave)."""
-        stage, recording = self._shrink, run.recording
-        if stage is None:
-            raise ValueError("No stage acts at 'pixels'.")
-        grids = [visual.rasters[0].grid for visual in recording.visuals]
-        budgets = [stage.budget.tokens(v.num_tokens) // len(v.rasters) for v in recording.visuals]
-        small = [stage.pruner.target_grid(grid, max(budget, 1)) for grid, budget in zip(grids, budgets)]
-        if small == grids:
-            return original(**call)
-        places = []
-        for visual, grid, small_grid in zip(recording.visuals, grids, small):
-            step = torch.arange(len(visual.rasters))[:, None] * (grid[0] * grid[1])
-            places.append((step + torch.tensor(grid_places(grid, small_grid))).flatten().to(recording.device))
-        run.shrink(small, places)
-        output = original(**{**self.adapter.vision.resize(kind, call, recording.visuals, small), "return_dict": True})
-        recording.shrunk = small
-        recording.kept = [KeptBeforeProjector(index, index.shape[0], {}) for index in places]
-
-        def expand(features: Sequence[Tensor]) -> list[Tensor]:
-            sizes = [visual.num_tokens for visual in recording.visuals]
-            return [
-                tokens.new_zeros(size, tokens.shape[-1]).index_copy(0, index.to(tokens.device), tokens)
-                for tokens, size, index in zip(features, sizes, places)
-            ]
-
-        self.adapter.expand_features(output, expand)
-        return output

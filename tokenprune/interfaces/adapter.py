@@ -31,6 +31,7 @@ class VisionTower:
         can_merge: whether cells can be given other states between two blocks: those whose cells are single patches.
         can_resize: whether it takes pictures of other sizes than the processor's.
         patches_per_cell: patches that one visual token comes from.
+        moments: frames that a patch spans, the slowest index of its pixels of one colour.
     """
 
     facts: TowerInfo
@@ -42,6 +43,7 @@ class VisionTower:
     can_merge: bool = False
     can_resize: bool = False
     patches_per_cell: int = 1
+    moments: int = 1
 
     @property
     def exits(self) -> Sequence[Any]:
@@ -126,6 +128,20 @@ class VisionTower:
             pictures: how many the tower gets of it.
         """
         raise TypeError(f"{type(self).__name__} cuts no pixels into patches.")
+
+    def cell_pixels(self, pixels: Tensor, pictures: int, kind: str) -> Tensor:
+        """`[pictures, cells, C, n]`: the normalised pixel values of each cell and colour, cells in raster order.
+
+        Where a patch has several moments, those of an image are the same picture over again: the first is given.
+
+        Args:
+            pixels, pictures: as for `patch_pixels`.
+            kind: "image" or "video".
+        """
+        patches = self.patch_pixels(pixels, pictures)  # [m, patches, C, n]
+        if kind == "image" and self.moments > 1:
+            patches = patches[..., : patches.shape[-1] // self.moments]
+        return patches.unflatten(1, (-1, self.patches_per_cell)).transpose(2, 3).flatten(3)
 
     def flops(self, shape: ModelShape, work: TowerWork) -> int:
         """Floating-point operations of one run of the tower, by the conventions of `tokenprune.cost`."""

@@ -44,6 +44,11 @@ class Pruner:
     published_positions: ClassVar[str] = "compact"
     hints: ClassVar[tuple[str, ...]] = ()
     """Names of the hints that the method cannot do without."""
+    token_hints: ClassVar[tuple[str, ...]] = ()
+    """Those hints that are a number for each token of a visual, before any cut: a view has the numbers of its own
+    tokens, `[N]` fp32 each."""
+    hint_sources: ClassVar[Mapping[str, str]] = {}
+    """By hint, a sentence that says who gave none how to get it."""
     merges: ClassVar[bool] = False
     """Whether it puts other embeddings at the kept places, such as means of several tokens."""
     default_key_bias: ClassVar[bool] = False
@@ -52,6 +57,9 @@ class Pruner:
     cannot."""
     adaptive: ClassVar[bool] = False
     """Whether the method itself decides how many stay, see `is_adaptive`."""
+    cuts_pixels: ClassVar[bool] = False
+    """Only at the site "pixels": whether patches leave before the first block of the vision tower, by a `select` that
+    sees their pixels, rather than that the tower is given a smaller picture, see `target_grid`."""
     plan_options: ClassVar[tuple[str, ...]] = ()
     """Options that only `stages` reads: where the user names the site (`at`), they have no effect and are refused."""
     published: ClassVar[str] = ""
@@ -71,7 +79,7 @@ class Pruner:
     def __post_init__(self) -> None:
         if self.key_bias not in (None, True, False):
             raise ValueError(f"key_bias must be true or false, got {self.key_bias!r}.")
-        if self.key_bias and (not self.merges or self.site == "pixels"):
+        if self.key_bias and (not self.is_merging or self.site == "pixels"):
             raise ValueError(
                 f"key_bias=True weighs a key by how many tokens were merged into it, and {self.name} merges none of "
                 "the decoder's tokens. Leave key_bias out."
@@ -92,6 +100,16 @@ class Pruner:
     def biases_keys(self) -> bool:
         """Whether keys of its tokens are weighed by `Selection.sizes`."""
         return self.default_key_bias if self.key_bias is None else bool(self.key_bias)
+
+    @property
+    def is_merging(self) -> bool:
+        """Whether these options put other embeddings at the kept places."""
+        return self.merges
+
+    @property
+    def own_positions(self) -> str:
+        """The published policy of position ids, with these options."""
+        return self.published_positions
 
     @property
     def is_random(self) -> bool:
@@ -195,6 +213,14 @@ class Stage:
     def depth(self) -> int:
         """L of "vision:L" or K of "layer:K"; 0 elsewhere."""
         return read_site(self.site).depth or 0
+
+    @property
+    def after_block(self) -> int | None:
+        """The block of the vision tower behind which tokens leave: L of "vision:L", and -1, before the first one, at
+        "pixels"; None where none leave there."""
+        if self.place == "pixels":
+            return -1 if self.pruner.cuts_pixels else None
+        return self.depth if self.place == "vision" else None
 
 
 @dataclass(frozen=True)

@@ -140,9 +140,20 @@ RATER_ATTENTION = "rater_attention"
 """Attention of a prompt's text raters to each visual token in one decoder layer, as `INSTRUCTION_ATTENTION` with the
 raters for rows, each head's divided by what rotation alone makes of it: the product of vectors of ones, rotated to both
 places, over the square root of a head's width. Mean over the raters and over the heads that have most of it for the
-visual's tokens; the setting is how many heads, 0 for 14 or half of fewer than 28. Raters are those tokens of the text
+visual's tokens; the settings are how many heads, 0 for 14 or half of fewer than 28 and -1 for all, and whether to
+divide (1 or 0). Raters are those tokens of the text
 behind the prompt's last visual token that get more than the mean, over the visual's tokens, of a softmax over that text
 of products between what enters layer 0; all of that text where none does. At "layer:K", of layer K - 1. `[M, N]`."""
+
+VISUAL_MAX_ATTENTION = "visual_max_attention"
+"""Attention of a visual's tokens to each of them in one decoder layer: softmax over all tokens that a row sees, in
+fp32, the largest over heads, mean over those rows. At "layer:K", of layer K - 1. `[M, N]`."""
+
+TEXT_MAX_ATTENTION = "text_max_attention"
+"""The same with the text behind the prompt's last visual token for rows, and their sum; its last token, where none
+follows. `[M, N]`."""
+
+MAX_SIGNALS = (VISUAL_MAX_ATTENTION, TEXT_MAX_ATTENTION)
 
 BRANCH_LOGITS = "branch_logits"
 """Products of a prompt's last token with each visual token at the end of a branch of decoder layers that were trained
@@ -165,6 +176,7 @@ DECODER_SIGNALS = (
     FINAL_STATES,
     TEXT_PIVOT_COSINE,
     RATER_ATTENTION,
+    *MAX_SIGNALS,
     BRANCH_LOGITS,
 )
 

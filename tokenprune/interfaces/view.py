@@ -22,7 +22,8 @@ class View:
 
     Attributes:
         features: `[M, N, D]` the tokens that are left: visual embeddings as the LLM would get them at "input",
-            hidden states entering the layer at "layer:K", those after the block at "vision:L".
+            hidden states entering the layer at "layer:K", those after the block at "vision:L"; at "pixels" the
+            pixels of each cell as the image processor normalised them, all of red, then green, then blue.
         rasters: the grids in which the tokens stood before any cut.
         budget: k, how many of the N tokens to keep, 1 <= k < N (at "layer:K" also 0).
         tower: facts on the vision tower.

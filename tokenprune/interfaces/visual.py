@@ -90,7 +90,8 @@ class TowerWork:
         left: visual tokens that the projector makes, all pictures together.
         whole: as many as it would make if nothing left the tower.
         plain: the grids as they would have been, where a method shrank the pictures.
-        cuts: by cut inside the tower, the block after which it was, and the cells left of each picture.
+        cuts: by cut inside the tower, the block after which it was (-1: before the first), and the cells left of each
+            picture.
     """
 
     grids: tuple[tuple[int, int], ...]

@@ -10,8 +10,8 @@ from tokenprune.interfaces.view import View
 
 def raster_numbers(view: View) -> Tensor:
     """`[M, N]` int64, which raster (frame, crop) each token stands in."""
-    sizes = torch.tensor([raster.num_tokens for raster in view.rasters], device=view.features.device)
-    numbers = torch.arange(len(view.rasters), device=sizes.device).repeat_interleave(sizes)
+    sizes = torch.tensor([raster.num_tokens for raster in view.rasters])  # on the host, so that no length is read back
+    numbers = torch.arange(len(view.rasters)).repeat_interleave(sizes).to(view.features.device)
     if view.tokens is None:
         return numbers.expand(view.num_images, -1)
     return numbers[view.tokens.to(numbers.device)]
@@ -41,7 +41,7 @@ def deal(scores: Tensor, group_of: Tensor, shares: Tensor, budget: int) -> Tenso
     place = torch.arange(count, device=order.device) - start.gather(1, by_group.values)  # [M, N] within the group
     # the j-th token of a group comes when (j + 1/2) / share is reached
     turn = (place + 0.5).double() / shares.double().clamp_min(1e-12).gather(1, by_group.values)
-    if budget >= groups:
-        turn = turn.masked_fill(place == 0, -1.0)
+    has_room = budget >= (sizes > 0).sum(dim=1, keepdim=True)  # groups that an earlier cut emptied want none
+    turn = turn.masked_fill((place == 0) & has_room, -1.0)
     first = turn.sort(dim=1, stable=True).indices[:, :budget]
     return order.gather(1, first).sort(dim=1).values

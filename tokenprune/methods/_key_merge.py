@@ -50,6 +50,8 @@ def add_neighbours(features: Tensor, keys: Tensor, attention: Tensor, kept: Tens
     return total.to(features.dtype)
 
 
-def add_neighbours_flops(num_images: int, num_tokens: int, keep: int, key_width: int) -> int:
-    """Matrix products of `add_neighbours`."""
+def add_neighbours_flops(num_images: int, num_tokens: int, keep: int, key_width: int, neighbours: int) -> int:
+    """Matrix products of `add_neighbours`: none where nothing is added."""
+    if min(neighbours, num_tokens - 1) == 0:
+        return 0
     return 2 * num_images * num_tokens * keep * key_width

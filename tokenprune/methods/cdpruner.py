@@ -12,22 +12,24 @@ outside of what the chosen ones span (Chen et al., 2018).
 Relevance, by the option `relevance`:
 - "embedding": cosine of each token with the mean embedding of the text behind the last visual token, from the
   decoder's table of embeddings. An extension of ours, for models without a text tower in the space of the pictures.
-- "hint": numbers that the caller has, `handle.set_hints(relevance=[...])`, one list of N for each image. Published is
-  minus the cosine of CLIP's patch features with CLIP's text features (on objects CLIP's are the other way round); the
-  checkpoints of LLaVA hold no text tower.
+- "hint": numbers that the caller has, `handle.set_hints(relevance=[...])`, for each image or video one list with a
+  number for each of its tokens, crop after crop. Published is
+  minus the cosine of CLIP's patch features with CLIP's text features (on objects CLIP's are the other way round), which
+  `tokenprune.clip_relevance` computes; the checkpoints of LLaVA hold no text tower.
 - "none": every token alike; what is left is diversity.
 
 Deviations:
 - Extremes are those of each image; the official code takes those of the whole batch or stack of crops.
-- Where what is left is spanned by the chosen ones (determinant 0), tokens come by what rounding left, then by index;
-  the official square root of it can be NaN.
+- Where what is left is spanned by the chosen ones (below 1e-5, where rounding decides), tokens come by index; the
+  official square root of it can be NaN.
 - Ties go to the lower raster index. The official code prunes crops by themselves, so does `scope="raster"`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,7 +42,8 @@ from tokenprune.interfaces.view import View
 from tokenprune.registry import near, register_method
 
 RELEVANCE = ("embedding", "hint", "none")
-_LEAST = 1e-6  # of the residual: below it a token is spanned by the chosen ones
+_WHOLE = 4096  # tokens; of more, rows of the kernel are computed when they are chosen: N^2 numbers are 600 MB of 12288
+_LEAST = 1e-5  # of what is outside of the span, squared: below it, rounding is all that is left
 
 
 @register_method("cdpruner")
@@ -53,6 +56,7 @@ class CdPruner(Pruner):
     """
 
     text_aware: ClassVar[bool] = True
+    token_hints: ClassVar[tuple[str, ...]] = ("relevance",)
     published: ClassVar[str] = "arXiv 2506.10967, Theia-4869/CDPruner"
     reproduces: ClassVar[str] = (
         "LLaVA-1.5-7B at 64 of 576: 95.7 % of the unpruned average of 9 benchmarks (via arXiv 2602.05809), with CLIP's "
@@ -86,64 +90,84 @@ class CdPruner(Pruner):
         if self.relevance == "none":
             return torch.ones_like(view.features[..., 0], dtype=torch.float32)
         if self.relevance == "hint":
-            values = torch.stack([self._given(value, view) for value in view.hints["relevance"]])
+            values = torch.stack([value.to(view.features.device) for value in view.hints["relevance"]])
         else:
             text = normalize(view.signal(INSTRUCTION_EMBEDDING, 0), dim=1)  # [M, D]
-            values = (normalize(view.features.float(), dim=2) @ text[:, :, None])[..., 0]
+            unit = normalize(view.features.float(), dim=2)
+            # one image at a time: the same bits in any batch
+            values = torch.stack([(one @ words[:, None])[:, 0] for one, words in zip(unit, text, strict=True)])
         refuse_nan(values)
         low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
         return torch.where(high > low, (values - low + 1e-6) / (high - low).clamp_min(1e-12), 1.0)
-
-    @staticmethod
-    def _given(value: Any, view: View) -> Tensor:
-        numbers = torch.as_tensor(value, dtype=torch.float32, device=view.features.device).flatten()
-        if len(numbers) != view.num_tokens:
-            raise ValueError(
-                f"set_hints(relevance=...) must give one number for each of an image's {view.num_tokens} tokens, got "
-                f"{len(numbers)}."
-            )
-        return numbers
 
     def order(self, view: View) -> Tensor:
         """`[M, k]` int64, the kept tokens in the order of choice: the first j are the choice for a budget of j."""
         refuse_nan(view.features)
         scores = self.scores(view)
         weighed = normalize(view.features.float(), dim=2) * scores[..., None]  # [M, N, D]
-        kernel = weighed @ weighed.transpose(1, 2)
-        kernel.diagonal(dim1=1, dim2=2).copy_(scores.square())  # so that equal relevance is equal to the last bit
-        return greedy_determinant(kernel, view.budget)
+        if weighed.device.type != "cpu":
+            return greedy(weighed, scores, view.budget)
+        # one image at a time: the same bits in any batch, and the memory of one
+        parts = zip(weighed.split(1), scores.split(1), strict=True)
+        return torch.cat([greedy(one, score, view.budget) for one, score in parts])
 
     def select(self, view: View) -> Selection:
         return Selection(self.order(view).sort(dim=1).values)
 
     def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: TowerInfo) -> int:
         relevance = 2 * num_tokens * width if self.relevance == "embedding" else 0
-        steps = sum(2 * step * num_tokens for step in range(1, keep))
-        return num_images * (2 * num_tokens**2 * width + relevance + steps)
+        steps = sum(2 * step * num_tokens for step in range(1, keep - 1))
+        rows = keep - 1 if num_tokens > _WHOLE else num_tokens
+        return num_images * (2 * rows * num_tokens * width + relevance + steps)
 
 
-def greedy_determinant(kernel: Tensor, k: int) -> Tensor:
+def greedy(weighed: Tensor, scores: Tensor, k: int) -> Tensor:
+    """`greedy_determinant` of the products of rows `[M, N, D]` whose lengths are `scores` `[M, N]`."""
+    diagonal = scores.square()  # so that equal relevance is equal to the last bit
+    if weighed.shape[1] > _WHOLE:
+        return greedy_determinant(diagonal, lambda best: _row(weighed, best), k)
+    kernel = weighed @ weighed.transpose(1, 2)
+    return greedy_determinant(diagonal, lambda best: take_row(kernel, best), k)
+
+
+def take_row(table: Tensor, best: Tensor) -> Tensor:
+    """`[M, N]`, row `best` `[M, 1]` of each of `[M, N, N]`."""
+    return table.gather(1, best[..., None].expand(-1, 1, table.shape[2]))[:, 0]
+
+
+def _row(weighed: Tensor, best: Tensor) -> Tensor:
+    """`[M, N]`: products of all rows of `[M, N, D]` with row `best` `[M, 1]` of each."""
+    own = weighed.gather(1, best[..., None].expand(-1, 1, weighed.shape[2]))
+    return (weighed @ own.transpose(1, 2))[..., 0]
+
+
+def greedy_determinant(diagonal: Tensor, row_of: Callable[[Tensor], Tensor], k: int) -> Tensor:
     """The greedy maximum of the determinant of k rows and columns, `[M, k]` int64 in the order of choice.
 
     Args:
-        kernel: `[M, N, N]` fp32, positive semi-definite.
+        diagonal: `[M, N]` fp32, of positive semi-definite matrices.
+        row_of: gives row `[M, 1]` int64 of each of them, `[M, N]`.
+        k: 1 <= k <= N.
     """
-    images, count, _ = kernel.shape
-    left = kernel.diagonal(dim1=1, dim2=2).clone()  # [M, N], what is outside of the span, squared
-    parts = kernel.new_zeros(images, max(k - 1, 1), count)
+    images, count = diagonal.shape
+    left = diagonal.clone()  # [M, N], what is outside of the span, squared
+    parts = diagonal.new_zeros(images, max(k - 1, 1), count)
+    taken = torch.zeros_like(left, dtype=torch.bool)
     order: list[Tensor] = []
     for step in range(k):
         best = left.argmax(dim=1, keepdim=True)
         order.append(best)
+        taken = taken.scatter(1, best, True)
         if step == k - 1:
             break
-        row = kernel.gather(1, best[..., None].expand(-1, 1, count))[:, 0]
+        row = row_of(best)
         if step:
             before = parts[:, :step]
             column = before.gather(2, best[:, None].expand(-1, step, 1))  # [M, step, 1]
             row = row - (column.transpose(1, 2) @ before)[:, 0]
         size = left.gather(1, best)
-        part = torch.where(size > _LEAST**2, row / size.clamp_min(_LEAST**2).sqrt(), 0)
+        part = torch.where(size > 0, row / size.clamp_min(_LEAST).sqrt(), 0)
         parts[:, step] = part
-        left = (left - part.square()).scatter(1, best, -torch.inf)  # minus infinity stays what it is
+        left = left - part.square()
+        left = torch.where(left > _LEAST, left, 0).masked_fill(taken, -torch.inf)
     return torch.cat(order, dim=1)

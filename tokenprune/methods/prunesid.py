@@ -1,5 +1,4 @@
-"""Groups tokens by principal components, drops near copies in each group, and shares the budget by what is left
-(PruneSID).
+"""Groups tokens by principal components, drops near copies, and shares the budget by what is left (PruneSID).
 
 Paper: "Prune Redundancy, Preserve Essence: Vision Token Compression in VLMs via Synergistic Importance-Diversity", Fang
 et al., ICLR 2026, https://arxiv.org/abs/2603.09480 (only the abstract could be read).
@@ -47,6 +46,8 @@ from tokenprune.interfaces.signals import CLS_ATTENTION, TOWER_STATES, Signal, T
 from tokenprune.interfaces.view import View
 from tokenprune.registry import register_method
 
+_CELLS = 1 << 22  # cosines at a time
+
 
 @register_method("prunesid")
 @dataclass
@@ -74,23 +75,26 @@ class PruneSid(Pruner):
         refuse_nan(states)
         states = states.double()
         loading, group_of = principal_groups(states, min(groups, count))
-        alike = normalize(states, dim=2)
-        alike = alike @ alike.transpose(1, 2)  # [M, N, N]
-        if attention is None:
-            importance = loading
-            threshold = max(18 * budget / count, 1.0) * alike.triu().sum(dim=(1, 2)) / count**2
-        else:
-            importance = attention.double()
-            pairs = count * (count - 1) / 2
-            threshold = budget / 32 * alike.triu(1).sum(dim=(1, 2)) / pairs
-        order = importance.sort(dim=1, descending=True, stable=True).indices  # [M, N]
-        kept = survivors(alike > threshold[:, None, None], group_of, order)
+        order = (
+            (loading if attention is None else attention).sort(dim=1, descending=True, stable=True).indices
+        )  # [M, N]
+        parts = []
+        for image, unit in enumerate(normalize(states, dim=2)):  # one at a time: N^2 flags are what it takes
+            own, pairs = unit.square().sum(), count * (count - 1) / 2
+            triangle = (unit.sum(dim=0).square().sum() - own) / 2  # of all cosines, without the diagonal
+            if attention is None:
+                threshold = max(18 * budget / count, 1.0) * (triangle + own) / count**2
+            else:
+                threshold = budget / 32 * triangle / pairs
+            this = slice(image, image + 1)
+            parts.append(survivors(near_copies(unit, threshold)[None], group_of[this], order[this]))
+        kept = torch.cat(parts)
         return Selection(take(group_of, kept, order, min(groups, count), budget))
 
     def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: TowerInfo) -> int:
         channels = tower.hidden_size if tower.has_cls else width
         small = min(num_tokens, channels)
-        vectors = min(max(1 if tower.has_cls else 4, keep // 4), num_tokens)
+        vectors = min(max(1 if tower.has_cls else 4, keep // 4), small)
         back = 2 * num_tokens * channels * vectors if channels < num_tokens else 0
         return num_images * (2 * small * small * max(num_tokens, channels) + back + 2 * num_tokens**2 * channels)
 
@@ -113,13 +117,21 @@ def principal_groups(states: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         one = table[image]
         if count <= channels:
             values, vectors = torch.linalg.eigh(one @ one.T)  # [N], [N, N], smallest first
+            values, vectors = values[-groups:], vectors[:, -groups:]
         else:
             values, left = torch.linalg.eigh(one.T @ one)
-            vectors = one @ left / values.clamp_min(1e-300).sqrt()  # [N, C]
+            values, left = values[-groups:], left[:, -groups:]
+            vectors = one @ left / values.clamp_min(1e-300).sqrt()  # [N, q], or C of them where q is more
         real = values > 1e-12 * values[-1:]  # squares of singular values
-        vectors = torch.where(real, vectors, 0).flip(1)[:, :groups]  # [N, q], largest first
+        vectors = torch.where(real, vectors, 0).flip(1)  # [N, q], largest first
         parts.append(vectors.abs())
     return torch.stack(parts).max(dim=2)  # type: ignore[return-value]
+
+
+def near_copies(unit: Tensor, threshold: Tensor) -> Tensor:
+    """`[N, N]` bool, where cosines are above a threshold, of rows `[N, C]` of length 1."""
+    step = max(1, _CELLS // len(unit))
+    return torch.cat([unit[start : start + step] @ unit.T > threshold for start in range(0, len(unit), step)])
 
 
 def survivors(alike: Tensor, group_of: Tensor, order: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.selection import Selection, refuse_nan
 from tokenprune.interfaces.signals import TOWER_STATES, Signal, TowerInfo, summary_attention
 from tokenprune.interfaces.view import View
-from tokenprune.methods._coverage import cosines, greedy_coverage
+from tokenprune.kernels.greedy_coverage import greedy_coverage, greedy_coverage_flops
 from tokenprune.registry import near, register_method
 
 RULES = ("product", "sum")
@@ -44,7 +44,7 @@ class Scope(Pruner):
 
     Attributes:
         alpha: exponent of the attention, from 0 (coverage alone, no attention is read) on; 1 in the code.
-        rule: "product", or "sum": gain + a^alpha, a switch of the code.
+        rule: "product", or "sum": gain + a^alpha with a summed over heads, a switch of the code.
     """
 
     published: ClassVar[str] = "arXiv 2510.24214, kinredon/SCOPE"
@@ -78,11 +78,15 @@ class Scope(Pruner):
         states = given.pop() if view.tower.has_cls else view.features
         for values in (*given, states):
             refuse_nan(values)
-        weights = given[0] ** self.alpha if given else torch.ones_like(states[..., 0], dtype=torch.float32)
-        return greedy_coverage(cosines(states), weights, view.budget, self.rule == "sum")
+        if given:
+            # the code sums over heads: a scale that decides where it is added to the gain
+            weights = (given[0] * view.tower.num_heads) ** self.alpha if self.rule == "sum" else given[0] ** self.alpha
+        else:
+            weights = torch.ones_like(states[..., 0], dtype=torch.float32)
+        return greedy_coverage(states, weights, view.budget, self.rule == "sum")
 
     def select(self, view: View) -> Selection:
         return Selection(self.order(view).sort(dim=1).values)
 
     def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: TowerInfo) -> int:
-        return 2 * num_images * num_tokens**2 * (tower.hidden_size if tower.has_cls else width)
+        return greedy_coverage_flops(num_images, num_tokens, tower.hidden_size if tower.has_cls else width)

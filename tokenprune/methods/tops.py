@@ -36,7 +36,7 @@ from tokenprune.interfaces.pruner import ModelDepths, Pruner, Stage
 from tokenprune.interfaces.selection import Selection, refuse_nan
 from tokenprune.interfaces.signals import INSTRUCTION_ATTENTION, Signal, TowerInfo, summary_attention
 from tokenprune.interfaces.view import View
-from tokenprune.methods._coverage import cosines, greedy_preservation
+from tokenprune.methods._preservation import greedy_preservation
 from tokenprune.registry import near, register_method
 
 SCALES = ("mean", "extremes")
@@ -123,9 +123,7 @@ class Tops(Pruner):
         refuse_nan(relevance)
         refuse_nan(view.features)
         by_mean = self.scale == "mean"
-        return greedy_preservation(
-            cosines(view.features), relevance, view.budget, self.diversity, self.coverage, by_mean
-        )
+        return greedy_preservation(view.features, relevance, view.budget, self.diversity, self.coverage, by_mean)
 
     def select(self, view: View) -> Selection:
         return Selection(self.order(view).sort(dim=1).values)

@@ -61,6 +61,10 @@ class VidCom2(Pruner):
         if self.total not in TOTALS:
             raise ValueError(f"total must be one of {', '.join(TOTALS)}, got {self.total!r}.{near(self.total, TOTALS)}")
 
+    @property
+    def is_adaptive(self) -> bool:
+        return self.total == "official"
+
     def likeness(self, view: View) -> tuple[Tensor, Tensor, Tensor]:
         """Likeness of each token to the mean of all and to that of its frame, `[M, N]` each, and the rate of each
         frame over r, `[M, F]`."""
@@ -79,9 +83,12 @@ class VidCom2(Pruner):
         alike = torch.zeros_like(sizes).scatter_add(1, group_of, to_all) / sizes.clamp_min(1)  # [M, F]
         unique = (-alike).masked_fill(sizes == 0, -torch.inf)
         share = ((unique - unique.amax(dim=1, keepdim=True)) / TEMPERATURE).softmax(dim=1)
-        return to_all, to_frame, 1 + share - share.mean(dim=1, keepdim=True)
+        mean = share.sum(dim=1, keepdim=True) / (sizes > 0).sum(dim=1, keepdim=True)  # of the frames that are left
+        return to_all, to_frame, 1 + share - mean
 
     def select(self, view: View) -> Selection:
+        if not 0 < view.budget < view.num_tokens:
+            return Selection(torch.arange(view.budget, device=view.features.device).expand(view.num_images, -1))
         to_all, to_frame, rates = self.likeness(view)
         group_of = raster_numbers(view)
         ratio = view.budget / view.num_tokens

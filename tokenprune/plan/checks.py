@@ -55,32 +55,38 @@ def check_plan(stages: Sequence[Stage], depths: ModelDepths) -> tuple[Stage, ...
     for stage in ordered:
         if (stage.place == "pixels") != (stage.pruner.site == "pixels"):
             raise ValueError(
-                f"{stage.pruner.name} acts at {stage.pruner.site!r}, not at {stage.site!r}: smaller pictures and fewer "
-                "tokens are different things."
+                f"{stage.pruner.name} acts at {stage.pruner.site!r}, not at {stage.site!r}: what is done to pixels and "
+                "to tokens are different things."
             )
         if stage.pruner.needs_grid and stage is not ordered[0]:
             raise ValueError(
                 f"{stage.pruner.name} works on a whole grid of tokens, so nothing may leave before it, and "
                 f"{ordered[0].pruner.name} cuts at {ordered[0].site!r}."
             )
-        if stage.pruner.merges and stage.place == "vision" and depths.feature is not None and not depths.merges_inside:
+        if (
+            stage.pruner.is_merging
+            and stage.place == "vision"
+            and depths.feature is not None
+            and not depths.merges_inside
+        ):
             raise ValueError(
                 f"{stage.pruner.name} merges tokens, and what it merges has no place at {stage.site!r}: a visual token "
                 "is a group of patches there, with a state each. Cut at 'input'. This tower takes no merged states: "
                 "its adapter says so."
             )
-        if stage.place == "pixels" and not depths.resizable:
+        if stage.place == "pixels" and stage.after_block is None and not depths.resizable:
             raise ValueError(
                 f"{stage.pruner.name} gives the vision tower smaller pictures, and this family's tower takes pictures "
                 "of one size only, or its crops follow from the size: its adapter says so."
             )
-        if stage.place == "vision":
+        if stage.after_block is not None:
             if depths.feature is None:
+                where = "inside the vision tower" if stage.place == "vision" else "before the vision tower"
                 raise ValueError(
-                    f"{stage.pruner.name} cuts inside the vision tower (at {stage.site!r}), and this family's tower "
-                    "cannot be cut: its adapter says so."
+                    f"{stage.pruner.name} cuts {where} (at {stage.site!r}), and this family's tower cannot be cut: its "
+                    "adapter says so."
                 )
-            if stage.depth >= depths.feature:
+            if stage.after_block >= depths.feature:
                 raise ValueError(
                     f"{stage.site!r} would cut behind the block that makes the visual tokens; this tower can be cut "
                     f"after blocks 0 to {depths.feature - 1}."
@@ -90,7 +96,8 @@ def check_plan(stages: Sequence[Stage], depths: ModelDepths) -> tuple[Stage, ...
                 f"{stage.site!r} is not a place to cut in this model: K goes from {depths.first_cut} to "
                 f"{depths.decoder - 1} (cut before the first layer with the site 'input')."
             )
-    if ordered[0].place == "pixels" and any(stage.place == "vision" for stage in ordered):
+    shrinks = ordered[0].place == "pixels" and ordered[0].after_block is None
+    if shrinks and any(stage.place == "vision" for stage in ordered):
         raise ValueError("A picture that 'pixels' shrank cannot be cut again inside the vision tower.")
     return ordered
 

@@ -120,7 +120,7 @@ class Spec:
         for entry in self.entries:
             pruner = entry.pruner
             if pruner.positions is None:
-                pruner = with_positions(pruner, positions or pruner.published_positions)
+                pruner = with_positions(pruner, positions or pruner.own_positions)
             keep = entry.keep if entry.keep is not None else self._solve(pruner, entry, depths, num_tokens)
             stages += _stages(pruner, entry.site, keep, depths)
         return check_plan(stages, depths)

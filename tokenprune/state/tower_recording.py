@@ -47,6 +47,7 @@ class Recording:
             `[cells, C]` for those that are vectors.
         kept: what a cut before the projector left of each visual; None where nothing was cut.
         shrunk: (rows, cols) of each visual that the tower really worked on, if a method shrank the pictures.
+        pixels: of each visual, see `Adapter.pixel_rows`.
         patches: patches of each picture in each block from `first_short` on, where a method cut inside the tower.
         merged: `[]` each, how many tokens went into kept ones, by picture and stage.
         selection_flops: matrix products of signals and of methods while the tower ran.
@@ -66,7 +67,7 @@ class Recording:
         self.left: list[int] = []  # cells of each picture behind the tower, where a method cut inside it
         self.device = pixels.device
         self.timer = DeviceTimer()
-        self._pixels = list(pixel_rows)
+        self.pixels = list(pixel_rows)
 
     def work(self) -> TowerWork:
         """What the tower was given."""
@@ -87,7 +88,7 @@ class Recording:
 
     def pixel_key(self, row: int) -> Tensor:
         """`[]` int64: a sum over the bits of a visual's pixels, the same in any batch and on any device."""
-        bits = self._pixels[row].detach().float().contiguous().view(torch.int32).flatten().to(torch.int64)
+        bits = self.pixels[row].detach().float().contiguous().view(torch.int32).flatten().to(torch.int64)
         # weights by place (1, 2, 3, ...), so that a shifted picture has another key; int64 overflow wraps the same way
         # everywhere. They are applied to sums of rows and columns: pixels are many, and so are read twice and no more
         whole = len(bits) // _WIDTH * _WIDTH

@@ -36,6 +36,7 @@ READS = {
     ("attention.py", "finish"): "samples that an intervention changes",
     ("prompt_selection.py", "_choose_beside"): "sinks that are not ranked, all pictures at once",
     ("flowcut.py", "select"): "a number of tokens that the picture decides",
+    ("pixelprune.py", "select"): "numbers of tokens that the pictures decide, those of one shape at once",
     ("todre.py", "select"): "whether all tokens of a picture leave, for pictures of one size",
     ("tower_recording.py", "sources_of"): "features that `generate` repeated for beams, known again by what they hold",
     ("attention.py", "_picture_keys"): "discovery of sink channels, on its first prompts only",
