@@ -379,6 +379,16 @@ def test_equal_frames_are_one_window_of_static_tokens() -> None:
     assert bool((found.sizes.sum(dim=1) == 30).all())
 
 
+def test_a_video_of_windows_with_less_than_half_a_token_each_keeps_one() -> None:
+    scenes = torch.tensor([1.0, -1.0])[:, None, None, None] * torch.rand(2, 1, 4, 8)
+    features = scenes.expand(2, 2, 4, 8).reshape(1, 16, 8)  # two frames of one, two of its negative
+    for total in ("exact", "official"):
+        method = HoliTom(total=total)
+        found = method.select(view_of(method, features, torch.rand(1, 16), frames_of(4, (2, 2)), 1))
+        assert found.indices.shape == (1, 1) and int(found.indices) < 4
+        assert found.sizes is not None and float(found.sizes) == 8
+
+
 def test_frames_that_all_change_are_windows_of_one() -> None:
     draw = torch.Generator().manual_seed(0)
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None, None]

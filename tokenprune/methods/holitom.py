@@ -265,11 +265,10 @@ class HoliTom(Pruner):
         later = static & (torch.arange(frames, device=begin.device) > begin)[..., None]
         if self.total == "exact":  # some stay themselves, so that no fewer than the budget are left
             missing = view.budget - (standing & ~later).sum(dim=(1, 2))
-            alone = first_of(-cosine.flatten(1), later.flatten(1), missing).view_as(later)
-            static, later = static & ~alone, later & ~alone
+            later = later & ~first_of(-cosine.flatten(1), later.flatten(1), missing).view_as(later)
         place = torch.arange(frames * places, device=at.device).view(frames, places)
         goes_to = torch.where(later, begin[..., None] * places + place[0], place).flatten(1)  # [M, F P]
-        states = merge(states, goes_to.masked_fill(~standing.flatten(1), -1), frames * places)
+        states = merge(states, goes_to, frames * places)
         sizes = torch.zeros(goes_to.shape, device=at.device).scatter_add(1, goes_to, standing.flatten(1).float())
         left = standing & ~later
         return Video(at, states, static & left, left, sizes.view(at.shape))
