@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 _CHUNK = 128  # query rows at a time in the reference
+_FEWEST = 32  # of them where keys are many: a product of fewer rows is slower than memory
+_BLOCK = 1 << 18  # logits at a time on a CPU, 1 MB: what stays in a core's cache between product, softmax and sum
 
 
 def attention_received(query: Tensor, key: Tensor, scale: float, lengths: Tensor | None = None) -> Tensor:
@@ -52,6 +54,10 @@ def reference(query: Tensor, key: Tensor, scale: float, lengths: Tensor | None) 
     """`attention_received` in PyTorch: some rows at a time."""
     batch, heads, rows, width = query.shape
     key_heads, count = key.shape[1:3]
+    # what autograd looks back on cannot be written over
+    differentiable = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    if batch == 1 and heads == key_heads and lengths is None and key.device.type == "cpu" and not differentiable:
+        return _in_blocks(query[0].float() * scale, key[0].float().transpose(1, 2))[None]
     if batch > 1 and key.device.type == "cpu":  # as in attention_rows
         sizes = [None] * batch if lengths is None else lengths.split(1)
         return torch.cat([reference(q, k, scale, n) for q, k, n in zip(query.split(1), key.split(1), sizes)])
@@ -69,6 +75,33 @@ def reference(query: Tensor, key: Tensor, scale: float, lengths: Tensor | None) 
         counts = seen[:, None, None, start : start + _CHUNK, None]
         received = received + weights.masked_fill(~counts, 0).sum(dim=(2, 3))
     return received.sum(dim=1) / heads
+
+
+def _in_blocks(query: Tensor, keys: Tensor) -> Tensor:
+    """`[N]` fp32: the columns of softmax(query keys) summed over the rows and averaged over the heads, on a CPU.
+
+    Every block of logits is made, normalised and added up in one piece of memory that fits the cache. A new tensor for
+    each would be new pages of the system each time, which costs as much as the arithmetic.
+
+    Args:
+        query: `[H, R, d]` fp32, scaled.
+        keys: `[H, d, N]` fp32.
+    """
+    heads, rows, _ = query.shape
+    count = keys.shape[2]
+    chunk = max(1, min(_CHUNK, max(_FEWEST, _BLOCK // max(count, 1)), rows))
+    group = max(1, min(heads, _BLOCK // max(chunk * count, 1)))
+    received = keys.new_zeros(heads, count)
+    memory = keys.new_empty(group * chunk * count)
+    for first in range(0, heads, group):
+        some, total = keys[first : first + group], received[first : first + group]
+        for start in range(0, rows, chunk):
+            part = query[first : first + group, start : start + chunk]
+            shape = (*part.shape[:2], count)
+            logits = memory[: part.shape[0] * part.shape[1] * count].view(shape)
+            torch.softmax(torch.bmm(part, some, out=logits), dim=-1, out=logits)
+            total += logits.sum(dim=1)
+    return received.sum(dim=0) / heads
 
 
 def launch(query: Tensor, key: Tensor, scale: float, lengths: Tensor | None) -> Tensor:

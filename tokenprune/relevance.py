@@ -32,7 +32,9 @@ def clip_relevance(
     Patch features are the hidden states of `layer` behind the tower's last norm and its projection, though they were
     trained to be so behind the last layer and for [CLS] alone; there patches that show what the text says have the
     lower cosine (hence the minus, as in the official code). Questions longer than the text tower's places (77) are cut
-    into segments of that length, the last one filled with zeros that are not attended to.
+    into segments of that length, the last one filled with zeros that are not attended to, as there: only the last one
+    holds the end token, at which CLIP reads a text, so the others give the feature of their first place or of their
+    highest id, which says little of the question. Ask short questions.
 
     Args:
         clip: a `transformers.CLIPModel`.
