@@ -37,7 +37,9 @@ Deviations:
 - Where an earlier cut left, a place counts as static where all its tokens are left.
 - r' is k / C, in whole numbers; the code's floating point may round a ceil up. The code's windows are at most 1024
   frames long.
-- With total="official" `inner` is of the budget, not of what it came to.
+- Attention is taken as received from all patches on towers with [CLS] too.
+- With total="official" `inner` is of the budget, not of what it came to. A decoder whose layers do not reach the inner
+  cut has none.
 - Ties go to the lower raster index, of groups to the earlier, a window's static tokens before the dynamic ones.
 """
 
@@ -194,6 +196,7 @@ class HoliTom(Pruner):
         "the FLOPs (README)"
     )
     plan_options: ClassVar[tuple[str, ...]] = ("inner", "depth")
+    text_aware: ClassVar[bool] = False  # the part inside the decoder is, and it is off by default
 
     tau: float = 0.8
     beta: float = 0.6
