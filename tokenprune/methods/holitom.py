@@ -2,7 +2,8 @@
 
 Paper: "HoliTom: Holistic Token Merging for Fast Video Large Language Models", Shao et al., NeurIPS 2025,
 https://arxiv.org/abs/2505.21334 (abstract and README were read, not the paper).
-Official code: cokeshao/HoliTom at e9b2972 (10 Oct 2025).
+Official code: cokeshao/HoliTom at e9b2972 (10 Oct 2025); what is marked "code" below was looked up again in
+holitom/llava_arch.py at b1d1412 and modeling_qwen2.py at e5f7da2.
 Licence: Apache-2.0 upstream; this file was written from the formulas, no code was copied.
 
 1. c is the cosine of a token with the one at the same place of the frame before. Within a window of L frames a place is
