@@ -17,9 +17,9 @@ _CELL = re.compile(r"test_families\.py::test_(removal_equals_masking|what_a_fami
 _SAMPLED = re.compile(r"(test_families|test_masked_reference)\.py::(test_removal_equals_masking\w*)\[(.+)\]$")
 _PACKAGES = ("torch", "transformers", "trl", "peft", "numpy")
 SETS = {
-    "lowest": "the floors of pyproject.toml, `make test-lowest`",
+    "lowest": "the floors of pyproject.toml, one cell of each family and method, `make test-lowest`",
     "constraints": "constraints.txt, without torchvision; all tests, `make test`",
-    "newest": "what pip takes without constraints, `make test-newest`",
+    "newest": "what pip takes without constraints, cells likewise, `make test-newest`",
 }
 
 
