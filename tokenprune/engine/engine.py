@@ -126,12 +126,20 @@ class Engine:
         if inputs.length > 1:
             self._links.check()
         self._tower.check_planned(inputs.arguments)
-        call.prompt = self._reader.read(inputs, call.laid_out)
-        if call.prompt is not None:
-            call.prompt.drafted = call.drafted
-            if self.attending.learns:
-                self._learning.acquire()
-                call.learning = True
+        if self._reader.brings_pictures(inputs):
+            if self.adapter.behind_tower:
+                call.waiting = inputs
+            else:
+                self._lay_out(call, inputs)
+
+    def _lay_out(self, call: ForwardCall, inputs: CallInputs) -> None:
+        """Find the visual tokens of a call that brings pictures; `inputs` are those of the merging module."""
+        call.waiting = None
+        call.prompt = self._reader.read(inputs, call)
+        call.prompt.drafted = call.drafted
+        if self.attending.learns:
+            self._learning.acquire()
+            call.learning = True
 
     def _leave(self, module: Any, args: Any, output: Any) -> None:
         # runs after an exception too, so that a failed call leaves nothing behind
@@ -143,8 +151,15 @@ class Engine:
         if call.learning:
             self._learning.release()
         self._serve(call, None)
+        unseen = call.waiting is not None and output is not None
         call.clear()
         self.calls.end(module)
+        if unseen:
+            raise ValueError(
+                f"{type(module).__name__} was given pictures and did not call "
+                f"{type(self.adapter.language_model).__name__} with inputs_embeds, so nothing could be taken out of "
+                "the prompt: this model has no input cuts."
+            )
 
     def _serve(self, call: ForwardCall, cache: Any) -> None:
         """Let the pruned `cache` take keys until this is called again."""
@@ -162,6 +177,8 @@ class Engine:
         call.decoder = None
         if inputs.embeds is None:
             return None
+        if call.waiting is not None:
+            self._lay_out(call, call.waiting)
         prompt, before = call.prompt, pruned_prompt(inputs.cache)
         if prompt is None and inputs.past == 0:
             self._remember(Prompt(Layout((), inputs.batch_size, inputs.length)))
