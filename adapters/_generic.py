@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenprune.adapters._cost import generic_shape
 from tokenprune.adapters._deepstack import DEEPSTACK, deepstack_kwargs
 from tokenprune.adapters._grids import Grids, feature_rows, visuals_of
+from tokenprune.adapters._not_applicable import why_not
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, VisionTower
 from tokenprune.interfaces.signals import TowerInfo
@@ -69,10 +69,13 @@ class Generic(Adapter):
 
     behind_tower = True
     verified = False
+    costs_modelled = False
     decoder_by_place: tuple[str, ...] = ()
     """Further arguments `[B, S, ...]` of the decoder that go by place, to be cut as its rows are."""
 
     def __init__(self, model: Any) -> None:
+        if why := why_not(type(model)):
+            raise TypeError(f"{type(model).__name__} has no input cuts: {why}.")
         self.model = model
         self.entry = merging_module(model)
         self.language_model = decoder_in(self.entry)
@@ -149,7 +152,10 @@ class Generic(Adapter):
         return known | deepstack_kwargs(kwargs, rows, real)
 
     def cost_shape(self) -> ModelShape:
-        return generic_shape(self.model.config, vision_config(self.model.config), len(self.layers))
+        raise ValueError(
+            f"FLOPs and KV bytes of {type(self.model).__name__} are not modelled: its class has no file that says what "
+            "its parts cost."
+        )
 
 
 def merging_module(model: Any) -> nn.Module:
