@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from _capabilities import FILE, as_yaml, capabilities, expected
 from _decoders import llava_with
 from _tiny import TEXT
 from _zoo_all import FAMILIES, zoo_batch, zoo_model
@@ -208,3 +209,7 @@ def test_a_subclass_and_a_tower_of_another_kind_are_covered() -> None:
         adapter_for(zoo_model(name)).name for name in FAMILIES
     }
     assert len(CAPABILITIES) == 4
+
+
+def test_the_table_of_classes_says_what_the_cells_come_to() -> None:
+    assert FILE.read_text(encoding="utf-8") == as_yaml(capabilities(expected()))
