@@ -44,9 +44,9 @@ Writes = Callable[["Rows"], Batch]
 class Rows:
     """Writes a batch by seed: how many pictures each row has, their sizes, and words between them."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, pictures: list[int] | None = None) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.pictures = _ROWS[self.below(len(_ROWS))]
+        self.pictures = _ROWS[self.below(len(_ROWS))] if pictures is None else pictures
         self.total = sum(self.pictures)
         self._rows: list[list[int]] = []
 
@@ -193,9 +193,9 @@ def zoo_model(name: str, seed: int = 0) -> Any:
     return model
 
 
-def zoo_batch(name: str, case: str = "") -> Batch:
-    """Inputs of a family; `case` decides the layout."""
-    return FAMILIES[name].write(Rows(zlib.crc32(f"{name} {case}".encode())))
+def zoo_batch(name: str, case: str = "", pictures: list[int] | None = None) -> Batch:
+    """Inputs of a family; `case` decides the layout, of rows with so many `pictures` each if they are given."""
+    return FAMILIES[name].write(Rows(zlib.crc32(f"{name} {case}".encode()), pictures))
 
 
 __all__ = [
