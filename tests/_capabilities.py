@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from _families import BUILDERS
 from _paths import ROOT
+from _zoo import made
 from _zoo_all import CELLS, FAMILIES, LACKS
 
 from tokenprune.interfaces.capability import CAPABILITIES
@@ -53,7 +54,7 @@ def capabilities(outcomes: Outcomes) -> dict[str, dict[str, str]]:
 
 
 def _class_of(name: str) -> str:
-    return FAMILIES[name].make()[0].__name__
+    return made(name)[0].__name__
 
 
 def as_yaml(rows: Mapping[str, Mapping[str, str]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import platform
 import re
+import zlib
 from collections import Counter, defaultdict
 from importlib import metadata
 from pathlib import Path
@@ -15,18 +16,42 @@ import _files  # noqa: F401
 _CELL = re.compile(
     r"test_(?:families|any_model)\.py::test_(removal_equals_masking|what_a_(?:family_cannot_take|class_lacks)\w*)\[(.+)\]$"
 )
+_SAMPLED = re.compile(r"(test_families|test_masked_reference)\.py::(test_removal_equals_masking\w*)\[(.+)\]$")
 _PACKAGES = ("torch", "transformers", "trl", "peft", "numpy")
 SETS = {
-    "lowest": "the floors of pyproject.toml, `make test-lowest`",
+    "lowest": "the floors of pyproject.toml, one cell of each family and method, `make test-lowest`",
     "constraints": "constraints.txt, without torchvision; all tests, `make test`",
-    "newest": "what pip takes without constraints, `make test-newest`",
+    "newest": "what pip takes without constraints, cells likewise, `make test-newest`",
 }
 
 
 def pytest_addoption(parser: Any) -> None:
     parser.addoption("--support", type=Path, help="write the tables of families x methods and of versions to this file")
     parser.addoption("--reads", type=Path, help="write the table of host reads into this file")
+    parser.addoption("--sampled", action="store_true", help="one masked-model cell for each family and method, by seed")
     parser.addoption("--versions", choices=list(SETS), help="the row of the table of versions that these tests are")
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """With `--sampled`, of the masked-model cells of each family and method one, drawn by their names, and all of
+    `random`: what a release breaks is a family, a layout or a site, not one method of thirty-six."""
+    if not config.getoption("--sampled"):
+        return
+    drawn: dict[tuple[str, ...], list[Any]] = defaultdict(list)
+    for item in items:
+        match = _SAMPLED.search(item.nodeid)
+        if match:
+            names = match[3].split("-")[: 2 if match[1] == "test_families" else 1]
+            if names[-1] != "random":
+                drawn[(match[2], *names)].append(item)
+    left = {id(item) for names, all_of_them in drawn.items() for item in _all_but_one(names, all_of_them)}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) in left])
+    items[:] = [item for item in items if id(item) not in left]
+
+
+def _all_but_one(names: tuple[str, ...], items: list[Any]) -> list[Any]:
+    place = zlib.crc32("-".join(names).encode()) % len(items)
+    return items[:place] + items[place + 1 :]
 
 
 def pytest_report_header(config: Any) -> str:
