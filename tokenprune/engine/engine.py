@@ -21,7 +21,7 @@ from tokenprune.engine.assisted_decoding import Drafts
 from tokenprune.engine.attention import AttentionInterventions
 from tokenprune.engine.decoder_pass import DecoderPass
 from tokenprune.engine.first_layer import entering
-from tokenprune.engine.guards import check_mask, check_replica, check_window, sliding_window
+from tokenprune.engine.guards import check_features, check_mask, check_replica, check_window, sliding_window
 from tokenprune.engine.hints import Hints
 from tokenprune.engine.layer_cuts import LayerCuts
 from tokenprune.engine.outputs import Outputs, restore, strike_out
@@ -53,6 +53,7 @@ class Engine:
         stages: in the order in which they run, see `check_plan`.
         interventions: what changes attention in the decoder.
         outputs: "auto", "full" or "kept", see `Outputs`.
+        verify: whether the first prompt of a model whose class has no tests of its own is held against its features.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class Engine:
         stages: Sequence[Stage],
         interventions: Sequence[Intervention] = (),
         outputs: str = "auto",
+        verify: bool = True,
     ) -> None:
         self.adapter, self.stages = adapter, tuple(stages)
+        self._unseen = verify and adapter.behind_tower and adapter.features_at_places
         self.last: Prompt | None = None
         self._last_of: Generation | None = None  # the `generate` call that `last` is of
         self.calls = Calls()
@@ -102,16 +105,21 @@ class Engine:
         self._outputs.install(adapter.model, ledger)
         ledger.hook(adapter.entry.register_forward_pre_hook(opaque(self._enter), with_kwargs=True))
         ledger.hook(adapter.entry.register_forward_hook(opaque(self._leave), always_call=True))
-        decoder = adapter.language_model
-        ledger.hook(decoder.register_forward_pre_hook(opaque(self._before_decoder), with_kwargs=True))
-        ledger.hook(decoder.register_forward_hook(opaque(self._after_decoder)))
-        ledger.hook(decoder.register_forward_hook(opaque(self._leave_decoder), always_call=True))
-        for part in (self.attending, self._layers, self._tower):
-            part.install(ledger)
+        self.install_decoder(ledger)
+        self._tower.install(ledger)
         self._drafts.install(adapter.model, ledger)
         self._transitions.install(ledger)
         hooked = [module for module, count in _hooks(adapter.model).items() if count != before.get(module)]
         self._links = Links(adapter.model, [*hooked, *adapter.layers, *adapter.vision.blocks, *adapter.vision.exits])
+
+    def install_decoder(self, ledger: Ledger) -> None:
+        """Place the hooks on the decoder and its layers alone."""
+        decoder = self.adapter.language_model
+        ledger.hook(decoder.register_forward_pre_hook(opaque(self._before_decoder), with_kwargs=True))
+        ledger.hook(decoder.register_forward_hook(opaque(self._after_decoder)))
+        ledger.hook(decoder.register_forward_hook(opaque(self._leave_decoder), always_call=True))
+        for part in (self.attending, self._layers):
+            part.install(ledger)
 
     # --- a call -----------------------------------------------------------------------------------------------------
 
@@ -126,12 +134,20 @@ class Engine:
         if inputs.length > 1:
             self._links.check()
         self._tower.check_planned(inputs.arguments)
-        call.prompt = self._reader.read(inputs, call.laid_out)
-        if call.prompt is not None:
-            call.prompt.drafted = call.drafted
-            if self.attending.learns:
-                self._learning.acquire()
-                call.learning = True
+        if self._reader.brings_pictures(inputs):
+            if self.adapter.behind_tower:
+                call.waiting = inputs
+            else:
+                self._lay_out(call, inputs)
+
+    def _lay_out(self, call: ForwardCall, inputs: CallInputs) -> None:
+        """Find the visual tokens of a call that brings pictures; `inputs` are those of the merging module."""
+        call.waiting = None
+        call.prompt = self._reader.read(inputs, call)
+        call.prompt.drafted = call.drafted
+        if self.attending.learns:
+            self._learning.acquire()
+            call.learning = True
 
     def _leave(self, module: Any, args: Any, output: Any) -> None:
         # runs after an exception too, so that a failed call leaves nothing behind
@@ -143,8 +159,15 @@ class Engine:
         if call.learning:
             self._learning.release()
         self._serve(call, None)
+        unseen = call.waiting is not None and output is not None
         call.clear()
         self.calls.end(module)
+        if unseen:
+            raise ValueError(
+                f"{type(module).__name__} was given pictures and did not call "
+                f"{type(self.adapter.language_model).__name__} with inputs_embeds, so nothing could be taken out of "
+                "the prompt: this model has no input cuts."
+            )
 
     def _serve(self, call: ForwardCall, cache: Any) -> None:
         """Let the pruned `cache` take keys until this is called again."""
@@ -162,6 +185,9 @@ class Engine:
         call.decoder = None
         if inputs.embeds is None:
             return None
+        if call.waiting is not None:
+            self._lay_out(call, call.waiting)
+            self._hold_against_features(call.prompt, inputs.embeds)
         prompt, before = call.prompt, pruned_prompt(inputs.cache)
         if prompt is None and inputs.past == 0:
             self._remember(Prompt(Layout((), inputs.batch_size, inputs.length)))
@@ -186,6 +212,16 @@ class Engine:
         if compaction is not None:  # what else the decoder is handed by place: features that are added inside it
             changed |= self.adapter.per_token_kwargs(kwargs, compaction.rows, compaction.real)
         return args, {**kwargs, **changed}
+
+    def _hold_against_features(self, prompt: Prompt | None, embeds: Tensor) -> None:
+        """Check the first prompt that was laid out behind the tower, and let go of its features."""
+        if prompt is None:
+            return
+        if self._unseen:
+            check_features(self.adapter, prompt, embeds)
+            self._unseen = not prompt.layout.spans
+        for recording in prompt.recordings:
+            recording.features = []  # the features know their recording: together they would outlive the prompt
 
     def _after_decoder(self, module: Any, args: Any, output: Any) -> None:
         call = self.calls.now
