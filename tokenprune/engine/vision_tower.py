@@ -26,7 +26,7 @@ from tokenprune.interfaces.signals import PIXEL_SIGNALS, TOWER_STATES, VISION_SI
 from tokenprune.interfaces.visual import Raster, Visual
 from tokenprune.state.forward_call import Calls
 from tokenprune.state.prompt_state import multiplied_sizes
-from tokenprune.state.tower_recording import KeptBeforeProjector, Recording, tag
+from tokenprune.state.tower_recording import KeptBeforeProjector, Recording, entries_of, tag
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -435,6 +435,7 @@ class TowerHooks:
                 run.finish()
             finally:
                 self._calls.tower = None
+            recording.entries = entries_of(output, visuals)
             tag(output, recording)
             if self._calls.now is not None and self._calls.now.entered:
                 self._calls.now.recordings.setdefault(kind, []).append(recording)
