@@ -1,4 +1,5 @@
-"""SmolVLM: a SigLIP tower over tiles, s x s patches joined by pixel shuffle, text between the tiles, a Llama decoder.
+"""SmolVLM and Idefics3: a SigLIP tower over tiles, s x s patches joined by pixel shuffle, text between the tiles, a
+Llama decoder.
 
 The model gets the tiles of a prompt in one row. Which make a picture is read off the labels that its processor writes
 in front of them (`_tiles.py`); they are the rasters of one visual. Frames of a video have no tiles and count as
@@ -34,9 +35,9 @@ class Tile(Visual):
 
 @register_model("smolvlm")
 class SmolVLM(Adapter):
-    """Stock `SmolVLMForConditionalGeneration`."""
+    """Stock `SmolVLMForConditionalGeneration` and `Idefics3ForConditionalGeneration`."""
 
-    classes = ("SmolVLMForConditionalGeneration",)
+    classes = ("SmolVLMForConditionalGeneration", "Idefics3ForConditionalGeneration")
     decoder_path = "model.text_model"
     projector_path = "model.connector"
 

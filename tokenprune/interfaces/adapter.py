@@ -175,6 +175,7 @@ class Adapter:
         behind_tower: whether visuals are laid out once the tower has run, by the features that it made
             (`visuals_behind`), rather than before it (`visuals`).
         verified: whether its classes are tested one by one; else the loaded model is tried when a method is applied.
+        costs_modelled: whether `cost_shape` is known.
         limits_whole_videos: whether the limits in pixels that its video processor is given are for all frames of a
             video together, not for each.
         decoder_path, projector_path: where these modules are, from the model.
@@ -187,6 +188,7 @@ class Adapter:
     mrope: bool = False
     behind_tower: ClassVar[bool] = False
     verified: ClassVar[bool] = True
+    costs_modelled: ClassVar[bool] = True
     limits_whole_videos: ClassVar[bool] = False
     decoder_path: ClassVar[str] = "model.language_model"
     projector_path: ClassVar[str] = "model.multi_modal_projector"
@@ -198,6 +200,16 @@ class Adapter:
     vision: VisionTower
     projector: Any
     first_cut: int = 1
+
+    features_at_places: ClassVar[bool] = True
+    """Whether what a features call returns stands at the placeholders as it is."""
+    layer_by_place: tuple[str, ...] = ()
+    """Further arguments `[B, S, ...]` of a decoder layer that go by place, to be cut as its rows are."""
+
+    @classmethod
+    def covers(cls, model: Any) -> bool:
+        """Whether it covers a model of one of its classes; else the model is read as one of no family."""
+        return True
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -307,6 +319,10 @@ class Adapter:
         if "layer_type" in inspect.signature(rotary.forward).parameters:  # Gemma 3: each kind of layer has another base
             return rotary(hidden, position_ids, self.layer_kind(layer))
         return rotary(hidden, position_ids)
+
+    def position_ids(self, positions: Tensor) -> Tensor:
+        """Position ids as the decoder takes them, for text whose tokens stand at `positions` `[B, S]`."""
+        return positions.expand(3, *positions.shape) if self.mrope else positions
 
     def expand_features(self, output: Any, expand: Callable[[Sequence[Tensor]], list[Tensor]]) -> None:
         """Put what a features call made of smaller pictures at full length, in place: all of its per-visual tensors."""
