@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from tokenprune.interfaces.visual import Pictures
+from tokenprune.adapters._generic import Generic
+from tokenprune.interfaces.visual import Pictures, Raster, Visual
 
 _LONGEST = 24
 """Ids in front of a tile that are looked at: a label like <row_2_col_3> is one, or some ten where it is no token."""
@@ -14,10 +17,41 @@ _ROW_END = 2
 """Most ids between two tiles of a picture, the second's label aside: line ends."""
 
 UNTOLD = (
-    "The tiles of a prompt with several do not stand in it as the family's processor writes them (labels between "
-    "separators, the whole picture last), or the prompt came as embeddings, so which make a picture is not known: "
-    "there, keep counts for all tiles of the prompt together."
+    "Which tiles of a prompt make a picture could not be read off it (it is not as the family's processor writes it, "
+    "or came as embeddings): keep counts for all tiles of such a prompt together."
 )
+
+
+@dataclass(frozen=True, eq=False)
+class Tile(Visual):
+    """One tile; its pixels are at `[row, place]` of those of the call."""
+
+    row: int = 0
+    place: int = 0
+
+
+def tile_pixels(pixels: Tensor, tiles: Sequence[Visual]) -> list[Tensor]:
+    """Of `[B, most tiles, ...]`, those of each tile."""
+    return [pixels[tile.row, tile.place] for tile in tiles if isinstance(tile, Tile)]
+
+
+class TiledPrompts(Generic):
+    """A class without a tower that is read, whose features come by prompt: all tiles of one in a row."""
+
+    def tile_raster(self, call: Mapping[str, Any]) -> Raster:
+        """The tokens of a tile."""
+        raise TypeError(f"{type(self).__name__} defines no tile_raster().")
+
+    def visuals_behind(self, kind: str, call: Mapping[str, Any], output: Any) -> list[Visual]:
+        raster = self.tile_raster(call)
+        return [
+            Tile((raster,), scattered=True, row=row, place=place)
+            for row, features in enumerate(self.feature_rows(output))
+            for place in range(len(features) // raster.num_tokens)
+        ]
+
+    def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        return tile_pixels(call[self.pixels[kind]], visuals)
 
 
 def pictures_by_run(places: Sequence[Tensor]) -> Pictures:
@@ -51,6 +85,47 @@ def pictures_by_label(ids: Tensor | None, places: Sequence[Tensor]) -> Pictures:
         return Pictures((1,))
     counts = None if ids is None else _labelled(ids.tolist(), places)
     return Pictures((len(places),), UNTOLD) if counts is None else Pictures(counts)
+
+
+def pictures_by_chain(ids: Tensor | None, places: Sequence[Tensor], crops: int) -> Pictures:
+    """One separator in front of each picture and one behind, one alone between those side by side, and no labels; all
+    pictures of a call are split into `crops`, or none is.
+
+    A chain of pictures side by side that is no whole number of crops shows that none is split. Where all chains are,
+    both could be: the prompt is taken as one picture, with a note.
+
+    Args:
+        ids, places: see `Adapter.pictures`.
+        crops: tiles of a picture that is split.
+    """
+    if len(places) == 1:
+        return Pictures((1,))
+    chains = None if ids is None else _chains(ids.tolist(), places)
+    if chains is None or all(chain % crops == 0 for chain in chains):
+        return Pictures((len(places),), UNTOLD)
+    return Pictures((1,) * len(places))
+
+
+def _chains(ids: list[int], places: Sequence[Tensor]) -> list[int] | None:
+    """Tiles side by side; None where the prompt is not written as expected."""
+    starts = [int(own[0]) for own in places]
+    ends = [int(own[-1]) + 1 for own in places]
+    whole = all(end - start == len(own) for start, end, own in zip(starts, ends, places))
+    if not whole or ends[-1] == len(ids) or starts[0] == 0:
+        return None
+    separator = ids[ends[-1]]
+    chains = [1]
+    if ids[starts[0] - 1] != separator:
+        return None
+    for end, start in zip(ends, starts[1:]):
+        gap = ids[end:start]
+        if not gap or gap[0] != separator or gap[-1] != separator:
+            return None
+        if len(gap) == 1:
+            chains[-1] += 1
+        else:
+            chains.append(1)
+    return chains
 
 
 def _labelled(ids: list[int], places: Sequence[Tensor]) -> tuple[int, ...] | None:

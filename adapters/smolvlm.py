@@ -10,27 +10,18 @@ of the tower are means over the patches of a token; nothing can leave inside.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenprune.adapters._cost import text_sizes, vit_sizes
-from tokenprune.adapters._tiles import pictures_by_label
+from tokenprune.adapters._tiles import Tile, pictures_by_label, tile_pixels
 from tokenprune.adapters._vit import Vit, vit_facts
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, submodule
 from tokenprune.interfaces.visual import Pictures, Raster, Visual
 from tokenprune.registry import register_model
-
-
-@dataclass(frozen=True, eq=False)
-class Tile(Visual):
-    """One tile; its pixels are at `[row, place]` of those of the call."""
-
-    row: int = 0
-    place: int = 0
 
 
 @register_model("smolvlm")
@@ -71,7 +62,7 @@ class SmolVLM(Adapter):
         return pictures_by_label(ids, places)
 
     def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
-        return [call["pixel_values"][tile.row, tile.place] for tile in visuals if isinstance(tile, Tile)]
+        return tile_pixels(call["pixel_values"], visuals)
 
     def cost_shape(self) -> ModelShape:
         config = self.model.config

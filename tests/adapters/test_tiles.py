@@ -6,13 +6,17 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
+import _zoo_pictures  # noqa: F401
 import pytest
 import torch
-from _families import END, START, Writer, _tile_batch, family
+from _families import END, START, Writer, _tile_batch, family, smolvlm_picture
+from _masked_whole import compare_whole
 from _tiny import IMAGE
+from _zoo import SPECIAL, zoo_model
+from masked_reference import run_pruned
 
 import tokenprune
-from tokenprune.adapters._tiles import UNTOLD, pictures_by_label, pictures_by_run
+from tokenprune.adapters._tiles import UNTOLD, pictures_by_chain, pictures_by_label, pictures_by_run
 from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.selection import Selection
 from tokenprune.interfaces.view import View
@@ -90,6 +94,30 @@ def test_a_prompt_that_came_as_embeddings_is_one_picture_unless_it_is_one_tile()
 def test_runs_are_pictures():
     _, places = row_of([1], [TILE] * 3 * SIZE, [1], [TILE] * SIZE, [1, 1], [TILE] * 2 * SIZE)
     assert pictures_by_run(places).counts == (3, 1, 2)
+
+
+def chain(*pictures: int) -> list[int]:
+    """Idefics 2: `pictures` side by side, each in so many crops."""
+    return [*sum(([FAKE, *[TILE] * SIZE] for _ in range(sum(pictures))), []), FAKE]
+
+
+def test_pictures_of_a_chain_are_told_apart_where_its_length_shows_that_none_is_split():
+    def counts_of(*parts: list[int]) -> tuple[int, ...]:
+        found = pictures_by_chain(*row_of(*parts), 5)
+        return () if found.note else found.counts
+
+    text = [1, 2]
+    assert counts_of(text, chain(1), text, chain(1, 1), [3]) == (1, 1, 1)
+    assert counts_of(text, chain(1), text) == (1,)
+    assert counts_of(text, chain(*[1] * 6), text, chain(*[1] * 5), text) == (1,) * 11
+    assert counts_of(text, chain(5), text, chain(5), text) == ()  # two in crops, or ten
+    for parts in (
+        [text, chain(1)[1:], text, chain(1), text],
+        [text, chain(1, 1)[:-1]],
+        [text, chain(1)[:-1], text, chain(1), text],
+        [text, [TILE] * 2 * SIZE, [FAKE]],
+    ):
+        assert counts_of(*parts) == (), parts
 
 
 def test_joined_tiles_keep_their_order_and_refuse_separators():
@@ -241,3 +269,48 @@ def test_signals_and_seeds_are_those_of_a_pictures_own_tiles(name):
 def test_frames_of_a_video_count_as_pictures():
     prompt, _ = run("smolvlm", batch("smolvlm", [[1, 1, 1]]), "random@9")
     assert [len(own) for own in prompt.kept[0]] == [9, 9, 9]
+
+
+# --- classes without a tower that is read -----------------------------------------------------------------------------
+
+COUNT = {"qianfan_ocr": 36, "got_ocr2": 16, "idefics2": 16, "granite_docling": 36}
+
+
+def zoo_prompts(name: str, samples: list[list[int]], seed: int = 3) -> dict[str, torch.Tensor]:
+    """Pictures of so many tiles, as the family's processor writes them."""
+    writer, tile = Writer(seed), [IMAGE] * COUNT[name]
+    for sample in samples:
+        if name == "granite_docling":
+            parts = [smolvlm_picture(tiles) for tiles in sample]
+        elif name == "idefics2":
+            parts = [[START, *tile, START] for _ in range(sum(sample))]
+        else:
+            parts = [[START, *tile * tiles, END] for tiles in sample]
+        writer.row(*parts)
+    made, totals = writer.batch("left"), [sum(sample) for sample in samples]
+    side = 64 if name == "got_ocr2" else 48
+    if name in ("qianfan_ocr", "got_ocr2"):
+        return {**made, "pixel_values": writer.pixels(sum(totals), 3, side, side)}
+    pixels = torch.zeros(len(samples), max(totals), 3, side, side)
+    for row, tiles in enumerate(totals):
+        pixels[row, :tiles] = writer.pixels(tiles, 3, side, side)
+    made["pixel_values"] = pixels
+    if name == "granite_docling":
+        made["pixel_attention_mask"] = (pixels != 0).flatten(2).any(-1)
+    return made
+
+
+@pytest.mark.parametrize("method", ["random", "divprune"])
+@pytest.mark.parametrize("name", list(COUNT))
+def test_tiles_of_classes_that_are_read_off_their_model(name, method):
+    samples = [[1, 1, 1], [1]] if name == "idefics2" else [[3, 2], [2], [4]]
+    inputs = zoo_prompts(name, samples)
+    silent = [token for token in SPECIAL if token < zoo_model(name).get_output_embeddings().weight.shape[0]]
+    found = run_pruned(zoo_model(name), method, 5, inputs, tokens=4, silent=silent)
+    compare_whole(found, inputs, 1e-5, silent)
+    with tokenprune.applied(zoo_model(name), method, keep=5) as handle, torch.no_grad():
+        zoo_model(name).generate(**inputs, max_new_tokens=2, do_sample=False, num_beams=2)
+        spans = handle.last.layout.spans
+        tiles = [[len(one.visual.rasters) for one in spans if one.sample == row] for row in range(2 * len(samples))]
+        assert tiles == [sample for sample in samples for _ in range(2)]
+        assert [[len(own) for own in row] for row in handle.kept] == [[5] * len(row) for row in tiles]

@@ -229,6 +229,16 @@ def entries_of(output: Any, visuals: Sequence[Visual]) -> list[range] | None:
     )
 
 
+def by_visual(features: Sequence[Tensor], entries: Sequence[range] | None, visuals: Sequence[Visual]) -> list[Tensor]:
+    """`[P, D]` of each visual, from tensors that hold those of `entries`, see `entries_of`."""
+    if entries is None:
+        return list(features)
+    found: list[Tensor] = []
+    for tensor, own in zip(features, entries):
+        found += tensor.split([visuals[visual].length for visual in own])
+    return found
+
+
 def tag(output: Any, recording: Recording) -> None:
     """Tie the features in the output of a features call to `recording`."""
     features = getattr(output, "pooler_output", None)
