@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokenprune.adapters._deepstack import DEEPSTACK, deepstack_kwargs
@@ -114,6 +115,14 @@ class Generic(Adapter):
         self._mixes = mixes_places(self.entry, self.language_model)
         added = getattr(vision, "deepstack_visual_indexes", None) or ()
         self.first_cut = max(1, len(added))
+
+    def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
+        """For whoever asks without a run of the tower, as a picture of what was kept does: it is run."""
+        function = getattr(self.entry, self.features[kind])
+        takes = inspect.signature(function).parameters
+        given = {name: value for name, value in call.items() if name in takes and value is not None}
+        with torch.no_grad():
+            return self.visuals_behind(kind, call, function(**given, return_dict=True))
 
     def visuals_behind(self, kind: str, call: Mapping[str, Any], output: Any) -> list[Visual]:
         rows = self.feature_rows(output)

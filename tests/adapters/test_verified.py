@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from _capabilities import FILE, as_yaml, capabilities, expected
 from _decoders import llava_with
 from _tiny import TEXT
 from _zoo_all import FAMILIES, zoo_batch, zoo_model
@@ -208,3 +209,17 @@ def test_a_subclass_and_a_tower_of_another_kind_are_covered() -> None:
         adapter_for(zoo_model(name)).name for name in FAMILIES
     }
     assert len(CAPABILITIES) == 4
+
+
+def test_the_table_of_classes_says_what_the_cells_come_to() -> None:
+    assert FILE.read_text(encoding="utf-8") == as_yaml(capabilities(expected()))
+
+
+def test_visuals_are_told_without_a_prompt_too() -> None:
+    for name in ("mistral3", "glm4v", "idefics2", "hunyuan_vl"):
+        model, batch = zoo_model(name), zoo_batch(name)
+        with tokenprune.applied(model, "random", 1.0) as handle, torch.no_grad():
+            model(**batch)
+            spans = handle.last.layout.spans
+        visuals = [visual for visual in adapter_for(model).visuals("image", batch) if visual.length]
+        assert [v.rasters for v in visuals] == [span.visual.rasters for span in spans]
