@@ -25,7 +25,8 @@ class Report:
         method: the method with its budget.
         positions: "compact" or "keep", of each stage that differs; "as laid out" where nothing prunes.
         interventions: one line each on what changes attention, in which layers, and what it did.
-        notes: what a reader must know of the method on this model, for example a stand-in for a signal.
+        notes: what a reader must know of the method on this model, for example a stand-in for a signal, and of how the
+            prompts were read.
         samples: rows of the batch.
         images: images in all.
         visual_tokens: visual tokens that the processor laid out.
@@ -125,7 +126,10 @@ def make_report(
     return Report(
         method=label,
         positions=", ".join(dict.fromkeys(str(stage.pruner.positions) for stage in stages)) or "as laid out",
-        notes=tuple(dict.fromkeys(note for stage in stages for note in stage.pruner.notes(adapter.tower))),
+        notes=(
+            *dict.fromkeys(note for stage in stages for note in stage.pruner.notes(adapter.tower)),
+            *(layout.notes if stages else ()),
+        ),
         samples=layout.batch_size,
         images=len(layout.spans),
         visual_tokens=visual_tokens,

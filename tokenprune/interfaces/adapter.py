@@ -12,7 +12,7 @@ from tokenprune.cost import ModelShape, tower_flops
 from tokenprune.interfaces.attention_reading import AttentionReading, attention_of, mlp_of, read_attention
 from tokenprune.interfaces.pruner import ModelDepths
 from tokenprune.interfaces.signals import TowerInfo
-from tokenprune.interfaces.visual import TowerWork, Visual
+from tokenprune.interfaces.visual import Pictures, TowerWork, Visual
 
 
 class VisionTower:
@@ -269,6 +269,18 @@ class Adapter:
     def visuals_behind(self, kind: str, call: Mapping[str, Any], output: Any) -> list[Visual]:
         """The same behind the tower; `output` is what the features call returned. Asked where `behind_tower` is set."""
         return self.visuals(kind, call)
+
+    def pictures(self, kind: str, ids: Tensor | None, places: Sequence[Tensor]) -> Pictures | None:
+        """Which of a prompt's visuals make a picture, where the tower gives the tiles of pictures one by one.
+
+        Args:
+            ids: `[S]` on the CPU, the prompt; None where it came as embeddings.
+            places: `[n]` int64 on the CPU, where the tokens of each visual stand in it, in order; there are some.
+
+        Returns:
+            None where each visual is a picture or a video.
+        """
+        return None
 
     def feature_rows(self, output: Any) -> list[Tensor]:
         """`[n, D]` of each visual, what the model puts at its placeholders, from the output of a features call."""

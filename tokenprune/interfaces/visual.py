@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -83,6 +84,38 @@ def one_raster(grid: tuple[int, int]) -> Visual:
 def unplaced(count: int, kind: str = "image") -> Visual:
     """A visual whose tokens stand in no grid that is known: latents of a resampler, or a grid that nothing tells."""
     return Visual((Raster((1, count), 0, "unplaced"),), kind=kind, scattered=True)
+
+
+class Pictures(NamedTuple):
+    """How the visuals that a tower gives of one prompt make its pictures.
+
+    Attributes:
+        counts: visuals of each picture, in order.
+        note: what a reader of a report must know where the prompt does not say; "" where it does.
+    """
+
+    counts: tuple[int, ...]
+    note: str = ""
+
+
+def joined(visuals: Sequence[Visual]) -> Visual:
+    """One picture of its tiles, whose rasters are those of the tiles one after the other.
+
+    Raises:
+        ValueError: a tile has separators, or crops of its own.
+    """
+    if len(visuals) == 1:
+        return visuals[0]
+    rasters: list[Raster] = []
+    start = 0
+    for visual in visuals:
+        if visual.offsets is not None or visual.crops is not None or visual.length != visual.num_tokens:
+            raise ValueError("Only visuals that are one token a placeholder can be tiles of one picture.")
+        for raster in visual.rasters:
+            kind = "crop" if raster.kind == "image" else raster.kind
+            rasters.append(Raster(raster.grid, start + raster.start, kind))
+        start += visual.num_tokens
+    return replace(visuals[0], rasters=tuple(rasters), placeholders=None)
 
 
 @dataclass(frozen=True)
