@@ -1,9 +1,12 @@
-"""The sizes of the LLaVA-like families, read from their configs."""
+"""The sizes that decide what a model costs: from its config, and the decoder's from the modules that are loaded."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+from tokenprune.adapters._layer_shapes import beside_layers, layer_shapes, width_of
+from tokenprune.adapters._tower_cost import Projector
 from tokenprune.cost import ModelShape
 
 
@@ -48,33 +51,45 @@ def text_sizes(text: Any) -> dict[str, Any]:
     }
 
 
-def generic_shape(config: Any, vision: Any, layers: int) -> ModelShape:
-    """What configs of most families say; see `tokenprune.adapters._generic`."""
-    text = config.get_text_config()
-    hidden = text.hidden_size
+def read_off(shape: ModelShape, adapter: Any) -> ModelShape:
+    """The same with decoder and head as they are loaded: layers of several kinds, experts, windows.
+
+    Shards of a tensor-parallel model are not read: it is what the sizes say.
+    """
+    if (getattr(adapter.model, "tp_size", None) or 1) > 1:
+        return shape
+    decoder = adapter.language_model
+    head = width_of(adapter.model.get_output_embeddings())
+    return dataclasses.replace(
+        shape,
+        by_layer=layer_shapes(adapter.layers, decoder.config),
+        beside=beside_layers(decoder),
+        vocab=None if head is None else head[1],
+    )
+
+
+def generic_shape(adapter: Any, projector: Projector) -> ModelShape:
+    """Of a family that is read off its model; see `tokenprune.adapters._generic`.
+
+    Args:
+        projector: see `tokenprune.adapters._tower_cost`.
+    """
+    text = adapter.model.config.get_text_config()
+    hidden, layers = text.hidden_size, len(adapter.layers)
     heads = _first(text, "num_attention_heads", default=1)
-    width = _first(vision, "hidden_size", "embed_dim", "width", default=1)
-    depth = _first(vision, "num_hidden_layers", "depth", "layers", "num_layers", default=1)
-    return ModelShape(
-        vision_layers=depth,
-        vision_blocks_run=depth,
-        vision_hidden=width,
-        vision_mlp=_first(vision, "intermediate_size", "mlp_dim", default=4 * width),
-        vision_heads=_first(vision, "num_attention_heads", "num_heads", "heads", default=1),
-        patch=_first(vision, "patch_size", default=1),
-        channels=_first(vision, "num_channels", "in_channels", default=3),
-        image_patches=0,
-        has_cls=False,
-        projector=(width, hidden),
+    shape = ModelShape(
+        projector=projector,
         layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=_first(text, "num_key_value_heads", default=heads),
         head_dim=_first(text, "head_dim", default=hidden // heads),
-        intermediate=_first(text, "intermediate_size", default=4 * hidden),
+        intermediate=_first(text, "intermediate_size", default=0),
         gated=True,
-        vocab=text.vocab_size,
+        vocab=None,
+        by_layer=(None,) * layers,
     )
+    return read_off(shape, adapter)
 
 
 def _first(config: Any, *names: str, default: int) -> int:

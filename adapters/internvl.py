@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tokenprune.adapters._cost import text_sizes, vit_sizes
+from tokenprune.adapters._cost import read_off, text_sizes, vit_sizes
 from tokenprune.adapters._vit import IMAGENET_PIXELS, Vit, feature_block, vit_facts
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, submodule
@@ -58,8 +58,9 @@ class InternVL(Adapter):
         config = self.model.config
         vision, text = config.vision_config, config.get_text_config()
         joined = vision.hidden_size * self.vision.patches_per_cell
-        return ModelShape(
+        shape = ModelShape(
             **vit_sizes(vision, self._patch, self.num_tokens * self.vision.patches_per_cell, has_cls=True),
             projector=(joined, text.hidden_size, text.hidden_size),
             **text_sizes(text),
         )
+        return read_off(shape, self)

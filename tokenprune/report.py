@@ -38,10 +38,11 @@ class Report:
         equivalent_tokens: kept visual tokens averaged over the decoder's layers, over the whole batch.
         selection_seconds: time for signals and selection.
         flops: by part, analytic (2 per multiply-add, matrix products only, see `tokenprune.cost`), padding not counted;
-            what interventions compute anew is part of the prefill.
+            what interventions compute anew is part of the prefill. None for a part that is not modelled.
         flops_unpruned: the same without pruning.
-        flops_by_layer: of the prefill, in each decoder layer.
-        kv_bytes: bytes of the prompt's KV cache after pruning, padding not counted.
+        flops_by_layer: of the prefill, in each decoder layer; None where it is not modelled.
+        kv_bytes: bytes of the prompt's KV cache after pruning, padding not counted: keys and values, of layers with a
+            window those it holds, and states of linear attention. None if a layer is not modelled.
         kv_bytes_unpruned: the same without pruning.
     """
 
@@ -60,28 +61,26 @@ class Report:
     selection_seconds: float
     flops: cost.Flops
     flops_unpruned: cost.Flops
-    flops_by_layer: tuple[int, ...]
-    kv_bytes: int
-    kv_bytes_unpruned: int
+    flops_by_layer: tuple[int | None, ...]
+    kv_bytes: int | None
+    kv_bytes_unpruned: int | None
     interventions: tuple[str, ...] = ()
     merged_tokens: int = 0
 
     def __str__(self) -> str:
-        ratio = self.flops.total / self.flops_unpruned.total if self.flops_unpruned.total else 1.0
-        memory = self.kv_bytes / self.kv_bytes_unpruned if self.kv_bytes_unpruned else 1.0
         merged = f", {self.merged_tokens} merged into them" if self.merged_tokens else ""
         lines = [
             f"{self.method}: {self.kept_tokens} of {self.visual_tokens} visual tokens kept{merged} "
             f"({self.images} image(s), {self.samples} prompt(s), positions: {self.positions})",
             f"prompt tokens  {self.prompt_tokens} -> {self.kept_prompt_tokens}",
             *self._layers(),
-            f"FLOPs to the first token  {_si(self.flops_unpruned.total)} -> {_si(self.flops.total)} ({ratio:.1%})",
+            f"FLOPs to the first token  {_change(self.flops_unpruned.total, self.flops.total, share=True)}",
             "  of which  "
             + ", ".join(
-                f"{part} {_si(getattr(self.flops_unpruned, part))} -> {_si(getattr(self.flops, part))}"
+                f"{part} {_change(getattr(self.flops_unpruned, part), getattr(self.flops, part))}"
                 for part in ("vision", "projector", "selection", "prefill")
             ),
-            f"KV cache  {_si(self.kv_bytes_unpruned)}B -> {_si(self.kv_bytes)}B ({memory:.1%})",
+            f"KV cache  {_change(self.kv_bytes_unpruned, self.kv_bytes, 'B', share=True)}",
             f"selection  {self.selection_seconds * 1000:.2f} ms",
             *self.interventions,
             *(f"note  {note}" for note in self.notes),
@@ -93,6 +92,14 @@ class Report:
             return []
         runs = [f"{n} x {len(list(same))}" for n, same in itertools.groupby(self.visual_by_layer)]
         return [f"visual tokens by layer  {', '.join(runs)}: {self.equivalent_tokens:.1f} on average"]
+
+
+def _change(before: float | None, after: float | None, unit: str = "", share: bool = False) -> str:
+    """From one number to another, with the second's share of the first; both are numbers or none is."""
+    if before is None or after is None:
+        return cost.NOT_MODELLED
+    ratio = cost.share(after, before)
+    return f"{_si(before)}{unit} -> {_si(after)}{unit}" + (f" ({1.0 if ratio is None else ratio:.1%})" if share else "")
 
 
 def _si(value: float) -> str:
@@ -112,11 +119,11 @@ def make_report(
     lengths = prompt.lengths or [layout.length] * layout.batch_size
     visual_tokens = sum(span.num_tokens for span in layout.spans)
     by_layer = _by_layer(prompt, lengths, shape.layers)
-    plain = [TowerWork(work.plain or work.grids, left=work.whole) for work in prompt.tower]
+    plain = [TowerWork(work.plain or work.grids, left=work.whole, videos=work.videos) for work in prompt.tower]
     itemsize = adapter.model.dtype.itemsize
     kept = by_layer[-1][0]
     flops = _flops(adapter, shape, prompt.tower, [rows for _, rows in by_layer], prompt.flops)
-    by_depth = map(sum, zip(*(cost.layer_flops(shape, row) for row in _by_row(by_layer))))
+    by_depth = map(cost.total, zip(*(cost.layer_flops(shape, row) for row in _by_row(by_layer))))
     added = prompt.attention_flops  # by layer, what interventions compute anew
     return Report(
         method=label,
@@ -132,9 +139,9 @@ def make_report(
         tokens_by_layer=tuple(sum(rows) for _, rows in by_layer),
         equivalent_tokens=cost.equivalent_tokens([visual for visual, _ in by_layer]),
         selection_seconds=prompt.timer.seconds,
-        flops=dataclasses.replace(flops, prefill=flops.prefill + sum(added.values())),
+        flops=dataclasses.replace(flops, prefill=cost.total([flops.prefill, *added.values()])),
         flops_unpruned=_flops(adapter, shape, plain, [lengths] * shape.layers, 0),
-        flops_by_layer=tuple(flops_of_layer + added.get(layer, 0) for layer, flops_of_layer in enumerate(by_depth)),
+        flops_by_layer=tuple(cost.total([flops, added.get(layer, 0)]) for layer, flops in enumerate(by_depth)),
         kv_bytes=_kv_bytes(shape, [rows for _, rows in by_layer], itemsize),
         kv_bytes_unpruned=_kv_bytes(shape, [lengths] * shape.layers, itemsize),
         interventions=attending.summaries(prompt),
@@ -178,9 +185,9 @@ def _by_row(by_layer: Sequence[tuple[int, list[int]]]) -> list[list[int]]:
     return [list(lengths) for lengths in zip(*(rows for _, rows in by_layer))]
 
 
-def _kv_bytes(shape: cost.ModelShape, layers: Sequence[Sequence[int]], itemsize: int) -> int:
+def _kv_bytes(shape: cost.ModelShape, layers: Sequence[Sequence[int]], itemsize: int) -> int | None:
     samples = len(layers[0])
-    return sum(cost.kv_bytes(shape, [rows[sample] for rows in layers], itemsize) for sample in range(samples))
+    return cost.total(cost.kv_bytes(shape, [rows[sample] for rows in layers], itemsize) for sample in range(samples))
 
 
 def _flops(
@@ -193,9 +200,9 @@ def _flops(
     # the rows of a batch differ in length; the tower and the projector see all of its images at once
     samples = range(len(layers[0]))
     return cost.Flops(
-        vision=sum(adapter.vision.flops(shape, work) for work in tower),
-        projector=sum(cost.projector_flops(shape, work.left) for work in tower),
+        vision=cost.total(adapter.vision.flops(shape, work) for work in tower),
+        projector=cost.total(cost.projector_flops(shape, work.left) for work in tower),
         selection=selection,
-        prefill=sum(cost.prefill_flops(shape, [rows[sample] for rows in layers]) for sample in samples),
-        decode=sum(cost.decode_flops(shape, [rows[sample] + 1 for rows in layers]) for sample in samples),
+        prefill=cost.total(cost.prefill_flops(shape, [rows[sample] for rows in layers]) for sample in samples),
+        decode=cost.total(cost.decode_flops(shape, [rows[sample] + 1 for rows in layers]) for sample in samples),
     )
