@@ -109,10 +109,8 @@ def _experts(layer: Any) -> int:
     (experts,) = sets if len(sets) == 1 else (None,)
     chosen = {module.top_k for module in layer.modules() if isinstance(getattr(module, "top_k", None), int)}
     if not chosen:
-        chosen = {
-            getattr(module.config, "top_k_experts", None) for module in layer.modules() if hasattr(module, "config")
-        }
-        chosen.discard(None)
+        configs = [module.config for module in layer.modules() if hasattr(module, "config")]
+        chosen = {config.top_k_experts for config in configs if getattr(config, "top_k_experts", None)}
     if experts is None or len(chosen) != 1:
         raise _Unknown("experts")
     (active,) = chosen

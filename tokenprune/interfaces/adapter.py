@@ -199,6 +199,16 @@ class Adapter:
     projector: Any
     first_cut: int = 1
 
+    features_at_places: ClassVar[bool] = True
+    """Whether what a features call returns stands at the placeholders as it is."""
+    layer_by_place: tuple[str, ...] = ()
+    """Further arguments `[B, S, ...]` of a decoder layer that go by place, to be cut as its rows are."""
+
+    @classmethod
+    def covers(cls, model: Any) -> bool:
+        """Whether it covers a model of one of its classes; else the model is read as one of no family."""
+        return True
+
     def __init__(self, model: Any) -> None:
         self.model = model
         self.entry = submodule(model, "model")
@@ -295,6 +305,10 @@ class Adapter:
         if "layer_type" in inspect.signature(rotary.forward).parameters:  # Gemma 3: each kind of layer has another base
             return rotary(hidden, position_ids, self.layer_kind(layer))
         return rotary(hidden, position_ids)
+
+    def position_ids(self, positions: Tensor) -> Tensor:
+        """Position ids as the decoder takes them, for text whose tokens stand at `positions` `[B, S]`."""
+        return positions.expand(3, *positions.shape) if self.mrope else positions
 
     def expand_features(self, output: Any, expand: Callable[[Sequence[Tensor]], list[Tensor]]) -> None:
         """Put what a features call made of smaller pictures at full length, in place: all of its per-visual tensors."""
