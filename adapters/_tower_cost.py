@@ -2,8 +2,8 @@
 whose computation is known, and not modelled elsewhere.
 
 Which weights run over patches and which over tokens is not told by a module, so that these are lists of classes, each
-held against what torch counts by `tests/adapters/test_costs.py`. Not among them: towers with several stages, resamplers,
-neighbourhoods that are not Qwen's windows, and pictures filled up to the largest of a batch.
+held against what torch counts by `tests/adapters/test_costs.py`. Not among them: towers with several stages,
+resamplers, neighbourhoods that are not Qwen's windows, and pictures filled up to the largest of a batch.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ class TowerCost:
 
 
 def tower_and_projector(entry: Any, tower: Any, decoder: Any, config: Any) -> tuple[TowerCost | None, Projector]:
-    """What comes before the decoder, and multiply-adds of the projector for each visual token: () if there is none; None
-    where a class is not one of those above.
+    """What comes before the decoder, and multiply-adds of the projector for each visual token: () if there is none;
+    None where a class is not one of those above.
 
     Args:
         entry: the merging module.
@@ -145,9 +145,8 @@ def tower_cost(tower: Any, model_config: Any) -> TowerCost | None:
     if blocks is None or kind not in FIXED | PACKED | WINDOWS | TOGETHER:
         return None
     patch, side = (_side(getattr(config, name, None)) for name in ("patch_size", "image_size"))
-    merge = next(
-        (size for own in (config, model_config) for name in _MERGES if (size := _side(getattr(own, name, 0)))), 0
-    )
+    sizes = [_side(getattr(own, name, 0)) for own in (config, model_config) for name in _MERGES]
+    merge = next((size for size in sizes if size), 0)
     patches = (side // patch) ** 2 if kind in FIXED and side and patch else None
     if (patches is None and kind in FIXED) or (not merge and kind in PACKED | WINDOWS) or not patch:
         return None

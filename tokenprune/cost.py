@@ -266,7 +266,7 @@ def kv_bytes(shape: ModelShape, lengths: Sequence[int], itemsize: int = 2) -> in
     return total(kv_bytes_per_layer(shape, lengths, itemsize))
 
 
-def equivalent_tokens(visual_lengths: Sequence[int]) -> float:
+def equivalent_tokens(visual_lengths: Sequence[float]) -> float:
     """Visual tokens averaged over decoder layers: the number that published tables call the budget.
 
     576 tokens in 2 of 32 layers and 167 in the other 30 are equivalent to 192.6.

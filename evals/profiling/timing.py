@@ -225,7 +225,8 @@ def measure_times(
                 cache = cache_in(prefill(loaded, inputs))
                 stays = None if handle is None else handle.stays_by_layer
                 counted = cost.kv_bytes(shape, [length] * shape.layers, itemsize)
-                pruned_bytes = counted if handle is None else handle.report().kv_bytes
+                report = None if handle is None else handle.report()
+                pruned_bytes = counted if report is None else report.kv_bytes
                 kv["unpruned"] = plus(kv["unpruned"], counted, len(samples))
                 kv["analytic"] = plus(kv["analytic"], pruned_bytes, len(samples))
             sizes = cache_bytes(cache)
@@ -233,9 +234,9 @@ def measure_times(
             lengths = keys_held(cache)
             text = length - visual_tokens(loaded, inputs)[0]
             whole = [n - text for n in lengths if n is not None]
-            if not whole and handle is not None:  # every layer has dropped keys: what it was given
-                whole = [handle.report().equivalent_tokens]
-            kv["equivalent_tokens"] += cost.equivalent_tokens(whole or [length - text]) / len(samples)
+            if not whole:  # every layer has dropped keys: what it was given
+                whole = [length - text if report is None else report.equivalent_tokens]
+            kv["equivalent_tokens"] += cost.equivalent_tokens(whole) / len(samples)
             if number == 0:
                 kv["per_layer"], kv["lengths"] = sizes, lengths
             del cache

@@ -144,7 +144,8 @@ class VisionTower:
         return patches.unflatten(1, (-1, self.patches_per_cell)).transpose(2, 3).flatten(3)
 
     def flops(self, shape: ModelShape, work: TowerWork) -> int | None:
-        """Floating-point operations of one run of the tower, by the conventions of `tokenprune.cost`; None: not modelled."""
+        """Floating-point operations of one run of the tower, by the conventions of `tokenprune.cost`; None where they
+        are not modelled."""
         pictures = [rows * cols * self.patches_per_cell for rows, cols in work.grids]
         return tower_flops(shape, pictures, work.blocks, work.first)
 
