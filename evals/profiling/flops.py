@@ -19,6 +19,7 @@ from tokenprune.evals.evaluation.applied_method import pruned
 from tokenprune.evals.io.rows import FlopsCosts
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.tasks.task import Sample
+from tokenprune.interfaces.adapter import Adapter
 from tokenprune.kernels.dispatch import FORMULAS
 from tokenprune.state.device_timer import DeviceTimer
 
@@ -116,17 +117,17 @@ class _FirstToken(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def _measure_once(loaded: LoadedModel, inputs: dict[str, Any]) -> dict[str, float]:
-    """One prefill and one decode step, through `generate`, by part and (`layer:K`) by decoder layer."""
+def count_once(adapter: Adapter, inputs: dict[str, Any]) -> dict[str, float]:
+    """What FlopCounterMode counts in one prefill and one decode step through `generate`: by part, and of the prefill by
+    decoder layer (`layer:K`) and in the head (`head`)."""
     counter = flop_counter()
     tally = _Tally(counter)
-    adapter = loaded.adapter
     vision, projector = adapter.vision.module, adapter.projector
-    modules = {"vision": vision, "projector": projector}
+    modules = {"vision": vision, "projector": projector, "head": adapter.model.get_output_embeddings()}
     modules |= {f"layer:{i}": layer for i, layer in enumerate(adapter.layers)}
     with torch.inference_mode(), counter, tally.of(modules, adapter.language_model):
         first = _FirstToken(lambda: {**tally.spent, "selection": tally.selection, "total": counter.get_total_flops()})
-        loaded.model.generate(
+        adapter.model.generate(
             **inputs,
             do_sample=False,
             max_new_tokens=2,
@@ -165,10 +166,10 @@ def measure_flops(
     for sample in samples:
         inputs = dict(loaded.inputs([sample.question], [sample.image]))
         # the handle that gives the unpruned model its report asks for scores, which would be counted
-        parts = _measure_once(loaded, inputs) if counting and point.method == NONE else None
+        parts = count_once(loaded.adapter, inputs) if counting and point.method == NONE else None
         with _watched(loaded, point, seed, sample) as handle:
             if counting and point.method != NONE:
-                parts = _measure_once(loaded, inputs)
+                parts = count_once(loaded.adapter, inputs)
             else:
                 with torch.inference_mode():
                     loaded.model(**inputs, logits_to_keep=1)
