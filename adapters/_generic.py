@@ -13,11 +13,13 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokenprune.adapters._cost import generic_shape
 from tokenprune.adapters._deepstack import DEEPSTACK, deepstack_kwargs
 from tokenprune.adapters._grids import Grids, feature_rows, visuals_of
+from tokenprune.adapters._not_applicable import why_not
 from tokenprune.adapters._tower_cost import TowerCost, tower_and_projector
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, VisionTower
@@ -82,6 +84,8 @@ class Generic(Adapter):
     """Further arguments `[B, S, ...]` of the decoder that go by place, to be cut as its rows are."""
 
     def __init__(self, model: Any) -> None:
+        if why := why_not(type(model)):
+            raise TypeError(f"{type(model).__name__} has no input cuts: {why}.")
         self.model = model
         self.entry = merging_module(model)
         self.language_model = decoder_in(self.entry)
@@ -121,6 +125,14 @@ class Generic(Adapter):
         self._mixes = mixes_places(self.entry, self.language_model)
         added = getattr(vision, "deepstack_visual_indexes", None) or ()
         self.first_cut = max(1, len(added))
+
+    def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
+        """For whoever asks without a run of the tower, as a picture of what was kept does: it is run."""
+        function = getattr(self.entry, self.features[kind])
+        takes = inspect.signature(function).parameters
+        given = {name: value for name, value in call.items() if name in takes and value is not None}
+        with torch.no_grad():
+            return self.visuals_behind(kind, call, function(**given, return_dict=True))
 
     def visuals_behind(self, kind: str, call: Mapping[str, Any], output: Any) -> list[Visual]:
         rows = self.feature_rows(output)

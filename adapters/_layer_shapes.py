@@ -35,6 +35,8 @@ def layer_shapes(layers: Any, text: Any) -> tuple[LayerShape | None, ...]:
         text: its config.
     """
     caches = _caches(text, len(layers))
+    if caches is None:
+        return (None,) * len(layers)
     return tuple(_shape(layer, text, cache) for layer, cache in zip(layers, caches, strict=True))
 
 
@@ -60,7 +62,7 @@ def _shape(layer: Any, text: Any, cache: Any) -> LayerShape | None:
         attention = _mixer(layer, text)
         expanded = attention.pop("in_place", 0)
         return LayerShape(linear=linear - expanded, window=getattr(cache, "sliding_window", None), **attention)
-    except _Unknown:
+    except (_Unknown, AttributeError):  # a module of a known name that is none of the known kinds
         return None
 
 
@@ -204,9 +206,12 @@ def _width(module: Any) -> tuple[int, int]:
     return width
 
 
-def _caches(text: Any, layers: int) -> list[Any]:
-    """The layers of the cache that generation makes for a decoder: they say which ones drop keys."""
+def _caches(text: Any, layers: int) -> list[Any] | None:
+    """The layers of the cache that generation makes for a decoder: they say which ones drop keys. None if that fails."""
     from transformers import DynamicCache
 
-    made = DynamicCache(config=text).layers
-    return list(made) + [None] * (layers - len(made)) if len(made) <= layers else list(made[:layers])
+    try:
+        made = list(DynamicCache(config=text).layers)
+    except Exception:  # a config of an unknown kind
+        return None
+    return [*made, *[None] * layers][:layers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
@@ -43,7 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     from tokenprune.evals.errors import UserError
 
     try:
-        return args.handler(args)
+        status = args.handler(args)
+        sys.stdout.flush()  # here, so that a closed pipe is met below and not while the interpreter ends
+        return status
+    except BrokenPipeError:  # `tokenprune ls methods | head`: who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UserError as error:
         print(f"tokenprune: {error}", file=sys.stderr)
         return 2

@@ -233,3 +233,14 @@ def test_run_refuses_an_output_before_it_answers(tiny_folder, tmp_path, capsys):
     (tmp_path / "file.png").write_bytes(b"")
     argv = ["run", "--model", tiny_folder, "--method", "uniform@9", "--output", str(tmp_path / "file.png" / "o.png")]
     assert main(argv) == 2 and "file.png" in capsys.readouterr().err
+
+
+def test_who_reads_may_stop_before_the_end():
+    """`tokenprune ls methods | head -1`: no traceback, and nothing is said about the pipe."""
+    command = "import sys; from tokenprune.cli import main; sys.exit(main(['ls', 'methods']))"
+    with subprocess.Popen(
+        [sys.executable, "-c", command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as listing:
+        listing.stdout.close()
+        assert listing.stderr.read() == b""
+    assert listing.returncode == 0

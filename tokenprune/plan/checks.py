@@ -96,10 +96,26 @@ def check_plan(stages: Sequence[Stage], depths: ModelDepths) -> tuple[Stage, ...
                 f"{stage.site!r} is not a place to cut in this model: K goes from {depths.first_cut} to "
                 f"{depths.decoder - 1} (cut before the first layer with the site 'input')."
             )
+    _check_one_policy(ordered)
     shrinks = ordered[0].place == "pixels" and ordered[0].after_block is None
     if shrinks and any(stage.place == "vision" for stage in ordered):
         raise ValueError("A picture that 'pixels' shrank cannot be cut again inside the vision tower.")
     return ordered
+
+
+def _check_one_policy(stages: Sequence[Stage]) -> None:
+    """Raise ValueError if two stages before the decoder's layers want different positions for what stays: what they
+    drop leaves the prompt's rows in one cut."""
+    cuts = [s for s in stages if s.place == "input" or (s.place != "layer" and s.after_block is not None)]
+    told = [stage for stage in cuts if stage.pruner.positions is not None]
+    other = next((stage for stage in told if stage.pruner.positions != told[0].pruner.positions), None)
+    if other is not None:
+        first, second = told[0].pruner, other.pruner
+        raise ValueError(
+            f"{first.name} has positions={first.positions!r} and {second.name} positions={second.positions!r}, and "
+            f"what both drop before the decoder leaves the rows in one cut. Give both the same, like "
+            f"{first.name}(positions={second.positions})."
+        )
 
 
 def visual_lengths(stages: Sequence[Stage], num_tokens: int, layers: int) -> list[int]:
