@@ -207,7 +207,7 @@ def _width(module: Any) -> tuple[int, int]:
 
 
 def _caches(text: Any, layers: int) -> list[Any] | None:
-    """The layers of the cache that generation makes for a decoder: they say which ones drop keys. None if that fails."""
+    """The layers of the cache that generation makes for a decoder: they say which drop keys. None if it fails."""
     from transformers import DynamicCache
 
     try:

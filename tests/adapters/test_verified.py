@@ -199,7 +199,6 @@ def test_costs_that_are_not_known_are_not_made_up() -> None:
     assert "FLOPs to the first token  not modelled" in str(report) and report.flops.prefill and report.kv_bytes
 
 
-
 def test_a_subclass_and_a_tower_of_another_kind_are_covered() -> None:
     model = zoo_model("mistral3")
     mine = type("Mine", (type(model),), {})(model.config).eval()
