@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 from tokenprune.adapters._layer_shapes import beside_layers, layer_shapes, width_of
@@ -59,12 +60,13 @@ def read_off(shape: ModelShape, adapter: Any) -> ModelShape:
     if (getattr(adapter.model, "tp_size", None) or 1) > 1:
         return shape
     decoder = adapter.language_model
-    head = width_of(adapter.model.get_output_embeddings())
+    head, takes = width_of(adapter.head), inspect.signature(adapter.model.forward).parameters
     return dataclasses.replace(
         shape,
         by_layer=layer_shapes(adapter.layers, decoder.config),
         beside=beside_layers(decoder),
         vocab=None if head is None else head[1],
+        all_logits="input_ids" in takes and "logits_to_keep" not in takes,
     )
 
 

@@ -5,7 +5,8 @@ Conventions, the same as torch's `FlopCounterMode`:
 - Matrix products only (linear layers, convolutions, attention), 2 operations per multiply-add. Norms, activations,
   softmax, embeddings and rotary angles are left out; they are well below 1 percent.
 - Attention of n queries over m keys counts the full n x m rectangle, also where a causal mask hides half of it.
-- The language-model head counts for the positions whose logits are computed: one per sample in a `generate` prefill.
+- The language-model head counts for the positions whose logits are computed: one per sample in a `generate` prefill,
+  and all of them where a class cannot leave the others out.
 - Everything is per batch row as it is computed: padding that runs through a layer costs what a token costs.
 - Of experts, a token costs those that it is sent to and those that all share, and the router.
 - Linear attention is counted in the blocks of 64 tokens that it is computed in over a prompt, the triangular solves in
@@ -102,6 +103,8 @@ class ModelShape:
         by_layer: decoder layers that differ from each other or from Llama's; None in place of one that is not modelled.
             () means that all are as the sizes above say.
         beside: multiply-adds of the decoder for each position outside of its layers; None: not modelled.
+        all_logits: whether a prompt's logits are computed at every position, because the class takes no
+            `logits_to_keep`.
     """
 
     vision_layers: int = 0
@@ -125,6 +128,7 @@ class ModelShape:
     vision_gated: bool = False
     by_layer: tuple[LayerShape | None, ...] = ()
     beside: int | None = 0
+    all_logits: bool = False
 
     def layer_shapes(self) -> tuple[LayerShape | None, ...]:
         """Of each decoder layer; None where it is not modelled."""
@@ -235,14 +239,16 @@ def head_flops(shape: ModelShape, positions: int = 1) -> int | None:
 
 
 def prefill_flops(
-    shape: ModelShape, lengths: Sequence[int], logits: int = 1, cached: Sequence[int] | None = None
+    shape: ModelShape, lengths: Sequence[int], logits: int | None = None, cached: Sequence[int] | None = None
 ) -> int | None:
     """The decoder over one prompt, head included.
 
     Args:
         lengths, cached: as for `layer_flops`.
-        logits: positions whose logits are computed.
+        logits: positions whose logits are computed; by default as many as `generate` asks for.
     """
+    if logits is None:
+        logits = lengths[-1] if shape.all_logits else 1
     layers = layer_flops(shape, lengths, cached)
     beside = None if shape.beside is None else 2 * lengths[0] * shape.beside
     return total([*layers, beside, head_flops(shape, logits)])

@@ -123,7 +123,7 @@ def count_once(adapter: Adapter, inputs: dict[str, Any]) -> dict[str, float]:
     counter = flop_counter()
     tally = _Tally(counter)
     vision, projector = adapter.vision.module, adapter.projector
-    modules = {"vision": vision, "projector": projector, "head": adapter.model.get_output_embeddings()}
+    modules = {"vision": vision, "projector": projector, "head": adapter.head}
     modules |= {f"layer:{i}": layer for i, layer in enumerate(adapter.layers)}
     with torch.inference_mode(), counter, tally.of(modules, adapter.language_model):
         first = _FirstToken(lambda: {**tally.spent, "selection": tally.selection, "total": counter.get_total_flops()})

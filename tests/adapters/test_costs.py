@@ -83,7 +83,8 @@ def test_every_part_equals_the_counter_or_is_not_modelled(name: str, plan: str) 
     assert all(mine == pytest.approx(torchs, rel=TOLERANCE) for mine, torchs in by_layer if mine is not None), by_layer
     assert any(mine is None for mine, _ in by_layer) == ("prefill" in unmodelled)
     shape = adapter_for(zoo_model(name)).cost_shape()
-    assert cost.head_flops(shape) == counted["head"]
+    positions = report.tokens_by_layer[-1] if shape.all_logits else 1
+    assert cost.head_flops(shape, positions) == counted["head"]
     assert report.kv_bytes == (None if "prefill" in unmodelled else sum(held))
     said = str(report)
     assert ("FLOPs to the first token  not modelled" in said) == bool(unmodelled)

@@ -223,6 +223,12 @@ class Adapter:
         return self.vision.facts
 
     @property
+    def head(self) -> nn.Module | None:
+        """The language-model head; None if the model does not say which it is."""
+        # classes with several embeddings have a head, but give none
+        return self.model.get_output_embeddings() or getattr(self.model, "lm_head", None)
+
+    @property
     def layers(self) -> Sequence[Any]:
         """The decoder's layers.
 
