@@ -61,7 +61,8 @@ def _shape(layer: Any, text: Any, cache: Any) -> LayerShape | None:
         linear = sum(_linear(name, module) for name, module in _weighty(layer)) + _experts(layer)
         attention = _mixer(layer, text)
         expanded = attention.pop("in_place", 0)
-        return LayerShape(linear=linear - expanded, window=getattr(cache, "sliding_window", None), **attention)
+        window = attention.pop("window", 0) or getattr(cache, "sliding_window", None)
+        return LayerShape(linear=linear - expanded, window=window, **attention)
     except (_Unknown, AttributeError):  # a module of a known name that is none of the known kinds
         return None
 
@@ -194,8 +195,8 @@ def _grouped(module: Any) -> dict[str, int]:
         raise _Unknown("attention")
     width = _width(next(getattr(module, name) for name in _OUT if hasattr(module, name)))[0]
     keys, values = (getattr(module, name, None) for name in ("k_proj", "v_proj"))
-    if keys is None:
-        return {"scores": 2 * width}
+    if keys is None:  # its cache is another's, and holds as much as this one sees
+        return {"scores": 2 * width, "window": getattr(module, "sliding_window", None) or 0}
     return {"scores": 2 * width, "cached": _width(keys)[1] + _width(keys if values is None else values)[1]}
 
 

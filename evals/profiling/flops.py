@@ -43,6 +43,19 @@ def _experts(rows: Any, weights: Any, *args: Any, out_shape: Any = None, **kwarg
     return 2 * rows[0] * weights[-2] * weights[-1]
 
 
+class _NoModules:
+    """In place of what follows a FlopCounterMode through modules: that hooks gradients, and fails where a parameter is
+    handed to a module while there are none (the latents of a perceiver)."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
 def flop_counter() -> FlopCounterMode:
     """A FlopCounterMode that also counts our own ops, with triton or without, fused attention of grouped queries and on
     CPUs, and matrices of experts, which releases of torch refuse or leave at zero."""
@@ -51,7 +64,9 @@ def flop_counter() -> FlopCounterMode:
     grouped = [getattr(torch.ops.aten, "_grouped_mm", None)]
     grouped.append(getattr(torch.ops.transformers, "grouped_mm_fallback", None))
     mapping |= {op: _experts for op in grouped if op is not None}
-    return FlopCounterMode(display=False, custom_mapping={**FORMULAS, **mapping})
+    counter = FlopCounterMode(display=False, custom_mapping={**FORMULAS, **mapping})
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    return counter
 
 
 class _Tally:
