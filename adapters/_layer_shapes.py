@@ -79,7 +79,8 @@ def _linear(name: str, module: Any) -> int:
     """Multiply-adds of a module's own weights for each token."""
     width = width_of(module)
     if width is not None:
-        return width[0] * width[1]
+        wraps = any(width_of(part) for part in module.modules() if part is not module)
+        return 0 if wraps else width[0] * width[1]  # LoRA: the layer inside and its two matrices count themselves
     if isinstance(module, nn.Embedding):
         return 0
     own = [(name, weight) for name, weight in module.named_parameters(recurse=False) if weight.dim() > 1]

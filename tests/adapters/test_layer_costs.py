@@ -129,6 +129,27 @@ def test_layers_of_every_kind(kind: str, length: int) -> None:
         assert held[layer] == (None if shape.cached == 0 or dropped else length + 1)
 
 
+class Wrapped(nn.Module):
+    """As LoRA wraps a linear layer."""
+
+    def __init__(self, inside: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.base_layer = inside.in_features, inside.out_features, inside
+        self.down = nn.ModuleDict({"default": nn.Linear(inside.in_features, rank)})
+        self.up = nn.ModuleDict({"default": nn.Linear(rank, inside.out_features)})
+
+
+def test_a_wrapped_linear_layer_counts_once_with_what_is_added() -> None:
+    module = decoder("persimmon")
+    plain = layer_shapes(module.layers, module.config)[0]
+    inside = module.layers[0].self_attn.dense
+    module.layers[0].self_attn.dense = Wrapped(inside, rank=3)
+    wrapped = layer_shapes(module.layers, module.config)[0]
+    module.layers[0].self_attn.dense = inside
+    assert wrapped.linear == plain.linear + 3 * (48 + 48)
+    assert (wrapped.scores, wrapped.cached) == (plain.scores, plain.cached)
+
+
 def test_a_layer_with_a_weight_that_is_not_known_is_not_modelled() -> None:
     module = decoder("mistral")
     module.layers[1].extra = nn.Linear(4, 4)
