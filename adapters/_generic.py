@@ -204,7 +204,7 @@ def decoder_in(entry: Any) -> nn.Module:
         TypeError: there is none with `layers` that takes `inputs_embeds`.
     """
     for path in _DECODERS:
-        module = entry
+        module: Any = entry
         for part in path.split("."):
             module = getattr(module, part, None)
         if hasattr(module, "layers") and "inputs_embeds" in inspect.signature(module.forward).parameters:
