@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.adapters._cost import text_sizes, vit_sizes
+from tokenprune.adapters._cost import read_off, text_sizes, vit_sizes
 from tokenprune.adapters._tiles import pictures_by_run
 from tokenprune.adapters._vit import IMAGENET_PIXELS, Vit, feature_block, vit_facts
 from tokenprune.cost import ModelShape
@@ -61,8 +61,9 @@ class InternVL(Adapter):
         vision, text = config.vision_config, config.get_text_config()
         joined = vision.hidden_size * self.vision.patches_per_cell
         cells = math.prod(int(size // self._patch * self._ratio) for size in vision.image_size)
-        return ModelShape(
+        shape = ModelShape(
             **vit_sizes(vision, self._patch, cells * self.vision.patches_per_cell, has_cls=True),
             projector=(joined, text.hidden_size, text.hidden_size),
             **text_sizes(text),
         )
+        return read_off(shape, self)

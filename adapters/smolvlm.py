@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.adapters._cost import text_sizes, vit_sizes
+from tokenprune.adapters._cost import read_off, text_sizes, vit_sizes
 from tokenprune.adapters._tiles import Tile, pictures_by_label, tile_pixels
 from tokenprune.adapters._vit import Vit, vit_facts
 from tokenprune.cost import ModelShape
@@ -68,8 +68,9 @@ class SmolVLM(Adapter):
         config = self.model.config
         vision, text = config.vision_config, config.get_text_config()
         patches = (vision.image_size // vision.patch_size) ** 2
-        return ModelShape(
+        shape = ModelShape(
             **vit_sizes(vision, vision.patch_size, patches, has_cls=False),
             projector=(vision.hidden_size * config.scale_factor**2, text.hidden_size),
             **text_sizes(text),
         )
+        return read_off(shape, self)

@@ -95,7 +95,15 @@ def outline(name: str) -> Outline:
 
 
 def of_prompt(adapter: Adapter, inputs: Mapping[str, Any], made_of: str = "") -> Outline:
-    """The outline of a prompt with one picture, as the processor laid it out."""
+    """The outline of a prompt with one picture, as the processor laid it out.
+
+    Raises:
+        ValueError: the family's pictures are laid out behind its tower, which does not run here.
+    """
+    if adapter.behind_tower:
+        raise ValueError(
+            "how its pictures are laid out is known once its tower has run, so that reports of a run say what it costs"
+        )
     (visual,) = prompt_visuals(adapter, "image", inputs)
     return Outline(adapter, visual, inputs["input_ids"].shape[1] - visual.length, made_of)
 

@@ -131,6 +131,7 @@ class TowerWork:
         plain: the grids as they would have been, where a method shrank the pictures.
         cuts: by cut inside the tower, the block after which it was (-1: before the first), and the cells left of each
             picture.
+        videos: whether the pictures are frames of videos.
     """
 
     grids: tuple[tuple[int, int], ...]
@@ -140,3 +141,4 @@ class TowerWork:
     whole: int = 0
     plain: tuple[tuple[int, int], ...] = ()
     cuts: tuple[tuple[int, tuple[Tensor | None, ...]], ...] = ()
+    videos: bool = False

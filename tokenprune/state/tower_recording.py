@@ -92,9 +92,9 @@ class Recording:
             for visual in self.visuals
         )
         left = sum(rows * cols for rows, cols in grids) if self.shrunk is not None else whole
-        return TowerWork(
-            grids, blocks, self.first_short, sum(self.left) if self.left else left, whole, plain, tuple(self.cuts)
-        )
+        videos = any(visual.kind == "video" for visual in self.visuals)
+        left = sum(self.left) if self.left else left
+        return TowerWork(grids, blocks, self.first_short, left, whole, plain, tuple(self.cuts), videos)
 
     def pixel_key(self, row: int) -> Tensor:
         """`[]` int64: a sum over the bits of a visual's pixels, the same in any batch and on any device."""
