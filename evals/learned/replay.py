@@ -60,7 +60,7 @@ def replay(adapter: Adapter, inputs: Mapping[str, Any], answer: Tensor, gradient
         gradients: whether attention shall know its gradient.
     """
     model = adapter.model
-    prompt = PromptReader(adapter).read(CallInputs(inputs), {})
+    prompt = PromptReader(adapter).read_alone(CallInputs(inputs))
     if prompt is None or prompt.layout.batch_size != 1:
         raise ValueError("A replay takes one prompt with a picture in it.")
     found: list[Tensor] = []

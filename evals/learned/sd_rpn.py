@@ -130,7 +130,7 @@ def _maps(loaded: LoadedModel, sample: Sample, task: Task) -> dict[str, Tensor]:
     if isinstance(sample.image, (list, tuple)):
         return nothing  # a video, or several pictures
     inputs = loaded.inputs([sample.question], [sample.image])
-    prompt = PromptReader(loaded.adapter).read(CallInputs(inputs), {})
+    prompt = PromptReader(loaded.adapter).read_alone(CallInputs(inputs))
     rasters = () if prompt is None else prompt.layout.spans[0].visual.rasters
     if len(rasters) != 1:
         return nothing  # crops
@@ -187,7 +187,7 @@ def region_logits(loaded: LoadedModel, branch: Branch, layer: int, sample: Sampl
     """`[N]` fp32: what the branch says of the tokens of a question's picture; the model runs up to layer K."""
     adapter = loaded.adapter
     inputs = loaded.inputs([sample.question], [sample.image])
-    prompt = PromptReader(adapter).read(CallInputs(inputs), {})
+    prompt = PromptReader(adapter).read_alone(CallInputs(inputs))
     if prompt is None:
         raise ValueError(f"{sample.sample_id} shows no picture.")
     found: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []

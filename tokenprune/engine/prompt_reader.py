@@ -57,6 +57,21 @@ class PromptReader:
         check_cache(inputs)
         return True
 
+    def read_alone(self, inputs: CallInputs) -> Prompt | None:
+        """The prompts of a call that no model runs; None where it brings no pictures.
+
+        Raises:
+            ValueError: how pictures are laid out is known behind the tower only, or see `read`.
+        """
+        if not self.brings_pictures(inputs):
+            return None
+        if self._adapter.behind_tower:
+            raise ValueError(
+                f"How pictures stand in a prompt of {type(self._adapter.model).__name__} is known once its vision tower "
+                "has run, so nothing can be learned from its prompts yet; a family with a file in adapters/ can."
+            )
+        return self.read(inputs, ForwardCall(self._adapter.entry))
+
     def read(self, inputs: CallInputs, now: ForwardCall) -> Prompt:
         """The prompts of a call that brings pictures.
 
