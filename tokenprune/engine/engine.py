@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -21,13 +21,14 @@ from tokenprune.engine.assisted_decoding import Drafts
 from tokenprune.engine.attention import AttentionInterventions
 from tokenprune.engine.decoder_pass import DecoderPass
 from tokenprune.engine.first_layer import entering
-from tokenprune.engine.guards import check_mask, check_replica, check_window, sliding_window
+from tokenprune.engine.guards import check_mask, check_replica
 from tokenprune.engine.hints import Hints
 from tokenprune.engine.layer_cuts import LayerCuts
 from tokenprune.engine.outputs import Outputs, restore, strike_out
 from tokenprune.engine.prompt_reader import PromptReader
 from tokenprune.engine.prompt_selection import PromptSelector
 from tokenprune.engine.vision_tower import TowerHooks
+from tokenprune.engine.whole_masks import WholeMasks, make_masks, reach
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.intervention import Intervention
@@ -88,7 +89,7 @@ class Engine:
         self._drafts = Drafts(self.calls, reads_text or bool(self.attending.layers))
         self._outputs = Outputs(self.calls, outputs)
         self._learning = threading.RLock()
-        self._window = sliding_window(adapter.language_model.config) if self.stages else None
+        self._reach = reach(adapter.language_model.config) if self.stages else None
         self._parameters = list(inspect.signature(adapter.entry.forward).parameters)
         self._links = Links(adapter.model, ())  # of the modules that are hooked, once they are
 
@@ -122,13 +123,16 @@ class Engine:
         if call is None or call.module is not self.adapter.model or call.entered:
             call = self.calls.begin(module)
             call.arguments = inputs.arguments
-        call.entered, call.drafted = True, self._drafts.proposed(inputs)
+        call.entered, call.mask, call.drafted = True, inputs.mask, self._drafts.proposed(inputs)
         if inputs.length > 1:
             self._links.check()
         self._tower.check_planned(inputs.arguments)
         call.prompt = self._reader.read(inputs, call.laid_out)
         if call.prompt is not None:
             call.prompt.drafted = call.drafted
+        if pruned_prompt(inputs.cache) is not None:
+            self._serve(call, inputs.cache, whole=True)
+        if call.prompt is not None:
             if self.attending.learns:
                 self._learning.acquire()
                 call.learning = True
@@ -146,19 +150,19 @@ class Engine:
         call.clear()
         self.calls.end(module)
 
-    def _serve(self, call: ForwardCall, cache: Any) -> None:
-        """Let the pruned `cache` take keys until this is called again."""
+    def _serve(self, call: ForwardCall, cache: Any, whole: bool = False) -> None:
+        """Let the pruned `cache` take keys until this is called again; with `whole`, masks are made for whole rows."""
         if call.served is not None:
-            call.served.tokenprune_active = False
+            call.served.tokenprune_active = call.served.tokenprune_whole = False
         if cache is not None:
-            cache.tokenprune_active = True
+            cache.tokenprune_active, cache.tokenprune_whole = True, whole
         call.served = cache
 
     # --- the decoder ------------------------------------------------------------------------------------------------
 
     def _before_decoder(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inputs = CallInputs(kwargs)
         call = self.calls.now or self.calls.begin(module)  # a caller may go on from a cache with the decoder alone
+        inputs, made = _unmade(kwargs, call)
         call.decoder = None
         if inputs.embeds is None:
             return None
@@ -171,7 +175,7 @@ class Engine:
         if before is not None and len(before.segments) > 1:  # another method cut it inside the decoder
             self._layers.hook_from(before.segments[1].first_layer)
         check_mask(inputs)
-        check_window(inputs, self._window)
+        masks = self._whole_masks(call, inputs, made)
         self._serve(call, None if before is None else inputs.cache)
         embeds, compaction = inputs.embeds, None  # [B, S, D]
         if prompt is not None:
@@ -181,11 +185,20 @@ class Engine:
                 self.attending.cut(compaction)
         if compaction is None and before is None and not self._layers:
             return None
-        call.decoder = DecoderPass(self.adapter, before, inputs)
+        call.decoder = DecoderPass(self.adapter, before, inputs, masks)
         changed = call.decoder.begin(compaction, self._policy, embeds)
         if compaction is not None:  # what else the decoder is handed by place: features that are added inside it
             changed |= self.adapter.per_token_kwargs(kwargs, compaction.rows, compaction.real)
         return args, {**kwargs, **changed}
+
+    def _whole_masks(self, call: ForwardCall, inputs: CallInputs, made: Any) -> WholeMasks | None:
+        """Masks for the whole rows of a call, where the decoder cannot make its own for what is left of them."""
+        config, length = self.adapter.language_model.config, inputs.past + inputs.length
+        if made is None and self._reach is not None and length > self._reach and inputs.embeds is not None:
+            if pruned_prompt(inputs.cache) is not None:
+                self._serve(call, inputs.cache, whole=True)
+            made = make_masks(config, inputs, self._reach)
+        return None if made is None else WholeMasks(made, length, "flash" in str(config._attn_implementation))
 
     def _after_decoder(self, module: Any, args: Any, output: Any) -> None:
         call = self.calls.now
@@ -268,6 +281,16 @@ class Engine:
             for kind, recordings in recorded.items()
         }
         return [by_kind[span.visual.kind][order] for span, order in zip(layout.spans, layout.order)]
+
+
+def _unmade(kwargs: dict[str, Any], call: ForwardCall) -> tuple[CallInputs, Any]:
+    """What the decoder was given, with the 2-D mask of the call where masks were made of that before; and those."""
+    mask = kwargs.get("attention_mask")
+    given = call.mask if call.entered else mask
+    made = isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.dim() == 4)
+    if not made or given is mask or not (given is None or (isinstance(given, Tensor) and given.dim() == 2)):
+        return CallInputs(kwargs), None
+    return CallInputs({**kwargs, "attention_mask": given}), mask
 
 
 def _hooks(model: Any) -> dict[Any, int]:

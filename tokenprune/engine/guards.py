@@ -185,24 +185,6 @@ def check_mask(inputs: CallInputs) -> None:
         )
 
 
-def sliding_window(config: Any) -> int | None:
-    """How many tokens the layers of a decoder see, where some do not see all."""
-    kinds = getattr(config, "layer_types", None)
-    active = kinds is None or any(kind == "sliding_attention" for kind in kinds)
-    return getattr(config, "sliding_window", None) if active else None
-
-
-def check_window(inputs: CallInputs, window: int | None) -> None:
-    """Raise ValueError where a prompt is longer than what some layers see, `window`; None: all see all."""
-    length = inputs.past + inputs.length
-    if window is not None and length > window:
-        raise ValueError(
-            f"Layers of this decoder see the last {window} tokens only, and the prompt with its answer has {length}: "
-            "where tokens leave, others come into that window that the model would not have seen. Keep prompts "
-            "shorter, or load a model without a sliding window."
-        )
-
-
 def check_cached_keys(keys: Tensor, length: int, layer: int, cache: Any) -> None:
     """Raise ValueError where a layer's cache does not hold the `length` keys of earlier turns as they were."""
     if keys.dim() != 4 or keys.shape[2] != length:

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.engine.whole_masks import RECURRENT
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.attention_reading import output_of
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.signals import DECODER_SIGNALS, TRANSITION_SIGNALS
 
 _TOKENS = 8
-_KINDS = ("", "full_attention", "sliding_attention")
+_KINDS = ("", "full_attention", "sliding_attention", "chunked_attention", *RECURRENT)
 _INSTEAD = (
     "Methods that cut at 'input' or before it and read nothing of the decoder work on this model (uniform, holov, "
     "todre with fade=False)."
@@ -241,9 +242,12 @@ def _run(adapter: Adapter, layer: int) -> tuple[Tensor, tuple[Tensor, Tensor], T
     hidden = _hidden(adapter, layer)
     positions = torch.arange(_TOKENS, device=hidden.device)[None]
     rotation = adapter.rotary(hidden, positions.expand(3, 1, -1) if adapter.mrope else positions, layer)
-    mask = None  # the causal one, for all but eager attention
-    if (getattr(decoder.config, "_attn_implementation", None) or "eager") == "eager":
+    mask = None  # flash attention is causal without one
+    attention = getattr(decoder.config, "_attn_implementation", None) or "eager"
+    if attention == "eager":
         low = torch.full((1, 1, _TOKENS, _TOKENS), torch.finfo(hidden.dtype).min, device=hidden.device)
         mask = low.triu(1).to(hidden.dtype)
+    elif attention == "sdpa":  # without one, layers whose pictures see themselves both ways see all
+        mask = torch.ones(1, 1, _TOKENS, _TOKENS, dtype=torch.bool, device=hidden.device).tril()
     output = module.forward(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotation)
     return hidden, rotation, output[0] if isinstance(output, tuple) else output

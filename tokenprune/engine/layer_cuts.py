@@ -113,7 +113,7 @@ class LayerCuts:
         if not differs:
             return None
         if positional:
-            return (hidden, *args[1:]), kwargs
+            return (hidden, *(current.by_place(value) for value in args[1:])), kwargs
         return args, {**kwargs, "hidden_states": hidden}
 
     def _layer_input(

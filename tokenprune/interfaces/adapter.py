@@ -175,6 +175,8 @@ class Adapter:
         limits_whole_videos: whether the limits in pixels that its video processor is given are for all frames of a
             video together, not for each.
         decoder_path, projector_path: where these modules are, from the model.
+        by_place: names of further arguments of the decoder, and of its layers, that hold something for each token,
+            `[B, S, ...]`; they are cut as the rows are.
     """
 
     name: ClassVar[str] = ""
@@ -185,6 +187,7 @@ class Adapter:
     limits_whole_videos: ClassVar[bool] = False
     decoder_path: ClassVar[str] = "model.language_model"
     projector_path: ClassVar[str] = "model.multi_modal_projector"
+    by_place: ClassVar[tuple[str, ...]] = ()
 
     model: Any
     entry: Any
@@ -276,6 +279,14 @@ class Adapter:
         kinds = getattr(self.language_model.config, "layer_types", None)
         return str(kinds[layer]) if kinds else ""
 
+    def key_layer(self, layer: int) -> int:
+        """The decoder layer whose keys and values a layer attends to: itself, but for those that reuse another's."""
+        modes = getattr(self.language_model.config, "kv_sharing_modes", None)
+        if not modes or modes[layer] != "reuse":
+            return layer
+        kind = self.layer_kind(layer)
+        return max(one for one in range(layer) if modes[one] != "reuse" and self.layer_kind(one) == kind)
+
     def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """cos and sin `[B, S, d]` for position ids as that decoder layer gets them."""
         rotary = self.language_model.rotary_emb
@@ -297,7 +308,7 @@ class Adapter:
             rows: moves `[B, S, ...]` to `[B, P, ...]`.
             real: `[B, P]` bool, False at padding.
         """
-        return {}
+        return {name: rows(kwargs[name]) for name in self.by_place if isinstance(kwargs.get(name), Tensor)}
 
     def cost_shape(self) -> ModelShape:
         """The sizes that decide what this model costs."""

@@ -28,6 +28,7 @@ class ForwardCall:
         before: the call that was at work when this one began; None for most.
         arguments: what the call was given, by name.
         entered: whether the module that merges text and pictures has begun.
+        mask: the attention mask that it was given; what it hands on may be made of that.
         drafted: tokens at the end of each row that are not the prompt's: proposed by a draft, or answered already.
         prompt: the prompts with pictures, laid out; None without pictures.
         decoder: the pass through the decoder, while it is at work on rows that differ from what it was given.
@@ -47,6 +48,7 @@ class ForwardCall:
     before: ForwardCall | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     entered: bool = False
+    mask: Any = None
     drafted: int = 0
     prompt: Prompt | None = None
     decoder: Any = None  # DecoderPass, and below LayerInput and DecoderSignals: types of rooms above this one
