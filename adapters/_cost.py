@@ -46,3 +46,40 @@ def text_sizes(text: Any) -> dict[str, Any]:
         "gated": True,
         "vocab": text.vocab_size,
     }
+
+
+def generic_shape(config: Any, vision: Any, layers: int) -> ModelShape:
+    """What configs of most families say; see `tokenprune.adapters._generic`."""
+    text = config.get_text_config()
+    hidden = text.hidden_size
+    heads = _first(text, "num_attention_heads", default=1)
+    width = _first(vision, "hidden_size", "embed_dim", "width", default=1)
+    depth = _first(vision, "num_hidden_layers", "depth", "layers", "num_layers", default=1)
+    return ModelShape(
+        vision_layers=depth,
+        vision_blocks_run=depth,
+        vision_hidden=width,
+        vision_mlp=_first(vision, "intermediate_size", "mlp_dim", default=4 * width),
+        vision_heads=_first(vision, "num_attention_heads", "num_heads", "heads", default=1),
+        patch=_first(vision, "patch_size", default=1),
+        channels=_first(vision, "num_channels", "in_channels", default=3),
+        image_patches=0,
+        has_cls=False,
+        projector=(width, hidden),
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=_first(text, "num_key_value_heads", default=heads),
+        head_dim=_first(text, "head_dim", default=hidden // heads),
+        intermediate=_first(text, "intermediate_size", default=4 * hidden),
+        gated=True,
+        vocab=text.vocab_size,
+    )
+
+
+def _first(config: Any, *names: str, default: int) -> int:
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return int(value[0] if isinstance(value, (list, tuple)) else value)
+    return default

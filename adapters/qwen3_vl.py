@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.adapters._deepstack import deepstack_kwargs
 from tokenprune.adapters._qwen import QwenVL
 from tokenprune.adapters._vit import SIGLIP_PIXELS
 from tokenprune.registry import register_model
@@ -45,11 +46,4 @@ class Qwen3VL(QwenVL):
     def per_token_kwargs(
         self, kwargs: Mapping[str, Any], rows: Callable[[Tensor], Tensor], real: Tensor
     ) -> dict[str, Any]:
-        visual, added = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
-        if visual is None or added is None:
-            return {}
-        short = rows(visual) & real.to(visual.device)
-        # which row of `added` belongs to each place; one read for all of them
-        number = rows((visual.flatten().cumsum(0) - 1).view(visual.shape))
-        left = number.flatten()[short.flatten().nonzero()[:, 0]]
-        return {"visual_pos_masks": short, "deepstack_visual_embeds": [values[left] for values in added]}
+        return deepstack_kwargs(kwargs, rows, real)

@@ -37,11 +37,16 @@ def adapter_for(model: Any) -> Adapter:
         if any(name in family.classes for name in names):
             check_seams(model)
             return family(model)
-    supported = sorted(name for family in families.values() for name in family.classes)
-    raise TypeError(
-        f"No adapter covers a {names[0]}.{near(names[0], supported)} Supported classes: {', '.join(supported)}. "
-        "To add a family, write one file in adapters/ (see docs/guides/adding_a_family.md)."
-    )
+    check_seams(model)
+    try:
+        return families["generic"](model)
+    except TypeError as error:
+        supported = sorted(name for family in families.values() for name in family.classes)
+        raise TypeError(
+            f"No adapter covers a {names[0]}.{near(names[0], supported)} {error} Classes with a family file: "
+            f"{', '.join(supported)}. To add a family, write one file in adapters/ (see "
+            "docs/guides/adding_a_family.md)."
+        ) from error
 
 
 def plan_for(adapter: Adapter, spec: Spec) -> tuple[Stage, ...]:

@@ -133,6 +133,11 @@ class DecoderPass:
         self.moves.append((layer, self.compaction))
         self._note(layer)
 
+    @property
+    def made_whole(self) -> bool:
+        """Whether masks were made for whole rows, which may let a token see others than those before it."""
+        return self._whole is not None
+
     def differs(self, layer: int) -> bool:
         """Whether this layer needs other arguments than the base."""
         return self._cuts > 0 or (self.before is not None and self.before.segment(layer).first_layer > 0)
@@ -183,23 +188,24 @@ class DecoderPass:
         if kind in RECURRENT:
             return mask if self.index is None else self._recurrent()
         if self._whole is not None:
-            return self._of_whole(layer, kind)
+            return self.of_whole(layer, kind)
         return (self._anew if self._made_short(layer) else self._mask)(layer, hidden, mask)
 
-    # --- masks that were made for whole rows ----------------------------------------------------------------------------
+    # --- masks that were made for whole rows --------------------------------------------------------------------------
 
     def _masks_of_base(self) -> Any:
         """Masks for the rows that the decoder is given, by kind of layer, or one for all; each fits the first layer of
         its kind."""
         kinds = [self.adapter.layer_kind(layer) for layer in range(len(self.adapter.layers))]
         if self._whole.kinds is None:  # type: ignore[union-attr]
-            return self._of_whole(0, kinds[0])
+            return self.of_whole(0, kinds[0])
         return {
-            kind: self._recurrent() if kind in RECURRENT else self._of_whole(kinds.index(kind), kind)
+            kind: self._recurrent() if kind in RECURRENT else self.of_whole(kinds.index(kind), kind)
             for kind in dict.fromkeys(kinds)
         }
 
-    def _of_whole(self, layer: int, kind: str) -> Any:
+    def of_whole(self, layer: int, kind: str) -> Any:
+        """The mask of a layer, of those that were made for whole rows."""
         if self.compaction is None and self.before is None:
             return self._whole.of(kind)  # type: ignore[union-attr]
         index = None if self.compaction is None else self.compaction.index
@@ -230,7 +236,7 @@ class DecoderPass:
             return None
         return self.attended.to(torch.int64)
 
-    # --- masks that the decoder made for the base -----------------------------------------------------------------------
+    # --- masks that the decoder made for the base ---------------------------------------------------------------------
 
     def _rotation(self, layer: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         changed: dict[str, Any] = {}

@@ -89,7 +89,7 @@ class Engine:
         self._drafts = Drafts(self.calls, reads_text or bool(self.attending.layers))
         self._outputs = Outputs(self.calls, outputs)
         self._learning = threading.RLock()
-        self._reach = reach(adapter.language_model.config) if self.stages else None
+        self._reach = reach(adapter.language_model.config)
         self._parameters = list(inspect.signature(adapter.entry.forward).parameters)
         self._links = Links(adapter.model, ())  # of the modules that are hooked, once they are
 
@@ -127,15 +127,22 @@ class Engine:
         if inputs.length > 1:
             self._links.check()
         self._tower.check_planned(inputs.arguments)
-        call.prompt = self._reader.read(inputs, call.laid_out)
-        if call.prompt is not None:
-            call.prompt.drafted = call.drafted
         if pruned_prompt(inputs.cache) is not None:
             self._serve(call, inputs.cache, whole=True)
-        if call.prompt is not None:
-            if self.attending.learns:
-                self._learning.acquire()
-                call.learning = True
+        if self._reader.brings_pictures(inputs):
+            if self.adapter.behind_tower:
+                call.waiting = inputs
+            else:
+                self._lay_out(call, inputs)
+
+    def _lay_out(self, call: ForwardCall, inputs: CallInputs) -> None:
+        """Find the visual tokens of a call that brings pictures; `inputs` are those of the merging module."""
+        call.waiting = None
+        call.prompt = self._reader.read(inputs, call)
+        call.prompt.drafted = call.drafted
+        if self.attending.learns:
+            self._learning.acquire()
+            call.learning = True
 
     def _leave(self, module: Any, args: Any, output: Any) -> None:
         # runs after an exception too, so that a failed call leaves nothing behind
@@ -147,8 +154,15 @@ class Engine:
         if call.learning:
             self._learning.release()
         self._serve(call, None)
+        unseen = call.waiting is not None and output is not None
         call.clear()
         self.calls.end(module)
+        if unseen:
+            raise ValueError(
+                f"{type(module).__name__} was given pictures and did not call "
+                f"{type(self.adapter.language_model).__name__} with inputs_embeds, so nothing could be taken out of "
+                "the prompt: this model has no input cuts."
+            )
 
     def _serve(self, call: ForwardCall, cache: Any, whole: bool = False) -> None:
         """Let the pruned `cache` take keys until this is called again; with `whole`, masks are made for whole rows."""
@@ -166,6 +180,8 @@ class Engine:
         call.decoder = None
         if inputs.embeds is None:
             return None
+        if call.waiting is not None:
+            self._lay_out(call, call.waiting)
         prompt, before = call.prompt, pruned_prompt(inputs.cache)
         if prompt is None and inputs.past == 0:
             self._remember(Prompt(Layout((), inputs.batch_size, inputs.length)))
@@ -179,7 +195,7 @@ class Engine:
         self._serve(call, None if before is None else inputs.cache)
         embeds, compaction = inputs.embeds, None  # [B, S, D]
         if prompt is not None:
-            embeds, compaction = self._cut_input(prompt, inputs)
+            embeds, compaction = self._cut_input(prompt, inputs, masks)
             self._remember(prompt)
             if compaction is not None:
                 self.attending.cut(compaction)
@@ -194,8 +210,9 @@ class Engine:
     def _whole_masks(self, call: ForwardCall, inputs: CallInputs, made: Any) -> WholeMasks | None:
         """Masks for the whole rows of a call, where the decoder cannot make its own for what is left of them."""
         config, length = self.adapter.language_model.config, inputs.past + inputs.length
-        if made is None and self._reach is not None and length > self._reach and inputs.embeds is not None:
-            if pruned_prompt(inputs.cache) is not None:
+        pruned = pruned_prompt(inputs.cache) is not None
+        if made is None and self._reach is not None and length > self._reach and (pruned or self.stages):
+            if pruned:
                 self._serve(call, inputs.cache, whole=True)
             made = make_masks(config, inputs, self._reach)
         return None if made is None else WholeMasks(made, length, "flash" in str(config._attn_implementation))
@@ -235,7 +252,9 @@ class Engine:
 
     # --- the cut at its input ---------------------------------------------------------------------------------------
 
-    def _cut_input(self, prompt: Prompt, inputs: CallInputs) -> tuple[Tensor, Compaction | None]:
+    def _cut_input(
+        self, prompt: Prompt, inputs: CallInputs, masks: WholeMasks | None
+    ) -> tuple[Tensor, Compaction | None]:
         """Let tokens leave that the tower or the stage at "input" took out; embeddings `[B, S, D]`, merged where the
         method merges, and what shortens them to `[B, P, D]`."""
         embeds = inputs.embeds
@@ -259,18 +278,18 @@ class Engine:
                 prompt.alive[index].carry = {name: values.to(embeds.device) for name, values in carry.items()}
         if self._input is not None:
             with prompt.timer.running(embeds.device):
-                signals = self._read_first_layer(prompt, inputs, embeds, cutter)
+                signals = self._read_first_layer(prompt, inputs, embeds, cutter, masks)
                 embeds = self._selector.choose(self._input, prompt, cutter, embeds, signals)
                 prompt.flops += sum(computed.flops for computed in signals.values())
         return embeds, cutter.compact(inputs.attended(embeds.device), inputs.batch_size)
 
     def _read_first_layer(
-        self, prompt: Prompt, inputs: CallInputs, embeds: Tensor, cutter: CutBuilder
+        self, prompt: Prompt, inputs: CallInputs, embeds: Tensor, cutter: CutBuilder, masks: WholeMasks | None
     ) -> dict[int, DecoderSignals]:
         """What the stage at "input" wants to know of decoder layer 0, yet to run; {} if nothing."""
         if self._input is None or not any(s.name in DECODER_SIGNALS for s in self._input.signals(self.adapter.tower)):
             return {}
-        given = entering(self.adapter, inputs, embeds, cutter.gone(embeds.shape[0]), self._policy)
+        given = entering(self.adapter, inputs, embeds, cutter.gone(embeds.shape[0]), self._policy, masks)
         return {0: DecoderSignals(self.adapter, given, prompt)}
 
     def _recorded(self, layout: Layout) -> list[tuple[Recording, int]]:

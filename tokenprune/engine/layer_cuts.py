@@ -16,6 +16,7 @@ from tokenprune.engine.attention import AttentionInterventions
 from tokenprune.engine.decoder_pass import DecoderPass
 from tokenprune.engine.guards import check_cached_keys
 from tokenprune.engine.prompt_selection import PromptSelector
+from tokenprune.engine.whole_masks import seen_by_row
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
@@ -125,9 +126,11 @@ class LayerCuts:
             keys, seen = cache.layers[layer].keys, current.seen(layer)  # [B, Hk, K, d], [B, K]
             check_cached_keys(keys, current.past - left, layer, cache)
         bias = self._attending.bias(layer, 0 if keys is None else keys.shape[2], hidden)
-        return LayerInput(
+        given = LayerInput(
             module, hidden, kwargs["position_embeddings"], current.attended, keys, seen, cache=cache, bias=bias
         )
+        given.sees = seen_by_row(kwargs.get("attention_mask")) if current.made_whole else None
+        return given
 
     def _after_attention(self, layer: int, module: Any, args: Any, output: Any) -> None:
         """Read for the stage after this layer what that one wants to know, while the layer runs."""

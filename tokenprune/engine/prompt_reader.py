@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tokenprune.engine.guards import check_attended, check_cache, check_packed, warn_of_features
 from tokenprune.interfaces.adapter import Adapter
-from tokenprune.interfaces.visual import Visual
 from tokenprune.state.call_inputs import CallInputs
+from tokenprune.state.forward_call import ForwardCall
 from tokenprune.state.prompt_layout import build_layout
 from tokenprune.state.prompt_state import Prompt
 from tokenprune.state.tower_recording import Recording, sources_of
@@ -26,38 +26,50 @@ class PromptReader:
     def __init__(self, adapter: Adapter) -> None:
         self._adapter = adapter
 
-    def read(self, inputs: CallInputs, laid_out: dict[str, tuple[Tensor, list[Visual]]]) -> Prompt | None:
-        """The prompts of a call, or None where it brings no pictures.
+    def brings_pictures(self, inputs: CallInputs) -> bool:
+        """Whether a call brings pictures, encoded or not.
+
+        Raises:
+            ValueError: its cache cannot hold a pruned prompt.
+        """
+        adapter, call = self._adapter, inputs.arguments
+        encoded = call.get("mm_encoder_outputs") or {}
+        if not any(encoded.get(k) is not None or call.get(adapter.pixels[k]) is not None for k in adapter.features):
+            warn_of_features(inputs)
+            return False
+        check_cache(inputs)
+        return True
+
+    def read(self, inputs: CallInputs, now: ForwardCall) -> Prompt:
+        """The prompts of a call that brings pictures.
 
         Args:
             inputs: what `Adapter.entry` was given.
-            laid_out: takes, by kind, the pixels and how they are laid out, so that sizes are read once.
+            now: the call. It is told how pixels are laid out, so that sizes are read once; where that is known behind
+                the tower only, it says what the tower made of them.
 
         Raises:
             ValueError: the prompts are of a kind that cannot be pruned right; the message says which.
         """
         adapter, call = self._adapter, inputs.arguments
         encoded = call.get("mm_encoder_outputs") or {}
-        given = {
-            kind: encoded.get(kind) is not None or call.get(adapter.pixels[kind]) is not None
-            for kind in adapter.features
-        }
-        if not any(given.values()):
-            warn_of_features(inputs)
-            return None
-        check_cache(inputs)
         sources: dict[str, list[tuple[Recording, int]]] = {}
         visuals = {}
         for kind in adapter.features:
+            pixels = call.get(adapter.pixels[kind])
             if encoded.get(kind) is not None:
                 sources[kind] = self._sources(encoded[kind])
-                visuals[kind] = [recording.visuals[row] for recording, row in sources[kind]]
-            elif given[kind]:
+            elif pixels is not None and adapter.behind_tower:
+                recordings = now.recordings.get(kind, [])
+                sources[kind] = [(recording, row) for recording in recordings for row in range(len(recording.visuals))]
+            elif pixels is not None:
                 visuals[kind] = adapter.visuals(kind, call)
-                laid_out[kind] = call[adapter.pixels[kind]], visuals[kind]
+                now.laid_out[kind] = pixels, visuals[kind]
+            if kind in sources:
+                visuals[kind] = [recording.visuals[row] for recording, row in sources[kind]]
         layout = build_layout(self._placeholders(inputs), visuals)
         prompt = Prompt(layout)
-        if sources:
+        if sources and len(sources) == len(visuals):
             prompt.sources = [sources[span.visual.kind][o] for span, o in zip(layout.spans, layout.order)]
         mask, positions = self._rows(inputs)
         prompt.lengths = [layout.length] * layout.batch_size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -152,6 +154,7 @@ class PromptSelector:
         span, alive = prompt.layout.spans[index], prompt.alive[index]
         recording, row = prompt.sources[index]
         rasters = span.visual.rasters
+        check_placed(stage, rasters)
         budget = stage.budget.tokens(span.num_tokens)
         scope = stage.pruner.scope or stage.pruner.default_scope
         whole = alive.tokens is None and (scope == "visual" or len(rasters) == 1)
@@ -199,6 +202,17 @@ class PromptSelector:
             one((Raster(raster.grid, 0, raster.kind),), raster.start, raster.num_tokens, share)
             for raster, share in zip(rasters, budgets)
         ]
+
+
+def check_placed(stage: Stage, rasters: Sequence[Raster]) -> None:
+    """Raise ValueError where a method works on a grid and the tokens stand in none that is known."""
+    if stage.pruner.needs_grid and any(raster.kind == "unplaced" for raster in rasters):
+        count = sum(raster.num_tokens for raster in rasters)
+        raise ValueError(
+            f"{stage.pruner.name} works on a grid of tokens, and the {count} tokens of this visual stand in none that "
+            "is known: neither the call nor the pictures' sizes say rows and columns that make so many. Use a method "
+            "that needs no grid (random, divprune)."
+        )
 
 
 def instruction_embedding(prompt: Prompt, hidden: Tensor, sample: int) -> Tensor:

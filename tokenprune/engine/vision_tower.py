@@ -35,6 +35,14 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0)
 
 
+def _any_pixels(call: Mapping[str, Any]) -> Any:
+    """The pixels of a features call, whatever they are called."""
+    names = [name for name, value in call.items() if "pixel_values" in name and value is not None]
+    if not names:
+        raise ValueError("A features call of this model was given no pixels under a name that is known (pixel_values).")
+    return call[names[0]]
+
+
 class TowerPass:
     """One run of the tower over the visuals of one kind.
 
@@ -393,15 +401,15 @@ class TowerHooks:
                 return original(*args, **kwargs)
             call = {**dict(zip(parameters, args)), **kwargs}
             self.check_planned(call)
-            name = self.adapter.pixels[kind]
+            name, behind = self.adapter.pixels[kind], self.adapter.behind_tower
             # transformers before 5.20 calls the pixels of videos by the name of those of images
-            named = call if name in call else {**call, name: call["pixel_values"]}
+            named = call if call.get(name) is not None else {**call, name: _any_pixels(call)}
             laid_out = None if self._calls.now is None else self._calls.now.laid_out.get(kind)
             if laid_out is not None and laid_out[0] is named[name]:
                 visuals = laid_out[1]
             else:
-                visuals = self.adapter.visuals(kind, named)
-            pixels = self.adapter.pixel_rows(kind, named, visuals)
+                visuals = [] if behind else self.adapter.visuals(kind, named)
+            pixels = [] if behind else self.adapter.pixel_rows(kind, named, visuals)
             recording = Recording(visuals, named[name], pixels)
             cuts = list(self._cuts.values())
             if cuts and any(visual.resample is not None and visual.sources is None for visual in visuals):
@@ -420,6 +428,10 @@ class TowerHooks:
                     output = run_smaller(self.adapter, self._shrink, kind, original, call, recording, run.shrink)
                 else:
                     output = original(**call)
+                if behind:
+                    visuals = self.adapter.visuals_behind(kind, named, output)
+                    recording.lay_out(visuals, self.adapter.pixel_rows(kind, named, visuals))
+                    recording.features = self.adapter.feature_rows(output)
                 run.finish()
             finally:
                 self._calls.tower = None

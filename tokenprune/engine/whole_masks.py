@@ -60,11 +60,11 @@ def make_masks(config: Any, inputs: CallInputs, window: int) -> Any:
     kinds = set(getattr(config, "layer_types", None) or ())
     others = sorted(kinds - set(_MAKERS))
     if others or attention not in ("sdpa", "eager"):
-        what = f"has layers of the kind {others[0]}" if others else f"runs with {attention!r}, which counts keys it holds"
+        why = f"has layers of the kind {others[0]}" if others else f"runs with {attention!r}, which counts what is left"
         raise ValueError(
             f"Layers of this decoder see {window} tokens only, and the prompt with its answer has "
-            f"{inputs.past + inputs.length}: their window has to be counted in tokens of the whole prompt, and the decoder "
-            f"{what}. Load the model with attn_implementation='sdpa', or keep prompts shorter."
+            f"{inputs.past + inputs.length}: what they see is counted in tokens of the whole prompt, and this decoder "
+            f"{why}. Load the model with attn_implementation='sdpa', or keep prompts shorter."
         )
     given = {
         "config": config,
@@ -159,6 +159,13 @@ class WholeMasks:
             return keys.real.to(torch.int64)
         before = keys.places[:, None] <= rows[..., None]  # [B, P, K]
         return see_something((before & keys.real[:, None])[:, None], keys.past)
+
+
+def seen_by_row(mask: Any) -> Tensor | None:
+    """`[B, P, K]` bool, which keys each row sees by a layer's mask; None: all that come before it."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return None
+    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
 
 
 def see_something(allowed: Tensor, past: int) -> Tensor:

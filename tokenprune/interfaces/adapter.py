@@ -172,6 +172,9 @@ class Adapter:
         projector: the module between tower and decoder that costs are counted of; None if it is part of the tower.
         first_cut: lowest K of the site "layer:K".
         mrope: whether positions are 3-D ids of which gaps are no counts of tokens.
+        behind_tower: whether visuals are laid out once the tower has run, by the features that it made
+            (`visuals_behind`), rather than before it (`visuals`).
+        verified: whether its classes are tested one by one; else the loaded model is tried when a method is applied.
         limits_whole_videos: whether the limits in pixels that its video processor is given are for all frames of a
             video together, not for each.
         decoder_path, projector_path: where these modules are, from the model.
@@ -181,9 +184,11 @@ class Adapter:
 
     name: ClassVar[str] = ""
     classes: ClassVar[tuple[str, ...]] = ()
-    features: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
-    pixels: ClassVar[Mapping[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
-    mrope: ClassVar[bool] = False
+    features: Mapping[str, str] = {"image": "get_image_features"}
+    pixels: Mapping[str, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
+    mrope: bool = False
+    behind_tower: ClassVar[bool] = False
+    verified: ClassVar[bool] = True
     limits_whole_videos: ClassVar[bool] = False
     decoder_path: ClassVar[str] = "model.language_model"
     projector_path: ClassVar[str] = "model.multi_modal_projector"
@@ -251,6 +256,14 @@ class Adapter:
         The one place that reads sizes off the device, and once: `pixel_rows` and `VisionTower.resize` are told them by
         the visuals."""
         raise TypeError(f"{type(self).__name__} defines no visuals().")
+
+    def visuals_behind(self, kind: str, call: Mapping[str, Any], output: Any) -> list[Visual]:
+        """The same behind the tower; `output` is what the features call returned. Asked where `behind_tower` is set."""
+        return self.visuals(kind, call)
+
+    def feature_rows(self, output: Any) -> list[Tensor]:
+        """`[n, D]` of each visual, what the model puts at its placeholders, from the output of a features call."""
+        return list(output.pooler_output)
 
     def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         """The pixels of each visual, for the seeds of random methods."""

@@ -15,7 +15,8 @@ class Raster:
     Attributes:
         grid: (rows, cols), in raster order.
         start: index of its first token among the tokens of its visual.
-        kind: "image", "thumbnail", "mosaic", "crop" or "frame".
+        kind: "image", "thumbnail", "mosaic", "crop" or "frame"; "unplaced" for tokens that stand in no grid, which
+            count as one row.
     """
 
     grid: tuple[int, int]
@@ -77,6 +78,11 @@ class Visual:
 def one_raster(grid: tuple[int, int]) -> Visual:
     """An image that is a single grid, with no separators."""
     return Visual((Raster(grid),))
+
+
+def unplaced(count: int, kind: str = "image") -> Visual:
+    """A visual whose tokens stand in no grid that is known: latents of a resampler, or a grid that nothing tells."""
+    return Visual((Raster((1, count), 0, "unplaced"),), kind=kind, scattered=True)
 
 
 @dataclass(frozen=True)

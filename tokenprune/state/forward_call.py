@@ -15,6 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from tokenprune.interfaces.signals import Signal
     from tokenprune.interfaces.visual import Visual
+    from tokenprune.state.call_inputs import CallInputs
     from tokenprune.state.prompt_state import Prompt
     from tokenprune.state.tower_recording import Recording
 
@@ -30,6 +31,7 @@ class ForwardCall:
         entered: whether the module that merges text and pictures has begun.
         mask: the attention mask that it was given; what it hands on may be made of that.
         drafted: tokens at the end of each row that are not the prompt's: proposed by a draft, or answered already.
+        waiting: what the module that merges was given, where pictures are laid out behind the tower, until they are.
         prompt: the prompts with pictures, laid out; None without pictures.
         decoder: the pass through the decoder, while it is at work on rows that differ from what it was given.
         layer_inputs: by layer, what entered it, where a stage reads its attention.
@@ -50,6 +52,7 @@ class ForwardCall:
     entered: bool = False
     mask: Any = None
     drafted: int = 0
+    waiting: CallInputs | None = None
     prompt: Prompt | None = None
     decoder: Any = None  # DecoderPass, and below LayerInput and DecoderSignals: types of rooms above this one
     layer_inputs: dict[int, Any] = field(default_factory=dict)
@@ -66,6 +69,7 @@ class ForwardCall:
     def clear(self) -> None:
         """Let go of all that is needed only while the module that merges text and pictures is at work."""
         self.prompt, self.decoder, self.branch, self.attention = None, None, None, None
+        self.waiting = None
         self.layer_inputs, self.read, self.laid_out, self.recordings, self.transitions = {}, {}, {}, {}, {}
         self.learning = False
 

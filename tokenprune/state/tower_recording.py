@@ -48,6 +48,7 @@ class Recording:
         kept: what a cut before the projector left of each visual; None where nothing was cut.
         shrunk: (rows, cols) of each visual that the tower really worked on, if a method shrank the pictures.
         pixels: of each visual, see `Adapter.pixel_rows`.
+        features: of each visual, see `Adapter.feature_rows`; only until they were held against a prompt.
         patches: patches of each picture in each block from `first_short` on, where a method cut inside the tower.
         merged: `[]` each, how many tokens went into kept ones, by picture and stage.
         selection_flops: matrix products of signals and of methods while the tower ran.
@@ -55,9 +56,7 @@ class Recording:
     """
 
     def __init__(self, visuals: Sequence[Visual], pixels: Tensor, pixel_rows: Sequence[Tensor]) -> None:
-        self.visuals = list(visuals)
         self.signals: dict[Signal, list[Tensor]] = {}
-        self.kept: list[KeptBeforeProjector | None] = [None] * len(self.visuals)
         self.shrunk: list[tuple[int, int]] | None = None
         self.patches: list[list[int]] = []
         self.first_short = 0
@@ -67,6 +66,13 @@ class Recording:
         self.left: list[int] = []  # cells of each picture behind the tower, where a method cut inside it
         self.device = pixels.device
         self.timer = DeviceTimer()
+        self.features: list[Tensor] = []
+        self.lay_out(visuals, pixel_rows)
+
+    def lay_out(self, visuals: Sequence[Visual], pixel_rows: Sequence[Tensor]) -> None:
+        """Say what the tower was given, where that is known behind it only."""
+        self.visuals = list(visuals)
+        self.kept: list[KeptBeforeProjector | None] = [None] * len(self.visuals)
         self.pixels = list(pixel_rows)
 
     def work(self) -> TowerWork:

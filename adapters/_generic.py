@@ -1,0 +1,182 @@
+"""Any image-text class that agrees with transformers on names: what a family file would say is read off the model.
+
+`Generic` covers a class that no file in this folder covers, and is what the files of families derive from that need
+little more. It finds the module that merges text and pictures, the decoder in it and the ids of placeholders; where
+visuals stand, and in which grid, it reads behind the tower off the features that the model made. Nothing is taken for
+granted: `tokenprune.engine.decoder_probe` tries the decoder when a method is applied, the first prompt is held against
+the features, and what does not agree is refused. It gives no signals of the tower and cuts nothing there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokenprune.adapters._cost import generic_shape
+from tokenprune.adapters._deepstack import DEEPSTACK, deepstack_kwargs
+from tokenprune.adapters._grids import Grids, feature_rows, visuals_of
+from tokenprune.cost import ModelShape
+from tokenprune.interfaces.adapter import Adapter, VisionTower
+from tokenprune.interfaces.signals import TowerInfo
+from tokenprune.interfaces.visual import Visual
+
+KINDS = ("image", "video")
+_DECODERS = ("language_model", "text_model", "language_model.model", "text_model.model")
+_IDS = ("{}_token_id", "{}_token_index", "{}_patch_id")
+_PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
+_MROPE = ("get_rope_index", "compute_3d_position_ids")
+_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
+_MOVED = ("inputs_embeds", "attention_mask", "position_ids", *DEEPSTACK)
+
+
+class UnreadTower(VisionTower):
+    """A tower of which nothing is known but its sizes: it runs as it is."""
+
+    def __init__(self, module: Any, facts: TowerInfo) -> None:
+        self.module, self.blocks, self.exit, self.facts = module, (), None, facts
+
+    @property
+    def exits(self) -> Sequence[Any]:
+        return ()
+
+
+def first_of(config: Any, *names: str, default: Any = None) -> Any:
+    """The value of the first of some names that a config has; of several values the first."""
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return value[0] if isinstance(value, (list, tuple)) else value
+    return default
+
+
+def vision_config(config: Any) -> Any:
+    """The part of a model's config that describes its vision tower; the config itself if there is none."""
+    found = (getattr(config, name, None) for name in ("vision_config", "vq_config"))
+    return next((own for own in found if own is not None), config)
+
+
+class Generic(Adapter):
+    """A family as it is read off a loaded model.
+
+    Raises:
+        TypeError: the model has no module that merges features of pictures into the input of a decoder, or no
+            placeholders for them.
+    """
+
+    behind_tower = True
+    verified = False
+    added_in_decoder: tuple[str, ...] = ()
+    """Further arguments `[B, S, ...]` of the decoder that go by place, to be cut as its rows are."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.entry = merging_module(model)
+        self.language_model = decoder_in(self.entry)
+        self.projector = None
+        config = model.config
+        parameters = {*inspect.signature(self.entry.forward).parameters, *inspect.signature(model.forward).parameters}
+        ids = {kind: first_of(config, *(name.format(kind) for name in _IDS)) for kind in KINDS}
+        pixels = {kind: next((name for name in _PIXELS[kind] if name in parameters), None) for kind in KINDS}
+        found = [
+            kind
+            for kind in KINDS
+            if isinstance(ids[kind], int) and pixels[kind] and hasattr(self.entry, f"get_{kind}_features")
+        ]
+        if "image" not in found:
+            raise TypeError(
+                f"{type(model).__name__} has no placeholders for visual tokens (image_token_id in its config, "
+                "pixel_values among its arguments), so there is nothing to prune in its decoder's rows."
+            )
+        if ids["image"] == ids["video"]:
+            found = ["image"]  # which placeholder is whose would be a guess
+        self.features = {kind: f"get_{kind}_features" for kind in found}
+        self.placeholder_ids = {kind: int(ids[kind]) for kind in found}
+        self.pixels = {kind: str(pixels[kind]) for kind in found}
+        self.mrope = any(hasattr(self.entry, name) for name in _MROPE)
+        vision = vision_config(config)
+        depth = first_of(vision, "num_hidden_layers", "depth", "layers", "num_layers", default=1)
+        facts = TowerInfo(
+            num_layers=depth,
+            feature_layer=depth - 1,
+            has_cls=False,
+            num_heads=first_of(vision, "num_attention_heads", "num_heads", "heads", default=1),
+            hidden_size=first_of(vision, "hidden_size", "embed_dim", "width", default=1),
+        )
+        tower = next((getattr(self.entry, name) for name in _TOWERS if hasattr(self.entry, name)), None)
+        self.vision = UnreadTower(tower, facts)
+        added = getattr(vision, "deepstack_visual_indexes", None) or ()
+        self.first_cut = max(1, len(added))
+
+    def visuals_behind(self, kind: str, call: Mapping[str, Any], output: Any) -> list[Visual]:
+        rows = self.feature_rows(output)
+        lengths = [len(own) for own in rows]
+        return visuals_of(kind, lengths, self._grids(kind, call, len(rows)), scattered=kind == "video")
+
+    def feature_rows(self, output: Any) -> list[Tensor]:
+        return feature_rows(output)
+
+    def _grids(self, kind: str, call: Mapping[str, Any], count: int) -> Grids:
+        patch = first_of(vision_config(self.model.config), "patch_size")
+        return Grids(kind, call, call[self.pixels[kind]], count, patch)
+
+    def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        pixels = call[self.pixels[kind]]
+        if pixels.shape[0] == len(visuals):
+            return list(pixels)
+        patches = self._grids(kind, call, len(visuals)).patches()
+        if patches is not None and sum(patches) == pixels.shape[0]:
+            return list(pixels.split(patches))
+        return [pixels] * len(visuals)  # not told apart: their places in the prompt are
+
+    def per_token_kwargs(
+        self, kwargs: Mapping[str, Any], rows: Callable[[Tensor], Tensor], real: Tensor
+    ) -> dict[str, Any]:
+        known = {name: rows(kwargs[name]) for name in self.added_in_decoder if isinstance(kwargs.get(name), Tensor)}
+        shape = kwargs["inputs_embeds"].shape[:2]
+        for name, value in kwargs.items():
+            if name not in known and name not in _MOVED and isinstance(value, Tensor) and value.shape[:2] == shape:
+                raise ValueError(
+                    f"{type(self.language_model).__name__} is given {name!r} for each token, and what that means when "
+                    f"tokens leave is not known of {type(self.model).__name__}: it has no input cuts. Its family needs "
+                    "a file of its own (docs/guides/adding_a_family.md)."
+                )
+        return known | deepstack_kwargs(kwargs, rows, real)
+
+    def cost_shape(self) -> ModelShape:
+        return generic_shape(self.model.config, vision_config(self.model.config), len(self.layers))
+
+
+def merging_module(model: Any) -> nn.Module:
+    """The innermost module that makes features of pixels and is called with `input_ids`."""
+    found = [
+        module
+        for module in model.modules()
+        if hasattr(module, "get_image_features") and "input_ids" in inspect.signature(module.forward).parameters
+    ]
+    if not found:
+        raise TypeError(
+            f"{type(model).__name__} has no module that makes features of pictures (get_image_features) and merges "
+            "them into the rows of a decoder, so no tokens can be taken out of them."
+        )
+    return found[-1]
+
+
+def decoder_in(entry: Any) -> nn.Module:
+    """The decoder stack inside a module that merges text and pictures.
+
+    Raises:
+        TypeError: there is none with `layers` that takes `inputs_embeds`.
+    """
+    for path in _DECODERS:
+        module = entry
+        for part in path.split("."):
+            module = getattr(module, part, None)
+        if hasattr(module, "layers") and "inputs_embeds" in inspect.signature(module.forward).parameters:
+            return module
+    raise TypeError(
+        f"{type(entry).__name__} has no decoder stack with `layers` under a known name ({', '.join(_DECODERS)}), so no "
+        "tokens can be taken out of its rows."
+    )
