@@ -191,17 +191,17 @@ class Engine:
         if before is not None and len(before.segments) > 1:  # another method cut it inside the decoder
             self._layers.hook_from(before.segments[1].first_layer)
         check_mask(inputs)
-        masks = self._whole_masks(call, inputs, made)
+        call.masks = self._whole_masks(call, inputs, made)
         self._serve(call, None if before is None else inputs.cache)
         embeds, compaction = inputs.embeds, None  # [B, S, D]
         if prompt is not None:
-            embeds, compaction = self._cut_input(prompt, inputs, masks)
+            embeds, compaction = self._cut_input(prompt, inputs)
             self._remember(prompt)
             if compaction is not None:
                 self.attending.cut(compaction)
         if compaction is None and before is None and not self._layers:
             return None
-        call.decoder = DecoderPass(self.adapter, before, inputs, masks)
+        call.decoder = DecoderPass(self.adapter, before, inputs, call.masks)
         changed = call.decoder.begin(compaction, self._policy, embeds)
         if compaction is not None:  # what else the decoder is handed by place: features that are added inside it
             changed |= self.adapter.per_token_kwargs(kwargs, compaction.rows, compaction.real)
@@ -252,9 +252,7 @@ class Engine:
 
     # --- the cut at its input ---------------------------------------------------------------------------------------
 
-    def _cut_input(
-        self, prompt: Prompt, inputs: CallInputs, masks: WholeMasks | None
-    ) -> tuple[Tensor, Compaction | None]:
+    def _cut_input(self, prompt: Prompt, inputs: CallInputs) -> tuple[Tensor, Compaction | None]:
         """Let tokens leave that the tower or the stage at "input" took out; embeddings `[B, S, D]`, merged where the
         method merges, and what shortens them to `[B, P, D]`."""
         embeds = inputs.embeds
@@ -278,17 +276,18 @@ class Engine:
                 prompt.alive[index].carry = {name: values.to(embeds.device) for name, values in carry.items()}
         if self._input is not None:
             with prompt.timer.running(embeds.device):
-                signals = self._read_first_layer(prompt, inputs, embeds, cutter, masks)
+                signals = self._read_first_layer(prompt, inputs, embeds, cutter)
                 embeds = self._selector.choose(self._input, prompt, cutter, embeds, signals)
                 prompt.flops += sum(computed.flops for computed in signals.values())
         return embeds, cutter.compact(inputs.attended(embeds.device), inputs.batch_size)
 
     def _read_first_layer(
-        self, prompt: Prompt, inputs: CallInputs, embeds: Tensor, cutter: CutBuilder, masks: WholeMasks | None
+        self, prompt: Prompt, inputs: CallInputs, embeds: Tensor, cutter: CutBuilder
     ) -> dict[int, DecoderSignals]:
         """What the stage at "input" wants to know of decoder layer 0, yet to run; {} if nothing."""
         if self._input is None or not any(s.name in DECODER_SIGNALS for s in self._input.signals(self.adapter.tower)):
             return {}
+        masks = None if self.calls.now is None else self.calls.now.masks
         given = entering(self.adapter, inputs, embeds, cutter.gone(embeds.shape[0]), self._policy, masks)
         return {0: DecoderSignals(self.adapter, given, prompt)}
 

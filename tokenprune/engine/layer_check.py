@@ -45,6 +45,7 @@ def check_decoder_reads(adapter: Adapter, stages: Sequence[Stage], changed: Sequ
     """
     if stages:
         _check_places(adapter)
+        _check_shared_keys(adapter, stages)
     signals = {signal for stage in stages for signal in stage.signals(adapter.tower)}
     attention = {signal.layer: "its attention" for signal in signals if signal.name in DECODER_SIGNALS}
     branches = {signal.layer for signal in signals if signal.name in TRANSITION_SIGNALS}
@@ -78,6 +79,22 @@ def _check_places(adapter: Adapter) -> None:
             f"{type(decoder).__name__} has layers of the kind {', '.join(others)}, in which taking tokens out is not "
             "hiding them from attention. Use a model with another decoder."
         )
+
+
+def _check_shared_keys(adapter: Adapter, stages: Sequence[Stage]) -> None:
+    """Raise ValueError where a cut comes after a layer whose keys later layers attend to: they would be of other tokens,
+    and for a single answer those layers run the last token alone."""
+    count = len(adapter.layers)
+    first = min(
+        (adapter.key_layer(layer) for layer in range(count) if adapter.key_layer(layer) != layer), default=count
+    )
+    for stage in stages:
+        if stage.place == "layer" and stage.depth > first:
+            raise ValueError(
+                f"{stage.pruner.name} cuts at {stage.site!r}, and later layers of {type(adapter.language_model).__name__} "
+                f"attend to the keys of layer {first}, which holds all tokens of before that cut. Cut at 'layer:{first}' "
+                "or before."
+            )
 
 
 def _check_whole(adapter: Adapter) -> None:
@@ -137,6 +154,8 @@ def _check_attention(adapter: Adapter, layer: int) -> None:
     seen: list[Tensor] = []
     with _hooked(exit.register_forward_pre_hook(lambda _, args: seen.append(args[0]))):
         hidden, rotation, _ = _run(adapter, layer)
+    if isinstance(rotation, Tensor):
+        raise ValueError("its queries and keys are rotated by complex numbers")
     truth = seen[0].flatten(2) if seen[0].dim() == 4 else seen[0]
     query, key, value = (reading.heads(hidden, part) for part in "qkv")
     query, key = reading.rotate(query, rotation), reading.rotate(key, rotation)

@@ -33,6 +33,7 @@ class ForwardCall:
         drafted: tokens at the end of each row that are not the prompt's: proposed by a draft, or answered already.
         waiting: what the module that merges was given, where pictures are laid out behind the tower, until they are.
         prompt: the prompts with pictures, laid out; None without pictures.
+        masks: masks for the whole rows, where the decoder does not make its own.
         decoder: the pass through the decoder, while it is at work on rows that differ from what it was given.
         layer_inputs: by layer, what entered it, where a stage reads its attention.
         read: by layer, what was read of its attention for the stage behind it.
@@ -54,6 +55,7 @@ class ForwardCall:
     drafted: int = 0
     waiting: CallInputs | None = None
     prompt: Prompt | None = None
+    masks: Any = None  # WholeMasks: a type of a room above this one, as those below
     decoder: Any = None  # DecoderPass, and below LayerInput and DecoderSignals: types of rooms above this one
     layer_inputs: dict[int, Any] = field(default_factory=dict)
     read: dict[int, Any] = field(default_factory=dict)
@@ -68,7 +70,7 @@ class ForwardCall:
 
     def clear(self) -> None:
         """Let go of all that is needed only while the module that merges text and pictures is at work."""
-        self.prompt, self.decoder, self.branch, self.attention = None, None, None, None
+        self.prompt, self.masks, self.decoder, self.branch, self.attention = None, None, None, None, None
         self.waiting = None
         self.layer_inputs, self.read, self.laid_out, self.recordings, self.transitions = {}, {}, {}, {}, {}
         self.learning = False
