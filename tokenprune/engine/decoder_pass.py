@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.engine.guards import check_padding_between
 from tokenprune.engine.whole_masks import RECURRENT, HeldKeys, WholeMasks, see_something
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.state.call_inputs import CallInputs
@@ -75,6 +76,7 @@ class DecoderPass:
         new_mask = self._inputs.new_mask  # [B, S]
         self.attended = None if new_mask is None else new_mask.to(torch.bool)
         if compaction is not None:
+            check_padding_between(self.adapter.language_model.config, past, compaction.padded)
             positions = compaction.positions(positions, policy)  # [..., B, P]
             embeds = compaction.rows(embeds)  # [B, P, D]
             new_mask = compaction.real.to(torch.int64 if mask is None else mask.dtype) if compaction.padded else None
@@ -120,6 +122,7 @@ class DecoderPass:
 
     def cut(self, layer: int, compaction: Compaction, policy: str) -> None:
         """Tokens leave before `layer`."""
+        check_padding_between(self.adapter.language_model.config, self.past, compaction.padded)
         self._cuts += 1
         self.index = compaction.index if self.index is None else compaction.rows(self.index)  # [B, P]
         closed = self.closed if isinstance(self.closed, int) else compaction.rows(self.closed)

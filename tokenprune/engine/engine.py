@@ -21,7 +21,7 @@ from tokenprune.engine.assisted_decoding import Drafts
 from tokenprune.engine.attention import AttentionInterventions
 from tokenprune.engine.decoder_pass import DecoderPass
 from tokenprune.engine.first_layer import entering
-from tokenprune.engine.guards import check_mask, check_replica
+from tokenprune.engine.guards import check_mask, check_places, check_replica, check_right_padding
 from tokenprune.engine.hints import Hints
 from tokenprune.engine.layer_cuts import LayerCuts
 from tokenprune.engine.outputs import Outputs, restore, strike_out
@@ -191,6 +191,10 @@ class Engine:
         if before is not None and len(before.segments) > 1:  # another method cut it inside the decoder
             self._layers.hook_from(before.segments[1].first_layer)
         check_mask(inputs)
+        config = self.adapter.language_model.config
+        if prompt is not None and self.stages:
+            check_places(config, inputs, made)
+            check_right_padding(config, inputs, prompt.pad_left, self.calls.generation is not None)
         call.masks = self._whole_masks(call, inputs, made)
         self._serve(call, None if before is None else inputs.cache)
         embeds, compaction = inputs.embeds, None  # [B, S, D]

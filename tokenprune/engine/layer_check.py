@@ -82,18 +82,16 @@ def _check_places(adapter: Adapter) -> None:
 
 
 def _check_shared_keys(adapter: Adapter, stages: Sequence[Stage]) -> None:
-    """Raise ValueError where a cut comes after a layer whose keys later layers attend to: they would be of other tokens,
-    and for a single answer those layers run the last token alone."""
-    count = len(adapter.layers)
-    first = min(
-        (adapter.key_layer(layer) for layer in range(count) if adapter.key_layer(layer) != layer), default=count
-    )
-    for stage in stages:
+    """Raise ValueError where a cut comes after a layer whose keys later layers attend to: those would be of other
+    tokens, and for a single answer later layers run the last token alone."""
+    layers = range(len(adapter.layers))
+    first = min((adapter.key_layer(layer) for layer in layers if adapter.key_layer(layer) != layer), default=None)
+    for stage in stages if first is not None else ():
         if stage.place == "layer" and stage.depth > first:
             raise ValueError(
-                f"{stage.pruner.name} cuts at {stage.site!r}, and later layers of {type(adapter.language_model).__name__} "
-                f"attend to the keys of layer {first}, which holds all tokens of before that cut. Cut at 'layer:{first}' "
-                "or before."
+                f"{stage.pruner.name} cuts at {stage.site!r}, and later layers of "
+                f"{type(adapter.language_model).__name__} attend to the keys of layer {first}, which holds the tokens "
+                f"of before that cut. Cut at 'layer:{first}' or before."
             )
 
 
