@@ -29,6 +29,7 @@ _IDS = ("{}_token_id", "{}_token_index", "{}_patch_id")
 _PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 _MROPE = ("get_rope_index", "compute_3d_position_ids")
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
+_LATENTS = ("Perceiver", "QFormer", "Abstractor", "CrossAttention")
 _MOVED = ("inputs_embeds", "attention_mask", "position_ids", *DEEPSTACK)
 
 
@@ -68,7 +69,7 @@ class Generic(Adapter):
 
     behind_tower = True
     verified = False
-    added_in_decoder: tuple[str, ...] = ()
+    decoder_by_place: tuple[str, ...] = ()
     """Further arguments `[B, S, ...]` of the decoder that go by place, to be cut as its rows are."""
 
     def __init__(self, model: Any) -> None:
@@ -107,13 +108,15 @@ class Generic(Adapter):
         )
         tower = next((getattr(self.entry, name) for name in _TOWERS if hasattr(self.entry, name)), None)
         self.vision = UnreadTower(tower, facts)
+        self._mixes = mixes_places(self.entry, self.language_model)
         added = getattr(vision, "deepstack_visual_indexes", None) or ()
         self.first_cut = max(1, len(added))
 
     def visuals_behind(self, kind: str, call: Mapping[str, Any], output: Any) -> list[Visual]:
         rows = self.feature_rows(output)
         lengths = [len(own) for own in rows]
-        return visuals_of(kind, lengths, self._grids(kind, call, len(rows)), scattered=kind == "video")
+        grids = None if self._mixes else self._grids(kind, call, len(rows))
+        return visuals_of(kind, lengths, grids, scattered=kind == "video")
 
     def feature_rows(self, output: Any) -> list[Tensor]:
         return feature_rows(output)
@@ -134,7 +137,7 @@ class Generic(Adapter):
     def per_token_kwargs(
         self, kwargs: Mapping[str, Any], rows: Callable[[Tensor], Tensor], real: Tensor
     ) -> dict[str, Any]:
-        known = {name: rows(kwargs[name]) for name in self.added_in_decoder if isinstance(kwargs.get(name), Tensor)}
+        known = {name: rows(kwargs[name]) for name in self.decoder_by_place if isinstance(kwargs.get(name), Tensor)}
         shape = kwargs["inputs_embeds"].shape[:2]
         for name, value in kwargs.items():
             if name not in known and name not in _MOVED and isinstance(value, Tensor) and value.shape[:2] == shape:
@@ -162,6 +165,14 @@ def merging_module(model: Any) -> nn.Module:
             "them into the rows of a decoder, so no tokens can be taken out of them."
         )
     return found[-1]
+
+
+def mixes_places(entry: Any, decoder: Any) -> bool:
+    """Whether visual tokens are latents, made outside of the decoder, that look at all of a picture: they have no
+    grid."""
+    inside = set(decoder.modules())
+    names = {type(module).__name__ for module in entry.modules() if module not in inside}
+    return any(word in name for name in names for word in _LATENTS)
 
 
 def decoder_in(entry: Any) -> nn.Module:

@@ -57,9 +57,10 @@ class Grids:
         if boxes is None and sizes is not None and patch:
             sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
             boxes = [[1, int(high) // patch, int(wide) // patch] for high, wide in sizes]
+        self._most = pixels.shape[1] if pixels.dim() == 5 else 0  # tiles or frames, those that fill up among them
         if boxes is None and patch and pixels.dim() in (4, 5):
             high, wide = (side // patch for side in pixels.shape[-2:])
-            boxes = [[pixels.shape[1] if pixels.dim() == 5 else 1, high, wide]] * pixels.shape[0]
+            boxes = [[max(1, self._most), high, wide]] * pixels.shape[0]
         self._boxes = boxes if boxes is not None and len(boxes) == count else [None] * count
 
     def frames_rows_cols(self, index: int, length: int) -> tuple[int, int, int] | None:
@@ -69,7 +70,8 @@ class Grids:
         if box is None:
             return None
         frames, rows, cols = (int(side) for side in box)
-        for moments in dict.fromkeys((frames, frames // 2, 1)):
+        counts = range(self._most, 0, -1) if self._most else dict.fromkeys((frames, frames // 2, 1))
+        for moments in counts:
             for stride in _STRIDES:
                 whole = rows % stride == 0 and cols % stride == 0
                 if whole and moments and moments * (rows // stride) * (cols // stride) == length:
@@ -83,16 +85,16 @@ class Grids:
         return [int(t * rows * cols) for t, rows, cols in self._boxes]
 
 
-def visuals_of(kind: str, lengths: Sequence[int], grids: Grids, scattered: bool = False) -> list[Visual]:
-    """One visual for each of `lengths`: frames of a grid, or tokens in no grid."""
+def visuals_of(kind: str, lengths: Sequence[int], grids: Grids | None, scattered: bool = False) -> list[Visual]:
+    """One visual for each of `lengths`: frames or tiles of a grid, or tokens in none."""
     found = []
     for index, length in enumerate(lengths):
-        grid = grids.frames_rows_cols(index, length)
+        grid = None if grids is None else grids.frames_rows_cols(index, length)
         if grid is None:
             found.append(unplaced(length, kind))
             continue
         frames, rows, cols = grid
-        name = "image" if kind == "image" else "frame"
+        name = "frame" if kind == "video" else "image" if frames == 1 else "crop"
         rasters = tuple(Raster((rows, cols), frame * rows * cols, name) for frame in range(frames))
-        found.append(Visual(rasters, kind=kind, scattered=scattered))
+        found.append(Visual(rasters, kind=kind, scattered=scattered or frames > 1))
     return found

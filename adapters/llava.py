@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokenprune.adapters._cost import llava_shape
-from tokenprune.adapters._vit import Vit, check_patches_only, feature_block, vit_facts
+from tokenprune.adapters._vit import Vit, feature_block, vit_facts
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, submodule
 from tokenprune.interfaces.visual import Visual, one_raster
@@ -19,14 +19,14 @@ class Llava(Adapter):
 
     classes = ("LlavaForConditionalGeneration",)
 
+    @classmethod
+    def covers(cls, model: Any) -> bool:
+        config = model.config
+        return config.vision_config.model_type == "clip_vision_model" and isinstance(config.vision_feature_layer, int)
+
     def __init__(self, model: Any) -> None:
         config = model.config
         vision = config.vision_config
-        if vision.model_type != "clip_vision_model":
-            raise ValueError(
-                f"The llava adapter covers CLIP vision towers; this model's tower is a {vision.model_type!r}."
-            )
-        check_patches_only(config)
         super().__init__(model)
         self._patch = vision.patch_size
         tower = submodule(model, "model.vision_tower")

@@ -1,4 +1,5 @@
-"""SmolVLM: a SigLIP tower over tiles, s x s patches joined by pixel shuffle, text between the tiles, a Llama decoder.
+"""SmolVLM and Idefics3: a SigLIP tower over tiles, s x s patches joined by pixel shuffle, text between the tiles, a
+Llama decoder.
 
 All pictures of a prompt count as one visual whose tiles are its crops: `keep` is per prompt, because the model is not
 told which tiles make a picture. Signals of the tower are means over the patches of a token; nothing can leave inside.
@@ -22,9 +23,9 @@ from tokenprune.registry import register_model
 
 @register_model("smolvlm")
 class SmolVLM(Adapter):
-    """Stock `SmolVLMForConditionalGeneration`."""
+    """Stock `SmolVLMForConditionalGeneration` and `Idefics3ForConditionalGeneration`."""
 
-    classes = ("SmolVLMForConditionalGeneration",)
+    classes = ("SmolVLMForConditionalGeneration", "Idefics3ForConditionalGeneration")
     decoder_path = "model.text_model"
     projector_path = "model.connector"
 

@@ -325,8 +325,17 @@ def kinds_of(prompt: Any) -> list[tuple[str, Any]]:
     return list(zip(kinds, prompt.tower, strict=True))
 
 
-def run_pruned(model: Any, method: Any, keep: Any, batch: dict[str, Tensor], tokens: int = 20, **options: Any) -> dict:
-    """Forward and greedy tokens of the pruned model, and all that the masked model needs to equal it."""
+def run_pruned(
+    model: Any,
+    method: Any,
+    keep: Any,
+    batch: dict[str, Tensor],
+    tokens: int = 20,
+    silent: list[int] | None = None,
+    **options: Any,
+) -> dict:
+    """Forward and greedy tokens of the pruned model, none of them among `silent`, and all that the masked model needs
+    to equal it."""
     import tokenprune
 
     with tokenprune.applied(model, method, keep=keep, **options) as handle, torch.no_grad():
@@ -350,8 +359,9 @@ def run_pruned(model: Any, method: Any, keep: Any, batch: dict[str, Tensor], tok
         kept = handle.kept
         fed = calls[0]
         generated = model.generate(
-            **batch, max_new_tokens=tokens, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
+            **batch, max_new_tokens=tokens, do_sample=False, output_logits=True, return_dict_in_generate=True,
+            suppress_tokens=silent,
+        )  # fmt: skip
     seen = fed["attention_mask"]
     return {
         "adapter": adapter,

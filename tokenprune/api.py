@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from tokenprune.engine.decoder_probe import check_removal, to_be_tried
 from tokenprune.engine.engine import Engine
 from tokenprune.engine.guards import Guards
-from tokenprune.engine.layer_check import check_decoder_reads
+from tokenprune.engine.layer_check import check_decoder_reads, check_places
 from tokenprune.engine.outputs import OUTPUTS
 from tokenprune.handle import Handle
 from tokenprune.hooks import Ledger
@@ -34,7 +35,7 @@ def adapter_for(model: Any) -> Adapter:
     names = [cls.__name__ for cls in type(model).__mro__]
     families = {name: MODELS.get(name) for name in MODELS.names()}
     for family in families.values():
-        if any(name in family.classes for name in names):
+        if any(name in family.classes for name in names) and family.covers(model):
             check_seams(model)
             return family(model)
     check_seams(model)
@@ -68,18 +69,29 @@ class Prepared:
         adapter: of the model inside.
         spec: the method, read.
         stages: its cuts on this model.
-        outputs: see `apply`.
+        outputs, verify: see `apply`.
 
     Raises:
-        ValueError: a decoder layer is not what the method takes it for.
+        ValueError: the decoder cannot be cut as the method would cut it, or a layer is not what the method takes it
+            for.
     """
 
     def __init__(
-        self, model: Any, adapter: Adapter, spec: Spec, stages: tuple[Stage, ...], outputs: str = "auto"
+        self,
+        model: Any,
+        adapter: Adapter,
+        spec: Spec,
+        stages: tuple[Stage, ...],
+        outputs: str = "auto",
+        verify: bool = True,
     ) -> None:
         self.model, self.adapter, self.stages, self.label = model, adapter, stages, spec.label
-        self._engine = Engine(adapter, stages, spec.interventions, outputs)
-        check_decoder_reads(adapter, stages, tuple(self._engine.attending.layers))
+        self._engine = Engine(adapter, stages, spec.interventions, outputs, verify)
+        check_places(adapter, stages)
+        if verify:
+            check_decoder_reads(adapter, stages, tuple(self._engine.attending.layers))
+            if stages and to_be_tried(adapter):
+                check_removal(adapter, stages)
         inside = any(stage.place == "layer" or stage.after_block is not None for stage in stages)
         self._guards = Guards(adapter, spec.label, inside, bool(self._engine.attending))
         vision = adapter.vision
@@ -130,6 +142,7 @@ def apply(
     keep: int | float | str | None = None,
     average: int | float | None = None,
     outputs: str = "auto",
+    verify: bool = True,
     **options: Any,
 ) -> Handle:
     """Prune the visual tokens of every prompt that `model` gets from now on, or change how they are attended to.
@@ -149,6 +162,8 @@ def apply(
             place that left. "auto" takes "full" where the caller may count otherwise than from the right end (labels,
             hidden states, several or chosen `logits_to_keep`, `use_cache=False`, training and evaluation after it,
             padding on the right), and "kept" elsewhere.
+        verify: whether the loaded decoder is tried first: layers that the method reads, and where its class has no
+            tests of its own, whether taking tokens out of it is hiding them. It takes passes of a few tokens.
         options: options of the method.
 
     Returns:
@@ -162,7 +177,7 @@ def apply(
     """
     adapter = _checked_adapter(model, outputs)
     _check_free(adapter.entry)
-    return prepare(model, method, keep, average, outputs, adapter, **options).apply()
+    return prepare(model, method, keep, average, outputs, adapter, verify, **options).apply()
 
 
 def prepare(
@@ -172,6 +187,7 @@ def prepare(
     average: int | float | None = None,
     outputs: str = "auto",
     adapter: Adapter | None = None,
+    verify: bool = True,
     **options: Any,
 ) -> Prepared:
     """Make a method ready for a model and leave the model as it is; takes and raises what `apply` does.
@@ -187,7 +203,7 @@ def prepare(
             f"positions='compact' has no meaning for {type(model).__name__}: its positions are 3-D ids (M-RoPE), of "
             "which gaps are no counts of tokens. Leave positions alone, or pass positions='keep'."
         )
-    return Prepared(model, adapter, spec, stages, outputs)
+    return Prepared(model, adapter, spec, stages, outputs, verify)
 
 
 def _checked_adapter(model: Any, outputs: str, adapter: Adapter | None = None) -> Adapter:
@@ -203,8 +219,9 @@ def applied(
     keep: int | float | str | None = None,
     average: int | float | None = None,
     outputs: str = "auto",
+    verify: bool = True,
     **options: Any,
 ) -> Iterator[Handle]:
     """`apply` for the length of a `with` block; the model is restored also after an exception."""
-    with apply(model, method, keep, average, outputs, **options) as handle:
+    with apply(model, method, keep, average, outputs, verify, **options) as handle:
         yield handle

@@ -165,21 +165,7 @@ class DecoderPass:
         if key not in self._rotations:
             self._rotations[key] = self._rotation(layer, hidden, kwargs)
         changed.update(self._rotations[key])
-        for name in self.adapter.by_place:
-            if name in kwargs:
-                changed[name] = self.by_place(kwargs[name])
         return changed
-
-    def by_place(self, values: Any) -> Any:
-        """What a layer is given for each token of the base, `[B, S, ...]`, for those that are left; anything else as it
-        is."""
-        if self.index is None or not isinstance(values, Tensor):
-            return values
-        if values.shape[:2] != (self.batch_size, self.segments[0].slots.shape[1]):
-            return values
-        index = self.index.to(values.device)
-        wide = index.view(*index.shape, *[1] * (values.dim() - 2)).expand(-1, -1, *values.shape[2:])
-        return values.gather(1, wide)
 
     @property
     def _rows(self) -> int:

@@ -21,7 +21,13 @@ from tokenprune.engine.assisted_decoding import Drafts
 from tokenprune.engine.attention import AttentionInterventions
 from tokenprune.engine.decoder_pass import DecoderPass
 from tokenprune.engine.first_layer import entering
-from tokenprune.engine.guards import check_mask, check_places, check_replica, check_right_padding
+from tokenprune.engine.guards import (
+    check_features,
+    check_mask,
+    check_places,
+    check_replica,
+    check_right_padding,
+)
 from tokenprune.engine.hints import Hints
 from tokenprune.engine.layer_cuts import LayerCuts
 from tokenprune.engine.outputs import Outputs, restore, strike_out
@@ -54,6 +60,7 @@ class Engine:
         stages: in the order in which they run, see `check_plan`.
         interventions: what changes attention in the decoder.
         outputs: "auto", "full" or "kept", see `Outputs`.
+        verify: whether the first prompt of a model whose class has no tests of its own is held against its features.
     """
 
     def __init__(
@@ -62,8 +69,10 @@ class Engine:
         stages: Sequence[Stage],
         interventions: Sequence[Intervention] = (),
         outputs: str = "auto",
+        verify: bool = True,
     ) -> None:
         self.adapter, self.stages = adapter, tuple(stages)
+        self._unseen = verify and adapter.behind_tower and adapter.features_at_places
         self.last: Prompt | None = None
         self._last_of: Generation | None = None  # the `generate` call that `last` is of
         self.calls = Calls()
@@ -103,16 +112,21 @@ class Engine:
         self._outputs.install(adapter.model, ledger)
         ledger.hook(adapter.entry.register_forward_pre_hook(opaque(self._enter), with_kwargs=True))
         ledger.hook(adapter.entry.register_forward_hook(opaque(self._leave), always_call=True))
-        decoder = adapter.language_model
-        ledger.hook(decoder.register_forward_pre_hook(opaque(self._before_decoder), with_kwargs=True))
-        ledger.hook(decoder.register_forward_hook(opaque(self._after_decoder)))
-        ledger.hook(decoder.register_forward_hook(opaque(self._leave_decoder), always_call=True))
-        for part in (self.attending, self._layers, self._tower):
-            part.install(ledger)
+        self.install_decoder(ledger)
+        self._tower.install(ledger)
         self._drafts.install(adapter.model, ledger)
         self._transitions.install(ledger)
         hooked = [module for module, count in _hooks(adapter.model).items() if count != before.get(module)]
         self._links = Links(adapter.model, [*hooked, *adapter.layers, *adapter.vision.blocks, *adapter.vision.exits])
+
+    def install_decoder(self, ledger: Ledger) -> None:
+        """Place the hooks on the decoder and its layers alone."""
+        decoder = self.adapter.language_model
+        ledger.hook(decoder.register_forward_pre_hook(opaque(self._before_decoder), with_kwargs=True))
+        ledger.hook(decoder.register_forward_hook(opaque(self._after_decoder)))
+        ledger.hook(decoder.register_forward_hook(opaque(self._leave_decoder), always_call=True))
+        for part in (self.attending, self._layers):
+            part.install(ledger)
 
     # --- a call -----------------------------------------------------------------------------------------------------
 
@@ -182,6 +196,9 @@ class Engine:
             return None
         if call.waiting is not None:
             self._lay_out(call, call.waiting)
+            if self._unseen and call.prompt is not None:
+                check_features(self.adapter, call.prompt, inputs.embeds)
+                self._unseen = not call.prompt.layout.spans
         prompt, before = call.prompt, pruned_prompt(inputs.cache)
         if prompt is None and inputs.past == 0:
             self._remember(Prompt(Layout((), inputs.batch_size, inputs.length)))

@@ -13,8 +13,10 @@ from torch import Tensor
 from tokenprune.engine.whole_masks import RECURRENT
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
+from tokenprune.interfaces.capability import INPUT_CUTS
 from tokenprune.state.call_inputs import CallInputs
 from tokenprune.state.prompt_layout import Layout
+from tokenprune.state.prompt_state import Prompt
 from tokenprune.wrappers import runs_again
 
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # where samples of a packed row begin
@@ -163,6 +165,33 @@ def check_attended(layout: Layout, attended: Tensor | None) -> None:
                 f"{span.sample}; a method would choose among tokens that nothing attends to. Mask padding only, or "
                 "leave the picture out of the prompt."
             )
+
+
+def check_features(adapter: Adapter, prompt: Prompt, embeds: Tensor) -> None:
+    """Raise ValueError where the features that a model made are not what it put at its placeholders.
+
+    Args:
+        adapter: the model's family.
+        prompt: laid out behind the tower.
+        embeds: `[B, S, D]` that the decoder is given.
+    """
+    same, apart = [], 0.0
+    for span, (recording, row) in zip(prompt.layout.spans, prompt.sources):
+        if not recording.features:
+            continue
+        made = recording.features[row].detach().to(embeds)  # [P, D]
+        there = embeds.detach()[span.sample, span.places.to(embeds.device)]
+        same.append((there - made).float().norm() / made.float().norm().clamp(min=1e-12))
+    if same:
+        apart = float(torch.stack(same).max())  # one read for all
+    for recording in prompt.recordings:
+        recording.features = []
+    if not apart < 1e-2:
+        raise ValueError(
+            f"What {type(adapter.entry).__name__} puts at the placeholders of pictures differs by {apart:.1e} from the "
+            f"features that it makes of them, so which are whose is not known: {type(adapter.model).__name__} has no "
+            f"{INPUT_CUTS}. Its family needs a file of its own (docs/guides/adding_a_family.md)."
+        )
 
 
 # --- what the decoder is given ----------------------------------------------------------------------------------------

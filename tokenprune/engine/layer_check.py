@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from tokenprune.engine.whole_masks import RECURRENT
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.attention_reading import output_of
+from tokenprune.interfaces.capability import DECODER_SIGNALS, INPUT_CUTS, LAYER_CUTS
 from tokenprune.interfaces.pruner import Stage
-from tokenprune.interfaces.signals import DECODER_SIGNALS, TRANSITION_SIGNALS
+from tokenprune.interfaces.signals import DECODER_SIGNALS as READ_SIGNALS
+from tokenprune.interfaces.signals import TRANSITION_SIGNALS
 
 _TOKENS = 8
-_KINDS = ("", "full_attention", "sliding_attention", "chunked_attention", *RECURRENT)
+_KINDS = ("", "full_attention", "sliding_attention", "chunked_attention", "indexed_attention", *RECURRENT)
 _INSTEAD = (
     "Methods that cut at 'input' or before it and read nothing of the decoder work on this model (uniform, holov, "
     "todre with fade=False)."
@@ -43,18 +45,13 @@ def check_decoder_reads(adapter: Adapter, stages: Sequence[Stage], changed: Sequ
     Raises:
         ValueError: the decoder cannot be pruned, or a layer is not laid out as it would be read.
     """
-    if stages:
-        _check_places(adapter)
-        _check_shared_keys(adapter, stages)
     signals = {signal for stage in stages for signal in stage.signals(adapter.tower)}
-    attention = {signal.layer: "its attention" for signal in signals if signal.name in DECODER_SIGNALS}
+    attention = {signal.layer: "its attention" for signal in signals if signal.name in READ_SIGNALS}
     branches = {signal.layer for signal in signals if signal.name in TRANSITION_SIGNALS}
     if not attention and not branches and not changed:
         return
     _check_whole(adapter)
-    if any(
-        s.name in DECODER_SIGNALS for stage in stages if stage.place == "input" for s in stage.signals(adapter.tower)
-    ):
+    if any(s.name in READ_SIGNALS for stage in stages if stage.place == "input" for s in stage.signals(adapter.tower)):
         _checked(adapter, 0, "reads what enters", _check_entrance)
     for layer in sorted(attention):
         _checked(adapter, layer, "reads the attention of", _check_attention)
@@ -65,20 +62,24 @@ def check_decoder_reads(adapter: Adapter, stages: Sequence[Stage], changed: Sequ
         _checked(adapter, layer, "changes the attention of", _check_attention)
 
 
-def _check_places(adapter: Adapter) -> None:
+def check_places(adapter: Adapter, stages: Sequence[Stage]) -> None:
     """Raise ValueError unless tokens can leave this decoder's rows: it takes position ids, and its layers attend."""
+    if not stages:
+        return
     decoder = adapter.language_model
     if not hasattr(decoder, "rotary_emb"):
         raise ValueError(
             f"{type(decoder).__name__} has no rotary positions (rotary_emb): where its tokens stand is learnt or "
-            "follows from their distance in the row, which changes when others leave. Use a model with another decoder."
+            f"follows from their distance in the row, which changes when others leave, so it has no {INPUT_CUTS}. Use "
+            "a model with another decoder."
         )
     others = sorted({adapter.layer_kind(layer) for layer in range(len(adapter.layers))} - set(_KINDS))
     if others:
         raise ValueError(
             f"{type(decoder).__name__} has layers of the kind {', '.join(others)}, in which taking tokens out is not "
-            "hiding them from attention. Use a model with another decoder."
+            f"hiding them from attention, so it has no {INPUT_CUTS}. Use a model with another decoder."
         )
+    _check_shared_keys(adapter, stages)
 
 
 def _check_shared_keys(adapter: Adapter, stages: Sequence[Stage]) -> None:
@@ -91,7 +92,7 @@ def _check_shared_keys(adapter: Adapter, stages: Sequence[Stage]) -> None:
             raise ValueError(
                 f"{stage.pruner.name} cuts at {stage.site!r}, and later layers of "
                 f"{type(adapter.language_model).__name__} attend to the keys of layer {first}, which holds the tokens "
-                f"of before that cut. Cut at 'layer:{first}' or before."
+                f"of before that cut, so it has no {LAYER_CUTS} there. Cut at 'layer:{first}' or before."
             )
 
 
@@ -108,19 +109,19 @@ def _check_whole(adapter: Adapter) -> None:
 def _checked(adapter: Adapter, layer: int, does: str, check: Any) -> None:
     module = adapter.layers[layer]
     try:
-        with _undisturbed(module):
+        with undisturbed(module):
             check(adapter, layer)
     except Exception as error:
         # whatever a layer of an unknown kind raises when it is called in this way
         raise ValueError(
             f"The method {does} decoder layer {layer} ({type(module).__name__} of "
             f"{type(adapter.language_model).__name__}), which is not laid out as it would be read: "
-            f"{str(error).rstrip('.')}. {_INSTEAD}"
+            f"{str(error).rstrip('.')}. It has no {DECODER_SIGNALS} there. {_INSTEAD}"
         ) from error
 
 
 @contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
+def undisturbed(module: nn.Module) -> Iterator[None]:
     """Run a layer as in evaluation, without gradients, autocast and the hooks of others, and leave it as it was."""
     modes = [(part, part.training) for part in module.modules()]
     placed = [hooks for part, _ in modes for hooks in (part._forward_hooks, part._forward_pre_hooks)]
@@ -147,10 +148,10 @@ def _check_attention(adapter: Adapter, layer: int) -> None:
     module = adapter.layers[layer]
     reading = adapter.reading(module)
     exit = output_of(reading.attention)
-    if not _there(module):
+    if not there(module):
         return
     seen: list[Tensor] = []
-    with _hooked(exit.register_forward_pre_hook(lambda _, args: seen.append(args[0]))):
+    with hooked(exit.register_forward_pre_hook(lambda _, args: seen.append(args[0]))):
         hidden, rotation, _ = _run(adapter, layer)
     if isinstance(rotation, Tensor):
         raise ValueError("its queries and keys are rotated by complex numbers")
@@ -168,7 +169,7 @@ def _check_attention(adapter: Adapter, layer: int) -> None:
 def _check_entrance(adapter: Adapter, layer: int) -> None:
     """Embeddings that the decoder is given must enter its first layer as they are, with the rotation of its own."""
     module, decoder = adapter.layers[layer], adapter.language_model
-    if not _there(module):
+    if not there(module):
         return
     hidden, positions = _hidden(adapter), torch.arange(_TOKENS)[None]
     found: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
@@ -178,8 +179,8 @@ def _check_entrance(adapter: Adapter, layer: int) -> None:
         raise _Entered
 
     with (
-        _undisturbed(decoder),
-        _hooked(module.register_forward_pre_hook(stop, with_kwargs=True)),
+        undisturbed(decoder),
+        hooked(module.register_forward_pre_hook(stop, with_kwargs=True)),
         suppress(_Entered),
     ):
         decoder.forward(inputs_embeds=hidden, use_cache=False)
@@ -187,7 +188,7 @@ def _check_entrance(adapter: Adapter, layer: int) -> None:
     if not torch.equal(entered, hidden):
         raise ValueError("the embeddings that the decoder is given are changed before they enter it")
     positions = positions.to(hidden.device)
-    mine = adapter.rotary(hidden, positions.expand(3, 1, -1) if adapter.mrope else positions, layer)
+    mine = adapter.rotary(hidden, adapter.position_ids(positions), layer)
     if not all(torch.equal(one.expand_as(other), other) for one, other in zip(mine, rotation)):
         raise ValueError("it is given another rotation than the decoder's own of the position ids")
 
@@ -199,7 +200,7 @@ class _Entered(Exception):
 def _check_branches(adapter: Adapter, layer: int) -> None:
     module = adapter.layers[layer]
     parts = adapter.branches(module)
-    if not _there(module):
+    if not there(module):
         return
     entered: list[Tensor] = []
     made: list[Any] = []
@@ -211,7 +212,7 @@ def _check_branches(adapter: Adapter, layer: int) -> None:
         added: Any = output[0] if isinstance(output, tuple) and branch is parts[0] else output
         made.append(added)
 
-    with _hooked(*(part.register_forward_hook(keep, with_kwargs=True) for part in parts)):
+    with hooked(*(part.register_forward_hook(keep, with_kwargs=True) for part in parts)):
         hidden, _, output = _run(adapter, layer)
     if torch.equal(entered[0], hidden):
         raise ValueError(f"{type(parts[0]).__name__} gets states that no norm has gone over")
@@ -229,13 +230,13 @@ def _check_close(what: str, mine: Tensor, truth: Tensor) -> None:
         )
 
 
-def _there(module: nn.Module) -> bool:
+def there(module: nn.Module) -> bool:
     """Whether a layer's weights are here: not on the meta device, which offloading leaves behind, and not sharded."""
     return not any(weight.is_meta or hasattr(weight, "placements") for weight in module.parameters())
 
 
 @contextmanager
-def _hooked(*hooks: Any) -> Iterator[None]:
+def hooked(*hooks: Any) -> Iterator[None]:
     try:
         yield
     finally:
@@ -258,7 +259,7 @@ def _run(adapter: Adapter, layer: int) -> tuple[Tensor, tuple[Tensor, Tensor], T
     module, decoder = adapter.layers[layer], adapter.language_model
     hidden = _hidden(adapter, layer)
     positions = torch.arange(_TOKENS, device=hidden.device)[None]
-    rotation = adapter.rotary(hidden, positions.expand(3, 1, -1) if adapter.mrope else positions, layer)
+    rotation = adapter.rotary(hidden, adapter.position_ids(positions), layer)
     mask = None  # flash attention is causal without one
     attention = getattr(decoder.config, "_attn_implementation", None) or "eager"
     if attention == "eager":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from tokenprune.engine.prompt_selection import PromptSelector
 from tokenprune.engine.whole_masks import seen_by_row
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
+from tokenprune.interfaces.capability import LAYER_CUTS
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.signals import BRANCH_LOGITS, DECODER_SIGNALS, RATER_ATTENTION
 from tokenprune.seams import cache_of
@@ -108,13 +110,16 @@ class LayerCuts:
                 hidden = self._cut(stage, call, prompt, current, hidden)  # [B, P', D]
         differs = current.differs(layer)
         if differs:
-            kwargs = current.arguments(layer, hidden, kwargs)
+            if positional:
+                args, kwargs = args[:1], {**_named(module, args[1:]), **kwargs}
+            by_place = cut_by_place(self._adapter, current, kwargs)
+            kwargs = {**current.arguments(layer, hidden, kwargs), **by_place}
         if reads:  # what it does, for the stage after it
             call.layer_inputs[layer] = self._layer_input(layer, module, hidden, kwargs, current)
         if not differs:
             return None
         if positional:
-            return (hidden, *(current.by_place(value) for value in args[1:])), kwargs
+            return (hidden,), kwargs
         return args, {**kwargs, "hidden_states": hidden}
 
     def _layer_input(
@@ -166,6 +171,41 @@ class LayerCuts:
         self._transitions.move(compaction)
         self._attending.cut(compaction, stage.depth)
         return compaction.rows(hidden)  # [B, P', D]
+
+
+_MOVED = ("hidden_states", "attention_mask", "position_ids", "position_embeddings", "cache_position")
+
+
+def _named(module: Any, args: Sequence[Any]) -> dict[str, Any]:
+    """Arguments of a layer behind its hidden states, by name."""
+    names = list(inspect.signature(module.forward).parameters)[1:]
+    return dict(zip(names, args, strict=False))
+
+
+def cut_by_place(adapter: Adapter, current: DecoderPass, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What else a layer is handed for each token of the base, for the tokens that are left.
+
+    Raises:
+        ValueError: it is handed something of which the adapter does not say that it goes by place.
+    """
+    index = current.index
+    if index is None:
+        return {}
+    at_input = current.moves[0][1].index.shape[1] if current.moves and current.moves[0][0] == 0 else current.length
+    shape = (index.shape[0], at_input)
+    found = {}
+    for name, value in kwargs.items():
+        if name in _MOVED or not isinstance(value, Tensor) or value.shape[:2] != shape:
+            continue
+        if name not in adapter.layer_by_place:
+            raise ValueError(
+                f"The layers of {type(adapter.language_model).__name__} are given {name!r} for each token, and what "
+                f"that means when tokens leave is not known of {type(adapter.model).__name__}: it has no {LAYER_CUTS}. "
+                "Use a method that cuts at 'input' (random, divprune)."
+            )
+        at = index.to(value.device).view(*index.shape, *[1] * (value.dim() - 2))
+        found[name] = value.gather(1, at.expand(-1, -1, *value.shape[2:]))
+    return found
 
 
 def _reads_before(stage: Stage, tower: Any) -> bool:

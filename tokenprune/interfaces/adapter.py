@@ -178,8 +178,6 @@ class Adapter:
         limits_whole_videos: whether the limits in pixels that its video processor is given are for all frames of a
             video together, not for each.
         decoder_path, projector_path: where these modules are, from the model.
-        by_place: names of further arguments of the decoder, and of its layers, that hold something for each token,
-            `[B, S, ...]`; they are cut as the rows are.
     """
 
     name: ClassVar[str] = ""
@@ -192,7 +190,6 @@ class Adapter:
     limits_whole_videos: ClassVar[bool] = False
     decoder_path: ClassVar[str] = "model.language_model"
     projector_path: ClassVar[str] = "model.multi_modal_projector"
-    by_place: ClassVar[tuple[str, ...]] = ()
 
     model: Any
     entry: Any
@@ -201,6 +198,16 @@ class Adapter:
     vision: VisionTower
     projector: Any
     first_cut: int = 1
+
+    features_at_places: ClassVar[bool] = True
+    """Whether what a features call returns stands at the placeholders as it is."""
+    layer_by_place: tuple[str, ...] = ()
+    """Further arguments `[B, S, ...]` of a decoder layer that go by place, to be cut as its rows are."""
+
+    @classmethod
+    def covers(cls, model: Any) -> bool:
+        """Whether it covers a model of one of its classes; else the model is read as one of no family."""
+        return True
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -307,6 +314,10 @@ class Adapter:
             return rotary(hidden, position_ids, self.layer_kind(layer))
         return rotary(hidden, position_ids)
 
+    def position_ids(self, positions: Tensor) -> Tensor:
+        """Position ids as the decoder takes them, for text whose tokens stand at `positions` `[B, S]`."""
+        return positions.expand(3, *positions.shape) if self.mrope else positions
+
     def expand_features(self, output: Any, expand: Callable[[Sequence[Tensor]], list[Tensor]]) -> None:
         """Put what a features call made of smaller pictures at full length, in place: all of its per-visual tensors."""
         output.pooler_output = expand(output.pooler_output)
@@ -321,7 +332,7 @@ class Adapter:
             rows: moves `[B, S, ...]` to `[B, P, ...]`.
             real: `[B, P]` bool, False at padding.
         """
-        return {name: rows(kwargs[name]) for name in self.by_place if isinstance(kwargs.get(name), Tensor)}
+        return {}
 
     def cost_shape(self) -> ModelShape:
         """The sizes that decide what this model costs."""

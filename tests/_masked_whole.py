@@ -1,0 +1,138 @@
+"""The masked model of any class: its own forward, whole, with pixels and without a cache, whose decoder layers are
+hooked so that each hides the dropped places from the mask that it was given.
+
+It knows less than `masked_reference.py`, which calls the decoder by itself: nothing of what a class hands its decoder,
+and nothing of its masks but their form. So what a class does with a mask (windows, pictures that see themselves both
+ways) stays the model's own. Positions are closed up by hand at the input and by the decoder's own rotary module later.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from masked_reference import check_cache, decoder_inputs, relative_error
+from torch import Tensor
+
+_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+
+
+class WholeMasked:
+    """The full-length model of one run of `masked_reference.run_pruned`.
+
+    Args:
+        run: what that returned.
+        batch: the inputs of the pruned run.
+    """
+
+    def __init__(self, run: dict[str, Any], batch: dict[str, Tensor]) -> None:
+        self.adapter, self.model, self.batch = run["adapter"], run["adapter"].model, dict(batch)
+        self.mask = batch["attention_mask"]
+        stays, closed = torch.ones_like(self.mask, dtype=torch.bool), torch.zeros_like(self.mask)
+        by_layer = {}
+        for site, kept in run["cuts"]:
+            before = stays.clone()
+            for span, tokens in zip(run["layout"].spans, kept):
+                offsets = span.visual.offsets
+                places = span.places if offsets is None or tokens is None else span.places[offsets]
+                stays[span.sample, span.places] = False
+                stays[span.sample, places if tokens is None else places[tokens.cpu()]] = True
+            stays = stays & before
+            if run["policies"][site] == "compact":
+                closed = closed + (before & ~stays).cumsum(1)
+            by_layer[int(site.partition(":")[2] or 0)] = (stays.clone(), closed.clone())
+        whole = (torch.ones_like(stays), torch.zeros_like(closed))
+        found = [
+            max((first for first in by_layer if first <= i), default=None) for i in range(len(self.adapter.layers))
+        ]
+        self.layers = [whole if first is None else by_layer[first] for first in found]
+        self.after_input = self.layers[0][0]
+        self.visible = self.mask.bool() & self.layers[-1][0]
+
+    def logits(self) -> Tensor:
+        """`[T, V]` at every attended token that stays, row by row."""
+        return self._run()[self.visible]
+
+    def continuation(self, tokens: Tensor) -> Tensor:
+        """`[B, T, V]`, see `MaskedModel.continuation`."""
+        count = tokens.shape[1]
+        return self._run(tokens)[:, -count - 1 : -1]
+
+    def inputs(self) -> Tensor:
+        """`[B, S, D]` of the decoder, before anything leaves."""
+        with decoder_inputs(self.adapter) as calls, torch.no_grad():
+            self.model(**self.batch, use_cache=False)
+        return calls[0]["inputs_embeds"]
+
+    @torch.no_grad()
+    def _run(self, tokens: Tensor | None = None) -> Tensor:
+        more = 0 if tokens is None else tokens.shape[1]
+        batch = dict(self.batch)
+        if tokens is not None:
+            batch["input_ids"] = torch.cat([batch["input_ids"], tokens], dim=1)
+            batch["attention_mask"] = torch.cat([self.mask, torch.ones_like(tokens)], dim=1)
+            for name in (name for name in _TYPES if name in batch):
+                batch[name] = torch.cat([batch[name], torch.zeros_like(tokens)], dim=1)
+        if not self.adapter.mrope:
+            counted = (self.mask.cumsum(1) - 1).masked_fill(self.mask == 0, 0)
+            counted = torch.cat([counted, counted[:, -1:] + 1 + torch.arange(more)], dim=1)
+            batch["position_ids"] = counted - self._closed(0, more)
+        handles = [
+            layer.register_forward_pre_hook(
+                lambda module, args, kwargs, i=i: self._hide(i, batch, more, args, kwargs), with_kwargs=True
+            )
+            for i, layer in enumerate(self.adapter.layers)
+        ]
+        try:
+            return self.model(**batch, use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _closed(self, layer: int, more: int) -> Tensor:
+        closed = self.layers[layer][1]
+        return torch.cat([closed, closed[:, -1:].expand(-1, more)], dim=1)
+
+    def _hide(self, layer: int, batch: dict[str, Tensor], more: int, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask, length = kwargs.get("attention_mask"), batch["input_ids"].shape[1]
+        stays = self.layers[layer][0]
+        seen = (
+            torch.cat([stays, torch.ones(stays.shape[0], more, dtype=torch.bool)], 1) & batch["attention_mask"].bool()
+        )
+        allowed = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+        if mask is not None:
+            allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        allowed = allowed.expand(len(seen), -1, -1, -1) & seen[:, None, None]
+        # a row that sees nothing sees itself
+        allowed = allowed | (torch.eye(length, dtype=torch.bool) & ~allowed.any(-1, keepdim=True))
+        if self.adapter.language_model.config._attn_implementation == "eager":
+            low = torch.finfo(torch.float32).min
+            allowed = torch.zeros(allowed.shape).masked_fill(~allowed, low)
+        changed = {**kwargs, "attention_mask": allowed}
+        closed, first = self._closed(layer, more), self._closed(0, more)
+        if not torch.equal(closed, first):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            positions = batch["position_ids"] + first - closed
+            changed["position_ids"] = positions
+            changed["position_embeddings"] = self.adapter.rotary(hidden, positions, layer)
+        return args, changed
+
+
+def compare_whole(run: dict[str, Any], batch: dict[str, Tensor], tolerance: float, silent: list[int]) -> None:
+    """Everything that `run_pruned` gave, against the whole masked model.
+
+    Args:
+        tolerance: relative error of logits.
+        silent: ids that were not to be generated.
+    """
+    masked = WholeMasked(run, batch)
+    visible = masked.mask.bool() & masked.after_input
+    assert torch.equal(run["fed"][run["attended"]], masked.inputs()[visible]), "kept tokens must go on bit for bit"
+    truth = masked.logits()
+    assert run["logits"].shape == truth.shape
+    assert relative_error(run["logits"], truth) < tolerance
+    scores = masked.continuation(run["tokens"])
+    assert relative_error(run["scores"], scores) < tolerance
+    scores[..., [token for token in silent if token < scores.shape[-1]]] = float("-inf")
+    assert torch.equal(run["tokens"], scores.argmax(-1)), "the greedy tokens differ"
+    check_cache(run)
