@@ -14,6 +14,8 @@ import torch
 from masked_reference import check_cache, decoder_inputs, relative_error
 from torch import Tensor
 
+from tokenprune.engine.whole_masks import RECURRENT
+
 _TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
@@ -72,22 +74,49 @@ class WholeMasked:
             batch["input_ids"] = torch.cat([batch["input_ids"], tokens], dim=1)
             batch["attention_mask"] = torch.cat([self.mask, torch.ones_like(tokens)], dim=1)
             for name in (name for name in _TYPES if name in batch):
-                batch[name] = torch.cat([batch[name], torch.zeros_like(tokens)], dim=1)
+                # where 0 is the prompt, which sees itself both ways, an answer is 1; where it is text, an answer is 0
+                prefix = name == "token_type_ids" and not bool(batch[name].any())
+                batch[name] = torch.cat([batch[name], torch.full_like(tokens, int(prefix))], dim=1)
         if not self.adapter.mrope:
             counted = (self.mask.cumsum(1) - 1).masked_fill(self.mask == 0, 0)
             counted = torch.cat([counted, counted[:, -1:] + 1 + torch.arange(more)], dim=1)
             batch["position_ids"] = counted - self._closed(0, more)
+        along = [i for i in range(len(self.layers)) if self.adapter.layer_kind(i) in RECURRENT]
         handles = [
             layer.register_forward_pre_hook(
                 lambda module, args, kwargs, i=i: self._hide(i, batch, more, args, kwargs), with_kwargs=True
             )
             for i, layer in enumerate(self.adapter.layers)
+            if i not in along
         ]
+        for i in along:
+            self.adapter.layers[i].forward = self._along(i, batch, self.adapter.layers[i].forward)
         try:
             return self.model(**batch, use_cache=False).logits
         finally:
             for handle in handles:
                 handle.remove()
+            for i in along:
+                del self.adapter.layers[i].forward
+
+    def _seen(self, layer: int, batch: dict[str, Tensor]) -> Tensor:
+        """`[B, S]` bool: the tokens that are there for a layer, padding not among them."""
+        mask, stays = batch["attention_mask"].bool(), self.layers[layer][0]
+        more = torch.ones(stays.shape[0], mask.shape[1] - stays.shape[1], dtype=torch.bool)
+        return torch.cat([stays, more], dim=1) & mask
+
+    def _along(self, layer: int, batch: dict[str, Tensor], forward: Any) -> Any:
+        """A layer that goes along the row, run on what is there of each row alone: a hidden token would still move its
+        state."""
+
+        def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            made = hidden_states.clone()
+            for row, there in enumerate(self._seen(layer, batch)):
+                given = {**kwargs, "attention_mask": None}
+                made[row, there] = forward(hidden_states[row : row + 1, there], *args, **given)[0]
+            return made
+
+        return run
 
     def _closed(self, layer: int, more: int) -> Tensor:
         closed = self.layers[layer][1]
@@ -95,10 +124,7 @@ class WholeMasked:
 
     def _hide(self, layer: int, batch: dict[str, Tensor], more: int, args: Any, kwargs: dict[str, Any]) -> Any:
         mask, length = kwargs.get("attention_mask"), batch["input_ids"].shape[1]
-        stays = self.layers[layer][0]
-        seen = (
-            torch.cat([stays, torch.ones(stays.shape[0], more, dtype=torch.bool)], 1) & batch["attention_mask"].bool()
-        )
+        seen = self._seen(layer, batch)
         allowed = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
         if mask is not None:
             allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
