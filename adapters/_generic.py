@@ -13,11 +13,12 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from tokenprune.adapters._cost import generic_shape
 from tokenprune.adapters._deepstack import DEEPSTACK, deepstack_kwargs
 from tokenprune.adapters._grids import Grids, feature_rows, visuals_of
+from tokenprune.adapters._not_applicable import why_not
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, VisionTower
 from tokenprune.interfaces.signals import TowerInfo
@@ -69,10 +70,13 @@ class Generic(Adapter):
 
     behind_tower = True
     verified = False
+    costs_modelled = False
     decoder_by_place: tuple[str, ...] = ()
     """Further arguments `[B, S, ...]` of the decoder that go by place, to be cut as its rows are."""
 
     def __init__(self, model: Any) -> None:
+        if why := why_not(type(model)):
+            raise TypeError(f"{type(model).__name__} has no input cuts: {why}.")
         self.model = model
         self.entry = merging_module(model)
         self.language_model = decoder_in(self.entry)
@@ -112,6 +116,14 @@ class Generic(Adapter):
         added = getattr(vision, "deepstack_visual_indexes", None) or ()
         self.first_cut = max(1, len(added))
 
+    def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
+        """For whoever asks without a run of the tower, as a picture of what was kept does: it is run."""
+        function = getattr(self.entry, self.features[kind])
+        takes = inspect.signature(function).parameters
+        given = {name: value for name, value in call.items() if name in takes and value is not None}
+        with torch.no_grad():
+            return self.visuals_behind(kind, call, function(**given, return_dict=True))
+
     def visuals_behind(self, kind: str, call: Mapping[str, Any], output: Any) -> list[Visual]:
         rows = self.feature_rows(output)
         lengths = [len(own) for own in rows]
@@ -149,7 +161,10 @@ class Generic(Adapter):
         return known | deepstack_kwargs(kwargs, rows, real)
 
     def cost_shape(self) -> ModelShape:
-        return generic_shape(self.model.config, vision_config(self.model.config), len(self.layers))
+        raise ValueError(
+            f"FLOPs and KV bytes of {type(self.model).__name__} are not modelled: its class has no file that says what "
+            "its parts cost."
+        )
 
 
 def merging_module(model: Any) -> nn.Module:
@@ -182,7 +197,7 @@ def decoder_in(entry: Any) -> nn.Module:
         TypeError: there is none with `layers` that takes `inputs_embeds`.
     """
     for path in _DECODERS:
-        module = entry
+        module: Any = entry
         for part in path.split("."):
             module = getattr(module, part, None)
         if hasattr(module, "layers") and "inputs_embeds" in inspect.signature(module.forward).parameters:

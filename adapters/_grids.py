@@ -80,9 +80,8 @@ class Grids:
 
     def patches(self) -> list[int] | None:
         """Patches of each visual; None if the call does not say."""
-        if any(box is None for box in self._boxes):
-            return None
-        return [int(t * rows * cols) for t, rows, cols in self._boxes]
+        known = [box for box in self._boxes if box is not None]
+        return [int(t * rows * cols) for t, rows, cols in known] if len(known) == len(self._boxes) else None
 
 
 def visuals_of(kind: str, lengths: Sequence[int], grids: Grids | None, scattered: bool = False) -> list[Visual]:

@@ -22,7 +22,10 @@ class Llava(Adapter):
     @classmethod
     def covers(cls, model: Any) -> bool:
         config = model.config
-        return config.vision_config.model_type == "clip_vision_model" and isinstance(config.vision_feature_layer, int)
+        clip = config.vision_config.model_type == "clip_vision_model"
+        # of one layer, and without [CLS], which has no place in the grid
+        one = isinstance(config.vision_feature_layer, int)
+        return clip and one and config.vision_feature_select_strategy == "default"
 
     def __init__(self, model: Any) -> None:
         config = model.config

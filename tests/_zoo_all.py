@@ -17,6 +17,7 @@ PLANS: dict[str, Any] = {
     "layer_2": {"at": "layer:2", "prune": "random", "keep": KEEP},
     "fastv": "fastv",
     "pyramiddrop": "pyramiddrop",
+    "vtc_cls": "vtc_cls",
 }
 CELLS = [(name, plan) for name in FAMILIES for plan in PLANS]
 _SIGNALS, _CUTS, _GRID = "has no decoder signals", "has no layer cuts", "works on a grid"
@@ -46,6 +47,7 @@ LACKS: dict[tuple[str, str], str] = {
     **dict.fromkeys([(name, "fastv") for name in ("gemma4", "gemma4_window")], _SIGNALS),
     **dict.fromkeys([(name, "pyramiddrop") for name in ("gemma4", "gemma4_window")], _CUTS),
     ("cohere2_vision_window", "pyramiddrop"): _SIGNALS,
+    **{(name, "vtc_cls"): "has no tower signals" for name in FAMILIES if name != "idefics3"},
 }  # fmt: skip
 """By family and plan, what is said of a plan that the family cannot take: latents without a grid, keys from a latent,
 layers without rotation, queries that are normalised once they are turned, keys that a layer takes over from another,

@@ -237,11 +237,11 @@ def got_ocr2() -> Made:
     )  # fmt: skip
 
 
-@zoo(fixed(257, 256), attention="eager")
+@zoo(fixed(145, 96), attention="eager")
 def deepseek_ocr2() -> Made:
     from transformers import DeepseekOcr2Config, DeepseekOcr2ForConditionalGeneration
 
-    sam = {**SAM, "output_channels": 16, "image_size": 256, "patch_size": 4, "downsample_channels": [24, 32]}
+    sam = {**SAM, "output_channels": 16, "image_size": 96, "patch_size": 4, "downsample_channels": [24, 32]}
     del sam["num_pos_feats"]
     encoder = {**VIT, "num_hidden_layers": 2, "num_key_value_heads": 2, "max_position_embeddings": 1024}
     layers = ["dense", "sparse", "sparse", "sparse"]

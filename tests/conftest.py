@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import platform
 import re
+import zlib
 from collections import Counter, defaultdict
 from importlib import metadata
 from pathlib import Path
@@ -12,19 +13,45 @@ from typing import Any
 
 import _files  # noqa: F401
 
-_CELL = re.compile(r"test_families\.py::test_(removal_equals_masking|what_a_family_cannot_take\w*)\[(.+)\]$")
+_CELL = re.compile(
+    r"test_(?:families|any_model)\.py::test_(removal_equals_masking|what_a_(?:family_cannot_take|class_lacks)\w*)\[(.+)\]$"
+)
+_SAMPLED = re.compile(r"(test_families|test_masked_reference)\.py::(test_removal_equals_masking\w*)\[(.+)\]$")
 _PACKAGES = ("torch", "transformers", "trl", "peft", "numpy")
 SETS = {
-    "lowest": "the floors of pyproject.toml, `make test-lowest`",
+    "lowest": "the floors of pyproject.toml, one cell of each family and method, `make test-lowest`",
     "constraints": "constraints.txt, without torchvision; all tests, `make test`",
-    "newest": "what pip takes without constraints, `make test-newest`",
+    "newest": "what pip takes without constraints, cells likewise, `make test-newest`",
 }
 
 
 def pytest_addoption(parser: Any) -> None:
     parser.addoption("--support", type=Path, help="write the tables of families x methods and of versions to this file")
     parser.addoption("--reads", type=Path, help="write the table of host reads into this file")
+    parser.addoption("--sampled", action="store_true", help="one masked-model cell for each family and method, by seed")
     parser.addoption("--versions", choices=list(SETS), help="the row of the table of versions that these tests are")
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """With `--sampled`, of the masked-model cells of each family and method one, drawn by their names, and all of
+    `random`: what a release breaks is a family, a layout or a site, not one method of thirty-six."""
+    if not config.getoption("--sampled"):
+        return
+    drawn: dict[tuple[str, ...], list[Any]] = defaultdict(list)
+    for item in items:
+        match = _SAMPLED.search(item.nodeid)
+        if match:
+            names = match[3].split("-")[: 2 if match[1] == "test_families" else 1]
+            if names[-1] != "random":
+                drawn[(match[2], *names)].append(item)
+    left = {id(item) for names, all_of_them in drawn.items() for item in _all_but_one(names, all_of_them)}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) in left])
+    items[:] = [item for item in items if id(item) not in left]
+
+
+def _all_but_one(names: tuple[str, ...], items: list[Any]) -> list[Any]:
+    place = zlib.crc32("-".join(names).encode()) % len(items)
+    return items[:place] + items[place + 1 :]
 
 
 def pytest_report_header(config: Any) -> str:
@@ -40,12 +67,19 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
                 name, method = _names(match.group(2))
                 kind = "refused" if match.group(1).startswith("what") and outcome == "passed" else outcome
                 found[name, method].append(kind)
+    read_off, everywhere = _read_off_the_model(found)
+    found = {key: kinds for key, kinds in found.items() if key[0] not in read_off}
     cells = [kind for kinds in found.values() for kind in kinds if kind != "refused"]
     if cells:
         families = len({name for name, _ in found})
         terminalreporter.write_line(
             f"masked-model matrix: {len(cells)} cells of {families} families, {cells.count('passed')} green"
         )
+    if read_off:
+        kinds = [kind for key, each in everywhere.items() if key[0] in read_off for kind in each]
+        counted = f"{len(kinds)} cells of {len(read_off)} classes"
+        refused = f"{kinds.count('refused')} refused by name"
+        terminalreporter.write_line(f"any model: {counted}, {kinds.count('passed')} green, {refused}")
     path, versions = config.getoption("--support"), config.getoption("--versions")
     if path is None:
         return
@@ -54,12 +88,27 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     text = path.read_text(encoding="utf-8")
     if versions in (None, "constraints"):
         text = between(text, "cells", table(found, len(cells)))
+        if read_off and found:
+            from _capabilities import FILE, as_table, as_yaml, capabilities, outcomes_of
+
+            classes = capabilities(outcomes_of(everywhere))
+            text = between(text, "classes", as_table(classes))
+            FILE.write_text(as_yaml(classes), encoding="utf-8")
     if versions is not None:
         rows = re.search(r"<!-- versions:begin -->\n(.*?)<!-- versions:end -->", text, re.DOTALL)
         agree = f"{cells.count('passed')} of {len(cells)}"
         row = versions_row(versions, agree, terminalreporter.stats)
         text = between(text, "versions", versions_table(rows[1] if rows else "", versions, row))
     path.write_text(text, encoding="utf-8")
+
+
+def _read_off_the_model(found: dict[tuple[str, str], list[str]]) -> tuple[set[str], dict[tuple[str, str], list[str]]]:
+    """Which families among these cells have no file of their own, or a small one; and all cells."""
+    if not found:
+        return set(), {}
+    from _zoo_all import FAMILIES
+
+    return {name for name, _ in found if name in FAMILIES}, dict(found)
 
 
 def _names(cell: str) -> tuple[str, str]:

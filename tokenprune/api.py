@@ -17,7 +17,7 @@ from tokenprune.hooks import Ledger
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.plan.parse import Spec, parse_method
-from tokenprune.registry import MODELS, near
+from tokenprune.registry import MODELS
 from tokenprune.seams import check_seams
 from tokenprune.wrappers import Links, unwrap
 
@@ -44,9 +44,8 @@ def adapter_for(model: Any) -> Adapter:
     except TypeError as error:
         supported = sorted(name for family in families.values() for name in family.classes)
         raise TypeError(
-            f"No adapter covers a {names[0]}.{near(names[0], supported)} {error} Classes with a family file: "
-            f"{', '.join(supported)}. To add a family, write one file in adapters/ (see "
-            "docs/guides/adding_a_family.md)."
+            f"No adapter covers a {names[0]}. {error} Classes with a family file: {', '.join(supported)}. To add a "
+            "family, write one file in adapters/ (see docs/guides/adding_a_family.md)."
         ) from error
 
 

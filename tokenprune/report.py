@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tokenprune import cost
 from tokenprune.engine.attention import AttentionInterventions
@@ -43,6 +44,7 @@ class Report:
         flops_by_layer: of the prefill, in each decoder layer.
         kv_bytes: bytes of the prompt's KV cache after pruning, padding not counted.
         kv_bytes_unpruned: the same without pruning.
+        modelled: whether FLOPs and KV bytes of this class are known; else those numbers are 0.
     """
 
     method: str
@@ -65,16 +67,28 @@ class Report:
     kv_bytes_unpruned: int
     interventions: tuple[str, ...] = ()
     merged_tokens: int = 0
+    modelled: bool = True
 
     def __str__(self) -> str:
-        ratio = self.flops.total / self.flops_unpruned.total if self.flops_unpruned.total else 1.0
-        memory = self.kv_bytes / self.kv_bytes_unpruned if self.kv_bytes_unpruned else 1.0
         merged = f", {self.merged_tokens} merged into them" if self.merged_tokens else ""
         lines = [
             f"{self.method}: {self.kept_tokens} of {self.visual_tokens} visual tokens kept{merged} "
             f"({self.images} image(s), {self.samples} prompt(s), positions: {self.positions})",
             f"prompt tokens  {self.prompt_tokens} -> {self.kept_prompt_tokens}",
             *self._layers(),
+            *self._costs(),
+            f"selection  {self.selection_seconds * 1000:.2f} ms",
+            *self.interventions,
+            *(f"note  {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+    def _costs(self) -> list[str]:
+        if not self.modelled:
+            return ["FLOPs and KV cache  not modelled for this class"]
+        ratio = self.flops.total / self.flops_unpruned.total if self.flops_unpruned.total else 1.0
+        memory = self.kv_bytes / self.kv_bytes_unpruned if self.kv_bytes_unpruned else 1.0
+        return [
             f"FLOPs to the first token  {_si(self.flops_unpruned.total)} -> {_si(self.flops.total)} ({ratio:.1%})",
             "  of which  "
             + ", ".join(
@@ -82,11 +96,7 @@ class Report:
                 for part in ("vision", "projector", "selection", "prefill")
             ),
             f"KV cache  {_si(self.kv_bytes_unpruned)}B -> {_si(self.kv_bytes)}B ({memory:.1%})",
-            f"selection  {self.selection_seconds * 1000:.2f} ms",
-            *self.interventions,
-            *(f"note  {note}" for note in self.notes),
         ]
-        return "\n".join(lines)
 
     def _layers(self) -> list[str]:
         if len(set(self.visual_by_layer)) == 1:
@@ -107,17 +117,11 @@ def make_report(
     prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Adapter, attending: AttentionInterventions
 ) -> Report:
     """Count one prompt batch. See `Report`."""
-    shape = adapter.cost_shape()
-    layout = prompt.layout
+    layout, layers = prompt.layout, len(adapter.layers)
     lengths = prompt.lengths or [layout.length] * layout.batch_size
     visual_tokens = sum(span.num_tokens for span in layout.spans)
-    by_layer = _by_layer(prompt, lengths, shape.layers)
-    plain = [TowerWork(work.plain or work.grids, left=work.whole) for work in prompt.tower]
-    itemsize = adapter.model.dtype.itemsize
+    by_layer = _by_layer(prompt, lengths, layers)
     kept = by_layer[-1][0]
-    flops = _flops(adapter, shape, prompt.tower, [rows for _, rows in by_layer], prompt.flops)
-    by_depth = map(sum, zip(*(cost.layer_flops(shape, row) for row in _by_row(by_layer))))
-    added = prompt.attention_flops  # by layer, what interventions compute anew
     return Report(
         method=label,
         positions=", ".join(dict.fromkeys(str(stage.pruner.positions) for stage in stages)) or "as laid out",
@@ -132,14 +136,33 @@ def make_report(
         tokens_by_layer=tuple(sum(rows) for _, rows in by_layer),
         equivalent_tokens=cost.equivalent_tokens([visual for visual, _ in by_layer]),
         selection_seconds=prompt.timer.seconds,
-        flops=dataclasses.replace(flops, prefill=flops.prefill + sum(added.values())),
-        flops_unpruned=_flops(adapter, shape, plain, [lengths] * shape.layers, 0),
-        flops_by_layer=tuple(flops_of_layer + added.get(layer, 0) for layer, flops_of_layer in enumerate(by_depth)),
-        kv_bytes=_kv_bytes(shape, [rows for _, rows in by_layer], itemsize),
-        kv_bytes_unpruned=_kv_bytes(shape, [lengths] * shape.layers, itemsize),
         interventions=attending.summaries(prompt),
         merged_tokens=round(sum(float(merged) for merged in prompt.merged)),
+        **_costs(prompt, adapter, by_layer, lengths),
     )
+
+
+def _costs(
+    prompt: Prompt, adapter: Adapter, by_layer: Sequence[tuple[int, list[int]]], lengths: list[int]
+) -> dict[str, Any]:
+    """The fields of a `Report` that say what a prompt costs."""
+    if not adapter.costs_modelled:
+        nothing = cost.Flops(0, 0, 0, 0, 0)
+        names = ("flops", "flops_unpruned", "flops_by_layer", "kv_bytes", "kv_bytes_unpruned", "modelled")
+        return dict(zip(names, (nothing, nothing, (), 0, 0, False)))
+    shape = adapter.cost_shape()
+    plain = [TowerWork(work.plain or work.grids, left=work.whole) for work in prompt.tower]
+    itemsize = adapter.model.dtype.itemsize
+    flops = _flops(adapter, shape, prompt.tower, [rows for _, rows in by_layer], prompt.flops)
+    by_depth = map(sum, zip(*(cost.layer_flops(shape, row) for row in _by_row(by_layer))))
+    added = prompt.attention_flops  # by layer, what interventions compute anew
+    return {
+        "flops": dataclasses.replace(flops, prefill=flops.prefill + sum(added.values())),
+        "flops_unpruned": _flops(adapter, shape, plain, [lengths] * shape.layers, 0),
+        "flops_by_layer": tuple(of_layer + added.get(layer, 0) for layer, of_layer in enumerate(by_depth)),
+        "kv_bytes": _kv_bytes(shape, [rows for _, rows in by_layer], itemsize),
+        "kv_bytes_unpruned": _kv_bytes(shape, [lengths] * shape.layers, itemsize),
+    }
 
 
 def visual_by_layer(prompt: Prompt, layers: int) -> list[list[int]]:

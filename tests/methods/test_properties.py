@@ -20,6 +20,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "dart": [{"image_pivots": 7, "text_pivots": 0}, {"text_pivots": 9}],
     "era": [{"gamma": 0.5, "cap": 3.0}, {"beta": 0.0, "entropy_weight": 0.0}],
     "fsr": [{"relevance": "none"}, {"rho": 0.4, "kappa": 2.5}, {"relevance": "hint", "rho": 0.0}],
+    "holitom": [{"contextual": 0.5}, {"contextual": 1.0, "merge": "mean", "neighbours": 3}, {"total": "official"}],
     "holov": [{"variant": "paper"}, {"variant": "paper", "crops": 7}, {"crops": 1}],
     "prumerge": [{"neighbours": 0}, {"neighbours": 3}],
     "prumerge_plus": [{"neighbours": 0}, {"neighbours": 3}],

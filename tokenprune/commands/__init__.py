@@ -6,5 +6,8 @@ Only argparse is imported at the top of these files: `--help` answers at once, a
 name on the command line has been checked.
 """
 
-NAMES = ("demo", "ls", "run", "eval", "sweep", "report", "compare", "parity", "tune", "train", "calibrate", "recommend")
+NAMES = (
+    "demo", "ls", "check_model", "run", "eval", "sweep", "report", "compare", "parity", "tune", "train", "calibrate",
+    "recommend",
+)  # fmt: skip
 """The files, in the order in which `tokenprune --help` shows them."""

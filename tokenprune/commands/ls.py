@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -34,6 +35,7 @@ def _ls(args: argparse.Namespace) -> int:
         for name in MODELS.names():
             print(f"{name:<17} family: {MODELS.describe(name)}")
         print(f"{'OWNER/NAME':<17} a hub id or a local folder of one of the families")
+        _classes()
     elif what == "tasks":
         from tokenprune.evals.tasks.load import task_names
 
@@ -48,6 +50,23 @@ def _ls(args: argparse.Namespace) -> int:
             first = file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
             print(f"{name:<21} {first}")
     return 0
+
+
+def _classes() -> None:
+    """What tests prove of each class."""
+    import importlib
+
+    import yaml
+
+    from tokenprune.interfaces.capability import CAPABILITIES
+
+    folder = Path(next(iter(importlib.import_module("tokenprune.adapters").__path__)))
+    rows = yaml.safe_load((folder / "capabilities.yaml").read_text(encoding="utf-8"))
+    wide = max(map(len, rows)) + 2
+    print(f"\n{'class':<{wide}}" + "  ".join(f"{name:<19}" for name in CAPABILITIES).rstrip())
+    for cls, row in rows.items():
+        print(f"{cls:<{wide}}" + "  ".join(f"{row[name]:<19}" for name in CAPABILITIES).rstrip())
+    print(f"{'any other':<{wide}}read off the model and tried when a method is applied; see `tokenprune check-model`")
 
 
 def _methods(name: str | None, as_json: bool) -> None:

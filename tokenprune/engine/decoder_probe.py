@@ -206,7 +206,7 @@ def _hidden(adapter: Adapter, firsts: Sequence[int], stays: Sequence[Tensor], em
     cuts = [max((f, i) for i, f in enumerate(firsts) if f <= layer)[1] for layer in range(len(adapter.layers))]
     along = [layer for layer in range(len(adapter.layers)) if adapter.layer_kind(layer) in RECURRENT]
     later = [
-        adapter.layers[layer].register_forward_pre_hook(functools.partial(_hide, cut, seen), with_kwargs=True)
+        adapter.layers[layer].register_forward_pre_hook(functools.partial(hide, cut, seen), with_kwargs=True)
         for layer, cut in enumerate(cuts)
         if cut > 0 and layer not in along
     ]
@@ -217,8 +217,13 @@ def _hidden(adapter: Adapter, firsts: Sequence[int], stays: Sequence[Tensor], em
         ).last_hidden_state  # fmt: skip
 
 
-def _hide(cut: int, seen: Sequence[Tensor], module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Hide what has left by a cut from a layer's own mask."""
+def hide(cut: int, seen: Sequence[Tensor], module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """As a hook before a decoder layer: hide from the layer's own mask what has left by a cut.
+
+    Args:
+        cut: which of `seen`.
+        seen: behind each cut `[B, S]` bool, False at what left and at padding.
+    """
     mask, own = kwargs.get("attention_mask"), seen[cut]
     if isinstance(mask, Tensor) and mask.dim() == 2:  # flash attention
         return args, {**kwargs, "attention_mask": own.to(mask.dtype)}

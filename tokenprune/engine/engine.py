@@ -196,9 +196,7 @@ class Engine:
             return None
         if call.waiting is not None:
             self._lay_out(call, call.waiting)
-            if self._unseen and call.prompt is not None:
-                check_features(self.adapter, call.prompt, inputs.embeds)
-                self._unseen = not call.prompt.layout.spans
+            self._hold_against_features(call.prompt, inputs.embeds)
         prompt, before = call.prompt, pruned_prompt(inputs.cache)
         if prompt is None and inputs.past == 0:
             self._remember(Prompt(Layout((), inputs.batch_size, inputs.length)))
@@ -237,6 +235,16 @@ class Engine:
                 self._serve(call, inputs.cache, whole=True)
             made = make_masks(config, inputs, self._reach)
         return None if made is None else WholeMasks(made, length, "flash" in str(config._attn_implementation))
+
+    def _hold_against_features(self, prompt: Prompt | None, embeds: Tensor) -> None:
+        """Check the first prompt that was laid out behind the tower, and let go of its features."""
+        if prompt is None:
+            return
+        if self._unseen:
+            check_features(self.adapter, prompt, embeds)
+            self._unseen = not prompt.layout.spans
+        for recording in prompt.recordings:
+            recording.features = []  # the features know their recording: together they would outlive the prompt
 
     def _after_decoder(self, module: Any, args: Any, output: Any) -> None:
         call = self.calls.now

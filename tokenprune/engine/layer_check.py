@@ -96,6 +96,18 @@ def _check_shared_keys(adapter: Adapter, stages: Sequence[Stage]) -> None:
             )
 
 
+def unread_layers(adapter: Adapter) -> dict[int, str]:
+    """Decoder layers of which queries, keys and values cannot be read, and why; {} if all can."""
+    found = {}
+    for layer, module in enumerate(adapter.layers):
+        try:
+            with undisturbed(module):
+                _check_attention(adapter, layer)
+        except Exception as error:  # as in `_checked`
+            found[layer] = str(error).partition("\n")[0]
+    return found
+
+
 def _check_whole(adapter: Adapter) -> None:
     """Raise ValueError if this process has only some heads of each layer."""
     size = getattr(adapter.model, "_tp_size", None) or getattr(adapter.model, "tp_size", None) or 1

@@ -21,6 +21,7 @@ from tokenprune.engine.tower_plan import arguments_in_config, spent_signals
 from tokenprune.engine.tower_resize import run_smaller
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
+from tokenprune.interfaces.capability import TOWER_SIGNALS
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.signals import PIXEL_SIGNALS, TOWER_STATES, VISION_SIGNALS, Signal
 from tokenprune.interfaces.visual import Raster, Visual
@@ -340,9 +341,8 @@ class TowerHooks:
     def _check(self, signal: Signal) -> None:
         vision = self.adapter.vision
         if signal.name not in vision.signals:
-            raise ValueError(
-                f"The vision tower of this model gives no {signal.name!r}; it gives {', '.join(vision.signals)}."
-            )
+            gives = ", ".join(vision.signals) or f"none: {type(self.adapter.model).__name__} has no {TOWER_SIGNALS}"
+            raise ValueError(f"The vision tower of this model gives no {signal.name!r}; it gives {gives}.")
         if not 0 <= signal.layer < vision.facts.num_layers:
             raise ValueError(
                 f"{signal.name} of vision block {signal.layer} was asked for; the tower has blocks "

@@ -175,6 +175,7 @@ class Adapter:
         behind_tower: whether visuals are laid out once the tower has run, by the features that it made
             (`visuals_behind`), rather than before it (`visuals`).
         verified: whether its classes are tested one by one; else the loaded model is tried when a method is applied.
+        costs_modelled: whether `cost_shape` is known.
         limits_whole_videos: whether the limits in pixels that its video processor is given are for all frames of a
             video together, not for each.
         decoder_path, projector_path: where these modules are, from the model.
@@ -187,6 +188,7 @@ class Adapter:
     mrope: bool = False
     behind_tower: ClassVar[bool] = False
     verified: ClassVar[bool] = True
+    costs_modelled: ClassVar[bool] = True
     limits_whole_videos: ClassVar[bool] = False
     decoder_path: ClassVar[str] = "model.language_model"
     projector_path: ClassVar[str] = "model.multi_modal_projector"

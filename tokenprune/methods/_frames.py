@@ -17,6 +17,43 @@ def raster_numbers(view: View) -> Tensor:
     return numbers[view.tokens.to(numbers.device)]
 
 
+def in_frames(view: View) -> Tensor:
+    """`[M, F, P]` int64: which of the N tokens stands at each place of each raster, P the size of the largest; -1 where
+    none does."""
+    largest, count = max(raster.num_tokens for raster in view.rasters), len(view.rasters)
+    tokens = torch.arange(view.num_tokens, device=view.features.device).expand(view.num_images, -1)
+    shape = (view.num_images, count, largest)
+    if view.tokens is None and count * largest == view.num_tokens:
+        return tokens.view(shape)
+    numbers = raster_numbers(view)
+    starts = torch.tensor([raster.start for raster in view.rasters]).to(numbers.device)
+    place = (tokens if view.tokens is None else view.tokens.to(numbers.device)) - starts[numbers]
+    standing = torch.full((view.num_images, count * largest), -1, device=numbers.device)
+    return standing.scatter(1, numbers * largest + place, tokens).view(shape)
+
+
+def counts_by_size(sizes: Tensor, largest: int, budget: int) -> Tensor:
+    """How many of each group, so that the counts are nearest to equal shares of the groups (Webster's rounding) and add
+    up to the budget, or to all there are; one of each first, where the budget has room for that.
+
+    Args:
+        sizes: `[M, G]` int64, how many tokens each group has.
+        largest: no group has more.
+        budget: k.
+
+    Returns:
+        `[M, G]` int64; ties go to the lower group.
+    """
+    place = torch.arange(largest, device=sizes.device)
+    turn = (place + 0.5).double() / sizes.double().clamp_min(1)[..., None]  # [M, G, largest]
+    has_room = budget >= (sizes > 0).sum(dim=1)
+    turn = turn.masked_fill((place == 0) & has_room[:, None, None], -1.0)
+    turn = turn.masked_fill(place >= sizes[..., None], torch.inf).flatten(1)
+    order = turn.sort(dim=1, stable=True)
+    taken = order.values[:, :budget].isfinite().long()
+    return torch.zeros_like(sizes).scatter_add(1, order.indices[:, :budget] // largest, taken)
+
+
 def deal(scores: Tensor, group_of: Tensor, shares: Tensor, budget: int) -> Tensor:
     """The tokens with the highest scores of each group, so many of each that the counts are nearest to the shares
     (Webster's rounding) and add up to the budget; one of each first, where the budget has room for that.

@@ -112,8 +112,8 @@ def _check_one_policy(stages: Sequence[Stage]) -> None:
     if other is not None:
         first, second = told[0].pruner, other.pruner
         raise ValueError(
-            f"{first.name} has positions={first.positions!r} and {second.name} positions={second.positions!r}, and what "
-            f"both drop before the decoder leaves the rows in one cut. Give both the same, like "
+            f"{first.name} has positions={first.positions!r} and {second.name} positions={second.positions!r}, and "
+            f"what both drop before the decoder leaves the rows in one cut. Give both the same, like "
             f"{first.name}(positions={second.positions})."
         )
 

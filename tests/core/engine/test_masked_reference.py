@@ -36,7 +36,7 @@ def cells() -> list[tuple[str, str, str, str]]:
     return found
 
 
-MERGING: dict[str, dict[str, Any]] = {"fsr": {"rho": 0.3}}
+MERGING: dict[str, dict[str, Any]] = {"fsr": {"rho": 0.3}, "holitom": {"contextual": 0.5}}
 """Options with which a method merges on pictures of so few tokens, where its defaults do not."""
 
 

@@ -1,0 +1,81 @@
+"""The four capabilities of every class that tests run, from the outcomes of their cells: `adapters/capabilities.yaml`,
+which `tokenprune ls models` reads, and the table of docs/support.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from _families import BUILDERS
+from _paths import ROOT
+from _zoo import made
+from _zoo_all import CELLS, FAMILIES, LACKS
+
+from tokenprune.interfaces.capability import CAPABILITIES
+from tokenprune.registry import MODELS
+
+FILE = ROOT / "adapters" / "capabilities.yaml"
+_HEAD = (
+    "# What tests prove of each class, written by `make test SUPPORT=docs/support.md`, read by `tokenprune ls models`\n"
+)
+_IN_FAMILIES = {"layer_2": "fastv"}  # which cell of a family with a file shows the same
+
+Outcomes = Mapping[tuple[str, str], str]
+
+
+def expected() -> dict[tuple[str, str], str]:
+    """What the cells come to: "passed" or "refused", by family and plan."""
+    found = {cell: "refused" if cell in LACKS else "passed" for cell in CELLS}
+    plans = {plan for _, plan in CELLS}
+    return found | {(name, _IN_FAMILIES.get(plan, plan)): "passed" for name in BUILDERS for plan in plans}
+
+
+def capabilities(outcomes: Outcomes) -> dict[str, dict[str, str]]:
+    """By class, sorted, each of `CAPABILITIES`: "yes", "no", or what is left out."""
+    rows: dict[str, dict[str, str]] = {}
+    for name in (*BUILDERS, *FAMILIES):
+        classes = [*MODELS.get(name).classes[:1]] if name in BUILDERS else [_class_of(name)]
+
+        def has(*plans: str, name: str = name) -> list[bool]:
+            keys = [(name, _IN_FAMILIES.get(plan, plan) if name in BUILDERS else plan) for plan in plans]
+            return [outcomes.get(key) == "passed" for key in keys]
+
+        read = has("fastv", "pyramiddrop")
+        values = (
+            "no" if not all(has("random", "divprune")) else "yes" if all(has("uniform")) else "yes, without a grid",
+            "yes" if all(has("layer_2")) else "no",
+            "yes" if all(read) else "some layers" if any(read) else "no",
+            "yes" if all(has("vtc_cls")) else "no",
+        )
+        for cls in classes:
+            rows.setdefault(cls, dict(zip(CAPABILITIES, values)))  # the file of a family says more than any model
+    return dict(sorted(rows.items()))
+
+
+def _class_of(name: str) -> str:
+    return made(name)[0].__name__
+
+
+def as_yaml(rows: Mapping[str, Mapping[str, str]]) -> str:
+    """The text of `FILE`."""
+    return _HEAD + yaml.safe_dump({cls: dict(row) for cls, row in rows.items()}, sort_keys=False, width=120)
+
+
+def as_table(rows: Mapping[str, Mapping[str, str]]) -> str:
+    """Markdown: a row a class."""
+    lines = [
+        f"{len(rows)} classes, by the cells of tests/adapters/test_families.py and tests/adapters/test_any_model.py.",
+        "Any other class, a subclass or remote code among them, is read off the loaded model and tried when a method",
+        "is applied; what it lacks is refused by these names.",
+        "",
+        f"| class | {' | '.join(CAPABILITIES)} |",
+        "|---|" + "---|" * len(CAPABILITIES),
+        *(f"| `{cls}` | {' | '.join(row[name] for name in CAPABILITIES)} |" for cls, row in rows.items()),
+    ]
+    return "\n".join(lines)
+
+
+def outcomes_of(found: Mapping[tuple[str, str], list[str]]) -> dict[tuple[str, str], Any]:
+    """One outcome of the cells of each family and plan: "passed" if all did, "refused" if it is refused."""
+    return {key: kinds[0] if len(set(kinds)) == 1 else "failed" for key, kinds in found.items()}

@@ -1,0 +1,56 @@
+"""`tokenprune check-model` and what it is made of."""
+
+from __future__ import annotations
+
+import pytest
+from _tiny import prompts, tiny_llava
+from _zoo_all import zoo_batch, zoo_model
+
+from tokenprune.api import adapter_for
+from tokenprune.cli import main
+from tokenprune.interfaces.capability import CAPABILITIES
+from tokenprune.model_check import capabilities_of, prompt_error
+
+
+@pytest.mark.parametrize(
+    ("name", "has"),
+    [
+        ("mistral3", (True, True, True, False)),
+        ("idefics3", (True, True, True, True)),
+        ("kimi_k25", (True, True, False, False)),
+    ],
+)
+def test_capabilities_are_those_of_the_table(name: str, has: tuple[bool, ...]) -> None:
+    found = capabilities_of(adapter_for(zoo_model(name)))
+    assert tuple(finding.name for finding in found) == CAPABILITIES
+    assert tuple(finding.has for finding in found) == has
+    assert all(finding.says for finding in found)
+
+
+def test_layers_that_cannot_be_read_are_counted() -> None:
+    (signals,) = [f for f in capabilities_of(adapter_for(zoo_model("exaone4_5"))) if f.name == "decoder signals"]
+    assert signals.has and signals.says.startswith("3 of 4 layers read right; layer 3: ")
+
+
+@pytest.mark.parametrize("name", ["llava", "mistral3", "qwen3_vl_moe"])
+def test_a_pruned_prompt_is_held_against_the_masked_model(name: str) -> None:
+    if name == "llava":
+        model, inputs = tiny_llava(), prompts([2])
+    else:
+        model, inputs = zoo_model(name), zoo_batch(name, pictures=[2])
+    found = prompt_error(model, adapter_for(model), inputs, keep=4)
+    assert 0 < found.kept < found.visual
+    assert found.error < 1e-5 < 1e-3 < found.unpruned
+    assert not any(layer._forward_pre_hooks for layer in adapter_for(model).layers)
+
+
+def test_the_command_prints_four_lines_and_the_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-model", "pocket-llava", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("LlavaForConditionalGeneration, read by the family file 'llava'")
+    assert [line[:16].strip() for line in lines[1:5]] == list(CAPABILITIES)
+    assert all(line[17:20] == "yes" for line in lines[1:5])
+    error, unpruned = (float(lines[5].partition(word)[2].split()[0].rstrip(")")) for word in ("are ", "unpruned: "))
+    assert error < 1e-4 < unpruned
+    assert main(["check-model", "no-such-model"]) == 2
+    assert main(["check-model", "pocket-llava", "--side", "0"]) == 2

@@ -1,0 +1,103 @@
+"""What a checkpoint can do, found out of the loaded model: the four capabilities, and how far a pruned prompt is from
+the same prompt in which the dropped tokens are hidden by a mask."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.api import prepare
+from tokenprune.engine.decoder_probe import hide, removal_error
+from tokenprune.engine.layer_check import hooked, undisturbed, unread_layers
+from tokenprune.interfaces.adapter import Adapter
+from tokenprune.interfaces.capability import DECODER_SIGNALS, INPUT_CUTS, LAYER_CUTS, TOWER_SIGNALS
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One capability of a model.
+
+    Attributes:
+        name: see `tokenprune.interfaces.capability`.
+        has: whether the model has it, for some layers at least.
+        says: what was found.
+    """
+
+    name: str
+    has: bool
+    says: str
+
+
+def capabilities_of(adapter: Adapter) -> list[Finding]:
+    """What a loaded model can do; it takes passes of a few tokens through the decoder."""
+    middle = max(adapter.first_cut, len(adapter.layers) // 2)
+    unread, signals = unread_layers(adapter), adapter.vision.signals
+    layers = len(adapter.layers)
+    reads = f"{layers - len(unread)} of {layers} layers read right"
+    if unread:
+        first, why = next(iter(unread.items()))
+        reads += f"; layer {first}: {why}"
+    return [
+        _cuts(adapter, INPUT_CUTS, ()),
+        _cuts(adapter, LAYER_CUTS, (middle,)),
+        Finding(DECODER_SIGNALS, len(unread) < layers, reads),
+        Finding(TOWER_SIGNALS, bool(signals), ", ".join(signals) or "a family file would have to say where they are"),
+    ]
+
+
+def _cuts(adapter: Adapter, name: str, layers: tuple[int, ...]) -> Finding:
+    at = f"at the input and before layer {layers[0]}" if layers else "at the input"
+    try:
+        with undisturbed(adapter.language_model):
+            error = removal_error(adapter, layers)
+    except Exception as raised:  # whatever a decoder of an unknown kind raises when it is called in this way
+        return Finding(name, False, str(raised).partition("\n")[0])
+    bound = max(1e-3, 16 * torch.finfo(adapter.language_model.dtype).eps)
+    return Finding(name, error < bound, f"{at}, removing is {error:.1e} from hiding ({bound:.1e} is rounding)")
+
+
+@dataclass(frozen=True)
+class PromptError:
+    """One prompt, pruned at the input by `random`.
+
+    Attributes:
+        kept, visual: visual tokens that stayed, of how many.
+        error: relative error of the last row of logits against those of the masked model.
+        unpruned: that of the unpruned model against the same, for comparison.
+    """
+
+    kept: int
+    visual: int
+    error: float
+    unpruned: float
+
+
+def prompt_error(model: Any, adapter: Adapter, inputs: Mapping[str, Any], keep: int | float = 0.25) -> PromptError:
+    """Prune a prompt, and hide the tokens that left in the whole model.
+
+    Args:
+        inputs: of one prompt with a picture, without padding.
+    """
+
+    def last(**more: Any) -> Tensor:
+        return model(**inputs, **more).logits[:, -1].double()
+
+    with torch.no_grad():
+        with prepare(model, "random", keep, adapter=adapter, positions="keep").applied() as handle:
+            pruned = last()
+            seen, report = handle.stays, handle.report()
+        plain = last(use_cache=False)
+        seen = seen.to(plain.device)
+        hooks = [
+            layer.register_forward_pre_hook(functools.partial(hide, 0, [seen]), with_kwargs=True)
+            for layer in adapter.layers
+        ]
+        with hooked(*hooks):
+            masked = last(use_cache=False)
+    apart = [float((logits - masked).norm() / masked.norm()) for logits in (pruned, plain)]
+    return PromptError(report.kept_tokens, report.visual_tokens, *apart)
