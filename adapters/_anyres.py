@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.adapters._cost import llava_shape
+from tokenprune.adapters._cost import llava_shape, read_off
 from tokenprune.adapters._vit import Vit, check_patches_only, feature_block, vit_facts
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, submodule
@@ -96,7 +96,7 @@ class AnyRes(Adapter):
         return split_crops(call["pixel_values"], visuals)
 
     def cost_shape(self) -> ModelShape:
-        return llava_shape(self.model.config, has_cls=True)
+        return read_off(llava_shape(self.model.config, has_cls=True), self)
 
 
 def pooled_video(frames: int, side: int, pool: Any, separators: int = 0, before_projector: bool = False) -> Visual:

@@ -1,9 +1,13 @@
-"""The sizes of the LLaVA-like families, read from their configs."""
+"""The sizes that decide what a model costs: from its config, and the decoder's from the modules that are loaded."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from typing import Any
 
+from tokenprune.adapters._layer_shapes import beside_layers, layer_shapes, width_of
+from tokenprune.adapters._tower_cost import Projector
 from tokenprune.cost import ModelShape
 
 
@@ -46,3 +50,53 @@ def text_sizes(text: Any) -> dict[str, Any]:
         "gated": True,
         "vocab": text.vocab_size,
     }
+
+
+def read_off(shape: ModelShape, adapter: Any) -> ModelShape:
+    """The same with decoder and head as they are loaded: layers of several kinds, experts, windows.
+
+    Shards of a tensor-parallel model are not read: it is what the sizes say.
+    """
+    if (getattr(adapter.model, "tp_size", None) or 1) > 1:
+        return shape
+    decoder = adapter.language_model
+    head, takes = width_of(adapter.head), inspect.signature(adapter.model.forward).parameters
+    return dataclasses.replace(
+        shape,
+        by_layer=layer_shapes(adapter.layers, decoder.config),
+        beside=beside_layers(decoder),
+        vocab=None if head is None else head[1],
+        all_logits="input_ids" in takes and "logits_to_keep" not in takes,
+    )
+
+
+def generic_shape(adapter: Any, projector: Projector) -> ModelShape:
+    """Of a family that is read off its model; see `tokenprune.adapters._generic`.
+
+    Args:
+        projector: see `tokenprune.adapters._tower_cost`.
+    """
+    text = adapter.model.config.get_text_config()
+    hidden, layers = text.hidden_size, len(adapter.layers)
+    heads = _first(text, "num_attention_heads", default=1)
+    shape = ModelShape(
+        projector=projector,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=_first(text, "num_key_value_heads", default=heads),
+        head_dim=_first(text, "head_dim", default=hidden // heads),
+        intermediate=_first(text, "intermediate_size", default=0),
+        gated=True,
+        vocab=None,
+        by_layer=(None,) * layers,
+    )
+    return read_off(shape, adapter)
+
+
+def _first(config: Any, *names: str, default: int) -> int:
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return int(value[0] if isinstance(value, (list, tuple)) else value)
+    return default

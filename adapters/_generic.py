@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.adapters._cost import generic_shape
 from tokenprune.adapters._deepstack import DEEPSTACK, deepstack_kwargs
 from tokenprune.adapters._grids import Grids, feature_rows, visuals_of
 from tokenprune.adapters._not_applicable import why_not
+from tokenprune.adapters._tower_cost import TowerCost, tower_and_projector
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, VisionTower
 from tokenprune.interfaces.signals import TowerInfo
-from tokenprune.interfaces.visual import Visual
+from tokenprune.interfaces.visual import TowerWork, Visual
 
 KINDS = ("image", "video")
 _DECODERS = ("language_model", "text_model", "language_model.model", "text_model.model")
@@ -35,10 +37,18 @@ _MOVED = ("inputs_embeds", "attention_mask", "position_ids", *DEEPSTACK)
 
 
 class UnreadTower(VisionTower):
-    """A tower of which nothing is known but its sizes: it runs as it is."""
+    """A tower of which nothing is known but its sizes: it runs as it is.
 
-    def __init__(self, module: Any, facts: TowerInfo) -> None:
+    Args:
+        cost: what it costs; None: not modelled.
+    """
+
+    def __init__(self, module: Any, facts: TowerInfo, cost: TowerCost | None = None) -> None:
         self.module, self.blocks, self.exit, self.facts = module, (), None, facts
+        self._cost = cost
+
+    def flops(self, shape: ModelShape, work: TowerWork) -> int | None:
+        return None if self._cost is None else self._cost.flops(work)
 
     @property
     def exits(self) -> Sequence[Any]:
@@ -70,7 +80,6 @@ class Generic(Adapter):
 
     behind_tower = True
     verified = False
-    costs_modelled = False
     decoder_by_place: tuple[str, ...] = ()
     """Further arguments `[B, S, ...]` of the decoder that go by place, to be cut as its rows are."""
 
@@ -111,7 +120,8 @@ class Generic(Adapter):
             hidden_size=first_of(vision, "hidden_size", "embed_dim", "width", default=1),
         )
         tower = next((getattr(self.entry, name) for name in _TOWERS if hasattr(self.entry, name)), None)
-        self.vision = UnreadTower(tower, facts)
+        cost, self._projector_cost = tower_and_projector(self.entry, tower, self.language_model, config)
+        self.vision = UnreadTower(tower, facts, cost)
         self._mixes = mixes_places(self.entry, self.language_model)
         added = getattr(vision, "deepstack_visual_indexes", None) or ()
         self.first_cut = max(1, len(added))
@@ -161,10 +171,7 @@ class Generic(Adapter):
         return known | deepstack_kwargs(kwargs, rows, real)
 
     def cost_shape(self) -> ModelShape:
-        raise ValueError(
-            f"FLOPs and KV bytes of {type(self.model).__name__} are not modelled: its class has no file that says what "
-            "its parts cost."
-        )
+        return generic_shape(self, self._projector_cost)
 
 
 def merging_module(model: Any) -> nn.Module:

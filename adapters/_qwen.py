@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.adapters._cost import text_sizes
+from tokenprune.adapters._cost import read_off, text_sizes
 from tokenprune.adapters._vit import CLIP_PIXELS
 from tokenprune.cost import ModelShape, tower_flops
 from tokenprune.hooks import Scratch
@@ -338,7 +338,7 @@ class QwenVL(Adapter):
         width = self.vision.facts.hidden_size
         joined = width * vision.spatial_merge_size**2
         mlp = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
-        return ModelShape(
+        shape = ModelShape(
             vision_layers=vision.depth,
             vision_blocks_run=vision.depth,
             vision_hidden=width,
@@ -352,3 +352,4 @@ class QwenVL(Adapter):
             projector=(joined, joined, text.hidden_size),
             **text_sizes(text),
         )
+        return read_off(shape, self)

@@ -1,29 +1,31 @@
-"""Idefics2: a perceiver makes a fixed number of latents of each picture of a prompt; they stand in no grid.
+"""Idefics2: a perceiver makes a fixed number of latents of each picture, or of each crop of one; they stand in no grid.
 
-All pictures of a prompt count as one visual, with latents of each as a raster: `keep` is per prompt.
+Which crops make a picture is read off the prompt, where it says so (`_tiles.py`): the processor splits all pictures of
+a call, each into four crops and the whole, or none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenprune.adapters._generic import Generic
-from tokenprune.interfaces.visual import Raster, Visual
+from torch import Tensor
+
+from tokenprune.adapters._tiles import TiledPrompts, pictures_by_chain
+from tokenprune.interfaces.visual import Pictures, Raster
 from tokenprune.registry import register_model
+
+_CROPS = 5
 
 
 @register_model("idefics2")
-class Idefics2(Generic):
+class Idefics2(TiledPrompts):
     """Stock `Idefics2ForConditionalGeneration`."""
 
     classes = ("Idefics2ForConditionalGeneration",)
 
-    def visuals_behind(self, kind: str, call: Mapping[str, Any], output: Any) -> list[Visual]:
-        count = self.model.config.perceiver_config.resampler_n_latents
-        found = []
-        for latents in self.feature_rows(output):
-            pictures = range(len(latents) // count)
-            rasters = tuple(Raster((1, count), picture * count, "unplaced") for picture in pictures)
-            found.append(Visual(rasters, scattered=True))
-        return found
+    def tile_raster(self, call: Mapping[str, Any]) -> Raster:
+        return Raster((1, self.model.config.perceiver_config.resampler_n_latents), 0, "unplaced")
+
+    def pictures(self, kind: str, ids: Tensor | None, places: Sequence[Tensor]) -> Pictures:
+        return pictures_by_chain(ids, places, _CROPS)

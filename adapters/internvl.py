@@ -1,21 +1,25 @@
 """InternVL (the Hugging Face classes): a ViT with [CLS] over tiles, 2 x 2 patches joined by pixel shuffle.
 
-A tile counts as an image: `keep` is per tile, because the model is not told which tiles belong together. Signals of the
-tower are means over the patches of a token; nothing can leave inside the tower.
+The model gets the tiles of all pictures in one row. Those of a picture stand in one unbroken run of placeholders, which
+its processor puts between <img> and </img>, and are the rasters of one visual; frames of a video have a run each and
+count as pictures. Signals of the tower are means over the patches of a token; nothing can leave inside the tower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tokenprune.adapters._cost import text_sizes, vit_sizes
+from tokenprune.adapters._cost import read_off, text_sizes, vit_sizes
+from tokenprune.adapters._tiles import pictures_by_run
 from tokenprune.adapters._vit import IMAGENET_PIXELS, Vit, feature_block, vit_facts
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, submodule
-from tokenprune.interfaces.visual import Visual, one_raster
+from tokenprune.interfaces.visual import Pictures, Visual, one_raster
 from tokenprune.registry import register_model
 
 
@@ -44,22 +48,22 @@ class InternVL(Adapter):
             tower, submodule(tower, "encoder.layer"), self.projector, facts, self._patch, cell_patches=cells
         )
 
-    @property
-    def num_tokens(self) -> int:
-        rows, cols = (int(size // self._patch * self._ratio) for size in self.model.config.vision_config.image_size)
-        return rows * cols
-
     def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
         pixels = call["pixel_values"]
         rows, cols = (int(side // self._patch * self._ratio) for side in pixels.shape[-2:])
         return [one_raster((rows, cols))] * pixels.shape[0]
 
+    def pictures(self, kind: str, ids: Tensor | None, places: Sequence[Tensor]) -> Pictures:
+        return pictures_by_run(places)
+
     def cost_shape(self) -> ModelShape:
         config = self.model.config
         vision, text = config.vision_config, config.get_text_config()
         joined = vision.hidden_size * self.vision.patches_per_cell
-        return ModelShape(
-            **vit_sizes(vision, self._patch, self.num_tokens * self.vision.patches_per_cell, has_cls=True),
+        cells = math.prod(int(size // self._patch * self._ratio) for size in vision.image_size)
+        shape = ModelShape(
+            **vit_sizes(vision, self._patch, cells * self.vision.patches_per_cell, has_cls=True),
             projector=(joined, text.hidden_size, text.hidden_size),
             **text_sizes(text),
         )
+        return read_off(shape, self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tokenprune.adapters._cost import llava_shape
+from tokenprune.adapters._cost import llava_shape, read_off
 from tokenprune.adapters._vit import Vit, feature_block, vit_facts
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, submodule
@@ -49,4 +49,4 @@ class Llava(Adapter):
         return [one_raster((rows, cols))] * pixels.shape[0]
 
     def cost_shape(self) -> ModelShape:
-        return llava_shape(self.model.config, has_cls=True)
+        return read_off(llava_shape(self.model.config, has_cls=True), self)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.adapters._anyres import anyres_visual, pooled_video, split_crops
-from tokenprune.adapters._cost import llava_shape
+from tokenprune.adapters._cost import llava_shape, read_off
 from tokenprune.adapters._vit import Vit, feature_block, vit_facts
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, submodule
@@ -74,4 +74,4 @@ class LlavaOnevision(Adapter):
         return split_crops(call["pixel_values"], visuals)
 
     def cost_shape(self) -> ModelShape:
-        return llava_shape(self.model.config, has_cls=False)
+        return read_off(llava_shape(self.model.config, has_cls=False), self)

@@ -1,8 +1,10 @@
 """SmolVLM and Idefics3: a SigLIP tower over tiles, s x s patches joined by pixel shuffle, text between the tiles, a
 Llama decoder.
 
-All pictures of a prompt count as one visual whose tiles are its crops: `keep` is per prompt, because the model is not
-told which tiles make a picture. Signals of the tower are means over the patches of a token; nothing can leave inside.
+The model gets the tiles of a prompt in one row. Which make a picture is read off the labels that its processor writes
+in front of them (`_tiles.py`); they are the rasters of one visual. Frames of a video have no tiles and count as
+pictures. A prompt with several tiles that is written otherwise counts as one picture, and the report says so. Signals
+of the tower are means over the patches of a token; nothing can leave inside.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.adapters._cost import text_sizes, vit_sizes
+from tokenprune.adapters._cost import read_off, text_sizes, vit_sizes
+from tokenprune.adapters._tiles import Tile, pictures_by_label, tile_pixels
 from tokenprune.adapters._vit import Vit, vit_facts
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, submodule
-from tokenprune.interfaces.visual import Raster, Visual
+from tokenprune.interfaces.visual import Pictures, Raster, Visual
 from tokenprune.registry import register_model
 
 
@@ -44,29 +47,30 @@ class SmolVLM(Adapter):
             tower, submodule(tower, "encoder.layers"), self.projector, facts, vision.patch_size, cell_patches=cells
         )
 
-    def _tiles(self, call: Mapping[str, Any]) -> list[int]:
-        """Tiles of each prompt; the processor fills up with pictures of zeros, which the model leaves out."""
-        real = (call["pixel_values"] != 0).flatten(2).any(dim=2).cpu()
+    def _tiles(self, call: Mapping[str, Any]) -> list[list[int]]:
+        """(row, place) of each tile; the processor fills up with pictures of zeros, which the model leaves out."""
+        real = (call["pixel_values"] != 0).flatten(2).any(dim=2).cpu()  # [B, most tiles]
         if not bool(real.any()):
             real[0, 0] = True
-        return real.sum(dim=1).tolist()
+        return real.nonzero().tolist()
 
     def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
-        side, count = self._side, self._side**2
-        return [
-            Visual(tuple(Raster((side, side), tile * count, "crop") for tile in range(tiles)), scattered=True)
-            for tiles in self._tiles(call)
-        ]
+        raster = Raster((self._side, self._side), 0, "crop")
+        return [Tile((raster,), scattered=True, row=row, place=place) for row, place in self._tiles(call)]
+
+    def pictures(self, kind: str, ids: Tensor | None, places: Sequence[Tensor]) -> Pictures:
+        return pictures_by_label(ids, places)
 
     def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
-        return [tiles[: len(visual.rasters)] for tiles, visual in zip(call["pixel_values"], visuals)]
+        return tile_pixels(call["pixel_values"], visuals)
 
     def cost_shape(self) -> ModelShape:
         config = self.model.config
         vision, text = config.vision_config, config.get_text_config()
         patches = (vision.image_size // vision.patch_size) ** 2
-        return ModelShape(
+        shape = ModelShape(
             **vit_sizes(vision, vision.patch_size, patches, has_cls=False),
             projector=(vision.hidden_size * config.scale_factor**2, text.hidden_size),
             **text_sizes(text),
         )
+        return read_off(shape, self)

@@ -264,6 +264,12 @@ def _qwen_batch(name: str, samples: list[list[Any]], side: str, seed: int) -> di
     return batch
 
 
+def smolvlm_picture(tiles: int) -> list[int]:
+    """Ids of a picture in one row of `tiles` - 1 tiles and the whole of it, as the processor writes them."""
+    parts = [[START, 6 + tile] + [IMAGE] * 36 for tile in range(tiles - 1)]
+    return [*sum(parts, []), START, END, *[IMAGE] * 36, START]
+
+
 def _tile_batch(name: str, samples: list[list[int]], side: str, seed: int) -> dict[str, torch.Tensor]:
     """Pictures are counts of tiles."""
     writer = Writer(seed)
@@ -271,7 +277,7 @@ def _tile_batch(name: str, samples: list[list[int]], side: str, seed: int) -> di
         if name == "internvl":
             writer.row(*([START] + [IMAGE] * 36 * tiles + [END] for tiles in sample))
         else:
-            writer.row(*(sum(([*writer.words(1)] + [IMAGE] * 36 for _ in range(tiles)), []) for tiles in sample))
+            writer.row(*map(smolvlm_picture, sample))
     batch = writer.batch(side)
     totals = [sum(sample) for sample in samples]
     if name == "internvl":

@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("prompt_view",),
     ("handle",),
     ("api",),
-    ("frame_questions", "regions"),
+    ("frame_questions", "regions", "model_check"),
     ("evals.io",),
     ("evals.models", "evals.pocket"),
     ("evals.tasks",),

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tokenprune import cost
 from tokenprune.engine.attention import AttentionInterventions
@@ -25,7 +24,8 @@ class Report:
         method: the method with its budget.
         positions: "compact" or "keep", of each stage that differs; "as laid out" where nothing prunes.
         interventions: one line each on what changes attention, in which layers, and what it did.
-        notes: what a reader must know of the method on this model, for example a stand-in for a signal.
+        notes: what a reader must know of the method on this model, for example a stand-in for a signal, and of how the
+            prompts were read.
         samples: rows of the batch.
         images: images in all.
         visual_tokens: visual tokens that the processor laid out.
@@ -39,12 +39,12 @@ class Report:
         equivalent_tokens: kept visual tokens averaged over the decoder's layers, over the whole batch.
         selection_seconds: time for signals and selection.
         flops: by part, analytic (2 per multiply-add, matrix products only, see `tokenprune.cost`), padding not counted;
-            what interventions compute anew is part of the prefill.
+            what interventions compute anew is part of the prefill. None for a part that is not modelled.
         flops_unpruned: the same without pruning.
-        flops_by_layer: of the prefill, in each decoder layer.
-        kv_bytes: bytes of the prompt's KV cache after pruning, padding not counted.
+        flops_by_layer: of the prefill, in each decoder layer; None where it is not modelled.
+        kv_bytes: bytes of the prompt's KV cache after pruning, padding not counted: keys and values, of layers with a
+            window those it holds, and states of linear attention. None if a layer is not modelled.
         kv_bytes_unpruned: the same without pruning.
-        modelled: whether FLOPs and KV bytes of this class are known; else those numbers are 0.
     """
 
     method: str
@@ -62,12 +62,11 @@ class Report:
     selection_seconds: float
     flops: cost.Flops
     flops_unpruned: cost.Flops
-    flops_by_layer: tuple[int, ...]
-    kv_bytes: int
-    kv_bytes_unpruned: int
+    flops_by_layer: tuple[int | None, ...]
+    kv_bytes: int | None
+    kv_bytes_unpruned: int | None
     interventions: tuple[str, ...] = ()
     merged_tokens: int = 0
-    modelled: bool = True
 
     def __str__(self) -> str:
         merged = f", {self.merged_tokens} merged into them" if self.merged_tokens else ""
@@ -76,33 +75,32 @@ class Report:
             f"({self.images} image(s), {self.samples} prompt(s), positions: {self.positions})",
             f"prompt tokens  {self.prompt_tokens} -> {self.kept_prompt_tokens}",
             *self._layers(),
-            *self._costs(),
+            f"FLOPs to the first token  {_change(self.flops_unpruned.total, self.flops.total, share=True)}",
+            "  of which  "
+            + ", ".join(
+                f"{part} {_change(getattr(self.flops_unpruned, part), getattr(self.flops, part))}"
+                for part in ("vision", "projector", "selection", "prefill")
+            ),
+            f"KV cache  {_change(self.kv_bytes_unpruned, self.kv_bytes, 'B', share=True)}",
             f"selection  {self.selection_seconds * 1000:.2f} ms",
             *self.interventions,
             *(f"note  {note}" for note in self.notes),
         ]
         return "\n".join(lines)
 
-    def _costs(self) -> list[str]:
-        if not self.modelled:
-            return ["FLOPs and KV cache  not modelled for this class"]
-        ratio = self.flops.total / self.flops_unpruned.total if self.flops_unpruned.total else 1.0
-        memory = self.kv_bytes / self.kv_bytes_unpruned if self.kv_bytes_unpruned else 1.0
-        return [
-            f"FLOPs to the first token  {_si(self.flops_unpruned.total)} -> {_si(self.flops.total)} ({ratio:.1%})",
-            "  of which  "
-            + ", ".join(
-                f"{part} {_si(getattr(self.flops_unpruned, part))} -> {_si(getattr(self.flops, part))}"
-                for part in ("vision", "projector", "selection", "prefill")
-            ),
-            f"KV cache  {_si(self.kv_bytes_unpruned)}B -> {_si(self.kv_bytes)}B ({memory:.1%})",
-        ]
-
     def _layers(self) -> list[str]:
         if len(set(self.visual_by_layer)) == 1:
             return []
         runs = [f"{n} x {len(list(same))}" for n, same in itertools.groupby(self.visual_by_layer)]
         return [f"visual tokens by layer  {', '.join(runs)}: {self.equivalent_tokens:.1f} on average"]
+
+
+def _change(before: float | None, after: float | None, unit: str = "", share: bool = False) -> str:
+    """From one number to another, with the second's share of the first; both are numbers or none is."""
+    if before is None or after is None:
+        return cost.NOT_MODELLED
+    ratio = cost.share(after, before)
+    return f"{_si(before)}{unit} -> {_si(after)}{unit}" + (f" ({1.0 if ratio is None else ratio:.1%})" if share else "")
 
 
 def _si(value: float) -> str:
@@ -117,15 +115,24 @@ def make_report(
     prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Adapter, attending: AttentionInterventions
 ) -> Report:
     """Count one prompt batch. See `Report`."""
-    layout, layers = prompt.layout, len(adapter.layers)
+    shape = adapter.cost_shape()
+    layout = prompt.layout
     lengths = prompt.lengths or [layout.length] * layout.batch_size
     visual_tokens = sum(span.num_tokens for span in layout.spans)
-    by_layer = _by_layer(prompt, lengths, layers)
+    by_layer = _by_layer(prompt, lengths, shape.layers)
+    plain = [TowerWork(work.plain or work.grids, left=work.whole, videos=work.videos) for work in prompt.tower]
+    itemsize = adapter.model.dtype.itemsize
     kept = by_layer[-1][0]
+    flops = _flops(adapter, shape, prompt.tower, [rows for _, rows in by_layer], prompt.flops)
+    by_depth = map(cost.total, zip(*(cost.layer_flops(shape, row) for row in _by_row(by_layer))))
+    added = prompt.attention_flops  # by layer, what interventions compute anew
     return Report(
         method=label,
         positions=", ".join(dict.fromkeys(str(stage.pruner.positions) for stage in stages)) or "as laid out",
-        notes=tuple(dict.fromkeys(note for stage in stages for note in stage.pruner.notes(adapter.tower))),
+        notes=(
+            *dict.fromkeys(note for stage in stages for note in stage.pruner.notes(adapter.tower)),
+            *(layout.notes if stages else ()),
+        ),
         samples=layout.batch_size,
         images=len(layout.spans),
         visual_tokens=visual_tokens,
@@ -136,33 +143,14 @@ def make_report(
         tokens_by_layer=tuple(sum(rows) for _, rows in by_layer),
         equivalent_tokens=cost.equivalent_tokens([visual for visual, _ in by_layer]),
         selection_seconds=prompt.timer.seconds,
+        flops=dataclasses.replace(flops, prefill=cost.total([flops.prefill, *added.values()])),
+        flops_unpruned=_flops(adapter, shape, plain, [lengths] * shape.layers, 0),
+        flops_by_layer=tuple(cost.total([flops, added.get(layer, 0)]) for layer, flops in enumerate(by_depth)),
+        kv_bytes=_kv_bytes(shape, [rows for _, rows in by_layer], itemsize),
+        kv_bytes_unpruned=_kv_bytes(shape, [lengths] * shape.layers, itemsize),
         interventions=attending.summaries(prompt),
         merged_tokens=round(sum(float(merged) for merged in prompt.merged)),
-        **_costs(prompt, adapter, by_layer, lengths),
     )
-
-
-def _costs(
-    prompt: Prompt, adapter: Adapter, by_layer: Sequence[tuple[int, list[int]]], lengths: list[int]
-) -> dict[str, Any]:
-    """The fields of a `Report` that say what a prompt costs."""
-    if not adapter.costs_modelled:
-        nothing = cost.Flops(0, 0, 0, 0, 0)
-        names = ("flops", "flops_unpruned", "flops_by_layer", "kv_bytes", "kv_bytes_unpruned", "modelled")
-        return dict(zip(names, (nothing, nothing, (), 0, 0, False)))
-    shape = adapter.cost_shape()
-    plain = [TowerWork(work.plain or work.grids, left=work.whole) for work in prompt.tower]
-    itemsize = adapter.model.dtype.itemsize
-    flops = _flops(adapter, shape, prompt.tower, [rows for _, rows in by_layer], prompt.flops)
-    by_depth = map(sum, zip(*(cost.layer_flops(shape, row) for row in _by_row(by_layer))))
-    added = prompt.attention_flops  # by layer, what interventions compute anew
-    return {
-        "flops": dataclasses.replace(flops, prefill=flops.prefill + sum(added.values())),
-        "flops_unpruned": _flops(adapter, shape, plain, [lengths] * shape.layers, 0),
-        "flops_by_layer": tuple(of_layer + added.get(layer, 0) for layer, of_layer in enumerate(by_depth)),
-        "kv_bytes": _kv_bytes(shape, [rows for _, rows in by_layer], itemsize),
-        "kv_bytes_unpruned": _kv_bytes(shape, [lengths] * shape.layers, itemsize),
-    }
 
 
 def visual_by_layer(prompt: Prompt, layers: int) -> list[list[int]]:
@@ -201,9 +189,9 @@ def _by_row(by_layer: Sequence[tuple[int, list[int]]]) -> list[list[int]]:
     return [list(lengths) for lengths in zip(*(rows for _, rows in by_layer))]
 
 
-def _kv_bytes(shape: cost.ModelShape, layers: Sequence[Sequence[int]], itemsize: int) -> int:
+def _kv_bytes(shape: cost.ModelShape, layers: Sequence[Sequence[int]], itemsize: int) -> int | None:
     samples = len(layers[0])
-    return sum(cost.kv_bytes(shape, [rows[sample] for rows in layers], itemsize) for sample in range(samples))
+    return cost.total(cost.kv_bytes(shape, [rows[sample] for rows in layers], itemsize) for sample in range(samples))
 
 
 def _flops(
@@ -216,9 +204,9 @@ def _flops(
     # the rows of a batch differ in length; the tower and the projector see all of its images at once
     samples = range(len(layers[0]))
     return cost.Flops(
-        vision=sum(adapter.vision.flops(shape, work) for work in tower),
-        projector=sum(cost.projector_flops(shape, work.left) for work in tower),
+        vision=cost.total(adapter.vision.flops(shape, work) for work in tower),
+        projector=cost.total(cost.projector_flops(shape, work.left) for work in tower),
         selection=selection,
-        prefill=sum(cost.prefill_flops(shape, [rows[sample] for rows in layers]) for sample in samples),
-        decode=sum(cost.decode_flops(shape, [rows[sample] + 1 for rows in layers]) for sample in samples),
+        prefill=cost.total(cost.prefill_flops(shape, [rows[sample] for rows in layers]) for sample in samples),
+        decode=cost.total(cost.decode_flops(shape, [rows[sample] + 1 for rows in layers]) for sample in samples),
     )

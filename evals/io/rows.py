@@ -83,32 +83,34 @@ class KvCosts(TypedDict):
 
     measured: float
     """Bytes that the real cache holds."""
-    analytic: float
-    """Bytes counted from the sizes."""
-    unpruned: float
+    analytic: float | None
+    """Bytes counted from the sizes; None where a layer is not modelled."""
+    unpruned: float | None
     """Bytes counted for the unpruned model."""
     equivalent_tokens: float
-    """Visual keys, averaged over layers; read off the real cache."""
+    """Visual keys, averaged over layers that hold all of theirs; read off the real cache."""
     per_layer: list[int]
     """Bytes by decoder layer, of the first prompt."""
-    lengths: list[int]
-    """Keys by decoder layer, of the first prompt."""
+    lengths: list[int | None]
+    """Keys by decoder layer, of the first prompt; None where a layer has none, or has dropped some."""
 
 
 class FlopsCosts(TypedDict):
-    """FLOPs of one prompt, averaged over the measured prompts; see `profiling.flops`."""
+    """FLOPs of one prompt, averaged over the measured prompts; see `profiling.flops`. A part that is not modelled is
+    None, and so is a total over it."""
 
-    analytic: dict[str, float]
+    analytic: dict[str, float | None]
     """Counted from the sizes, by part (`vision`, `projector`, `selection`, `prefill`, `decode`) and `total`, which
     leaves `decode` out."""
-    unpruned: dict[str, float]
+    unpruned: dict[str, float | None]
     """The same of the unpruned model."""
-    paper: float
-    """By the papers' simplified formula: decoder layers only, a multiply-add counts once."""
+    paper: float | None
+    """By the papers' simplified formula: decoder layers only, a multiply-add counts once; None for decoders that it was
+    not made for."""
     measured: dict[str, float] | None
     """By FlopCounterMode, as `analytic`; None where it did not run, and then the next two are None too."""
     difference: dict[str, float] | None
-    """Analytic over measured minus 1, by part; under `layers` the largest of a decoder layer."""
+    """Analytic over measured minus 1, by part that is modelled; under `layers` the largest of a decoder layer."""
     agree: bool | None
     """Whether all differences are within `flops.TOLERANCE`."""
 

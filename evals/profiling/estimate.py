@@ -16,6 +16,7 @@ from typing import Any
 
 from tokenprune import cost
 from tokenprune.api import adapter_for, plan_for
+from tokenprune.engine.prompt_reader import prompt_visuals
 from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.evaluation.applied_method import method_of
 from tokenprune.evals.models.load import LoadedModel, fingerprint, model_source, ready_processor
@@ -94,8 +95,16 @@ def outline(name: str) -> Outline:
 
 
 def of_prompt(adapter: Adapter, inputs: Mapping[str, Any], made_of: str = "") -> Outline:
-    """The outline of a prompt with one picture, as the processor laid it out."""
-    (visual,) = (visual for visual in adapter.visuals("image", inputs) if visual.length)
+    """The outline of a prompt with one picture, as the processor laid it out.
+
+    Raises:
+        ValueError: the family's pictures are laid out behind its tower, which does not run here.
+    """
+    if adapter.behind_tower:
+        raise ValueError(
+            "how its pictures are laid out is known once its tower has run, so that reports of a run say what it costs"
+        )
+    (visual,) = prompt_visuals(adapter, "image", inputs)
     return Outline(adapter, visual, inputs["input_ids"].shape[1] - visual.length, made_of)
 
 

@@ -19,6 +19,7 @@ from tokenprune.evals.evaluation.applied_method import pruned
 from tokenprune.evals.io.rows import FlopsCosts
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.tasks.task import Sample
+from tokenprune.interfaces.adapter import Adapter
 from tokenprune.kernels.dispatch import FORMULAS
 from tokenprune.state.device_timer import DeviceTimer
 
@@ -37,12 +38,35 @@ def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = No
     return sdpa_flop_count(query, key, value)
 
 
+def _experts(rows: Any, weights: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    # [S, in] x [E, in, out]: each row is multiplied with the matrix of its expert
+    return 2 * rows[0] * weights[-2] * weights[-1]
+
+
+class _NoModules:
+    """In place of what follows a FlopCounterMode through modules: that hooks gradients, and fails where a parameter is
+    handed to a module while there are none (the latents of a perceiver)."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
 def flop_counter() -> FlopCounterMode:
-    """A FlopCounterMode that also counts our own ops, with triton or without, and fused attention of grouped queries
-    and on CPUs, which releases of torch refuse or leave at zero."""
+    """A FlopCounterMode that also counts our own ops, with triton or without, fused attention of grouped queries and on
+    CPUs, and matrices of experts, which releases of torch refuse or leave at zero."""
     fused = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}", None) for name in _FUSED]
     mapping = {op: _attention for op in fused if op is not None}
-    return FlopCounterMode(display=False, custom_mapping={**FORMULAS, **mapping})
+    grouped = [getattr(torch.ops.aten, "_grouped_mm", None)]
+    grouped.append(getattr(torch.ops.transformers, "grouped_mm_fallback", None))
+    mapping |= {op: _experts for op in grouped if op is not None}
+    counter = FlopCounterMode(display=False, custom_mapping={**FORMULAS, **mapping})
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    return counter
 
 
 class _Tally:
@@ -52,6 +76,8 @@ class _Tally:
         self._counter = counter
         self.selection = 0
         self.spent: dict[str, int] = {}
+        self.front = 0
+        """What was counted when the decoder was first called."""
         self._begun: dict[str, int] = {}
         self._selecting = 0
 
@@ -67,13 +93,17 @@ class _Tally:
     def _before(self, name: str, module: Any, args: Any, kwargs: Any) -> None:
         self._begun[name] = self._now()
 
+    def _reached(self, module: Any, args: Any, kwargs: Any) -> None:
+        self.front = self.front or self._now()
+
     def _after(self, name: str, module: Any, args: Any, output: Any) -> None:
         self.spent[name] = self.spent.get(name, 0) + self._now() - self._begun[name]
 
     @contextmanager
-    def of(self, modules: dict[str, Any]) -> Iterator[None]:
-        """Count in these modules and in selections."""
-        hooks = []
+    def of(self, modules: dict[str, Any], decoder: Any) -> Iterator[None]:
+        """Count in these modules, in selections, and before the decoder."""
+        hooks = [decoder.register_forward_pre_hook(self._reached, with_kwargs=True)]
+        self.front = 0
         self.spent = dict.fromkeys(modules, 0)
         DeviceTimer.listener = self._listen
         try:
@@ -102,16 +132,17 @@ class _FirstToken(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def _measure_once(loaded: LoadedModel, inputs: dict[str, Any]) -> dict[str, float]:
-    """One prefill and one decode step, through `generate`, by part and (`layer:K`) by decoder layer."""
+def count_once(adapter: Adapter, inputs: dict[str, Any]) -> dict[str, float]:
+    """What FlopCounterMode counts in one prefill and one decode step through `generate`: by part, and of the prefill by
+    decoder layer (`layer:K`) and in the head (`head`)."""
     counter = flop_counter()
     tally = _Tally(counter)
-    adapter = loaded.adapter
     vision, projector = adapter.vision.module, adapter.projector
-    layers = {f"layer:{i}": layer for i, layer in enumerate(adapter.layers)}
-    with torch.inference_mode(), counter, tally.of({"vision": vision, "projector": projector, **layers}):
+    modules = {"vision": vision, "projector": projector, "head": adapter.head}
+    modules |= {f"layer:{i}": layer for i, layer in enumerate(adapter.layers)}
+    with torch.inference_mode(), counter, tally.of(modules, adapter.language_model):
         first = _FirstToken(lambda: {**tally.spent, "selection": tally.selection, "total": counter.get_total_flops()})
-        loaded.model.generate(
+        adapter.model.generate(
             **inputs,
             do_sample=False,
             max_new_tokens=2,
@@ -119,7 +150,9 @@ def _measure_once(loaded: LoadedModel, inputs: dict[str, Any]) -> dict[str, floa
             stopping_criteria=StoppingCriteriaList([first]),
         )
     parts = dict(first.seen or {})
-    if any(module is projector for module in vision.modules()):
+    if projector is None:  # no module that is known: all that comes between tower and decoder
+        parts["projector"] = tally.front - parts["vision"]
+    elif any(module is projector for module in vision.modules()):
         parts["vision"] -= parts["projector"]
     total = parts.pop("total")
     parts["prefill"] = total - sum(parts[part] for part in ("vision", "projector", "selection"))
@@ -138,37 +171,39 @@ def measure_flops(
     Returns:
         `measured` and `analytic` (by part and `total`, which leaves `decode` out), `unpruned` (analytic),
         `difference` (relative, by part, and under `layers` the largest of a decoder layer at prefill), `agree` (all
-        within `TOLERANCE`) and `paper` (see `tokenprune.cost`).
+        within `TOLERANCE`) and `paper` (see `tokenprune.cost`). Parts that are not modelled are None, and have no
+        difference.
     """
     shape = loaded.adapter.cost_shape()
-    measured, analytic, unpruned = (dict.fromkeys(PARTS, 0.0) for _ in range(3))
+    measured, analytic, unpruned = (_nothing() for _ in range(3))
     by_layer: list[float] = []
-    paper = 0.0
+    paper: float | None = 0.0
     for sample in samples:
         inputs = dict(loaded.inputs([sample.question], [sample.image]))
         # the handle that gives the unpruned model its report asks for scores, which would be counted
-        parts = _measure_once(loaded, inputs) if counting and point.method == NONE else None
+        parts = count_once(loaded.adapter, inputs) if counting and point.method == NONE else None
         with _watched(loaded, point, seed, sample) as handle:
             if counting and point.method != NONE:
-                parts = _measure_once(loaded, inputs)
+                parts = count_once(loaded.adapter, inputs)
             else:
                 with torch.inference_mode():
                     loaded.model(**inputs, logits_to_keep=1)
             report = handle.report()
         if parts is not None:
             _add(measured, parts, len(samples))
-            layers = [parts[f"layer:{i}"] for i in range(shape.layers)]
-            by_layer += [_relative(counted, layer) for counted, layer in zip(report.flops_by_layer, layers)]
+            layers = [(report.flops_by_layer[i], parts[f"layer:{i}"]) for i in range(shape.layers)]
+            by_layer += [_relative(counted, layer) for counted, layer in layers if counted is not None]
         _add(unpruned, report.flops_unpruned.as_dict(), len(samples))
         _add(analytic, report.flops.as_dict(), len(samples))
-        paper += cost.paper_flops(shape, report.tokens_by_layer) / len(samples)
+        paper = plus(paper, cost.paper_flops(shape, report.tokens_by_layer), len(samples))
     result: FlopsCosts = {
         "analytic": _with_total(analytic), "unpruned": _with_total(unpruned), "paper": paper, "measured": None,
         "difference": None, "agree": None,
     }  # fmt: skip
     if not counting:
         return result
-    difference = {part: _relative(analytic[part], measured[part]) for part in PARTS}
+    both = {part: (analytic[part], measured[part]) for part in PARTS}
+    difference = {part: _relative(a, m) for part, (a, m) in both.items() if a is not None and m is not None}
     difference["layers"] = max(by_layer, key=abs, default=0.0)
     agree = all(abs(value) <= TOLERANCE for value in difference.values())
     if not agree:
@@ -191,13 +226,23 @@ def _watched(loaded: LoadedModel, point: Point, seed: int, sample: Sample) -> It
         yield handle
 
 
-def _add(total: dict[str, float], counted: Mapping[str, float], over: int) -> None:
+def _nothing() -> dict[str, float | None]:
+    return dict.fromkeys(PARTS, 0.0)
+
+
+def _add(total: dict[str, float | None], counted: Mapping[str, float | None], over: int) -> None:
     for part in PARTS:
-        total[part] += counted[part] / over
+        total[part] = plus(total[part], counted[part], over)
 
 
-def _with_total(parts: dict[str, float]) -> dict[str, float]:
-    return {**parts, "total": sum(value for part, value in parts.items() if part != "decode")}
+def plus(total: float | None, counted: float | None, over: int) -> float | None:
+    """A mean so far and one more of `over` values; None as soon as one of them is not modelled."""
+    return None if total is None or counted is None else total + counted / over
+
+
+def _with_total(parts: dict[str, float | None]) -> dict[str, float | None]:
+    summed = [value for part, value in parts.items() if part != "decode"]
+    return {**parts, "total": None if None in summed else sum(value for value in summed if value is not None)}
 
 
 def _relative(counted: float, measured: float) -> float:
@@ -207,9 +252,24 @@ def _relative(counted: float, measured: float) -> float:
 
 
 def cache_bytes(cache: Any) -> list[int]:
-    """Bytes of keys and values that each layer of a KV cache really holds."""
+    """Bytes that each layer of a KV cache really holds: keys and values, keys of an indexer, states of linear
+    attention."""
     sizes = []
     for layer in cache.layers:
-        tensors = [getattr(layer, name, None) for name in ("keys", "values")]
-        sizes.append(sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)))
+        held = [getattr(layer, name, None) for name in ("keys", "values", "indexer_keys")]
+        for name in ("conv_states", "recurrent_states"):  # by state, in one layer or several
+            states = getattr(layer, name, None)
+            held += states.values() if isinstance(states, dict) else states if isinstance(states, list) else [states]
+        sizes.append(sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor)))
     return sizes
+
+
+def keys_held(cache: Any) -> list[int | None]:
+    """Keys of each layer of a KV cache; None where it has none, or has dropped some that no later query sees."""
+    held: list[int | None] = []
+    for layer in cache.layers:
+        keys = getattr(layer, "keys", None)
+        whole = isinstance(keys, torch.Tensor) and keys.dim() > 2
+        dropped = whole and getattr(layer, "cumulative_length", keys.shape[-2]) > keys.shape[-2]
+        held.append(keys.shape[-2] if whole and not dropped else None)
+    return held

@@ -27,7 +27,7 @@ from tokenprune.evals.config.points import Point
 from tokenprune.evals.evaluation.applied_method import pruned, visual_tokens
 from tokenprune.evals.io.rows import KvCosts, Quartiles, TimedCosts
 from tokenprune.evals.models.load import LoadedModel
-from tokenprune.evals.profiling.flops import cache_bytes
+from tokenprune.evals.profiling.flops import cache_bytes, keys_held, plus
 from tokenprune.evals.statistics.bootstrap import median_iqr
 from tokenprune.evals.tasks.task import Sample
 from tokenprune.seams import cache_in
@@ -203,8 +203,9 @@ def measure_times(
 
     Returns:
         `kv`: `measured` (bytes that the real cache holds after the prompt, mean over samples), `analytic`, `unpruned`
-        (analytic), `per_layer` (measured, of the first sample), `lengths` (keys per layer, of the first sample),
-        `equivalent_tokens` (visual keys averaged over layers and samples, read off the real cache).
+        (analytic), `per_layer` (measured, of the first sample), `lengths` (keys per layer, of the first sample; None
+        where a layer has none or has dropped some), `equivalent_tokens` (visual keys averaged over the other layers and
+        samples, read off the real cache).
         `times`: median and quartiles of `prefill`, `unpruned_prefill`, `ideal_prefill`, `selection`, `decode` (per
         token), and of the ratios `to_ideal`, `to_unpruned` and `selection_share`, each taken within
         a round. The unpruned model has no ideal and no selection.
@@ -224,13 +225,18 @@ def measure_times(
                 cache = cache_in(prefill(loaded, inputs))
                 stays = None if handle is None else handle.stays_by_layer
                 counted = cost.kv_bytes(shape, [length] * shape.layers, itemsize)
-                kv["unpruned"] += counted / len(samples)
-                kv["analytic"] += (counted if handle is None else handle.report().kv_bytes) / len(samples)
+                report = None if handle is None else handle.report()
+                pruned_bytes = counted if report is None else report.kv_bytes
+                kv["unpruned"] = plus(kv["unpruned"], counted, len(samples))
+                kv["analytic"] = plus(kv["analytic"], pruned_bytes, len(samples))
             sizes = cache_bytes(cache)
             kv["measured"] += sum(sizes) / len(samples)
-            lengths = [layer.keys.shape[-2] for layer in cache.layers]
+            lengths = keys_held(cache)
             text = length - visual_tokens(loaded, inputs)[0]
-            kv["equivalent_tokens"] += cost.equivalent_tokens([n - text for n in lengths]) / len(samples)
+            whole = [n - text for n in lengths if n is not None]
+            if not whole:  # every layer has dropped keys: what it was given
+                whole = [length - text if report is None else report.equivalent_tokens]
+            kv["equivalent_tokens"] += cost.equivalent_tokens(whole) / len(samples)
             if number == 0:
                 kv["per_layer"], kv["lengths"] = sizes, lengths
             del cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from tokenprune.cost import NOT_MODELLED
 from tokenprune.evals.report.html import Cell, Column, table
 from tokenprune.evals.report.series import budget_of, name_of
 from tokenprune.evals.results.records import ResultRecord
@@ -41,6 +42,10 @@ def family_table(records: list[ResultRecord]) -> str:
     return table(columns, rows, "plain")
 
 
+def _counted(value: float | None) -> Cell:
+    return Cell(NOT_MODELLED) if value is None else Cell(f"{value / 1e9:.4g}", value / 1e9)
+
+
 def flops_table(records: list[ResultRecord]) -> str:
     """GFLOPs of one prompt by part; "" where none were counted."""
     heads = ("method", "budget", *PARTS[:-1], "decode, per token", "papers' formula", "measured off by")
@@ -51,9 +56,8 @@ def flops_table(records: list[ResultRecord]) -> str:
             continue
         cells = [Cell(escape(name_of(record)), name_of(record)), Cell(escape(budget_of(record)), budget_of(record))]
         for part in PARTS:
-            value = flops["analytic"][part] / 1e9
-            cells.append(Cell(f"{value:.4g}", value))
-        cells.append(Cell(f"{flops['paper'] / 1e9:.4g}", float(flops["paper"])))
+            cells.append(_counted(flops["analytic"][part]))
+        cells.append(_counted(flops["paper"]))
         worst = max(flops["difference"].values(), key=abs) if flops["difference"] else None
         cells.append(Cell("" if worst is None else f"{worst:+.2%}", worst))
         rows.append((f' data-budget="{escape(budget_of(record))}"', cells))
@@ -63,6 +67,6 @@ def flops_table(records: list[ResultRecord]) -> str:
         '<p class="soft">GFLOPs of one prompt. Matrix products only, 2 per multiply-add, attention as the full square, '
         "as torch counts them in FlopCounterMode. The last column is the largest difference of a part between the "
         "analytic and the measured count. The papers' simplified formula counts decoder layers only and a multiply-add "
-        "once.</p>"
+        "once. A part whose cost the model's sizes do not say is not modelled.</p>"
     )
     return explained + table([Column(head) for head in heads], rows, "plain")

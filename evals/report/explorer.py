@@ -123,7 +123,7 @@ def _drawn(folder: Path, views: list[View], rows: list[SampleRow | None], room: 
     files = [(view, file) for view, file in files if file.is_file()]
     if not files or not room.picture(sum(file.stat().st_size for _, file in files)):
         return {}
-    # the visuals of a prompt one after the other, where it has several (the tiles of InternVL)
+    # the visuals of a prompt one after the other, where it has several (pictures, frames)
     sizes: dict[int, int] = {}
     for view in views:
         visual = view.get("visual", 0)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from tokenprune.engine.prompt_reader import prompt_visuals
 from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.io.picture_reader import read_picture
 from tokenprune.evals.models.load import LoadedModel
@@ -84,7 +85,9 @@ def seen_views(
         image: the picture, or the frames of the video, as it was handed to the processor.
     """
     kind = "video" if isinstance(image, list) else "image"
-    visuals = loaded.adapter.visuals(kind, inputs)
+    # families without a kind of visual for videos get frames as pictures
+    own_kind = kind if kind in loaded.adapter.features else "image"
+    visuals = prompt_visuals(loaded.adapter, own_kind, inputs)
     rasters = [(raster, which) for which, visual in enumerate(visuals) for raster in visual.rasters]
     if isinstance(image, list):
         step = max(1, len(image) // len(rasters))  # several frames may share a raster: the first is shown
@@ -93,7 +96,7 @@ def seen_views(
     pixels = inputs["pixel_values"]
     views: list[SeenView] = []
     for number, (raster, which) in enumerate(rasters[:_MOST]):
-        tile = pixels[which] if pixels.dim() == 4 else pixels[0, number] if raster.kind == "crop" else None
+        tile = pixels[number] if pixels.dim() == 4 else pixels[0, number] if raster.kind == "crop" else None
         if tile is not None and raster.kind in ("image", "crop"):
             views.append(SeenView(seen_picture(tile, loaded.processor), raster, which))
         else:

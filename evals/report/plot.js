@@ -60,7 +60,7 @@ const plotOf = panel => {
     if (point.vs_random !== null) rows.push(`${signed(point.vs_random)} points to random at equal tokens <small>${signed(point.vs_random_low)} to ${signed(point.vs_random_high)}, ${point.verdict}</small>`);
     rows.push(`${short(point.tokens)} visual tokens`);
     if (point.flops !== null) rows.push(`${short(point.flops)} GFLOPs <small>${percent(point.flops_share, 0)} % of unpruned</small>`);
-    if (point.kv !== null) rows.push(`${short(point.kv)} KiB of KV <small>${percent(point.kv_share, 0)} %</small>`);
+    if (point.kv !== null) rows.push(`${short(point.kv)} KiB of KV${point.kv_share === null ? "" : ` <small>${percent(point.kv_share, 0)} %</small>`}`);
     if (point.prefill !== null) rows.push(`${short(point.prefill)} ms of prefill`);
     tip.innerHTML = rows.join("<br>");
     tip.hidden = false;

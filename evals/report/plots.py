@@ -30,20 +30,26 @@ def series_of(records: list[ResultRecord]) -> dict[str, list[ResultRecord]]:
     return {name: sorted(group, key=flops_decoder) for name, group in series.items()}
 
 
-def _analytic(record: ResultRecord) -> dict[str, float]:
-    """FLOPs by part; only for records that have them."""
-    return cast(FlopsCosts, record.get("flops"))["analytic"]
+def _analytic(record: ResultRecord, *parts: str) -> float:
+    """FLOPs of these parts in units of 1e9; only for records that have them."""
+    counted = cast(FlopsCosts, record.get("flops"))["analytic"]
+    return sum(cast(float, counted[part]) for part in parts) / 1e9
+
+
+def _has(record: ResultRecord, part: str) -> bool:
+    """Whether a part of a record's FLOPs was counted and is modelled."""
+    flops = record.get("flops")
+    return bool(flops) and flops["analytic"][part] is not None
 
 
 def flops_decoder(record: ResultRecord) -> float:
     """FLOPs that the number of kept tokens decides, in units of 1e9: selection and prefill."""
-    parts = _analytic(record)
-    return (parts["selection"] + parts["prefill"]) / 1e9
+    return _analytic(record, "selection", "prefill")
 
 
 def flops_total(record: ResultRecord) -> float:
     """FLOPs to the first token, in units of 1e9: tower, projector, selection and prefill."""
-    return _analytic(record)["total"] / 1e9
+    return _analytic(record, "total")
 
 
 def styles(names: list[str]) -> dict[str, tuple[str, str]]:
@@ -54,7 +60,7 @@ def styles(names: list[str]) -> dict[str, tuple[str, str]]:
 
 def plot_pareto(records: list[ResultRecord], path: Path) -> Path:
     """Write the plot: a row per model and task; left the decoder's FLOPs, right all up to the first token. Points
-    without FLOPs are left out."""
+    without FLOPs, or whose FLOPs are not modelled, are left out."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,9 +78,10 @@ def plot_pareto(records: list[ResultRecord], path: Path) -> Path:
     )
     for (model, task), (left, right) in zip(panels, axes, strict=True):
         whole = [r for r in records if (r["model"], r["task"]) == (model, task)]
-        counted = [record for record in whole if record.get("flops")]
+        counted = [record for record in whole if _has(record, "prefill")]
+        in_all = [record for record in whole if _has(record, "total")]
         _panel(left, counted, flops_decoder, spread=0.022)
-        _panel(right, counted, flops_total, spread=0.0)
+        _panel(right, in_all, flops_total, spread=0.0)
         left.set_title(title_of(whole[0]), loc="left", fontsize=11)
         left.set_xscale("log")
         left.set_xlabel("GFLOPs of selection and prefill (log; one budget's points are spread sideways)")
@@ -83,7 +90,7 @@ def plot_pareto(records: list[ResultRecord], path: Path) -> Path:
         low, high = left.get_ylim()
         left.set_ylim(max(0.0, min(low, high - 4)), min(100.0, max(high, low + 4)))
         ticks_of_budgets(left, counted)
-        if counted:
+        if in_all:
             right.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     with replaced(path) as partial:
         figure.savefig(partial, dpi=130)

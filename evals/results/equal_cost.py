@@ -25,11 +25,12 @@ AXES = ("tokens", "flops")
 
 
 def cost_of(record: ResultRecord, axis: str) -> float | None:
-    """What a point was measured to cost; None where it was not."""
+    """What a point was measured to cost; None where it was not, or where a part of it is not modelled."""
     if axis == "tokens":
         return float(record["kept_tokens"]) or None
     flops = record.get("flops")
-    return float(flops["analytic"]["total"]) if flops else None
+    total = flops["analytic"]["total"] if flops else None
+    return None if total is None else float(total)
 
 
 def scores_by_id(rows: Sequence[SampleRow]) -> dict[str, float]:

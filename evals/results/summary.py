@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
+from tokenprune.cost import share
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.io.atomic_files import replace_file, replaced, write_csv
@@ -143,8 +144,12 @@ def metric_names(records: list[ResultRecord]) -> list[str]:
     return list(dict.fromkeys(name for record in records for name in record.get("metrics") or {}))
 
 
+def _giga(value: float | None) -> float | None:
+    return None if value is None else value / 1e9
+
+
 def flat_costs(record: ResultRecord) -> TableRow:
-    """Tokens, FLOPs, bytes and times of a point, one number a column; None where not measured."""
+    """Tokens, FLOPs, bytes and times of a point, one number a column; None where not measured or not modelled."""
     flops, kv, times = record.get("flops"), record.get("kv"), record.get("times") or {}
 
     def at(name: str, statistic: str = "median", scale: float = 1.0) -> float | None:
@@ -159,13 +164,13 @@ def flat_costs(record: ResultRecord) -> TableRow:
         counted = flops.get(source) if flops else None
         for part in ("total", "vision", "projector", "selection", "prefill", "decode"):
             name = f"gflops_{part}" if source == "analytic" else f"gflops_{part}_measured"
-            flat[name] = counted[part] / 1e9 if counted else None
+            flat[name] = _giga(counted[part]) if counted else None
     flat["flops_agree"] = flops["agree"] if flops and flops.get("measured") else None
-    flat["flops_share"] = flops["analytic"]["total"] / flops["unpruned"]["total"] if flops else None
-    flat["gflops_paper_formula"] = flops["paper"] / 1e9 if flops else None
+    flat["flops_share"] = share(flops["analytic"]["total"], flops["unpruned"]["total"]) if flops else None
+    flat["gflops_paper_formula"] = _giga(flops["paper"]) if flops else None
     flat["kv_bytes"] = kv["measured"] if kv else None
     flat["kv_bytes_analytic"] = kv["analytic"] if kv else None
-    flat["kv_share"] = kv["analytic"] / kv["unpruned"] if kv else None
+    flat["kv_share"] = share(kv["analytic"], kv["unpruned"]) if kv else None
     for name in ("prefill", "unpruned_prefill", "ideal_prefill", "selection", "decode"):
         flat[f"{name}_ms"] = at(name, scale=1000)
         flat[f"{name}_ms_q25"] = at(name, "q25", 1000)

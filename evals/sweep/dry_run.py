@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from tokenprune.cost import NOT_MODELLED
 from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.models.load import LoadedModel, model_source
@@ -51,10 +52,9 @@ class Planned:
 
     @property
     def flops(self) -> float | None:
-        """FLOPs to the first token of all its samples."""
-        if self.estimate is None or self.samples is None:
-            return None
-        return float(self.samples * self.estimate.flops.total)
+        """FLOPs to the first token of all its samples; None where a part is not modelled."""
+        total = None if self.estimate is None else self.estimate.flops.total
+        return None if total is None or self.samples is None else float(self.samples * total)
 
 
 @dataclass(frozen=True)
@@ -211,10 +211,12 @@ def _cells(same: Sequence[Planned]) -> list[str]:
     costs = ["", "", ""]
     if first.estimate is not None:
         mark = "<= " if first.estimate.at_most else ""
-        total = first.estimate.flops.total
-        share = f"{100 * total / first.estimate.unpruned.total:.1f}"
+        total, whole = first.estimate.flops.total, first.estimate.unpruned.total
         in_all = [each.flops for each in same if each.flops is not None]
-        costs = [f"{mark}{total / 1e9:.4g}", share, f"{sum(in_all) / 1e12:.4g}" if len(in_all) == len(same) else ""]
+        costs = [NOT_MODELLED, "", ""]
+        if total is not None and whole is not None:
+            every = f"{sum(in_all) / 1e12:.4g}" if len(in_all) == len(same) else ""
+            costs = [f"{mark}{total / 1e9:.4g}", f"{100 * total / whole:.1f}", every]
     samples = str(sum(sizes)) if len(sizes) == len(same) else "?"
     label = "unpruned" if first.point.method == NONE else first.point.label
     return [label, first.cuts, samples, str(sum(each.done for each in same)), *costs, _needs_here(first)]

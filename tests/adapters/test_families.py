@@ -157,10 +157,9 @@ def test_any_method_can_cut_inside_the_tower_and_again_later(name, layout):
 @pytest.mark.parametrize("name", list(BUILDERS))
 @pytest.mark.parametrize("method", ["none", "divprune", "fastv", "transprune", "flowcut", "downsample", "vflowopt"])
 def test_analytic_flops_equal_measured_by_part_and_layer(name, method):
-    from types import SimpleNamespace
 
     from tokenprune.evals.profiling.flops import TOLERANCE as NEAR
-    from tokenprune.evals.profiling.flops import _measure_once
+    from tokenprune.evals.profiling.flops import count_once
 
     model, batch = family(name), batch_of(name, "one_left")
     try:
@@ -168,7 +167,7 @@ def test_analytic_flops_equal_measured_by_part_and_layer(name, method):
     except ValueError:
         pytest.skip("refused")
     with handle:
-        found = _measure_once(SimpleNamespace(model=model, adapter=adapter_for(model)), batch)  # type: ignore[arg-type]
+        found = count_once(adapter_for(model), batch)
         model(**batch)
         report = handle.report()
     counted = report.flops.as_dict()

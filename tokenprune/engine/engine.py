@@ -48,7 +48,7 @@ from tokenprune.state.forward_call import Calls, ForwardCall, Generation
 from tokenprune.state.kv_cache import mark_pruned, pruned_prompt
 from tokenprune.state.prompt_layout import Layout
 from tokenprune.state.prompt_state import CutBuilder, Prompt
-from tokenprune.state.tower_recording import Recording
+from tokenprune.state.tower_recording import Recording, joined_sources, rows_of
 from tokenprune.wrappers import Links, drop_graphs
 
 
@@ -324,8 +324,7 @@ class Engine:
         """Recording and row of each span, from the features calls of this very forward."""
         recorded = {} if self.calls.now is None else self.calls.now.recordings
         by_kind = {
-            kind: [(recording, row) for recording in recordings for row in range(len(recording.visuals))]
-            for kind, recordings in recorded.items()
+            kind: joined_sources(rows_of(recordings), layout.tiles.get(kind)) for kind, recordings in recorded.items()
         }
         return [by_kind[span.visual.kind][order] for span, order in zip(layout.spans, layout.order)]
 

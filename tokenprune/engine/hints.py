@@ -62,7 +62,7 @@ class Hints:
         if prompt is not None:
             layout = prompt.layout
             in_batch = dict.fromkeys((span.visual.kind, order) for span, order in zip(layout.spans, layout.order))
-            return self.of_visual(name, list(in_batch).index((kind, place)))
+            return self.of_visual(name, list(in_batch).index((kind, layout.order_of(kind, place))))
         given = len(self._given(name) or ())
         if len(self._adapter.features) > 1 and given not in (0, count):
             raise ValueError(

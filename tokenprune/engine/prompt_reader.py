@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,11 +10,27 @@ from torch import Tensor
 
 from tokenprune.engine.guards import check_attended, check_cache, check_packed, warn_of_features
 from tokenprune.interfaces.adapter import Adapter
+from tokenprune.interfaces.visual import Pictures, Visual
 from tokenprune.state.call_inputs import CallInputs
 from tokenprune.state.forward_call import ForwardCall
 from tokenprune.state.prompt_layout import build_layout
 from tokenprune.state.prompt_state import Prompt
-from tokenprune.state.tower_recording import Recording, sources_of
+from tokenprune.state.tower_recording import Recording, joined_sources, rows_of, sources_of
+
+
+def prompt_visuals(adapter: Adapter, kind: str, call: Mapping[str, Any]) -> list[Visual]:
+    """The pictures or videos of a call, by its arguments, as they stand in its prompts.
+
+    Raises:
+        ValueError: they do not fit the prompts.
+    """
+    ids = call["input_ids"].cpu()
+
+    def pictures(kind: str, row: int, places: Sequence[Tensor]) -> Pictures | None:
+        return adapter.pictures(kind, ids[row], places)
+
+    layout = build_layout({kind: ids == adapter.placeholder_ids[kind]}, {kind: adapter.visuals(kind, call)}, pictures)
+    return [span.visual for span in layout.spans]
 
 
 class PromptReader:
@@ -55,22 +72,27 @@ class PromptReader:
         encoded = call.get("mm_encoder_outputs") or {}
         sources: dict[str, list[tuple[Recording, int]]] = {}
         visuals = {}
+        ids, placeholders = self._placeholders(inputs)
+
+        def pictures(kind: str, row: int, places: Sequence[Tensor]) -> Pictures | None:
+            return adapter.pictures(kind, None if ids is None else ids[row], places)
+
         for kind in adapter.features:
             pixels = call.get(adapter.pixels[kind])
             if encoded.get(kind) is not None:
-                sources[kind] = self._sources(encoded[kind])
+                sources[kind] = self._sources(encoded[kind], placeholders[kind])
             elif pixels is not None and adapter.behind_tower:
-                recordings = now.recordings.get(kind, [])
-                sources[kind] = [(recording, row) for recording in recordings for row in range(len(recording.visuals))]
+                sources[kind] = rows_of(now.recordings.get(kind, []))
             elif pixels is not None:
                 visuals[kind] = adapter.visuals(kind, call)
                 now.laid_out[kind] = pixels, visuals[kind]
             if kind in sources:
                 visuals[kind] = [recording.visuals[row] for recording, row in sources[kind]]
-        layout = build_layout(self._placeholders(inputs), visuals)
+        layout = build_layout(placeholders, visuals, pictures)
         prompt = Prompt(layout)
         if sources and len(sources) == len(visuals):
-            prompt.sources = [sources[span.visual.kind][o] for span, o in zip(layout.spans, layout.order)]
+            whole = {kind: joined_sources(rows, layout.tiles.get(kind)) for kind, rows in sources.items()}
+            prompt.sources = [whole[span.visual.kind][o] for span, o in zip(layout.spans, layout.order)]
         mask, positions = self._rows(inputs)
         prompt.lengths = [layout.length] * layout.batch_size
         if mask is not None:
@@ -84,12 +106,13 @@ class PromptReader:
 
     # --- what the arguments hold --------------------------------------------------------------------------------------
 
-    def _placeholders(self, inputs: CallInputs) -> dict[str, Tensor]:
-        """By kind, `[B, S]` bool on the CPU: where the placeholders of visual tokens stand."""
+    def _placeholders(self, inputs: CallInputs) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Ids `[B, S]` on the CPU, None where embeddings came; and by kind, `[B, S]` bool on the CPU: where the
+        placeholders of visual tokens stand."""
         ids = {kind: number for kind, number in self._adapter.placeholder_ids.items() if kind in self._adapter.features}
         if inputs.ids is not None:
             on_host = inputs.ids.cpu()
-            return {kind: on_host == number for kind, number in ids.items()}
+            return on_host, {kind: on_host == number for kind, number in ids.items()}
         embeds = inputs.arguments["inputs_embeds"]
         table = self._adapter.model.get_input_embeddings()
         # weights that accelerate brings when they are needed are on the meta device now
@@ -97,7 +120,7 @@ class PromptReader:
         wanted = torch.tensor(list(ids.values()), device=device)
         rows = table(wanted).to(embeds.device)  # [kinds, D]
         same = (embeds[None] == rows[:, None, None]).all(-1).cpu()
-        return dict(zip(ids, same))
+        return None, dict(zip(ids, same))
 
     @staticmethod
     def _rows(inputs: CallInputs) -> tuple[Tensor | None, Tensor | None]:
@@ -109,8 +132,8 @@ class PromptReader:
         return both[0], both[1]
 
     @staticmethod
-    def _sources(encoded: Any) -> list[tuple[Recording, int]]:
-        sources = sources_of(encoded)
+    def _sources(encoded: Any, placeholders: Tensor) -> list[tuple[Recording, int]]:
+        sources = sources_of(encoded, placeholders.sum(1).tolist())
         if sources is None:
             raise ValueError(
                 "mm_encoder_outputs holds image features that were computed before tokenprune was applied to the "

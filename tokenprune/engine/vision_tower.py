@@ -27,7 +27,7 @@ from tokenprune.interfaces.signals import PIXEL_SIGNALS, TOWER_STATES, VISION_SI
 from tokenprune.interfaces.visual import Raster, Visual
 from tokenprune.state.forward_call import Calls
 from tokenprune.state.prompt_state import multiplied_sizes
-from tokenprune.state.tower_recording import KeptBeforeProjector, Recording, tag
+from tokenprune.state.tower_recording import KeptBeforeProjector, Recording, by_visual, entries_of, tag
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -431,10 +431,12 @@ class TowerHooks:
                 if behind:
                     visuals = self.adapter.visuals_behind(kind, named, output)
                     recording.lay_out(visuals, self.adapter.pixel_rows(kind, named, visuals))
-                    recording.features = self.adapter.feature_rows(output)
+                    features = self.adapter.feature_rows(output)
+                    recording.features = by_visual(features, entries_of(output, visuals), visuals)
                 run.finish()
             finally:
                 self._calls.tower = None
+            recording.entries = entries_of(output, visuals)
             tag(output, recording)
             if self._calls.now is not None and self._calls.now.entered:
                 self._calls.now.recordings.setdefault(kind, []).append(recording)

@@ -12,7 +12,7 @@ from tokenprune.cost import ModelShape, tower_flops
 from tokenprune.interfaces.attention_reading import AttentionReading, attention_of, mlp_of, read_attention
 from tokenprune.interfaces.pruner import ModelDepths
 from tokenprune.interfaces.signals import TowerInfo
-from tokenprune.interfaces.visual import TowerWork, Visual
+from tokenprune.interfaces.visual import Pictures, TowerWork, Visual
 
 
 class VisionTower:
@@ -143,8 +143,9 @@ class VisionTower:
             patches = patches[..., : patches.shape[-1] // self.moments]
         return patches.unflatten(1, (-1, self.patches_per_cell)).transpose(2, 3).flatten(3)
 
-    def flops(self, shape: ModelShape, work: TowerWork) -> int:
-        """Floating-point operations of one run of the tower, by the conventions of `tokenprune.cost`."""
+    def flops(self, shape: ModelShape, work: TowerWork) -> int | None:
+        """Floating-point operations of one run of the tower, by the conventions of `tokenprune.cost`; None where they
+        are not modelled."""
         pictures = [rows * cols * self.patches_per_cell for rows, cols in work.grids]
         return tower_flops(shape, pictures, work.blocks, work.first)
 
@@ -175,7 +176,6 @@ class Adapter:
         behind_tower: whether visuals are laid out once the tower has run, by the features that it made
             (`visuals_behind`), rather than before it (`visuals`).
         verified: whether its classes are tested one by one; else the loaded model is tried when a method is applied.
-        costs_modelled: whether `cost_shape` is known.
         limits_whole_videos: whether the limits in pixels that its video processor is given are for all frames of a
             video together, not for each.
         decoder_path, projector_path: where these modules are, from the model.
@@ -188,7 +188,6 @@ class Adapter:
     mrope: bool = False
     behind_tower: ClassVar[bool] = False
     verified: ClassVar[bool] = True
-    costs_modelled: ClassVar[bool] = True
     limits_whole_videos: ClassVar[bool] = False
     decoder_path: ClassVar[str] = "model.language_model"
     projector_path: ClassVar[str] = "model.multi_modal_projector"
@@ -222,6 +221,12 @@ class Adapter:
     def tower(self) -> TowerInfo:
         """Facts on the vision tower."""
         return self.vision.facts
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The language-model head; None if the model does not say which it is."""
+        # classes with several embeddings have a head, but give none
+        return self.model.get_output_embeddings() or getattr(self.model, "lm_head", None)
 
     @property
     def layers(self) -> Sequence[Any]:
@@ -269,6 +274,18 @@ class Adapter:
     def visuals_behind(self, kind: str, call: Mapping[str, Any], output: Any) -> list[Visual]:
         """The same behind the tower; `output` is what the features call returned. Asked where `behind_tower` is set."""
         return self.visuals(kind, call)
+
+    def pictures(self, kind: str, ids: Tensor | None, places: Sequence[Tensor]) -> Pictures | None:
+        """Which of a prompt's visuals make a picture, where the tower gives the tiles of pictures one by one.
+
+        Args:
+            ids: `[S]` on the CPU, the prompt; None where it came as embeddings.
+            places: `[n]` int64 on the CPU, where the tokens of each visual stand in it, in order; there are some.
+
+        Returns:
+            None where each visual is a picture or a video.
+        """
+        return None
 
     def feature_rows(self, output: Any) -> list[Tensor]:
         """`[n, D]` of each visual, what the model puts at its placeholders, from the output of a features call."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -85,6 +86,38 @@ def unplaced(count: int, kind: str = "image") -> Visual:
     return Visual((Raster((1, count), 0, "unplaced"),), kind=kind, scattered=True)
 
 
+class Pictures(NamedTuple):
+    """How the visuals that a tower gives of one prompt make its pictures.
+
+    Attributes:
+        counts: visuals of each picture, in order.
+        note: what a reader of a report must know where the prompt does not say; "" where it does.
+    """
+
+    counts: tuple[int, ...]
+    note: str = ""
+
+
+def joined(visuals: Sequence[Visual]) -> Visual:
+    """One picture of its tiles, whose rasters are those of the tiles one after the other.
+
+    Raises:
+        ValueError: a tile has separators, or crops of its own.
+    """
+    if len(visuals) == 1:
+        return visuals[0]
+    rasters: list[Raster] = []
+    start = 0
+    for visual in visuals:
+        if visual.offsets is not None or visual.crops is not None or visual.length != visual.num_tokens:
+            raise ValueError("Only visuals that are one token a placeholder can be tiles of one picture.")
+        for raster in visual.rasters:
+            kind = "crop" if raster.kind == "image" else raster.kind
+            rasters.append(Raster(raster.grid, start + raster.start, kind))
+        start += visual.num_tokens
+    return replace(visuals[0], rasters=tuple(rasters), placeholders=None)
+
+
 @dataclass(frozen=True)
 class TowerWork:
     """One run of the vision tower over pictures.
@@ -98,6 +131,7 @@ class TowerWork:
         plain: the grids as they would have been, where a method shrank the pictures.
         cuts: by cut inside the tower, the block after which it was (-1: before the first), and the cells left of each
             picture.
+        videos: whether the pictures are frames of videos.
     """
 
     grids: tuple[tuple[int, int], ...]
@@ -107,3 +141,4 @@ class TowerWork:
     whole: int = 0
     plain: tuple[tuple[int, int], ...] = ()
     cuts: tuple[tuple[int, tuple[Tensor | None, ...]], ...] = ()
+    videos: bool = False

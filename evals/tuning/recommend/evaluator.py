@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
+from tokenprune.cost import share
 from tokenprune.evals.config.measure import Measure, Overlays
 from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.config.run_config import RunConfig
@@ -145,12 +146,21 @@ class ModelBench:
         prompts = list(self._task.load(0, min(COST_PROMPTS, len(self._ids))))
         if self._config.cost == "flops":
             flops = measure_flops(self._loaded, setting, prompts, self._config.seed, counting=False)
-            return flops["analytic"]["total"] / flops["unpruned"]["total"]
+            return self._share(flops["analytic"]["total"], flops["unpruned"]["total"])
         how = Measure(repeats=5, warmup=1, decode_tokens=0, times=self._config.cost == "latency")
         row = measure_times(self._loaded, setting, prompts, how, self._config.seed)
         if self._config.cost == "latency":
             return row["times"]["to_unpruned"]["median"]
-        return row["kv"]["analytic"] / row["kv"]["unpruned"]
+        return self._share(row["kv"]["analytic"], row["kv"]["unpruned"])
+
+    def _share(self, pruned: float | None, unpruned: float | None) -> float:
+        found = share(pruned, unpruned)
+        if found is None:
+            raise ValueError(
+                f"The cost {self._config.cost!r} of {self._loaded.name} is not modelled. Use --cost latency, which is "
+                "measured."
+            )
+        return found
 
     def scores(self, settings: Sequence[Point | None], samples: Sequence[int]) -> list[list[float]]:
         """See `Bench`; only what was not answered before is asked."""

@@ -131,7 +131,7 @@ def test_each_tile_of_a_prompt_is_drawn_with_its_own_tokens(checkpoint):
     loaded = load_model(str(checkpoint("internvl")), device="cpu")
     picture = Image.new("RGB", (96, 48), (250, 250, 250))
     views = seen_views(loaded, dict(loaded.inputs(["who"], [picture])), picture)
-    assert [view.visual for view in views] == [0, 1, 2]
-    sheet = np.asarray(draw_kept(views, Point("m", "t", "uniform", 1), [[0], [], [35]]).convert("L"))
+    assert [(view.visual, view.raster.start) for view in views] == [(0, 0), (0, 36), (0, 72)]
+    sheet = np.asarray(draw_kept(views, Point("m", "t", "uniform", 1), [[0, 107]]).convert("L"))
     bright = [sheet[4, 4] > 200, (sheet[:, 56:104] > 200).any(), sheet[44, 2 * 56 + 44] > 200]
     assert bright == [True, False, True]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from _tiny import prompts, tiny_llava
@@ -89,3 +91,35 @@ def test_a_second_turn_attends_to_the_cache():
     # 10 tokens in one go, or 9 and then 1: linear work is the same, the attention rectangle is 9 x 9 + 1 x 10
     whole = cost.prefill_flops(shape, [9] * 4) + cost.prefill_flops(shape, [1] * 4, cached=[9] * 4)
     assert whole == cost.prefill_flops(shape, [9] * 4) + cost.decode_flops(shape, [10] * 4)
+
+
+def test_layers_of_several_kinds_by_hand():
+    full = cost.LayerShape(linear=100, scores=8, cached=6)
+    window = cost.LayerShape(linear=100, scores=8, cached=6, window=4)
+    linear = cost.LayerShape(linear=100, scores=0, scanned=1000, convolved=5, state=7, state_fp32=9)
+    assert full.flops(10) == 2 * (10 * 100 + 10 * 10 * 8) == window.flops(10)
+    # behind ten positions the window's cache holds three, so that a query sees four keys
+    assert full.flops(1, 10) - window.flops(1, 10) == 2 * 8 * (11 - 4)
+    assert [full.bytes(10, 2), window.bytes(10, 2), window.bytes(2, 2), linear.bytes(10, 2)] == [120, 36, 24, 50]
+    assert linear.flops(65) == 2 * (65 * 100 + 66 * 5 + 2 * 1000)
+    assert linear.flops(1, 65) == 2 * (100 + 2 * 5)
+
+
+def test_what_is_not_modelled_is_in_no_sum():
+    shape = dataclasses.replace(adapter_for(tiny_llava()).cost_shape(), by_layer=())
+    layers = [*shape.layer_shapes()[:3], None]
+    partly = dataclasses.replace(shape, by_layer=tuple(layers), projector=None)
+    assert cost.layer_flops(partly, [9] * 4)[2:] == [cost.layer_flops(shape, [9] * 4)[2], None]
+    assert cost.prefill_flops(partly, [9] * 4) is cost.decode_flops(partly, [9] * 4) is None
+    assert (
+        cost.projector_flops(partly, 3) is cost.kv_bytes(partly, [9] * 4) is cost.paper_flops(partly, [9] * 4) is None
+    )
+    headless = dataclasses.replace(shape, vocab=None)
+    assert cost.prefill_flops(headless, [9] * 4) is None and cost.kv_bytes(headless, [9] * 4)
+    whole = cost.Flops(vision=1, projector=2, selection=3, prefill=4, decode=5)
+    assert whole.total == 10 and dataclasses.replace(whole, vision=None).total is None
+    assert cost.share(1, None) is cost.share(None, 1) is cost.share(1, 0) is None and cost.share(1, 2) == 0.5
+    everywhere = dataclasses.replace(shape, all_logits=True)
+    more = cost.prefill_flops(everywhere, [9] * 4) - cost.prefill_flops(shape, [9] * 4)
+    assert more == cost.head_flops(shape, 8)
+    assert cost.decode_flops(everywhere, [9] * 4) == cost.decode_flops(shape, [9] * 4)

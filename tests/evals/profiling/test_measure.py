@@ -46,8 +46,8 @@ def test_times_of_another_machine_are_not_taken_for_this_ones(store, tiny, tiny_
 
 
 def test_a_prompt_is_counted_once_a_point(store, tiny, tiny_task, monkeypatch):
-    calls, once = [], flops._measure_once
-    monkeypatch.setattr(flops, "_measure_once", lambda *given: calls.append(1) or once(*given))
+    calls, once = [], flops.count_once
+    monkeypatch.setattr(flops, "count_once", lambda *given: calls.append(1) or once(*given))
     found, _ = measured(store, tiny, load_task(tiny_task), Measure(samples=2, times=False))
     assert len(calls) == 2 * len(POINTS) and all(one["flops"]["agree"] for one in found.values())
 

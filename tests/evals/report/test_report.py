@@ -343,6 +343,38 @@ def test_a_run_without_costs_has_a_plot_and_a_page(tmp_path, monkeypatch):
     assert "| *random* |" in write_markdown(tmp_path / "board.md", [run]).read_text()
 
 
+@pytest.mark.parametrize("parts", [("vision", "projector"), ("prefill", "decode", "vision")])
+def test_what_is_not_modelled_has_no_number_anywhere(tmp_path, monkeypatch, parts):
+    import _fake_runs
+
+    from tokenprune.evals.report.plots import plot_pareto
+
+    whole = _fake_runs._measures
+
+    def measures(point):
+        costs = whole(point)
+        nothing = dict.fromkeys((*parts, "total"))
+        for name in ("analytic", "unpruned"):
+            costs["flops"][name] = {**costs["flops"][name], **nothing}
+        costs["flops"]["paper"] = None
+        if "prefill" in parts:
+            costs["kv"] |= {"analytic": None, "unpruned": None}
+        return costs
+
+    monkeypatch.setattr(_fake_runs, "_measures", measures)
+    run = read_run(fake_run(tmp_path / "run", methods=("none", "random", "holov"), samples=12, pictured=1))
+    assert all(record["equal_cost"].keys() <= {"tokens"} for record in run.records if record["method"] != "none")
+    assert plot_pareto(run.records, tmp_path / "plot.png").is_file()
+    write_report(tmp_path / "page.html", [run])
+    page = (tmp_path / "page.html").read_text()
+    assert "not modelled" in page and "NaN" not in json.dumps(data_of(page))
+    assert "| *random* |" in write_markdown(tmp_path / "board.md", [run]).read_text()
+    with (tmp_path / "run" / "summary.csv").open() as file:
+        row = next(csv.DictReader(file))
+    assert row["gflops_total"] == row["flops_share"] == row["gflops_paper_formula"] == ""
+    assert (row["kv_share"] == "") == ("prefill" in parts) and row["kv_bytes"]
+
+
 def test_tables_are_written_whole_or_not_at_all(tmp_path):
     from tokenprune.evals.io.atomic_files import write_csv
 

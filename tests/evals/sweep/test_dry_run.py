@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -218,3 +219,19 @@ def test_rows_of_a_task_whose_data_are_not_read_count_whatever_its_data():
     rows = {("base.one", point.key): {"a"}, ("base.two", point.key): {"b"}, ("other.one", point.key): {"c"}}
     assert _ids(rows, point, "base.", "one") == {"a"} and _ids(rows, point, "base.", "three") == set()
     assert _ids(rows, point, "base.", None) == {"a", "b"} and _ids(rows, point, None, "one") == set()
+
+
+def test_a_plan_of_what_is_not_modelled_says_so_and_adds_nothing_up(tmp_path, tiny_folder):
+    plan = make_plan(config(tmp_path / "run", str(tiny_folder)))
+    nothing = dataclasses.replace(plan.points[0].estimate.flops, vision=None)
+    points = [
+        dataclasses.replace(one, estimate=dataclasses.replace(one.estimate, flops=nothing, unpruned=nothing))
+        for one in plan.points
+        if one.estimate is not None
+    ]
+    partly = dataclasses.replace(plan, points=points)
+    console = Console(width=200, record=True, file=io.StringIO())
+    for table in plan_tables(partly):
+        console.print(table)
+    assert console.export_text().count("not modelled") == len({one.point.label for one in points})
+    assert partly.flops is None and not any("In all" in line for line in plan_lines(partly))
