@@ -14,6 +14,8 @@ import torch
 from masked_reference import check_cache, decoder_inputs, relative_error
 from torch import Tensor
 
+from tokenprune.engine.whole_masks import RECURRENT
+
 _TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
@@ -72,22 +74,49 @@ class WholeMasked:
             batch["input_ids"] = torch.cat([batch["input_ids"], tokens], dim=1)
             batch["attention_mask"] = torch.cat([self.mask, torch.ones_like(tokens)], dim=1)
             for name in (name for name in _TYPES if name in batch):
-                batch[name] = torch.cat([batch[name], torch.zeros_like(tokens)], dim=1)
+                # where 0 is the prompt, which sees itself both ways, an answer is 1; where it is text, an answer is 0
+                prefix = name == "token_type_ids" and not bool(batch[name].any())
+                batch[name] = torch.cat([batch[name], torch.full_like(tokens, int(prefix))], dim=1)
         if not self.adapter.mrope:
             counted = (self.mask.cumsum(1) - 1).masked_fill(self.mask == 0, 0)
             counted = torch.cat([counted, counted[:, -1:] + 1 + torch.arange(more)], dim=1)
             batch["position_ids"] = counted - self._closed(0, more)
+        along = [i for i in range(len(self.layers)) if self.adapter.layer_kind(i) in RECURRENT]
         handles = [
             layer.register_forward_pre_hook(
                 lambda module, args, kwargs, i=i: self._hide(i, batch, more, args, kwargs), with_kwargs=True
             )
             for i, layer in enumerate(self.adapter.layers)
+            if i not in along
         ]
+        for i in along:
+            self.adapter.layers[i].forward = self._along(i, batch, self.adapter.layers[i].forward)
         try:
             return self.model(**batch, use_cache=False).logits
         finally:
             for handle in handles:
                 handle.remove()
+            for i in along:
+                del self.adapter.layers[i].forward
+
+    def _seen(self, layer: int, batch: dict[str, Tensor]) -> Tensor:
+        """`[B, S]` bool: the tokens that are there for a layer, padding not among them."""
+        mask, stays = batch["attention_mask"].bool(), self.layers[layer][0]
+        more = torch.ones(stays.shape[0], mask.shape[1] - stays.shape[1], dtype=torch.bool)
+        return torch.cat([stays, more], dim=1) & mask
+
+    def _along(self, layer: int, batch: dict[str, Tensor], forward: Any) -> Any:
+        """A layer that goes along the row, run on what is there of each row alone: a hidden token would still move its
+        state."""
+
+        def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            made = hidden_states.clone()
+            for row, there in enumerate(self._seen(layer, batch)):
+                given = {**kwargs, "attention_mask": None}
+                made[row, there] = forward(hidden_states[row : row + 1, there], *args, **given)[0]
+            return made
+
+        return run
 
     def _closed(self, layer: int, more: int) -> Tensor:
         closed = self.layers[layer][1]
@@ -95,10 +124,7 @@ class WholeMasked:
 
     def _hide(self, layer: int, batch: dict[str, Tensor], more: int, args: Any, kwargs: dict[str, Any]) -> Any:
         mask, length = kwargs.get("attention_mask"), batch["input_ids"].shape[1]
-        stays = self.layers[layer][0]
-        seen = (
-            torch.cat([stays, torch.ones(stays.shape[0], more, dtype=torch.bool)], 1) & batch["attention_mask"].bool()
-        )
+        seen = self._seen(layer, batch)
         allowed = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
         if mask is not None:
             allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
@@ -118,6 +144,21 @@ class WholeMasked:
         return args, changed
 
 
+def step_noise(run: dict[str, Any], batch: dict[str, Tensor], silent: list[int]) -> float:
+    """How far the model by itself, unpruned, differs between decoding token by token and one pass over the same tokens:
+    layers that go along the row compute the two by other formulas. 0 for decoders without such layers."""
+    adapter, count = run["adapter"], run["tokens"].shape[1]
+    if not any(adapter.layer_kind(layer) in RECURRENT for layer in range(len(adapter.layers))):
+        return 0.0
+    with torch.no_grad():
+        plain = adapter.model.generate(
+            **batch, max_new_tokens=count, do_sample=False, output_logits=True, return_dict_in_generate=True,
+            suppress_tokens=silent,
+        )  # fmt: skip
+    whole = WholeMasked({**run, "cuts": []}, batch)
+    return relative_error(torch.stack(plain.logits, 1), whole.continuation(plain.sequences[:, -count:]))
+
+
 def compare_whole(run: dict[str, Any], batch: dict[str, Tensor], tolerance: float, silent: list[int]) -> None:
     """Everything that `run_pruned` gave, against the whole masked model.
 
@@ -132,7 +173,7 @@ def compare_whole(run: dict[str, Any], batch: dict[str, Tensor], tolerance: floa
     assert run["logits"].shape == truth.shape
     assert relative_error(run["logits"], truth) < tolerance
     scores = masked.continuation(run["tokens"])
-    assert relative_error(run["scores"], scores) < tolerance
+    assert relative_error(run["scores"], scores) < max(tolerance, 3 * step_noise(run, batch, silent))
     scores[..., [token for token in silent if token < scores.shape[-1]]] = float("-inf")
     assert torch.equal(run["tokens"], scores.argmax(-1)), "the greedy tokens differ"
     check_cache(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import _zoo_masks  # noqa: F401
 import _zoo_patches  # noqa: F401
 import _zoo_pictures  # noqa: F401
 from _zoo import FAMILIES, zoo_batch, zoo_model
@@ -33,9 +34,23 @@ LACKS: dict[tuple[str, str], str] = {
         _SIGNALS,
     ),
     ("mistral_large4", "layer_2"): _CUTS,
+    **dict.fromkeys(
+        [
+            (name, plan)
+            for name in (
+                "gemma4_moe", "paligemma2", "qwen3_5", "qwen3_5_moe", "lfm2_vl", "minicpmv4_6",
+            )
+            for plan in ("fastv", "pyramiddrop")
+        ],
+        _SIGNALS,
+    ),
+    **dict.fromkeys([(name, "fastv") for name in ("gemma4", "gemma4_window")], _SIGNALS),
+    **dict.fromkeys([(name, "pyramiddrop") for name in ("gemma4", "gemma4_window")], _CUTS),
+    ("cohere2_vision_window", "pyramiddrop"): _SIGNALS,
     **{(name, "vtc_cls"): "has no tower signals" for name in FAMILIES if name != "idefics3"},
 }  # fmt: skip
 """By family and plan, what is said of a plan that the family cannot take: latents without a grid, keys from a latent,
-layers without rotation, queries that are normalised once they are turned, keys that a layer takes over from another."""
+layers without rotation, queries that are normalised once they are turned, keys that a layer takes over from another,
+layers without attention, attention logits that are capped."""
 
 __all__ = ["CELLS", "FAMILIES", "KEEP", "LACKS", "PLANS", "zoo_batch", "zoo_model"]

@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import torch
+from _given import attended_rows, example_hints
 from torch import Tensor
 
 from tokenprune.seams import cache_in, cache_name
@@ -305,19 +306,6 @@ class MaskedModel:
         return output.last_hidden_state
 
 
-def example_hints(method: Any, images: int) -> dict[str, list[Any]]:
-    """A value for every hint that a method may want."""
-    known = {
-        "boxes": [
-            [[0.1, 0.2, 0.3, 0.5]] if i % 2 == 0 else [[0.6, 0.1, 0.9, 0.2], [0.0, 0.8, 0.1, 1.0]]
-            for i in range(images)
-        ],
-        # as many as make whole frames of any small video
-        "frame_scores": [[(5 * i + 3 * image) % 11 / 11 for i in range(12)] for image in range(images)],
-    }
-    return {name: known[name] for name in method.needed_hints}
-
-
 def kinds_of(prompt: Any) -> list[tuple[str, Any]]:
     """Kind and work of the runs of the tower behind a prompt, which writes them down in the order of its visuals."""
     kinds = list(dict.fromkeys(span.visual.kind for span in prompt.layout.spans))
@@ -362,7 +350,6 @@ def run_pruned(
             **batch, max_new_tokens=tokens, do_sample=False, output_logits=True, return_dict_in_generate=True,
             suppress_tokens=silent,
         )  # fmt: skip
-    seen = fed["attention_mask"]
     return {
         "adapter": adapter,
         "layout": prompt.layout,
@@ -377,7 +364,7 @@ def run_pruned(
         "report": report,
         "fed": fed["inputs_embeds"],
         "beside": fed.get("deepstack_visual_embeds"),
-        "attended": torch.ones(fed["inputs_embeds"].shape[:2]).bool() if seen is None else seen.bool(),
+        "attended": attended_rows(fed, prompt),
         "logits": output.logits[real],
         "cache": cache_in(output),
         "tokens": generated.sequences[:, batch["input_ids"].shape[1] :],
@@ -434,7 +421,8 @@ def compare(run: dict[str, Any], batch: dict[str, Tensor], tolerance: float) -> 
 
 
 def check_cache(run: dict[str, Any]) -> None:
-    """Each layer holds as many keys as its longest row has tokens left (one more where rows end in padding)."""
+    """Each layer that has keys holds as many as its longest row has tokens left (one more where rows end in padding),
+    or the last ones that fit its window."""
     longest = list(run["attended"].sum(1).tolist())
     tails = [int(not bool(mask[-1])) for mask in run["full_mask"]]
     layout = run["layout"]
@@ -452,6 +440,9 @@ def check_cache(run: dict[str, Any]) -> None:
                 longest[span.sample] -= was - (span.visual.length if kept[i] is None else now[i])
             lengths[int(site.partition(":")[2])] = held(longest)
         counts, before = now, kept
-    for layer, cached in enumerate(run["cache"].layers):
+    with_keys = {i: own for i, own in enumerate(run["cache"].layers) if getattr(own, "keys", None) is not None}
+    for layer, cached in with_keys.items():
         first = max(begin for begin in lengths if begin <= layer)
-        assert cached.keys.shape[2] == lengths[first], f"layer {layer}"
+        window = cached.sliding_window - 1 if cached.is_sliding else lengths[first]
+        assert cached.keys.shape[2] == min(lengths[first], window), f"layer {layer}"
+    assert with_keys

@@ -192,6 +192,7 @@ _WINDOWS = (
     f"{_MODELS}qwen2_5_vl.modeling_qwen2_5_vl:{_TOWER25}.get_window_index"
 )
 _CACHES = "the bookkeeping of a pruned cache"
+_WINDOWED = "a prompt longer than a decoder's window"
 
 SEAMS: tuple[Seam, ...] = (
     # the KV cache, of which a pruned one is a subclass
@@ -213,6 +214,8 @@ SEAMS: tuple[Seam, ...] = (
     # attention and masks
     Seam("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS", "an intervention", ("get_interface", "pop")),
     Seam("transformers.masking_utils:create_causal_mask", "every method", ("attention_mask", _CACHE_NAMES)),
+    Seam("transformers.masking_utils:create_sliding_window_causal_mask", _WINDOWED, ("attention_mask", _CACHE_NAMES)),
+    Seam("transformers.masking_utils:create_chunked_causal_mask", _WINDOWED, ("attention_mask", _CACHE_NAMES)),
     Seam("transformers.modeling_layers:GradientCheckpointingLayer.__call__", "the check of gradient checkpointing"),
     Seam("transformers.modeling_utils:PreTrainedModel.get_input_embeddings", "a prompt given as embeddings"),
     # generation

@@ -30,14 +30,15 @@ REFUSED = {
     ("gemma2", "todre"): LOGITS, ("olmo2", "transprune"): BRANCHES, ("glm4", "transprune"): BRANCHES,
     ("gemma3", "transprune"): BRANCHES, ("granite", "transprune"): BRANCHES,
     ("cohere2", "fastv"): "rotation and scale do not give", ("smollm3", "fastv"): "rotation and scale do not give",
-    ("gpt_oss", "fastv"): "attention sinks", ("llama4", "uniform"): "layers of the kind chunked_attention",
-    ("lfm2", "uniform"): "layers of the kind conv", ("biogpt", "uniform"): "has no rotary positions",
+    ("gpt_oss", "fastv"): "attention sinks", ("llama4", "fastv"): "rotated by complex numbers",
+    ("lfm2", "pyramiddrop"): "reads the attention of decoder layer 1", ("biogpt", "uniform"): "has no rotary positions",
 }  # fmt: skip
 
 
 RUN = [(name, method) for name in READ for method in METHODS if (name, method) not in REFUSED]
 RUN += [
     ("gemma2", "uniform"),
+    ("llama4", "uniform"),
     ("cohere2", "uniform"),
     ("cohere2", "todre"),
     ("smollm3", "uniform"),

@@ -55,6 +55,7 @@ class LayerInput:
         left: keys, rotated, and values `[B, Hk, K + P, d]` that the layer left in its cache; None before it has run.
         cache: the KV cache that it runs with; None if there is none.
         bias: `[B, <= K + P]` fp32, added to the logits of the first keys, which stand for several tokens; None: no key.
+        sees: `[B or 1, P, K + P]` bool, which keys each row sees where that is not all before it that is no padding.
     """
 
     module: Any
@@ -66,6 +67,7 @@ class LayerInput:
     left: tuple[Tensor, Tensor] | None = None
     cache: Any = None
     bias: Tensor | None = None
+    sees: Tensor | None = None
 
     def after(self, layer: int) -> LayerInput:
         """The same once the layer's attention has run, with what it left in the cache if that has it whole and as it
@@ -263,6 +265,9 @@ class DecoderSignals:
         """`[B, R, K + P]` bool: which keys the query rows `[B, R]` see."""
         given = self._given
         batch_size, length = given.hidden.shape[:2]
+        if given.sees is not None:  # windows, and pictures that see themselves in both directions
+            sees = given.sees.to(rows.device).expand(batch_size, -1, -1)
+            return sees.gather(1, rows[..., None].expand(-1, -1, sees.shape[2]))
         at = torch.arange(length, device=rows.device)
         causal = at[None, None] <= rows[..., None]  # [B, R, P]
         if given.attended is not None:
@@ -390,7 +395,7 @@ class DecoderSignals:
             for span, alive in zip(self._prompt.layout.spans, self._prompt.alive):
                 standing = alive.places if alive.placeholders is None else alive.placeholders
                 visual[span.sample, standing] = True
-            if self._prompt.text_before_visual():
+            if self._prompt.text_before_visual() or self._given.sees is not None:
                 self._shares_of_all(visual)
             else:
                 self._shares_of_tail(visual)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.engine.guards import check_padding_between
+from tokenprune.engine.whole_masks import RECURRENT, HeldKeys, WholeMasks, see_something
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.state.call_inputs import CallInputs
 from tokenprune.state.compaction import Compaction
@@ -26,10 +28,13 @@ class DecoderPass:
         adapter: the family.
         before: the map of the cache's keys, None where its prompt was not pruned.
         inputs: what the decoder was given.
+        masks: masks for the whole rows of the call; None where the decoder makes its own for the shortened ones.
     """
 
-    def __init__(self, adapter: Adapter, before: PrunedPrompt | None, inputs: CallInputs) -> None:
-        self.adapter, self.before, self._inputs = adapter, before, inputs
+    def __init__(
+        self, adapter: Adapter, before: PrunedPrompt | None, inputs: CallInputs, masks: WholeMasks | None = None
+    ) -> None:
+        self.adapter, self.before, self._inputs, self._whole = adapter, before, inputs, masks
         self.past, self.length, self.batch_size = inputs.past, inputs.length, inputs.batch_size
         self.device: Any = None if inputs.embeds is None else inputs.embeds.device
         self.compaction: Compaction | None = None  # of the whole pass so far
@@ -42,8 +47,8 @@ class DecoderPass:
         self.segments: list[Segment] = []
         # the layer before which rows were shortened, and how they stand to the full rows from then on
         self.moves: list[tuple[int, Compaction]] = []
-        self._masks: dict[tuple[int, int, str], Any] = {}
-        self._rotations: dict[tuple[int, int, str], Any] = {}
+        self._masks: dict[tuple[int, int, str, int], Any] = {}
+        self._rotations: dict[tuple[int, int, str, int], Any] = {}
         self._cuts = 0
         self._moved = False
         config = adapter.language_model.config
@@ -71,6 +76,7 @@ class DecoderPass:
         new_mask = self._inputs.new_mask  # [B, S]
         self.attended = None if new_mask is None else new_mask.to(torch.bool)
         if compaction is not None:
+            check_padding_between(self.adapter.language_model.config, past, compaction.padded)
             positions = compaction.positions(positions, policy)  # [..., B, P]
             embeds = compaction.rows(embeds)  # [B, P, D]
             new_mask = compaction.real.to(torch.int64 if mask is None else mask.dtype) if compaction.padded else None
@@ -82,6 +88,8 @@ class DecoderPass:
         if first is not None:
             positions = positions - first.shift.to(positions.device)[:, None]
         self._note(0)
+        if self._whole is not None:
+            return {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": self._masks_of_base()}
         # without mask and cache, transformers takes gaps in position ids for the ends of packed sequences
         gaps = compaction is not None and policy == "keep"
         if mask is None and old_mask is None and new_mask is None and not gaps:
@@ -114,6 +122,7 @@ class DecoderPass:
 
     def cut(self, layer: int, compaction: Compaction, policy: str) -> None:
         """Tokens leave before `layer`."""
+        check_padding_between(self.adapter.language_model.config, self.past, compaction.padded)
         self._cuts += 1
         self.index = compaction.index if self.index is None else compaction.rows(self.index)  # [B, P]
         closed = self.closed if isinstance(self.closed, int) else compaction.rows(self.closed)
@@ -126,6 +135,11 @@ class DecoderPass:
         self.compaction = compaction.after(self.compaction)
         self.moves.append((layer, self.compaction))
         self._note(layer)
+
+    @property
+    def made_whole(self) -> bool:
+        """Whether masks were made for whole rows, which may let a token see others than those before it."""
+        return self._whole is not None
 
     def differs(self, layer: int) -> bool:
         """Whether this layer needs other arguments than the base."""
@@ -142,17 +156,76 @@ class DecoderPass:
     def arguments(self, layer: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a layer, from those that were made for the base."""
         first = self.before.segment(layer).first_layer if self.before else 0
-        key = (self._cuts, first, self.adapter.layer_kind(layer))
+        key = (self._cuts, first, self.adapter.layer_kind(layer), hidden.shape[1])
         changed = dict(kwargs)
         if "attention_mask" in kwargs:
             if key not in self._masks:
-                made = self._anew if self._made_short(layer) else self._mask
-                self._masks[key] = made(layer, hidden, kwargs["attention_mask"])
-            changed["attention_mask"] = self._masks[key]
+                self._masks[key] = self._fitted(layer, hidden, kwargs["attention_mask"])
+            changed["attention_mask"] = _last_rows(self._masks[key], hidden.shape[1])
         if key not in self._rotations:
             self._rotations[key] = self._rotation(layer, hidden, kwargs)
         changed.update(self._rotations[key])
         return changed
+
+    @property
+    def _rows(self) -> int:
+        """P."""
+        return self.segments[-1].slots.shape[1]
+
+    def _fitted(self, layer: int, hidden: Tensor, mask: Any) -> Any:
+        kind = self.adapter.layer_kind(layer)
+        if kind in RECURRENT:
+            return mask if self.index is None else self._recurrent()
+        if self._whole is not None:
+            return self.of_whole(layer, kind)
+        return (self._anew if self._made_short(layer) else self._mask)(layer, hidden, mask)
+
+    # --- masks that were made for whole rows --------------------------------------------------------------------------
+
+    def _masks_of_base(self) -> Any:
+        """Masks for the rows that the decoder is given, by kind of layer, or one for all; each fits the first layer of
+        its kind."""
+        kinds = [self.adapter.layer_kind(layer) for layer in range(len(self.adapter.layers))]
+        if self._whole.kinds is None:  # type: ignore[union-attr]
+            return self.of_whole(0, kinds[0])
+        return {
+            kind: self._recurrent() if kind in RECURRENT else self.of_whole(kinds.index(kind), kind)
+            for kind in dict.fromkeys(kinds)
+        }
+
+    def of_whole(self, layer: int, kind: str) -> Any:
+        """The mask of a layer, of those that were made for whole rows."""
+        if self.compaction is None and self.before is None:
+            return self._whole.of(kind)  # type: ignore[union-attr]
+        index = None if self.compaction is None else self.compaction.index
+        start = torch.arange(self.length, device=self.device).expand(self.batch_size, -1) if index is None else index
+        rows = start + self.past  # [B, P]
+        return self._whole.fitted(kind, index, rows, self._held(self.adapter.key_layer(layer), rows))  # type: ignore[union-attr]
+
+    def _held(self, layer: int, rows: Tensor) -> HeldKeys:
+        """The keys that a layer attends to, those of `rows` `[B, P]` last."""
+        old = torch.arange(self.past, device=self.device).expand(self.batch_size, -1)
+        padded = False
+        if self.before is not None:
+            segment = self.before.segment(layer)
+            old = torch.cat([segment.slots.to(self.device), old[:, self.before.length :]], dim=1)
+            padded = segment.padded
+        cached = self._inputs.cache.layers if self._inputs.cache is not None else ()
+        if layer < len(cached) and getattr(cached[layer], "is_sliding", False):  # it holds the last ones only
+            old = old[:, max(old.shape[1] - cached[layer].sliding_window + 1, 0) :]
+        real = None
+        if padded or (self.compaction is not None and self.compaction.padded):
+            new = torch.ones_like(rows, dtype=torch.bool) if self.compaction is None else self.compaction.real
+            real = torch.cat([old >= 0, new.to(old.device)], dim=1)
+        return HeldKeys(torch.cat([old, rows.to(old.device)], dim=1), real, old.shape[1])
+
+    def _recurrent(self) -> Tensor | None:
+        """`[B, P]`, 0 at padding, for a layer that goes along the row; None: there is none, or one token alone runs."""
+        if self.attended is None or self.attended.shape[1] == 1:
+            return None
+        return self.attended.to(torch.int64)
+
+    # --- masks that the decoder made for the base ---------------------------------------------------------------------
 
     def _rotation(self, layer: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         changed: dict[str, Any] = {}
@@ -169,15 +242,19 @@ class DecoderPass:
                 positions = positions - late.to(positions.device)[:, None]
             changed["position_ids"] = positions
         if rotation is not None:
+            alone = hidden.shape[1] < self._rows  # the last tokens, where layers reuse keys of others
             if moved:
                 if positions is None:
                     raise ValueError(
                         "This model's decoder layers get no position ids, so positions cannot be closed up at a layer; "
                         "use positions='keep'."
                     )
+                positions = positions[..., -hidden.shape[1] :]
                 changed["position_embeddings"] = self.adapter.rotary(hidden, positions, layer)
-            else:
-                changed["position_embeddings"] = tuple(self._take(part, -2) for part in rotation)
+            elif not alone:
+                whole = isinstance(rotation, Tensor)  # complex numbers in one tensor (Llama 4)
+                taken = [self._take(part, -2) for part in ([rotation] if whole else rotation)]
+                changed["position_embeddings"] = taken[0] if whole else tuple(taken)
         return changed
 
     def _take(self, values: Tensor, dim: int) -> Tensor:
@@ -200,7 +277,7 @@ class DecoderPass:
             if seen is None or self._flash:
                 return None if seen is None else seen.to(torch.int64)
             causal = torch.ones(queries, columns.shape[1], dtype=torch.bool, device=hidden.device).tril(past)
-            return _see_something((causal & seen[:, None])[:, None], past)
+            return see_something((causal & seen[:, None])[:, None], past)
         if not isinstance(mask, Tensor):
             raise ValueError(
                 f"A layer was given a {type(mask).__name__} for a mask; tokens can leave inside the decoder with SDPA, "
@@ -210,7 +287,7 @@ class DecoderPass:
             taken = mask.gather(1, columns.to(mask.device))
             return taken if seen is None else taken * seen.to(mask.dtype)
         index = columns.to(mask.device)[:, None, None]
-        if self.index is not None:
+        if self.index is not None and mask.shape[2] == self.segments[0].slots.shape[1]:
             rows = self.index.to(mask.device)[:, None, :, None]
             mask = mask.expand(self.batch_size, *mask.shape[1:])
             mask = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))  # [B, 1, P, base keys]
@@ -220,7 +297,7 @@ class DecoderPass:
             return mask
         hidden_keys = ~seen.to(mask.device)[:, None, None]  # [B, 1, 1, K]
         if mask.dtype == torch.bool:
-            return _see_something(mask & ~hidden_keys, past)
+            return see_something(mask & ~hidden_keys, past)
         return mask.masked_fill(hidden_keys, torch.finfo(mask.dtype).min)
 
     def _made_short(self, layer: int) -> bool:
@@ -246,7 +323,7 @@ class DecoderPass:
             return seen.to(torch.int64)
         past = old.shape[1]
         causal = torch.ones(hidden.shape[1], seen.shape[1], dtype=torch.bool, device=hidden.device).tril(past)
-        allowed = _see_something((causal & seen[:, None])[:, None], past)
+        allowed = see_something((causal & seen[:, None])[:, None], past)
         if not isinstance(mask, Tensor) or mask.dtype == torch.bool:
             return allowed
         return torch.zeros(allowed.shape, dtype=mask.dtype, device=mask.device).masked_fill(
@@ -318,9 +395,6 @@ class DecoderPass:
         return PrunedPrompt(tuple(merged), past + self.length)
 
 
-def _see_something(allowed: Tensor, past: int) -> Tensor:
-    """Rows of padding that see no key see themselves, so that their softmax has something to divide by."""
-    queries = allowed.shape[-2]
-    itself = torch.eye(queries, allowed.shape[-1] - past, dtype=torch.bool, device=allowed.device)
-    itself = torch.cat([torch.zeros(queries, past, dtype=torch.bool, device=allowed.device), itself], dim=1)
-    return allowed | (itself & ~allowed.any(-1, keepdim=True))
+def _last_rows(mask: Any, rows: int) -> Any:
+    """A layer's mask for its last `rows` tokens, where those alone run; else as it is."""
+    return mask[:, :, -rows:] if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] > rows else mask

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.engine.engine import Engine
-from tokenprune.engine.guards import sliding_window
 from tokenprune.engine.layer_check import hooked, there, undisturbed
+from tokenprune.engine.whole_masks import RECURRENT
 from tokenprune.hooks import Ledger
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.budget import Budget
@@ -75,8 +76,7 @@ def check_removal(adapter: Adapter, stages: Sequence[Stage]) -> None:
     decoder = adapter.language_model
     known = _tried.setdefault(decoder, set())
     split = getattr(adapter.model, "_tp_size", None) or getattr(adapter.model, "tp_size", None) or 1
-    window = sliding_window(decoder.config)
-    if layers in known or split > 1 or not there(decoder) or (window is not None and window <= _LENGTH):
+    if layers in known or split > 1 or not there(decoder):
         return
     for cuts, lacks in (((), INPUT_CUTS), (layers, LAYER_CUTS)):
         if cuts not in known:
@@ -203,14 +203,14 @@ def _hidden(adapter: Adapter, firsts: Sequence[int], stays: Sequence[Tensor], em
     decoder = adapter.language_model
     seen = [torch.cat([own, torch.ones(2, 1, dtype=torch.bool)], 1) & _real() for own in stays]
     seen = [own.to(embeds.device) for own in seen]
+    cuts = [max((f, i) for i, f in enumerate(firsts) if f <= layer)[1] for layer in range(len(adapter.layers))]
+    along = [layer for layer in range(len(adapter.layers)) if adapter.layer_kind(layer) in RECURRENT]
     later = [
-        adapter.layers[layer].register_forward_pre_hook(
-            functools.partial(hide, max((f, i) for i, f in enumerate(firsts) if f <= layer)[1], seen), with_kwargs=True
-        )
-        for layer in range(len(adapter.layers))
-        if len(firsts) > 1 and layer >= firsts[1]
+        adapter.layers[layer].register_forward_pre_hook(functools.partial(hide, cut, seen), with_kwargs=True)
+        for layer, cut in enumerate(cuts)
+        if cut > 0 and layer not in along
     ]
-    with hooked(*later):
+    with hooked(*later), _passed_by([(adapter.layers[layer], seen[cuts[layer]]) for layer in along]):
         return decoder(
             inputs_embeds=embeds, attention_mask=seen[0].long(), position_ids=_positions(adapter).to(embeds.device),
             use_cache=False,
@@ -242,3 +242,29 @@ def hide(cut: int, seen: Sequence[Tensor], module: Any, args: Any, kwargs: dict[
             ~allowed, torch.finfo(mask.dtype).min
         )
     return args, {**kwargs, "attention_mask": allowed}
+
+
+@contextmanager
+def _passed_by(layers: Sequence[tuple[Any, Tensor]]) -> Iterator[None]:
+    """Run layers that go along the row over the tokens alone that stay, `[2, S + 1]` bool each: a token that a mask
+    hides would still move their state."""
+    before = [vars(module).get("forward") for module, _ in layers]
+    try:
+        for module, stays in layers:
+            module.forward = functools.partial(_along, module.forward, stays)
+        yield
+    finally:
+        for (module, _), forward in zip(layers, before):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def _along(forward: Any, stays: Tensor, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    made, left = hidden_states.clone(), ()
+    for row, own in enumerate(stays):
+        at = own.nonzero()[:, 0]
+        output = forward(hidden_states[row : row + 1, at], *args, **{**kwargs, "attention_mask": None})
+        made[row, at], left = (output[0][0], output[1:]) if isinstance(output, tuple) else (output[0], None)
+    return made if left is None else (made, *left)

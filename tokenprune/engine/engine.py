@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -21,13 +21,20 @@ from tokenprune.engine.assisted_decoding import Drafts
 from tokenprune.engine.attention import AttentionInterventions
 from tokenprune.engine.decoder_pass import DecoderPass
 from tokenprune.engine.first_layer import entering
-from tokenprune.engine.guards import check_features, check_mask, check_replica, check_window, sliding_window
+from tokenprune.engine.guards import (
+    check_features,
+    check_mask,
+    check_places,
+    check_replica,
+    check_right_padding,
+)
 from tokenprune.engine.hints import Hints
 from tokenprune.engine.layer_cuts import LayerCuts
 from tokenprune.engine.outputs import Outputs, restore, strike_out
 from tokenprune.engine.prompt_reader import PromptReader
 from tokenprune.engine.prompt_selection import PromptSelector
 from tokenprune.engine.vision_tower import TowerHooks
+from tokenprune.engine.whole_masks import WholeMasks, make_masks, reach
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.intervention import Intervention
@@ -91,7 +98,7 @@ class Engine:
         self._drafts = Drafts(self.calls, reads_text or bool(self.attending.layers))
         self._outputs = Outputs(self.calls, outputs)
         self._learning = threading.RLock()
-        self._window = sliding_window(adapter.language_model.config) if self.stages else None
+        self._reach = reach(adapter.language_model.config)
         self._parameters = list(inspect.signature(adapter.entry.forward).parameters)
         self._links = Links(adapter.model, ())  # of the modules that are hooked, once they are
 
@@ -130,10 +137,12 @@ class Engine:
         if call is None or call.module is not self.adapter.model or call.entered:
             call = self.calls.begin(module)
             call.arguments = inputs.arguments
-        call.entered, call.drafted = True, self._drafts.proposed(inputs)
+        call.entered, call.mask, call.drafted = True, inputs.mask, self._drafts.proposed(inputs)
         if inputs.length > 1:
             self._links.check()
         self._tower.check_planned(inputs.arguments)
+        if pruned_prompt(inputs.cache) is not None:
+            self._serve(call, inputs.cache, whole=True)
         if self._reader.brings_pictures(inputs):
             if self.adapter.behind_tower:
                 call.waiting = inputs
@@ -169,19 +178,19 @@ class Engine:
                 "the prompt: this model has no input cuts."
             )
 
-    def _serve(self, call: ForwardCall, cache: Any) -> None:
-        """Let the pruned `cache` take keys until this is called again."""
+    def _serve(self, call: ForwardCall, cache: Any, whole: bool = False) -> None:
+        """Let the pruned `cache` take keys until this is called again; with `whole`, masks are made for whole rows."""
         if call.served is not None:
-            call.served.tokenprune_active = False
+            call.served.tokenprune_active = call.served.tokenprune_whole = False
         if cache is not None:
-            cache.tokenprune_active = True
+            cache.tokenprune_active, cache.tokenprune_whole = True, whole
         call.served = cache
 
     # --- the decoder ------------------------------------------------------------------------------------------------
 
     def _before_decoder(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inputs = CallInputs(kwargs)
         call = self.calls.now or self.calls.begin(module)  # a caller may go on from a cache with the decoder alone
+        inputs, made = _unmade(kwargs, call)
         call.decoder = None
         if inputs.embeds is None:
             return None
@@ -197,7 +206,11 @@ class Engine:
         if before is not None and len(before.segments) > 1:  # another method cut it inside the decoder
             self._layers.hook_from(before.segments[1].first_layer)
         check_mask(inputs)
-        check_window(inputs, self._window)
+        config = self.adapter.language_model.config
+        if prompt is not None and self.stages:
+            check_places(config, inputs, made)
+            check_right_padding(config, inputs, prompt.pad_left, self.calls.generation is not None)
+        call.masks = self._whole_masks(call, inputs, made)
         self._serve(call, None if before is None else inputs.cache)
         embeds, compaction = inputs.embeds, None  # [B, S, D]
         if prompt is not None:
@@ -207,11 +220,21 @@ class Engine:
                 self.attending.cut(compaction)
         if compaction is None and before is None and not self._layers:
             return None
-        call.decoder = DecoderPass(self.adapter, before, inputs)
+        call.decoder = DecoderPass(self.adapter, before, inputs, call.masks)
         changed = call.decoder.begin(compaction, self._policy, embeds)
         if compaction is not None:  # what else the decoder is handed by place: features that are added inside it
             changed |= self.adapter.per_token_kwargs(kwargs, compaction.rows, compaction.real)
         return args, {**kwargs, **changed}
+
+    def _whole_masks(self, call: ForwardCall, inputs: CallInputs, made: Any) -> WholeMasks | None:
+        """Masks for the whole rows of a call, where the decoder cannot make its own for what is left of them."""
+        config, length = self.adapter.language_model.config, inputs.past + inputs.length
+        pruned = pruned_prompt(inputs.cache) is not None
+        if made is None and self._reach is not None and length > self._reach and (pruned or self.stages):
+            if pruned:
+                self._serve(call, inputs.cache, whole=True)
+            made = make_masks(config, inputs, self._reach)
+        return None if made is None else WholeMasks(made, length, "flash" in str(config._attn_implementation))
 
     def _hold_against_features(self, prompt: Prompt | None, embeds: Tensor) -> None:
         """Check the first prompt that was laid out behind the tower, and let go of its features."""
@@ -293,7 +316,8 @@ class Engine:
         """What the stage at "input" wants to know of decoder layer 0, yet to run; {} if nothing."""
         if self._input is None or not any(s.name in DECODER_SIGNALS for s in self._input.signals(self.adapter.tower)):
             return {}
-        given = entering(self.adapter, inputs, embeds, cutter.gone(embeds.shape[0]), self._policy)
+        masks = None if self.calls.now is None else self.calls.now.masks
+        given = entering(self.adapter, inputs, embeds, cutter.gone(embeds.shape[0]), self._policy, masks)
         return {0: DecoderSignals(self.adapter, given, prompt)}
 
     def _recorded(self, layout: Layout) -> list[tuple[Recording, int]]:
@@ -303,6 +327,16 @@ class Engine:
             kind: joined_sources(rows_of(recordings), layout.tiles.get(kind)) for kind, recordings in recorded.items()
         }
         return [by_kind[span.visual.kind][order] for span, order in zip(layout.spans, layout.order)]
+
+
+def _unmade(kwargs: dict[str, Any], call: ForwardCall) -> tuple[CallInputs, Any]:
+    """What the decoder was given, with the 2-D mask of the call where masks were made of that before; and those."""
+    mask = kwargs.get("attention_mask")
+    given = call.mask if call.entered else mask
+    made = isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.dim() == 4)
+    if not made or given is mask or not (given is None or (isinstance(given, Tensor) and given.dim() == 2)):
+        return CallInputs(kwargs), None
+    return CallInputs({**kwargs, "attention_mask": given}), mask
 
 
 def _hooks(model: Any) -> dict[Any, int]:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from tokenprune.engine.whole_masks import RECURRENT
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.capability import INPUT_CUTS
@@ -212,21 +213,62 @@ def check_mask(inputs: CallInputs) -> None:
         )
 
 
-def sliding_window(config: Any) -> int | None:
-    """How many tokens the layers of a decoder see, where some do not see all."""
-    kinds = getattr(config, "layer_types", None)
-    active = kinds is None or any(kind == "sliding_attention" for kind in kinds)
-    return getattr(config, "sliding_window", None) if active else None
+def check_places(config: Any, inputs: CallInputs, made: Any) -> None:
+    """Raise ValueError where a decoder counts places of the shortened rows, or says with no mask that all see all.
 
-
-def check_window(inputs: CallInputs, window: int | None) -> None:
-    """Raise ValueError where a prompt is longer than what some layers see, `window`; None: all see all."""
-    length = inputs.past + inputs.length
-    if window is not None and length > window:
+    Args:
+        config: the decoder's.
+        inputs: what it was given.
+        made: masks that the merging module made; None if it made none.
+    """
+    scale, length = getattr(config, "floor_scale", None), inputs.past + inputs.length
+    if getattr(config, "attn_temperature_tuning", False) and scale is not None and length > scale:
         raise ValueError(
-            f"Layers of this decoder see the last {window} tokens only, and the prompt with its answer has {length}: "
-            "where tokens leave, others come into that window that the model would not have seen. Keep prompts "
-            "shorter, or load a model without a sliding window."
+            f"This decoder scales attention by a token's place in the row from {scale} tokens on, and the prompt with "
+            f"its answer has {length}: tokens behind those that leave would move to other places. Keep prompts shorter."
+        )
+    if (
+        made is None
+        and inputs.mask is None
+        and inputs.length > 1
+        and getattr(config, "use_bidirectional_attention", None)
+    ):
+        raise ValueError(
+            "In this decoder pictures see themselves in both directions, and this call does not say which tokens are "
+            "pictures. Pass the token_type_ids and the attention_mask that the model's processor gives."
+        )
+
+
+def check_right_padding(config: Any, inputs: CallInputs, pad_left: bool, generating: bool) -> None:
+    """Raise ValueError where padding on the right would pass by a state before the answer does.
+
+    Args:
+        config: the decoder's.
+        inputs: what it was given.
+        pad_left: whether padding stands on the left, or nowhere.
+        generating: whether `generate` goes on from the prompt.
+    """
+    kinds = [kind for kind in getattr(config, "layer_types", None) or () if kind in RECURRENT]
+    if kinds and not pad_left and generating and inputs.cache is not None:
+        raise ValueError(
+            f"This decoder has layers of the kind {kinds[0]}, whose state runs over padding on the right before the "
+            "answer begins. Pad on the left (tokenizer.padding_side = 'left')."
+        )
+
+
+def check_padding_between(config: Any, past: int, padded: bool) -> None:
+    """Raise ValueError where padding would pass by a state that earlier turns left behind.
+
+    Args:
+        config: the decoder's.
+        past: tokens of earlier turns.
+        padded: whether rows were shortened to different lengths.
+    """
+    kinds = [kind for kind in getattr(config, "layer_types", None) or () if kind in RECURRENT]
+    if kinds and past and padded:
+        raise ValueError(
+            f"This decoder has layers of the kind {kinds[0]}, whose state would run over padding between two turns, as "
+            "rows of this batch lose different numbers of tokens. Prune later turns one row at a time."
         )
 
 

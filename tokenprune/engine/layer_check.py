@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.engine.whole_masks import RECURRENT
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.attention_reading import output_of
-from tokenprune.interfaces.capability import DECODER_SIGNALS, INPUT_CUTS
+from tokenprune.interfaces.capability import DECODER_SIGNALS, INPUT_CUTS, LAYER_CUTS
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.signals import DECODER_SIGNALS as READ_SIGNALS
 from tokenprune.interfaces.signals import TRANSITION_SIGNALS
 
 _TOKENS = 8
-_KINDS = ("", "full_attention", "sliding_attention", "indexed_attention")
+_KINDS = ("", "full_attention", "sliding_attention", "chunked_attention", "indexed_attention", *RECURRENT)
 _INSTEAD = (
     "Methods that cut at 'input' or before it and read nothing of the decoder work on this model (uniform, holov, "
     "todre with fade=False)."
@@ -78,6 +79,21 @@ def check_places(adapter: Adapter, stages: Sequence[Stage]) -> None:
             f"{type(decoder).__name__} has layers of the kind {', '.join(others)}, in which taking tokens out is not "
             f"hiding them from attention, so it has no {INPUT_CUTS}. Use a model with another decoder."
         )
+    _check_shared_keys(adapter, stages)
+
+
+def _check_shared_keys(adapter: Adapter, stages: Sequence[Stage]) -> None:
+    """Raise ValueError where a cut comes after a layer whose keys later layers attend to: those would be of other
+    tokens, and for a single answer later layers run the last token alone."""
+    layers = range(len(adapter.layers))
+    first = min((adapter.key_layer(layer) for layer in layers if adapter.key_layer(layer) != layer), default=None)
+    for stage in stages if first is not None else ():
+        if stage.place == "layer" and stage.depth > first:
+            raise ValueError(
+                f"{stage.pruner.name} cuts at {stage.site!r}, and later layers of "
+                f"{type(adapter.language_model).__name__} attend to the keys of layer {first}, which holds the tokens "
+                f"of before that cut, so it has no {LAYER_CUTS} there. Cut at 'layer:{first}' or before."
+            )
 
 
 def unread_layers(adapter: Adapter) -> dict[int, str]:
@@ -149,6 +165,8 @@ def _check_attention(adapter: Adapter, layer: int) -> None:
     seen: list[Tensor] = []
     with hooked(exit.register_forward_pre_hook(lambda _, args: seen.append(args[0]))):
         hidden, rotation, _ = _run(adapter, layer)
+    if isinstance(rotation, Tensor):
+        raise ValueError("its queries and keys are rotated by complex numbers")
     truth = seen[0].flatten(2) if seen[0].dim() == 4 else seen[0]
     query, key, value = (reading.heads(hidden, part) for part in "qkv")
     query, key = reading.rotate(query, rotation), reading.rotate(key, rotation)
@@ -254,9 +272,12 @@ def _run(adapter: Adapter, layer: int) -> tuple[Tensor, tuple[Tensor, Tensor], T
     hidden = _hidden(adapter, layer)
     positions = torch.arange(_TOKENS, device=hidden.device)[None]
     rotation = adapter.rotary(hidden, adapter.position_ids(positions), layer)
-    mask = None  # the causal one, for all but eager attention
-    if (getattr(decoder.config, "_attn_implementation", None) or "eager") == "eager":
+    mask = None  # flash attention is causal without one
+    attention = getattr(decoder.config, "_attn_implementation", None) or "eager"
+    if attention == "eager":
         low = torch.full((1, 1, _TOKENS, _TOKENS), torch.finfo(hidden.dtype).min, device=hidden.device)
         mask = low.triu(1).to(hidden.dtype)
+    elif attention == "sdpa":  # without one, layers whose pictures see themselves both ways see all
+        mask = torch.ones(1, 1, _TOKENS, _TOKENS, dtype=torch.bool, device=hidden.device).tril()
     output = module.forward(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotation)
     return hidden, rotation, output[0] if isinstance(output, tuple) else output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from tokenprune.engine.attention import AttentionInterventions
 from tokenprune.engine.decoder_pass import DecoderPass
 from tokenprune.engine.guards import check_cached_keys
 from tokenprune.engine.prompt_selection import PromptSelector
+from tokenprune.engine.whole_masks import seen_by_row
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.capability import LAYER_CUTS
@@ -108,14 +110,16 @@ class LayerCuts:
                 hidden = self._cut(stage, call, prompt, current, hidden)  # [B, P', D]
         differs = current.differs(layer)
         if differs:
-            by_place = cut_by_place(self._adapter, current, args[1:], kwargs)
+            if positional:
+                args, kwargs = args[:1], {**_named(module, args[1:]), **kwargs}
+            by_place = cut_by_place(self._adapter, current, kwargs)
             kwargs = {**current.arguments(layer, hidden, kwargs), **by_place}
         if reads:  # what it does, for the stage after it
             call.layer_inputs[layer] = self._layer_input(layer, module, hidden, kwargs, current)
         if not differs:
             return None
         if positional:
-            return (hidden, *args[1:]), kwargs
+            return (hidden,), kwargs
         return args, {**kwargs, "hidden_states": hidden}
 
     def _layer_input(
@@ -127,9 +131,11 @@ class LayerCuts:
             keys, seen = cache.layers[layer].keys, current.seen(layer)  # [B, Hk, K, d], [B, K]
             check_cached_keys(keys, current.past - left, layer, cache)
         bias = self._attending.bias(layer, 0 if keys is None else keys.shape[2], hidden)
-        return LayerInput(
+        given = LayerInput(
             module, hidden, kwargs["position_embeddings"], current.attended, keys, seen, cache=cache, bias=bias
         )
+        given.sees = seen_by_row(kwargs.get("attention_mask")) if current.made_whole else None
+        return given
 
     def _after_attention(self, layer: int, module: Any, args: Any, output: Any) -> None:
         """Read for the stage after this layer what that one wants to know, while the layer runs."""
@@ -170,14 +176,14 @@ class LayerCuts:
 _MOVED = ("hidden_states", "attention_mask", "position_ids", "position_embeddings", "cache_position")
 
 
-def cut_by_place(
-    adapter: Adapter, current: DecoderPass, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What else a layer is handed for each token of the base, for the tokens that are left.
+def _named(module: Any, args: Sequence[Any]) -> dict[str, Any]:
+    """Arguments of a layer behind its hidden states, by name."""
+    names = list(inspect.signature(module.forward).parameters)[1:]
+    return dict(zip(names, args, strict=False))
 
-    Args:
-        args: arguments by place, behind the hidden states.
-        kwargs: arguments by name.
+
+def cut_by_place(adapter: Adapter, current: DecoderPass, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What else a layer is handed for each token of the base, for the tokens that are left.
 
     Raises:
         ValueError: it is handed something of which the adapter does not say that it goes by place.
@@ -188,7 +194,7 @@ def cut_by_place(
     at_input = current.moves[0][1].index.shape[1] if current.moves and current.moves[0][0] == 0 else current.length
     shape = (index.shape[0], at_input)
     found = {}
-    for name, value in [*kwargs.items(), *((f"argument {place + 2}", value) for place, value in enumerate(args))]:
+    for name, value in kwargs.items():
         if name in _MOVED or not isinstance(value, Tensor) or value.shape[:2] != shape:
             continue
         if name not in adapter.layer_by_place:

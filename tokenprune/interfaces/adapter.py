@@ -318,6 +318,14 @@ class Adapter:
         kinds = getattr(self.language_model.config, "layer_types", None)
         return str(kinds[layer]) if kinds else ""
 
+    def key_layer(self, layer: int) -> int:
+        """The decoder layer whose keys and values a layer attends to: itself, but for those that reuse another's."""
+        modes = getattr(self.language_model.config, "kv_sharing_modes", None)
+        if not modes or modes[layer] != "reuse":
+            return layer
+        kind = self.layer_kind(layer)
+        return max(one for one in range(layer) if modes[one] != "reuse" and self.layer_kind(one) == kind)
+
     def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """cos and sin `[B, S, d]` for position ids as that decoder layer gets them."""
         rotary = self.language_model.rotary_emb

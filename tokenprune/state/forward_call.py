@@ -29,9 +29,11 @@ class ForwardCall:
         before: the call that was at work when this one began; None for most.
         arguments: what the call was given, by name.
         entered: whether the module that merges text and pictures has begun.
+        mask: the attention mask that it was given; what it hands on may be made of that.
         drafted: tokens at the end of each row that are not the prompt's: proposed by a draft, or answered already.
         waiting: what the module that merges was given, where pictures are laid out behind the tower, until they are.
         prompt: the prompts with pictures, laid out; None without pictures.
+        masks: masks for the whole rows, where the decoder does not make its own.
         decoder: the pass through the decoder, while it is at work on rows that differ from what it was given.
         layer_inputs: by layer, what entered it, where a stage reads its attention.
         read: by layer, what was read of its attention for the stage behind it.
@@ -49,9 +51,11 @@ class ForwardCall:
     before: ForwardCall | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     entered: bool = False
+    mask: Any = None
     drafted: int = 0
     waiting: CallInputs | None = None
     prompt: Prompt | None = None
+    masks: Any = None  # WholeMasks: a type of a room above this one, as those below
     decoder: Any = None  # DecoderPass, and below LayerInput and DecoderSignals: types of rooms above this one
     layer_inputs: dict[int, Any] = field(default_factory=dict)
     read: dict[int, Any] = field(default_factory=dict)
@@ -66,7 +70,7 @@ class ForwardCall:
 
     def clear(self) -> None:
         """Let go of all that is needed only while the module that merges text and pictures is at work."""
-        self.prompt, self.decoder, self.branch, self.attention = None, None, None, None
+        self.prompt, self.masks, self.decoder, self.branch, self.attention = None, None, None, None, None
         self.waiting = None
         self.layer_inputs, self.read, self.laid_out, self.recordings, self.transitions = {}, {}, {}, {}, {}
         self.learning = False

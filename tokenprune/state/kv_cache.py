@@ -147,6 +147,8 @@ class PrunedCacheMixin:
     tokenprune_facts: KeyAnnotations | None = None
     tokenprune_active: bool = False
     """Whether a model that knows of the pruning is at work on it."""
+    tokenprune_whole: bool = False
+    """Whether masks are made for whole rows now, which are cut afterwards."""
     layers: list[Any]
 
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
@@ -160,16 +162,29 @@ class PrunedCacheMixin:
                 "This cache holds a pruned prompt, and the model that goes on from it has no method applied, so masks "
                 "and positions would be wrong. Apply the method again, or run the prompt anew."
             )
+        if self.tokenprune_whole:
+            queries, layer = (*args, *kwargs.values())[:2]  # both are numbers; older releases name them otherwise
+            return self.get_seq_length(layer) + queries, 0
         return super().get_mask_sizes(*args, **kwargs)  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: tokens that the model was given, pruned ones included."""
-        hidden = 0 if self.tokenprune is None else self.tokenprune.hidden(layer_idx)
-        return self.get_query_offset(layer_idx) + hidden
+        layer = self._with_keys(layer_idx)
+        hidden = 0 if self.tokenprune is None else self.tokenprune.hidden(layer)
+        return self.layers[layer].get_seq_length() + hidden
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Physical length: keys that a layer holds, which is what its mask is made for."""
-        return self.layers[layer_idx].get_seq_length()
+        """Physical length: keys that a layer was given, which is what its mask is made for; the logical one while masks
+        are made for whole rows."""
+        if self.tokenprune_whole:
+            return self.get_seq_length(layer_idx)
+        return self.layers[self._with_keys(layer_idx)].get_seq_length()
+
+    def _with_keys(self, layer_idx: int) -> int:
+        """The layer itself, or the first that has keys: states of linear attention have no length."""
+        if hasattr(self.layers[layer_idx], "get_seq_length"):
+            return layer_idx
+        return next(index for index, layer in enumerate(self.layers) if hasattr(layer, "get_seq_length"))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -180,7 +195,7 @@ class PrunedCacheMixin:
         self._take(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = torch.arange(self.layers[0].keys.shape[0])
+        rows = torch.arange(self.layers[self._with_keys(0)].keys.shape[0])
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         self._take(rows.repeat_interleave(repeats))
 
@@ -226,7 +241,7 @@ class PrunedCacheMixin:
         """Empty the cache; it is an ordinary one again."""
         super().reset()  # type: ignore[misc]
         self.__class__ = type(self).__mro__[2]
-        for name in ("tokenprune", "tokenprune_facts", "tokenprune_active"):
+        for name in ("tokenprune", "tokenprune_facts", "tokenprune_active", "tokenprune_whole"):
             vars(self).pop(name, None)
 
 

@@ -1,0 +1,16 @@
+"""Gemma 4: each decoder layer is handed an embedding of the token at a place beside the row, and adds it."""
+
+from __future__ import annotations
+
+from tokenprune.adapters._generic import Generic
+from tokenprune.registry import register_model
+
+
+@register_model("gemma4")
+class Gemma4(Generic):
+    """Stock `Gemma4ForConditionalGeneration`."""
+
+    classes = ("Gemma4ForConditionalGeneration",)
+    decoder_by_place = ("per_layer_inputs",)
+    layer_by_place = ("per_layer_input",)
+    verified = True  # its decoder cannot be tried on random embeddings, which are those of no token
