@@ -67,8 +67,8 @@ class PromptReader:
             return None
         if self._adapter.behind_tower:
             raise ValueError(
-                f"How pictures stand in a prompt of {type(self._adapter.model).__name__} is known once its vision tower "
-                "has run, so nothing can be learned from its prompts yet; a family with a file in adapters/ can."
+                f"How pictures stand in a prompt of {type(self._adapter.model).__name__} is known once its tower has "
+                "run, so nothing can be learned from its prompts yet; a family with a file in adapters/ can."
             )
         return self.read(inputs, ForwardCall(self._adapter.entry))
 
