@@ -210,7 +210,7 @@ def _width(module: Any) -> tuple[int, int]:
 
 def _caches(text: Any, layers: int) -> list[Any] | None:
     """The layers of the cache that generation makes for a decoder: they say which drop keys. None if it fails."""
-    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicCache
 
     try:
         made = list(DynamicCache(config=text).layers)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from tokenprune.adapters._generic import Generic
+from tokenprune.cost import ModelShape
 from tokenprune.registry import register_model
 
 
@@ -14,3 +17,8 @@ class Gemma4(Generic):
     decoder_by_place = ("per_layer_inputs",)
     layer_by_place = ("per_layer_input",)
     verified = True  # its decoder cannot be tried on random embeddings, which are those of no token
+
+    def cost_shape(self) -> ModelShape:
+        """Its decoder is not modelled: embeddings of places are projected for all of a prompt, whatever left."""
+        shape = super().cost_shape()
+        return dataclasses.replace(shape, by_layer=(None,) * shape.layers)

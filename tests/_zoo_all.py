@@ -22,7 +22,8 @@ PLANS: dict[str, Any] = {
 CELLS = [(name, plan) for name in FAMILIES for plan in PLANS]
 _SIGNALS, _CUTS, _GRID = "has no decoder signals", "has no layer cuts", "works on a grid"
 LACKS: dict[tuple[str, str], str] = {
-    **dict.fromkeys([(name, "uniform") for name in ("aria", "deepseek_ocr2", "idefics2")], _GRID),
+    **dict.fromkeys([(name, "uniform") for name in ("aria", "deepseek_ocr2", "idefics2", "molmo2")], _GRID),
+    **dict.fromkeys([(name, "uniform") for name in ("gemma4", "gemma4_window", "gemma4_moe")], _GRID),
     **dict.fromkeys([(name, "fastv") for name in ("kimi_k25", "hunyuan_vl", "step3p7", "mistral_large4")], _SIGNALS),
     **dict.fromkeys(
         [
@@ -38,7 +39,7 @@ LACKS: dict[tuple[str, str], str] = {
         [
             (name, plan)
             for name in (
-                "gemma4_moe", "paligemma2", "qwen3_5", "qwen3_5_moe", "lfm2_vl", "minicpmv4_6",
+                "gemma4_moe", "paligemma2", "qwen3_5", "lfm2_vl",
             )
             for plan in ("fastv", "pyramiddrop")
         ],

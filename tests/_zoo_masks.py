@@ -221,16 +221,6 @@ def qwen3_5() -> Made:
     return Qwen3_5ForConditionalGeneration, Qwen3_5Config(vision_config=vision, text_config=_ALONG, **_QWEN_IDS)
 
 
-@zoo(packed())
-def qwen3_5_moe() -> Made:
-    from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
-
-    vision = {**_QWEN, "num_position_embeddings": 64}
-    return Qwen3_5MoeForConditionalGeneration, Qwen3_5MoeConfig(
-        vision_config=vision, text_config={**_ALONG, **_MIXTURE}, **_QWEN_IDS
-    )
-
-
 def _shaped(rows: Rows) -> Batch:
     """Patches of each picture in a frame of zeros, with their numbers of rows and columns (LFM2-VL)."""
     shapes = torch.tensor(rows.grids()) * 2
@@ -260,15 +250,3 @@ def _side_by_side(rows: Rows) -> Batch:
     batch = rows.write([[IMAGE] * (high * wide // 16) for high, wide in shapes])
     strip = torch.cat([rows.pixels(1, 3, 4, high * wide * 4) for high, wide in shapes], dim=-1)
     return {**batch, "pixel_values": strip, "target_sizes": torch.tensor(shapes, dtype=torch.int32)}
-
-
-@zoo(_side_by_side)
-def minicpmv4_6() -> Made:
-    from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration
-    from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
-
-    vision = {**VIT, "num_hidden_layers": 4, "image_size": 64, "patch_size": 4, "insert_layer_id": 1}
-    return MiniCPMV4_6ForConditionalGeneration, MiniCPMV4_6Config(
-        vision_config=vision, text_config=Qwen3_5TextConfig(**_ALONG), image_token_id=IMAGE, video_token_id=VIDEO,
-        insert_layer_id=1, image_size=32,
-    )  # fmt: skip

@@ -50,5 +50,6 @@ def _noise(side: int):
     import numpy as np
     from PIL import Image
 
-    few = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    return Image.fromarray(few).resize((side, side), Image.Resampling.NEAREST)
+    few = Image.new("RGB", (16, 16))
+    few.putdata([tuple(colour) for colour in np.random.default_rng(0).integers(0, 256, (256, 3)).tolist()])
+    return few.resize((side, side), Image.Resampling.NEAREST)

@@ -60,7 +60,7 @@ def test_a_window_counted_in_what_is_left_is_another(monkeypatch: pytest.MonkeyP
     name, more, attention = SEE_LESS[case]
     model, batch = _model(monkeypatch, name, attention, **more), prompts([1, 2])
     monkeypatch.setattr("tokenprune.engine.engine.reach", lambda config: None)
-    run = run_pruned(model, "random", 9, batch, tokens=1)
+    run = run_pruned(model, "random", 9, batch, tokens=1, verify=False)  # where it is tried, it is refused
     assert relative_error(run["logits"], WholeMasked(run, batch).logits()) > 1e-3
 
 
