@@ -39,7 +39,7 @@ LACKS: dict[tuple[str, str], str] = {
         [
             (name, plan)
             for name in (
-                "gemma4_moe", "paligemma2", "qwen3_5", "lfm2_vl",
+                "gemma4_moe", "paligemma2", "lfm2_vl",
             )
             for plan in ("fastv", "pyramiddrop")
         ],

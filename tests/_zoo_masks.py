@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from _zoo import BREAK, END, IMAGE, START, TEXT, VIDEO, VIT, Batch, Rows, fixed, packed, sized, zoo
+from _zoo import BREAK, END, IMAGE, START, TEXT, VIDEO, VIT, Batch, Rows, fixed, sized, zoo
 
 Made = tuple[type, Any]
 _VIT48 = {**VIT, "image_size": 48, "patch_size": 4, "vision_use_head": False}
@@ -211,14 +211,6 @@ def cohere2_vision_window() -> Made:
 
 
 # --- layers that go along the row -------------------------------------------------------------------------------------
-
-
-@zoo(packed())
-def qwen3_5() -> Made:
-    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
-
-    vision = {**_QWEN, "num_position_embeddings": 64}
-    return Qwen3_5ForConditionalGeneration, Qwen3_5Config(vision_config=vision, text_config=_ALONG, **_QWEN_IDS)
 
 
 def _shaped(rows: Rows) -> Batch:
