@@ -265,10 +265,11 @@ class QwenTower(VisionTower):
     def flops(self, shape: ModelShape, work: TowerWork) -> int:
         pictures = [rows * cols * self.patches_per_cell for rows, cols in work.grids]
         total = tower_flops(shape, pictures, work.blocks, work.first)
+        sizes = shape.projector if isinstance(shape.projector, tuple) else ()
         for block in self._extra:
             counts = work.blocks[block - work.first] if work.blocks and block >= work.first else pictures
             merged = sum(counts) // self.patches_per_cell
-            total += sum(2 * merged * a * b for a, b in zip(shape.projector[:-1], shape.projector[1:]))
+            total += sum(2 * merged * a * b for a, b in zip(sizes[:-1], sizes[1:]))
         if not self._windows:
             return total
         width = self._vision.window_size // self._vision.spatial_merge_size // self._vision.patch_size

@@ -122,9 +122,9 @@ class Vit(VisionTower):
     def computed(self, counts: Sequence[int]) -> list[int]:
         return [max(counts)] * len(counts)
 
-    def flops(self, shape: ModelShape, work: TowerWork) -> int:
+    def flops(self, shape: ModelShape, work: TowerWork) -> int | None:
         total = super().flops(shape, work)
-        if not self._pooling_head:
+        if total is None or not self._pooling_head:
             return total
         d = shape.vision_hidden
         last = work.blocks[-1] if work.blocks else [rows * cols for rows, cols in work.grids]

@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -210,7 +210,12 @@ def measure_flops(
         off = ", ".join(f"{part} {value:+.1%}" for part, value in difference.items() if abs(value) > TOLERANCE)
         text = f"Analytic and measured FLOPs of {point.label} differ by more than 1 percent: {off}."
         warnings.warn(text, stacklevel=2)
-    return {**result, "measured": _with_total(measured), "difference": difference, "agree": agree}
+    return {
+        **result,
+        "measured": cast("dict[str, float]", _with_total(measured)),
+        "difference": difference,
+        "agree": agree,
+    }
 
 
 @contextmanager
@@ -269,7 +274,9 @@ def keys_held(cache: Any) -> list[int | None]:
     held: list[int | None] = []
     for layer in cache.layers:
         keys = getattr(layer, "keys", None)
-        whole = isinstance(keys, torch.Tensor) and keys.dim() > 2
-        dropped = whole and getattr(layer, "cumulative_length", keys.shape[-2]) > keys.shape[-2]
-        held.append(keys.shape[-2] if whole and not dropped else None)
+        if not isinstance(keys, torch.Tensor) or keys.dim() <= 2:
+            held.append(None)
+            continue
+        dropped = getattr(layer, "cumulative_length", keys.shape[-2]) > keys.shape[-2]
+        held.append(None if dropped else keys.shape[-2])
     return held

@@ -87,7 +87,9 @@ def _check_shared_keys(adapter: Adapter, stages: Sequence[Stage]) -> None:
     tokens, and for a single answer later layers run the last token alone."""
     layers = range(len(adapter.layers))
     first = min((adapter.key_layer(layer) for layer in layers if adapter.key_layer(layer) != layer), default=None)
-    for stage in stages if first is not None else ():
+    if first is None:
+        return
+    for stage in stages:
         if stage.place == "layer" and stage.depth > first:
             raise ValueError(
                 f"{stage.pruner.name} cuts at {stage.site!r}, and later layers of "

@@ -124,7 +124,8 @@ class TowerPass:
         vision, recording = self._owner.adapter.vision, self.recording
         cells: list[Tensor] = []
         for visual, of_visual in zip(recording.visuals, recording.pixels):
-            cells += vision.cell_pixels(of_visual.detach(), len(visual.tower_grids), visual.kind).flatten(2)
+            of_one = of_visual if isinstance(of_visual, Tensor) else torch.cat(of_visual)
+            cells += vision.cell_pixels(of_one.detach(), len(visual.tower_grids), visual.kind).flatten(2)
         return cells
 
     def cut(self, stage: Stage, args: Any) -> tuple[list[Tensor], list[Tensor | None]] | None:
