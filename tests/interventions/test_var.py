@@ -219,10 +219,13 @@ def test_other_models_and_the_attention_registry_are_untouched():
     other, batch, before = tiny_llava(), prompts([1]), dict(ALL_ATTENTION_FUNCTIONS)
     own = tiny_llava()
     configs = [layer.self_attn.config for layer in own.model.language_model.layers]
+    # a handle of a test that failed before may live on, and its function with it
+    stocks = {name: function for name, function in before.items() if not name.startswith("tokenprune")}
     with torch.no_grad():
         stock = other(**batch).logits
         with tokenprune.applied(own, [options(usual())]):
-            assert {k: v for k, v in ALL_ATTENTION_FUNCTIONS.items() if not k.startswith("tokenprune")} == before
+            assert {k: v for k, v in ALL_ATTENTION_FUNCTIONS.items() if not k.startswith("tokenprune")} == stocks
+            assert set(ALL_ATTENTION_FUNCTIONS) - set(before)
             assert torch.equal(other(**batch).logits, stock)
             assert not torch.equal(own(**batch).logits, stock)
             assert own.config.text_config._attn_implementation == "sdpa", "masks are made as ever"
@@ -230,7 +233,8 @@ def test_other_models_and_the_attention_registry_are_untouched():
                 both = other(**batch).logits
             assert not torch.equal(both, own(**batch).logits) and not torch.equal(both, stock)
         assert torch.equal(own(**batch).logits, stock)
-    assert dict(ALL_ATTENTION_FUNCTIONS) == before
+    after = dict(ALL_ATTENTION_FUNCTIONS)
+    assert after.items() <= before.items() and stocks.items() <= after.items()
     assert all(layer.self_attn.config is one for layer, one in zip(own.model.language_model.layers, configs))
 
 
