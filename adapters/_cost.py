@@ -78,15 +78,15 @@ def generic_shape(adapter: Any, projector: Projector) -> ModelShape:
     """
     text = adapter.model.config.get_text_config()
     hidden, layers = text.hidden_size, len(adapter.layers)
-    heads = _first(text, "num_attention_heads", default=1)
+    heads = first_of(text, "num_attention_heads", default=1)
     shape = ModelShape(
         projector=projector,
         layers=layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=_first(text, "num_key_value_heads", default=heads),
-        head_dim=_first(text, "head_dim", default=hidden // heads),
-        intermediate=_first(text, "intermediate_size", default=0),
+        kv_heads=first_of(text, "num_key_value_heads", default=heads),
+        head_dim=first_of(text, "head_dim", default=hidden // heads),
+        intermediate=first_of(text, "intermediate_size", default=0),
         gated=True,
         vocab=None,
         by_layer=(None,) * layers,
@@ -94,9 +94,10 @@ def generic_shape(adapter: Any, projector: Projector) -> ModelShape:
     return read_off(shape, adapter)
 
 
-def _first(config: Any, *names: str, default: int) -> int:
+def first_of(config: Any, *names: str, default: Any = None) -> Any:
+    """The value of the first of some names that a config has; of several values the first."""
     for name in names:
         value = getattr(config, name, None)
         if value is not None:
-            return int(value[0] if isinstance(value, (list, tuple)) else value)
+            return value[0] if isinstance(value, (list, tuple)) else value
     return default

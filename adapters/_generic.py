@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.adapters._cost import generic_shape
+from tokenprune.adapters._cost import first_of, generic_shape
 from tokenprune.adapters._deepstack import DEEPSTACK, deepstack_kwargs
 from tokenprune.adapters._grids import Grids, feature_rows, visuals_of
 from tokenprune.adapters._not_applicable import why_not
@@ -53,15 +53,6 @@ class UnreadTower(VisionTower):
     @property
     def exits(self) -> Sequence[Any]:
         return ()
-
-
-def first_of(config: Any, *names: str, default: Any = None) -> Any:
-    """The value of the first of some names that a config has; of several values the first."""
-    for name in names:
-        value = getattr(config, name, None)
-        if value is not None:
-            return value[0] if isinstance(value, (list, tuple)) else value
-    return default
 
 
 def vision_config(config: Any) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -265,7 +265,7 @@ class QwenTower(VisionTower):
     def flops(self, shape: ModelShape, work: TowerWork) -> int:
         pictures = [rows * cols * self.patches_per_cell for rows, cols in work.grids]
         total = tower_flops(shape, pictures, work.blocks, work.first)
-        sizes = shape.projector if isinstance(shape.projector, tuple) else ()
+        sizes = cast("tuple[int, ...]", shape.projector)  # as this file made it
         for block in self._extra:
             counts = work.blocks[block - work.first] if work.blocks and block >= work.first else pictures
             merged = sum(counts) // self.patches_per_cell

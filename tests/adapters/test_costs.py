@@ -39,7 +39,7 @@ UNMODELLED: dict[str, tuple[str, ...]] = {
     "lfm2_vl": (TOWER, PROJECTOR),  # a tower for pictures of any size
     "molmo2": (TOWER, PROJECTOR),  # attention that pools
     "ovis2": (TOWER, PROJECTOR),  # tokens that are shares of a vocabulary
-    "qwen2_5_omni_thinker": (TOWER, PROJECTOR),  # windows of a tower that no test counted
+    "qwen2_5_omni_thinker": (TOWER, PROJECTOR),  # why they are not read was not found
     "step3p7": (TOWER, PROJECTOR),  # convolutions behind the tower
     "video_llama_3": (TOWER,),  # how many patches make a token is said by each call
     "video_llava": (TOWER, PROJECTOR),  # two towers

@@ -139,9 +139,10 @@ def test_half_precision_runs_and_stays_near_full_precision(name, dtype):
         stock = relative_error(half(**low).logits[:, -1].float(), full(**rounded).logits[:, -1])
     assert all(torch.equal(a, b) for a, b in zip(kept[0], expected[0]))
     allowed = 0.12 if dtype == torch.bfloat16 else 0.02
-    if stock > allowed:
+    off = relative_error(found, truth)
+    if stock > 0.2 or stock > allowed <= off:
         pytest.skip(f"the stock model itself is {stock:.2f} away from full precision in this version")
-    assert relative_error(found, truth) < allowed
+    assert off < allowed
 
 
 @every_family

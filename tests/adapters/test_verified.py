@@ -20,6 +20,7 @@ from tokenprune.adapters._not_applicable import NOT_APPLICABLE
 from tokenprune.api import adapter_for, prepare
 from tokenprune.engine import decoder_probe
 from tokenprune.engine.decoder_probe import removal_error
+from tokenprune.engine.prompt_reader import prompt_visuals
 from tokenprune.interfaces.capability import CAPABILITIES
 
 INKLING = {
@@ -215,10 +216,10 @@ def test_the_table_of_classes_says_what_the_cells_come_to() -> None:
 
 
 def test_visuals_are_told_without_a_prompt_too() -> None:
-    for name in ("mistral3", "glm4v", "hunyuan_vl"):  # Idefics 2: the prompt says which belong together
+    for name in ("mistral3", "glm4v", "idefics2", "hunyuan_vl"):
         model, batch = zoo_model(name), zoo_batch(name)
         with tokenprune.applied(model, "random", 1.0) as handle, torch.no_grad():
             model(**batch)
             spans = handle.last.layout.spans
-        visuals = [visual for visual in adapter_for(model).visuals("image", batch) if visual.length]
+        visuals = [visual for visual in prompt_visuals(adapter_for(model), "image", batch) if visual.length]
         assert [v.rasters for v in visuals] == [span.visual.rasters for span in spans]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -124,7 +124,7 @@ class TowerPass:
         vision, recording = self._owner.adapter.vision, self.recording
         cells: list[Tensor] = []
         for visual, of_visual in zip(recording.visuals, recording.pixels):
-            of_one = of_visual if isinstance(of_visual, Tensor) else torch.cat(of_visual)
+            of_one = cast(Tensor, of_visual)  # tiles are joined to pictures behind the tower
             cells += vision.cell_pixels(of_one.detach(), len(visual.tower_grids), visual.kind).flatten(2)
         return cells
 
