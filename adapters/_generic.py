@@ -34,6 +34,7 @@ _IDS = ("{}_token_id", "{}_token_index", "{}_patch_id")
 _PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 _MROPE = ("get_rope_index", "compute_3d_position_ids")
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
+_MERGES = ("spatial_merge_size", "merge_kernel_size", "scale_factor", "downsample_factor")
 _LATENTS = ("Perceiver", "QFormer", "Abstractor", "CrossAttention")
 _MOVED = ("inputs_embeds", "attention_mask", "position_ids", *DEEPSTACK)
 
@@ -118,8 +119,10 @@ class Generic(Adapter):
         return feature_rows(output)
 
     def _grids(self, kind: str, call: Mapping[str, Any], count: int) -> Grids:
-        patch = first_of(vision_config(self.model.config), "patch_size")
-        return Grids(kind, call, call[self.pixels[kind]], count, patch)
+        config = self.model.config
+        patch = first_of(vision_config(config), "patch_size")
+        merges = (first_of(own, *_MERGES) for own in (vision_config(config), config))
+        return Grids(kind, call, call[self.pixels[kind]], count, patch, next((own for own in merges if own), None))
 
     def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         pixels, sizes = call[self.pixels[kind]], call.get("image_sizes")

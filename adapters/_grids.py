@@ -45,9 +45,19 @@ class Grids:
         pixels: the argument with the pixels.
         count: visuals.
         patch: side of a patch in pixels; None if the model does not say.
+        merge: patches along a side of a token; None if the model does not say.
     """
 
-    def __init__(self, kind: str, call: Mapping[str, Any], pixels: Tensor, count: int, patch: int | None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        call: Mapping[str, Any],
+        pixels: Tensor,
+        count: int,
+        patch: int | None,
+        merge: int | None = None,
+    ) -> None:
+        self._merge = merge
         named = next((call[n] for n in (f"{kind}_grid_thw", "image_grid_thw") if call.get(n) is not None), None)
         boxes = None if named is None else named.tolist()
         shapes = next((call[name] for name in _PATCH_GRIDS if call.get(name) is not None), None)
@@ -65,18 +75,22 @@ class Grids:
 
     def frames_rows_cols(self, index: int, length: int) -> tuple[int, int, int] | None:
         """The grid of one visual's tokens: that of its patches with s x s of them joined, where that has `length`
-        cells; None where no s does."""
+        cells. None where no s does, or several do (36 tokens of four tiles of 12 x 12 patches may be one tile in 6 x 6
+        or all four in 3 x 3) and the model does not say which."""
         box = self._boxes[index]
         if box is None:
             return None
         frames, rows, cols = (int(side) for side in box)
         counts = range(self._most, 0, -1) if self._most else dict.fromkeys((frames, frames // 2, 1))
-        for moments in counts:
-            for stride in _STRIDES:
-                whole = rows % stride == 0 and cols % stride == 0
-                if whole and moments and moments * (rows // stride) * (cols // stride) == length:
-                    return moments, rows // stride, cols // stride
-        return None
+        found = {
+            stride: (moments, rows // stride, cols // stride)
+            for moments in counts
+            for stride in _STRIDES
+            if rows % stride == 0 and cols % stride == 0 and moments * rows * cols == length * stride**2 and moments
+        }
+        if len(found) > 1:
+            return None if self._merge is None else found.get(self._merge)
+        return next(iter(found.values()), None)
 
     def patches(self) -> list[int] | None:
         """Patches of each visual; None if the call does not say."""

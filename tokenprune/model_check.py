@@ -33,10 +33,15 @@ class Finding:
     says: str
 
 
-def capabilities_of(adapter: Adapter) -> list[Finding]:
-    """What a loaded model can do; it takes passes of a few tokens through the decoder."""
+def capabilities_of(adapter: Adapter, inputs: Mapping[str, Any] | None = None) -> list[Finding]:
+    """What a loaded model can do; it takes passes of a few tokens through the decoder.
+
+    Args:
+        inputs: of a prompt with a picture, on which a tower that no test knows is tried; without them it is only said
+            that its blocks can be reached.
+    """
     middle = max(adapter.first_cut, len(adapter.layers) // 2)
-    unread, signals = unread_layers(adapter), adapter.vision.signals
+    unread = unread_layers(adapter)
     layers = len(adapter.layers)
     reads = f"{layers - len(unread)} of {layers} layers read right"
     if unread:
@@ -46,8 +51,24 @@ def capabilities_of(adapter: Adapter) -> list[Finding]:
         _cuts(adapter, INPUT_CUTS, ()),
         _cuts(adapter, LAYER_CUTS, (middle,)),
         Finding(DECODER_SIGNALS, len(unread) < layers, reads),
-        Finding(TOWER_SIGNALS, bool(signals), ", ".join(signals) or "a family file would have to say where they are"),
+        _tower(adapter, inputs),
     ]
+
+
+def _tower(adapter: Adapter, inputs: Mapping[str, Any] | None) -> Finding:
+    signals = ", ".join(adapter.vision.signals)
+    if not signals:
+        return Finding(TOWER_SIGNALS, False, "a family file would have to say where they are")
+    if not adapter.behind_tower:
+        return Finding(TOWER_SIGNALS, True, signals)
+    if inputs is None:
+        return Finding(TOWER_SIGNALS, True, f"{signals}; they are tried at the first picture")
+    try:
+        with torch.no_grad(), prepare(adapter.model, "vtc_cls", 0.25, adapter=adapter, verify=False).applied():
+            adapter.model(**inputs)
+    except ValueError as raised:
+        return Finding(TOWER_SIGNALS, False, str(raised))
+    return Finding(TOWER_SIGNALS, True, signals)
 
 
 def _cuts(adapter: Adapter, name: str, layers: tuple[int, ...]) -> Finding:

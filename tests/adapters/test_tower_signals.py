@@ -70,7 +70,9 @@ def pixels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def features(adapter: Any, batch: dict[str, Tensor]) -> Tensor:
     """`[tokens, D]` of a call."""
     with torch.no_grad():
-        return torch.cat(list(adapter.feature_rows(adapter.entry.get_image_features(**pixels(batch), return_dict=True))))
+        return torch.cat(
+            list(adapter.feature_rows(adapter.entry.get_image_features(**pixels(batch), return_dict=True)))
+        )
 
 
 def patches_of_tokens(adapter: Any, block: Any, batch: dict[str, Tensor]) -> list[list[int]]:

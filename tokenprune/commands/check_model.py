@@ -29,14 +29,14 @@ def _check(args: argparse.Namespace) -> int:
             raise ValueError(f"--side is the side of a picture in pixels, at least 1, got {args.side}.")
         loaded = load_model(args.model, args.dtype, args.device)
         adapter = loaded.adapter
+        inputs = loaded.inputs(["What is in the picture?"], [_noise(args.side)])
     print(f"{type(loaded.model).__name__}, read by the family file {adapter.name!r}")
-    findings = capabilities_of(adapter)
+    findings = capabilities_of(adapter, inputs)
     for finding in findings:
         print(f"{finding.name:<16} {'yes' if finding.has else 'no':<4} {finding.says}")
     if not findings[0].has:
         return 1
     with as_user_error():
-        inputs = loaded.inputs(["What is in the picture?"], [_noise(args.side)])
         found = prompt_error(loaded.model, adapter, inputs)
     print(
         f"a random prompt  {found.kept} of {found.visual} visual tokens kept: the last logits are {found.error:.1e} "
