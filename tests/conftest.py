@@ -133,7 +133,7 @@ def table(found: dict[tuple[str, str], list[str]], count: int) -> str:
     families = sorted({name for name, _ in found})
     methods = sorted({method for _, method in found})
     lines = [
-        "Written by `make test-all SUPPORT=docs/support.md` from the masked-model cells of tests/adapters/test_families.py",
+        "Written by `make test-all SUPPORT=docs/support.md` from the cells of tests/adapters/test_families.py",
         f"({count} of them): the pruned model against the full-length model in which the dropped tokens are masked,",
         "logits and greedy tokens, on tiny models built from configs. A cell says how many of its layouts (ragged",
         "batches, padding on either side, videos; SDPA and eager) agree; `-` means that `apply` refuses the pair, with",
