@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import _zoo_hybrid  # noqa: F401
 import _zoo_masks  # noqa: F401
 import _zoo_patches  # noqa: F401
 import _zoo_pictures  # noqa: F401
@@ -39,7 +40,7 @@ LACKS: dict[tuple[str, str], str] = {
         [
             (name, plan)
             for name in (
-                "gemma4_moe", "paligemma2", "lfm2_vl",
+                "gemma4_moe", "paligemma2", "lfm2_vl", "qwen3_5", "qwen3_5_moe", "minicpmv4_6",
             )
             for plan in ("fastv", "pyramiddrop")
         ],

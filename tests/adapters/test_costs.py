@@ -37,6 +37,7 @@ UNMODELLED: dict[str, tuple[str, ...]] = {
     "hunyuan_vl": (TOWER, PROJECTOR),  # convolutions in the tower
     "idefics2": (TOWER, PROJECTOR),  # pictures filled up; a perceiver
     "lfm2_vl": (TOWER, PROJECTOR),  # a tower for pictures of any size
+    "minicpmv4_6": (TOWER, PROJECTOR),  # pictures merged between its layers
     "molmo2": (TOWER, PROJECTOR),  # attention that pools
     "ovis2": (TOWER, PROJECTOR),  # tokens that are shares of a vocabulary
     "qwen2_5_omni_thinker": (TOWER, PROJECTOR),  # why they are not read was not found
