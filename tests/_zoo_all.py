@@ -52,10 +52,20 @@ LACKS: dict[tuple[str, str], str] = {
     **dict.fromkeys([(name, "pyramiddrop") for name in ("gemma4", "gemma4_window")], _CUTS),
     ("cohere2_vision_window", "pyramiddrop"): _SIGNALS,
     ("cohere_compass", "pyramiddrop"): _SIGNALS,
-    **{(name, "vtc_cls"): "has no tower signals" for name in FAMILIES if name != "idefics3"},
+    **dict.fromkeys(
+        [
+            (name, "vtc_cls")
+            for name in (
+                "gemma4", "gemma4_window", "gemma4_moe", "molmo2", "video_llava", "idefics2", "got_ocr2",
+                "deepseek_ocr2", "aria", "step3p7", "gemma4_unified", "lfm3_vl", "muse_glimmer", "muse_spark",
+            )
+        ],
+        "has no tower signals",
+    ),
 }  # fmt: skip
 """By family and plan, what is said of a plan that the family cannot take: latents without a grid, keys from a latent,
 layers without rotation, queries that are normalised once they are turned, keys that a layer takes over from another,
-layers without attention, attention logits that are capped."""
+layers without attention, attention logits that are capped; towers that pool patches by their places or by attention,
+mix them in convolutions, have neighbourhoods, or are two."""
 
 __all__ = ["CELLS", "FAMILIES", "KEEP", "LACKS", "PLANS", "zoo_batch", "zoo_model"]
