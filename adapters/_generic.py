@@ -107,7 +107,8 @@ class Generic(Adapter):
         takes = inspect.signature(function).parameters
         given = {name: value for name, value in call.items() if name in takes and value is not None}
         with torch.no_grad():
-            return self.visuals_behind(kind, call, function(**given, return_dict=True))
+            named = {"return_dict": True} if {"return_dict", "kwargs"} & {*takes} else {}
+            return self.visuals_behind(kind, call, function(**given, **named))
 
     def visuals_behind(self, kind: str, call: Mapping[str, Any], output: Any) -> list[Visual]:
         rows = self.feature_rows(output)
@@ -179,18 +180,30 @@ def mixes_places(entry: Any, decoder: Any) -> bool:
 
 
 def decoder_in(entry: Any) -> nn.Module:
-    """The decoder stack inside a module that merges text and pictures.
+    """The decoder stack inside a module that merges text and pictures: under the name that it mostly has, else the only
+    one there is, whatever it is called (code that comes with a checkpoint has names of its own).
 
     Raises:
-        TypeError: there is none with `layers` that takes `inputs_embeds`.
+        TypeError: there is none with `layers` that takes `inputs_embeds`, or several.
     """
     for path in _DECODERS:
         module: Any = entry
         for part in path.split("."):
             module = getattr(module, part, None)
-        if hasattr(module, "layers") and "inputs_embeds" in inspect.signature(module.forward).parameters:
+        if _is_stack(module):
             return module
+    found = {name: module for name, module in entry.named_modules() if module is not entry and _is_stack(module)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    several = f" but several ({', '.join(found)})" if found else ""
     raise TypeError(
-        f"{type(entry).__name__} has no decoder stack with `layers` under a known name ({', '.join(_DECODERS)}), so no "
-        "tokens can be taken out of its rows."
+        f"{type(entry).__name__} has no decoder stack with `layers` under a known name ({', '.join(_DECODERS)})"
+        f"{several}, so no tokens can be taken out of its rows."
     )
+
+
+def _is_stack(module: Any) -> bool:
+    """Whether a module is called as decoders are; the towers that take embeddings take no position ids."""
+    if not hasattr(module, "layers"):
+        return False
+    return {"inputs_embeds", "position_ids"} <= {*inspect.signature(module.forward).parameters}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenprune.interfaces.visual import Raster, Visual, unplaced
+from tokenprune.interfaces.visual import Raster, Visual, features_in, unplaced
 
 _STRIDES = range(1, 17)
 _PATCH_GRIDS = ("spatial_shapes", "target_sizes")  # (rows, cols) of patches of each picture
@@ -20,7 +20,7 @@ def feature_rows(output: Any) -> list[Tensor]:
     Raises:
         ValueError: it does not say which features are whose.
     """
-    features = getattr(output, "pooler_output", None)
+    features = features_in(output)
     if isinstance(features, Tensor):
         if features.dim() != 3:
             raise ValueError(
@@ -31,7 +31,8 @@ def feature_rows(output: Any) -> list[Tensor]:
     if not isinstance(features, Sequence) or not all(isinstance(own, Tensor) for own in features):
         raise ValueError(
             f"The features call of this model returns {type(output).__name__} without features of each picture "
-            "(pooler_output); its family needs a file of its own (docs/guides/adding_a_family.md)."
+            "(pooler_output, or a tensor of three dimensions); its family needs a file of its own "
+            "(docs/guides/adding_a_family.md)."
         )
     return [own.flatten(0, -2) for own in features]
 

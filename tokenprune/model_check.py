@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from tokenprune.api import prepare
-from tokenprune.engine.decoder_probe import hide, removal_error
+from tokenprune.engine.decoder_probe import hide, passed_by, removal_error
 from tokenprune.engine.layer_check import hooked, undisturbed, unread_layers
+from tokenprune.engine.whole_masks import RECURRENT
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.capability import DECODER_SIGNALS, INPUT_CUTS, LAYER_CUTS, TOWER_SIGNALS
 
@@ -114,11 +115,13 @@ def prompt_error(model: Any, adapter: Adapter, inputs: Mapping[str, Any], keep: 
             seen, report = handle.stays, handle.report()
         plain = last(use_cache=False)
         seen = seen.to(plain.device)
+        kinds = [adapter.layer_kind(layer) in RECURRENT for layer in range(len(adapter.layers))]
         hooks = [
             layer.register_forward_pre_hook(functools.partial(hide, 0, [seen]), with_kwargs=True)
-            for layer in adapter.layers
+            for layer, along in zip(adapter.layers, kinds)
+            if not along
         ]
-        with hooked(*hooks):
+        with hooked(*hooks), passed_by([(layer, seen) for layer, along in zip(adapter.layers, kinds) if along]):
             masked = last(use_cache=False)
     apart = [float((logits - masked).norm() / masked.norm()) for logits in (pruned, plain)]
     return PromptError(report.kept_tokens, report.visual_tokens, *apart)

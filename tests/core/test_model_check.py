@@ -33,7 +33,7 @@ def test_layers_that_cannot_be_read_are_counted() -> None:
     assert signals.has and signals.says.startswith("3 of 4 layers read right; layer 3: ")
 
 
-@pytest.mark.parametrize("name", ["llava", "mistral3", "qwen3_vl_moe"])
+@pytest.mark.parametrize("name", ["llava", "mistral3", "qwen3_vl_moe", "gemma3_window", "lfm2_vl"])
 def test_a_pruned_prompt_is_held_against_the_masked_model(name: str) -> None:
     if name == "llava":
         model, inputs = tiny_llava(), prompts([2])
