@@ -36,7 +36,7 @@ def tile_pixels(pixels: Tensor, tiles: Sequence[Visual]) -> list[Tensor]:
 
 
 class TiledPrompts(Generic):
-    """A class without a tower that is read, whose features come by prompt: all tiles of one in a row."""
+    """A class whose features come by prompt: all tiles of one in a row."""
 
     def tile_raster(self, call: Mapping[str, Any]) -> Raster:
         """The tokens of a tile."""
