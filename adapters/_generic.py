@@ -4,7 +4,8 @@
 little more. It finds the module that merges text and pictures, the decoder in it and the ids of placeholders; where
 visuals stand, and in which grid, it reads behind the tower off the features that the model made. Nothing is taken for
 granted: `tokenprune.engine.decoder_probe` tries the decoder when a method is applied, the first prompt is held against
-the features, and what does not agree is refused. It gives no signals of the tower and cuts nothing there.
+the features, and what does not agree is refused. Signals of the tower are read where `tokenprune.engine.tower_probe`
+finds out which of its patches make each token; nothing can leave inside it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from tokenprune.adapters._cost import first_of, generic_shape
 from tokenprune.adapters._deepstack import DEEPSTACK, deepstack_kwargs
 from tokenprune.adapters._grids import Grids, feature_rows, visuals_of
 from tokenprune.adapters._not_applicable import why_not
-from tokenprune.adapters._tower_cost import TowerCost, tower_and_projector
+from tokenprune.adapters._read_tower import UnreadTower, tower_of
+from tokenprune.adapters._tower_cost import tower_and_projector
 from tokenprune.cost import ModelShape
-from tokenprune.interfaces.adapter import Adapter, VisionTower
+from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.signals import TowerInfo
-from tokenprune.interfaces.visual import TowerWork, Visual
+from tokenprune.interfaces.visual import Visual
 
 KINDS = ("image", "video")
 _DECODERS = ("language_model", "text_model", "language_model.model", "text_model.model")
@@ -34,25 +36,6 @@ _MROPE = ("get_rope_index", "compute_3d_position_ids")
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
 _LATENTS = ("Perceiver", "QFormer", "Abstractor", "CrossAttention")
 _MOVED = ("inputs_embeds", "attention_mask", "position_ids", *DEEPSTACK)
-
-
-class UnreadTower(VisionTower):
-    """A tower of which nothing is known but its sizes: it runs as it is.
-
-    Args:
-        cost: what it costs; None: not modelled.
-    """
-
-    def __init__(self, module: Any, facts: TowerInfo, cost: TowerCost | None = None) -> None:
-        self.module, self.blocks, self.exit, self.facts = module, (), None, facts
-        self._cost = cost
-
-    def flops(self, shape: ModelShape, work: TowerWork) -> int | None:
-        return None if self._cost is None else self._cost.flops(work)
-
-    @property
-    def exits(self) -> Sequence[Any]:
-        return ()
 
 
 def vision_config(config: Any) -> Any:
@@ -120,8 +103,8 @@ class Generic(Adapter):
         )
         tower = next((getattr(self.entry, name) for name in _TOWERS if hasattr(self.entry, name)), None)
         cost, self._projector_cost = tower_and_projector(self.entry, tower, self.language_model, config)
-        self.vision = UnreadTower(tower, facts, cost)
         self._mixes = mixes_places(self.entry, self.language_model)
+        self.vision = UnreadTower(tower, facts, cost) if self._mixes else tower_of(tower, config, facts, cost)
         added = getattr(vision, "deepstack_visual_indexes", None) or ()
         self.first_cut = max(1, len(added))
 
@@ -148,7 +131,11 @@ class Generic(Adapter):
         return Grids(kind, call, call[self.pixels[kind]], count, patch)
 
     def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
-        pixels = call[self.pixels[kind]]
+        pixels, sizes = call[self.pixels[kind]], call.get("image_sizes")
+        if pixels.shape[0] == len(visuals) and pixels.dim() == 4 and kind == "image" and sizes is not None:
+            sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+            # without what fills up the smaller pictures of a batch
+            return [own[:, : int(high), : int(wide)] for own, (high, wide) in zip(pixels, sizes)]
         if pixels.shape[0] == len(visuals):
             return list(pixels)
         patches = self._grids(kind, call, len(visuals)).patches()
