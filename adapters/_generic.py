@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,22 +57,30 @@ class Generic(Adapter):
     verified = False
     decoder_by_place: tuple[str, ...] = ()
     """Further arguments `[B, S, ...]` of the decoder that go by place, to be cut as its rows are."""
+    feature_names: ClassVar[dict[str, str]] = {kind: f"get_{kind}_features" for kind in KINDS}
+    """By kind, the method of the merging module that makes features of pixels."""
+    id_names: tuple[str, ...] = _IDS
+    """Where the config has the ids of placeholders; `{}` stands for the kind."""
+    pixel_names: ClassVar[dict[str, tuple[str, ...]]] = _PIXELS
+    """By kind, the names that the argument with the pixels may have."""
+    decoder_paths: tuple[str, ...] = _DECODERS
+    """Where in the merging module the decoder stack may be."""
 
     def __init__(self, model: Any) -> None:
         if why := why_not(type(model)):
             raise TypeError(f"{type(model).__name__} has no input cuts: {why}.")
         self.model = model
-        self.entry = merging_module(model)
-        self.language_model = decoder_in(self.entry)
+        self.entry = merging_module(model, self.feature_names["image"])
+        self.language_model = decoder_in(self.entry, self.decoder_paths)
         self.projector = None
         config = model.config
         parameters = {*inspect.signature(self.entry.forward).parameters, *inspect.signature(model.forward).parameters}
-        ids = {kind: first_of(config, *(name.format(kind) for name in _IDS)) for kind in KINDS}
-        pixels = {kind: next((name for name in _PIXELS[kind] if name in parameters), None) for kind in KINDS}
+        ids = {kind: first_of(config, *(name.format(kind) for name in self.id_names)) for kind in KINDS}
+        pixels = {kind: next((name for name in self.pixel_names[kind] if name in parameters), None) for kind in KINDS}
         found = [
             kind
             for kind in KINDS
-            if isinstance(ids[kind], int) and pixels[kind] and hasattr(self.entry, f"get_{kind}_features")
+            if isinstance(ids[kind], int) and pixels[kind] and hasattr(self.entry, self.feature_names[kind])
         ]
         if "image" not in found:
             raise TypeError(
@@ -81,7 +89,7 @@ class Generic(Adapter):
             )
         if ids["image"] == ids["video"]:
             found = ["image"]  # which placeholder is whose would be a guess
-        self.features = {kind: f"get_{kind}_features" for kind in found}
+        self.features = {kind: self.feature_names[kind] for kind in found}
         self.placeholder_ids = {kind: int(ids[kind]) for kind in found}
         self.pixels = {kind: str(pixels[kind]) for kind in found}
         self.mrope = any(hasattr(self.entry, name) for name in _MROPE)
@@ -156,16 +164,16 @@ class Generic(Adapter):
         return generic_shape(self, self._projector_cost)
 
 
-def merging_module(model: Any) -> nn.Module:
+def merging_module(model: Any, features: str = "get_image_features") -> nn.Module:
     """The innermost module that makes features of pixels and is called with `input_ids`."""
     found = [
         module
         for module in model.modules()
-        if hasattr(module, "get_image_features") and "input_ids" in inspect.signature(module.forward).parameters
+        if hasattr(module, features) and "input_ids" in inspect.signature(module.forward).parameters
     ]
     if not found:
         raise TypeError(
-            f"{type(model).__name__} has no module that makes features of pictures (get_image_features) and merges "
+            f"{type(model).__name__} has no module that makes features of pictures ({features}) and merges "
             "them into the rows of a decoder, so no tokens can be taken out of them."
         )
     return found[-1]
@@ -179,14 +187,14 @@ def mixes_places(entry: Any, decoder: Any) -> bool:
     return any(word in name for name in names for word in _LATENTS)
 
 
-def decoder_in(entry: Any) -> nn.Module:
+def decoder_in(entry: Any, paths: Sequence[str] = _DECODERS) -> nn.Module:
     """The decoder stack inside a module that merges text and pictures: under the name that it mostly has, else the only
     one there is, whatever it is called (code that comes with a checkpoint has names of its own).
 
     Raises:
         TypeError: there is none with `layers` that takes `inputs_embeds`, or several.
     """
-    for path in _DECODERS:
+    for path in paths:
         module: Any = entry
         for part in path.split("."):
             module = getattr(module, part, None)
@@ -197,7 +205,7 @@ def decoder_in(entry: Any) -> nn.Module:
         return next(iter(found.values()))
     several = f" but several ({', '.join(found)})" if found else ""
     raise TypeError(
-        f"{type(entry).__name__} has no decoder stack with `layers` under a known name ({', '.join(_DECODERS)})"
+        f"{type(entry).__name__} has no decoder stack with `layers` under a known name ({', '.join(paths)})"
         f"{several}, so no tokens can be taken out of its rows."
     )
 

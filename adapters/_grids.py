@@ -65,6 +65,7 @@ class Grids:
         if boxes is None and shapes is not None:
             boxes = [[1, *sizes] for sizes in shapes.tolist()]
         sizes = call.get("image_sizes")
+        self.broken = boxes is None and sizes is not None  # Pixtral's processor writes a token behind each row
         if boxes is None and sizes is not None and patch:
             sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
             boxes = [[1, int(high) // patch, int(wide) // patch] for high, wide in sizes]
@@ -104,11 +105,11 @@ def visuals_of(kind: str, lengths: Sequence[int], grids: Grids | None, scattered
     found = []
     for index, length in enumerate(lengths):
         grid = None if grids is None else grids.frames_rows_cols(index, length)
-        if grid is None:
+        if grid is None or grids is None:
             found.append(unplaced(length, kind))
             continue
         frames, rows, cols = grid
         name = "frame" if kind == "video" else "image" if frames == 1 else "crop"
         rasters = tuple(Raster((rows, cols), frame * rows * cols, name) for frame in range(frames))
-        found.append(Visual(rasters, kind=kind, scattered=scattered or frames > 1))
+        found.append(Visual(rasters, kind=kind, scattered=scattered or frames > 1 or grids.broken))
     return found

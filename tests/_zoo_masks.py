@@ -177,7 +177,7 @@ def mistral3_window() -> Made:
     )  # fmt: skip
 
 
-@zoo(fixed(36, 48))
+@zoo(fixed(36, 48, around=(START, END)))
 def cohere2_vision_window() -> Made:
     from transformers import (
         Cohere2Config,
@@ -201,7 +201,7 @@ def _shaped(rows: Rows) -> Batch:
     """Patches of each picture in a frame of zeros, with their numbers of rows and columns (LFM2-VL)."""
     shapes = torch.tensor(rows.grids()) * 2
     counts = shapes.prod(1).tolist()
-    batch = rows.write([[IMAGE] * (count // 4) for count in counts])
+    batch = rows.write([[START] + [IMAGE] * (count // 4) + [END] for count in counts])
     pixels = torch.zeros(rows.total, max(counts), 48)
     real = torch.zeros(rows.total, max(counts), dtype=torch.int64)
     for own, count in enumerate(counts):

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -22,7 +22,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import tokenprune
+from tokenprune.adapters._generic import Generic
 from tokenprune.api import adapter_for
+from tokenprune.registry import MODELS
 
 CODE = Path(__file__).parent / "remote_code"
 KEEP = 4
@@ -132,6 +134,27 @@ def test_code_with_other_names_for_what_must_be_found_is_refused(
 ) -> None:
     with pytest.raises(TypeError, match=f"SketchForAnswers has {says}"):
         tokenprune.apply(remote(renamed=renamed), "divprune", keep=KEEP)
+
+
+def test_a_short_file_of_the_users_says_what_is_called_otherwise(remote: Callable[..., Any]) -> None:
+    """The file of docs/guides/adding_a_family.md."""
+
+    @tokenprune.register_model("sketch")
+    class Sketch(Generic):
+        """`SketchForAnswers`, as its repository has it."""
+
+        classes = ("SketchForAnswers",)
+        feature_names: ClassVar[dict[str, str]] = {"image": "look_at", "video": "watch"}
+        id_names = ("picture_mark",)
+
+    try:
+        model, batch = remote(renamed=("get_image_features", "look_at")), _batch()
+        model.config.picture_mark = IMAGE
+        assert adapter_for(model).name == "sketch"
+        run = run_pruned(model, "random", KEEP, batch, tokens=4, silent=SPECIAL)
+        compare_whole(run, batch, 1e-5, SPECIAL)
+    finally:
+        MODELS.unregister("sketch")
 
 
 # --- classes derived from one that is covered -------------------------------------------------------------------------
