@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,13 +73,15 @@ class Generic(Adapter):
     verified = False
     decoder_by_place: tuple[str, ...] = ()
     """Further arguments `[B, S, ...]` of the decoder that go by place, to be cut as its rows are."""
+    decoder_is_entry: ClassVar[bool] = False
+    """Whether the module that merges text and pictures is the decoder itself: `merged` says what it merges."""
 
     def __init__(self, model: Any) -> None:
         if why := why_not(type(model)):
             raise TypeError(f"{type(model).__name__} has no input cuts: {why}.")
         self.model = model
         self.entry = merging_module(model)
-        self.language_model = decoder_in(self.entry)
+        self.language_model = self.entry if self.decoder_is_entry else decoder_in(self.entry)
         self.projector = None
         config = model.config
         parameters = {*inspect.signature(self.entry.forward).parameters, *inspect.signature(model.forward).parameters}

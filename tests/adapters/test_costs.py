@@ -26,12 +26,15 @@ PLANS: dict[str, Any] = {
 TOWER, PROJECTOR, DECODER = "vision", "projector", ("prefill", "decode")
 UNMODELLED: dict[str, tuple[str, ...]] = {
     "aria": (PROJECTOR,),  # cross-attention with learnt queries
+    "chameleon": (TOWER, PROJECTOR, *DECODER),  # the decoder holds the encoder of pictures
     "deepseek_ocr2": (TOWER, PROJECTOR),  # SAM, and an encoder of queries
     "deepseek_vl_hybrid": (TOWER, PROJECTOR),  # two towers
+    "emu3": (TOWER, PROJECTOR),  # an encoder of convolutions
     "ernie4_5_vl_moe": (PROJECTOR, *DECODER),  # a resampler; experts for text and others for pictures
     "gemma4": (TOWER, *DECODER),  # patches pooled by their places; embeddings of places beside the rows
     "gemma4_moe": (TOWER, *DECODER),
     "gemma4_window": (TOWER, *DECODER),
+    "fast_vlm": (TOWER, PROJECTOR),  # convolutions of timm
     "got_ocr2": (TOWER, PROJECTOR),  # SAM
     "granite_docling": (TOWER, PROJECTOR),  # a connector in the tower
     "hunyuan_vl": (TOWER, PROJECTOR),  # convolutions in the tower
@@ -39,6 +42,7 @@ UNMODELLED: dict[str, tuple[str, ...]] = {
     "lfm2_vl": (TOWER, PROJECTOR),  # a tower for pictures of any size
     "molmo2": (TOWER, PROJECTOR),  # attention that pools
     "ovis2": (TOWER, PROJECTOR),  # tokens that are shares of a vocabulary
+    "perception_lm": (TOWER, PROJECTOR),  # a tower of timm
     "qwen2_5_omni_thinker": (TOWER, PROJECTOR),  # why they are not read was not found
     "step3p7": (TOWER, PROJECTOR),  # convolutions behind the tower
     "video_llama_3": (TOWER,),  # how many patches make a token is said by each call
