@@ -22,11 +22,12 @@ SAMPLED = --sampled $(VERSION_TESTS)
 PYTHON_CHECK = import sys; sys.exit(None if sys.version_info >= (3, 10) else "tokenprune needs Python 3.10 or newer, %s is %d.%d; try make PYTHON=python3.12" % (sys.executable, *sys.version_info[:2]))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-lowest test-lmms bench lint format clean
+.PHONY: help demo test test-all test-newest test-lowest test-lmms bench lint format clean
 
 help:
 	@echo "make demo    run the demo sweep: table, plot and report under runs/"
 	@echo "make test    what CI runs: ruff, pyright, the tests and the packaging checks"
+	@echo "make test-all     the same with every cell of the masked model, where make test draws one a family and method"
 	@echo "make test-newest  the tests that a release can break, on the newest of everything"
 	@echo "make test-lowest  the same, on the lowest versions that are supported"
 	@echo "make test-lmms  install lmms-eval (940 MB) and test both ways against it"
@@ -49,6 +50,10 @@ demo: $(STAMP)
 # One thread a worker: two workers that each use every core are slower than one. A test that reaches for the hub fails
 # at once instead of waiting for a network.
 test: lint
+	$(call PYTEST,$(VENV),constraints,--sampled)
+
+# Every layout of every family with every method; writes the tables of docs/support.md with SUPPORT=docs/support.md.
+test-all: lint
 	$(call PYTEST,$(VENV),constraints)
 
 # Each time anew what a user gets today, who knows no constraints. torchvision is left out of .venv and is there in

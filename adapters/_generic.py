@@ -4,7 +4,8 @@
 little more. It finds the module that merges text and pictures, the decoder in it and the ids of placeholders; where
 visuals stand, and in which grid, it reads behind the tower off the features that the model made. Nothing is taken for
 granted: `tokenprune.engine.decoder_probe` tries the decoder when a method is applied, the first prompt is held against
-the features, and what does not agree is refused. It gives no signals of the tower and cuts nothing there.
+the features, and what does not agree is refused. Signals of the tower are read where `tokenprune.engine.tower_probe`
+finds out which of its patches make each token; nothing can leave inside it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from tokenprune.adapters._cost import first_of, generic_shape
 from tokenprune.adapters._deepstack import DEEPSTACK, deepstack_kwargs
 from tokenprune.adapters._grids import Grids, feature_rows, visuals_of
 from tokenprune.adapters._not_applicable import why_not
-from tokenprune.adapters._tower_cost import TowerCost, tower_and_projector
+from tokenprune.adapters._read_tower import UnreadTower, tower_of
+from tokenprune.adapters._tower_cost import tower_and_projector
 from tokenprune.cost import ModelShape
-from tokenprune.interfaces.adapter import Adapter, VisionTower
+from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.signals import TowerInfo
-from tokenprune.interfaces.visual import TowerWork, Visual
+from tokenprune.interfaces.visual import Visual
 
 KINDS = ("image", "video")
 _DECODERS = ("language_model", "text_model", "language_model.model", "text_model.model")
@@ -32,27 +34,9 @@ _IDS = ("{}_token_id", "{}_token_index", "{}_patch_id")
 _PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 _MROPE = ("get_rope_index", "compute_3d_position_ids")
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
+_MERGES = ("spatial_merge_size", "merge_kernel_size", "scale_factor", "downsample_factor")
 _LATENTS = ("Perceiver", "QFormer", "Abstractor", "CrossAttention")
 _MOVED = ("inputs_embeds", "attention_mask", "position_ids", *DEEPSTACK)
-
-
-class UnreadTower(VisionTower):
-    """A tower of which nothing is known but its sizes: it runs as it is.
-
-    Args:
-        cost: what it costs; None: not modelled.
-    """
-
-    def __init__(self, module: Any, facts: TowerInfo, cost: TowerCost | None = None) -> None:
-        self.module, self.blocks, self.exit, self.facts = module, (), None, facts
-        self._cost = cost
-
-    def flops(self, shape: ModelShape, work: TowerWork) -> int | None:
-        return None if self._cost is None else self._cost.flops(work)
-
-    @property
-    def exits(self) -> Sequence[Any]:
-        return ()
 
 
 def vision_config(config: Any) -> Any:
@@ -75,22 +59,30 @@ class Generic(Adapter):
     """Further arguments `[B, S, ...]` of the decoder that go by place, to be cut as its rows are."""
     decoder_is_entry: ClassVar[bool] = False
     """Whether the module that merges text and pictures is the decoder itself: `merged` says what it merges."""
+    feature_names: ClassVar[dict[str, str]] = {kind: f"get_{kind}_features" for kind in KINDS}
+    """By kind, the method of the merging module that makes features of pixels."""
+    id_names: tuple[str, ...] = _IDS
+    """Where the config has the ids of placeholders; `{}` stands for the kind."""
+    pixel_names: ClassVar[dict[str, tuple[str, ...]]] = _PIXELS
+    """By kind, the names that the argument with the pixels may have."""
+    decoder_paths: tuple[str, ...] = _DECODERS
+    """Where in the merging module the decoder stack may be."""
 
     def __init__(self, model: Any) -> None:
         if why := why_not(type(model)):
             raise TypeError(f"{type(model).__name__} has no input cuts: {why}.")
         self.model = model
-        self.entry = merging_module(model)
-        self.language_model = self.entry if self.decoder_is_entry else decoder_in(self.entry)
+        self.entry = merging_module(model, self.feature_names["image"])
+        self.language_model = self.entry if self.decoder_is_entry else decoder_in(self.entry, self.decoder_paths)
         self.projector = None
         config = model.config
         parameters = {*inspect.signature(self.entry.forward).parameters, *inspect.signature(model.forward).parameters}
-        ids = {kind: first_of(config, *(name.format(kind) for name in _IDS)) for kind in KINDS}
-        pixels = {kind: next((name for name in _PIXELS[kind] if name in parameters), None) for kind in KINDS}
+        ids = {kind: first_of(config, *(name.format(kind) for name in self.id_names)) for kind in KINDS}
+        pixels = {kind: next((name for name in self.pixel_names[kind] if name in parameters), None) for kind in KINDS}
         found = [
             kind
             for kind in KINDS
-            if isinstance(ids[kind], int) and pixels[kind] and hasattr(self.entry, f"get_{kind}_features")
+            if isinstance(ids[kind], int) and pixels[kind] and hasattr(self.entry, self.feature_names[kind])
         ]
         if "image" not in found:
             raise TypeError(
@@ -99,7 +91,7 @@ class Generic(Adapter):
             )
         if ids["image"] == ids["video"]:
             found = ["image"]  # which placeholder is whose would be a guess
-        self.features = {kind: f"get_{kind}_features" for kind in found}
+        self.features = {kind: self.feature_names[kind] for kind in found}
         self.placeholder_ids = {kind: int(ids[kind]) for kind in found}
         self.pixels = {kind: str(pixels[kind]) for kind in found}
         self.mrope = any(hasattr(self.entry, name) for name in _MROPE)
@@ -114,8 +106,8 @@ class Generic(Adapter):
         )
         tower = next((getattr(self.entry, name) for name in _TOWERS if hasattr(self.entry, name)), None)
         cost, self._projector_cost = tower_and_projector(self.entry, tower, self.language_model, config)
-        self.vision = UnreadTower(tower, facts, cost)
         self._mixes = mixes_places(self.entry, self.language_model)
+        self.vision = UnreadTower(tower, facts, cost) if self._mixes else tower_of(tower, config, facts, cost)
         added = getattr(vision, "deepstack_visual_indexes", None) or ()
         self.first_cut = max(1, len(added))
 
@@ -125,7 +117,8 @@ class Generic(Adapter):
         takes = inspect.signature(function).parameters
         given = {name: value for name, value in call.items() if name in takes and value is not None}
         with torch.no_grad():
-            return self.visuals_behind(kind, call, function(**given, return_dict=True))
+            named = {"return_dict": True} if {"return_dict", "kwargs"} & {*takes} else {}
+            return self.visuals_behind(kind, call, function(**given, **named))
 
     def visuals_behind(self, kind: str, call: Mapping[str, Any], output: Any) -> list[Visual]:
         rows = self.feature_rows(output)
@@ -137,11 +130,17 @@ class Generic(Adapter):
         return feature_rows(output)
 
     def _grids(self, kind: str, call: Mapping[str, Any], count: int) -> Grids:
-        patch = first_of(vision_config(self.model.config), "patch_size")
-        return Grids(kind, call, call[self.pixels[kind]], count, patch)
+        config = self.model.config
+        patch = first_of(vision_config(config), "patch_size")
+        merges = (first_of(own, *_MERGES) for own in (vision_config(config), config))
+        return Grids(kind, call, call[self.pixels[kind]], count, patch, next((own for own in merges if own), None))
 
     def pixel_rows(self, kind: str, call: Mapping[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
-        pixels = call[self.pixels[kind]]
+        pixels, sizes = call[self.pixels[kind]], call.get("image_sizes")
+        if pixels.shape[0] == len(visuals) and pixels.dim() == 4 and kind == "image" and sizes is not None:
+            sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+            # without what fills up the smaller pictures of a batch
+            return [own[:, : int(high), : int(wide)] for own, (high, wide) in zip(pixels, sizes)]
         if pixels.shape[0] == len(visuals):
             return list(pixels)
         patches = self._grids(kind, call, len(visuals)).patches()
@@ -167,16 +166,16 @@ class Generic(Adapter):
         return generic_shape(self, self._projector_cost)
 
 
-def merging_module(model: Any) -> nn.Module:
+def merging_module(model: Any, features: str = "get_image_features") -> nn.Module:
     """The innermost module that makes features of pixels and is called with `input_ids`."""
     found = [
         module
         for module in model.modules()
-        if hasattr(module, "get_image_features") and "input_ids" in inspect.signature(module.forward).parameters
+        if hasattr(module, features) and "input_ids" in inspect.signature(module.forward).parameters
     ]
     if not found:
         raise TypeError(
-            f"{type(model).__name__} has no module that makes features of pictures (get_image_features) and merges "
+            f"{type(model).__name__} has no module that makes features of pictures ({features}) and merges "
             "them into the rows of a decoder, so no tokens can be taken out of them."
         )
     return found[-1]
@@ -190,19 +189,31 @@ def mixes_places(entry: Any, decoder: Any) -> bool:
     return any(word in name for name in names for word in _LATENTS)
 
 
-def decoder_in(entry: Any) -> nn.Module:
-    """The decoder stack inside a module that merges text and pictures.
+def decoder_in(entry: Any, paths: Sequence[str] = _DECODERS) -> nn.Module:
+    """The decoder stack inside a module that merges text and pictures: under the name that it mostly has, else the only
+    one there is, whatever it is called (code that comes with a checkpoint has names of its own).
 
     Raises:
-        TypeError: there is none with `layers` that takes `inputs_embeds`.
+        TypeError: there is none with `layers` that takes `inputs_embeds`, or several.
     """
-    for path in _DECODERS:
+    for path in paths:
         module: Any = entry
         for part in path.split("."):
             module = getattr(module, part, None)
-        if hasattr(module, "layers") and "inputs_embeds" in inspect.signature(module.forward).parameters:
+        if _is_stack(module):
             return module
+    found = {name: module for name, module in entry.named_modules() if module is not entry and _is_stack(module)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    several = f" but several ({', '.join(found)})" if found else ""
     raise TypeError(
-        f"{type(entry).__name__} has no decoder stack with `layers` under a known name ({', '.join(_DECODERS)}), so no "
-        "tokens can be taken out of its rows."
+        f"{type(entry).__name__} has no decoder stack with `layers` under a known name ({', '.join(paths)})"
+        f"{several}, so no tokens can be taken out of its rows."
     )
+
+
+def _is_stack(module: Any) -> bool:
+    """Whether a module is called as decoders are; the towers that take embeddings take no position ids."""
+    if not hasattr(module, "layers"):
+        return False
+    return {"inputs_embeds", "position_ids"} <= {*inspect.signature(module.forward).parameters}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokenprune.adapters._cost import read_off, text_sizes
 from tokenprune.adapters._vit import CLIP_PIXELS
+from tokenprune.adapters._windows import has_windows, window_order
 from tokenprune.cost import ModelShape, tower_flops
 from tokenprune.hooks import Scratch
 from tokenprune.interfaces.adapter import Adapter, VisionTower, submodule
@@ -90,7 +91,7 @@ class QwenTower(VisionTower):
             pixel_mean=pixels[0],
             pixel_std=pixels[1],
         )
-        self._windows = hasattr(vision, "window_size") and hasattr(vision, "fullatt_block_indexes")
+        self._windows = has_windows(vision)
         self._orders: dict[tuple[tuple[int, int], ...], Tensor] = {}
 
     @property
@@ -209,25 +210,9 @@ class QwenTower(VisionTower):
             return torch.arange(sum(rows * cols for rows, cols in grids))
         if grids in self._orders:
             return self._orders[grids]
-        merge = self._vision.spatial_merge_size
-        # windows lie within a frame, so each frame may be treated as a picture
-        boxes = torch.tensor([[1, rows * merge, cols * merge] for rows, cols in grids])
-        window_index = getattr(self.module, "get_window_index", None)
-        if window_index is not None:
-            index = window_index(boxes)[0]
-        else:
-            from transformers.vision_utils import get_vision_window_index
-
-            index = get_vision_window_index(
-                boxes,
-                spatial_merge_size=self._vision.spatial_merge_size,
-                window_size=self._vision.window_size,
-                patch_size=self._vision.patch_size,
-                kwargs={},
-            )[0]
         if len(self._orders) >= _ORDERS:
             self._orders.pop(next(iter(self._orders)))
-        self._orders[grids] = torch.as_tensor(index).cpu().long()
+        self._orders[grids] = window_order(self.module, self._vision, grids)
         return self._orders[grids]
 
     def resize(

@@ -36,7 +36,7 @@ def tile_pixels(pixels: Tensor, tiles: Sequence[Visual]) -> list[Tensor]:
 
 
 class TiledPrompts(Generic):
-    """A class without a tower that is read, whose features come by prompt: all tiles of one in a row."""
+    """A class whose features come by prompt: all tiles of one in a row."""
 
     def tile_raster(self, call: Mapping[str, Any]) -> Raster:
         """The tokens of a tile."""
@@ -104,6 +104,42 @@ def pictures_by_chain(ids: Tensor | None, places: Sequence[Tensor], crops: int) 
     if chains is None or all(chain % crops == 0 for chain in chains):
         return Pictures((len(places),), UNTOLD)
     return Pictures((1,) * len(places))
+
+
+def pictures_by_frame(ids: Tensor | None, places: Sequence[Tensor]) -> Pictures:
+    """One id in front of each picture and one behind it, and at most one between two tiles of a picture: a label of the
+    tile, or the end of a line.
+
+    Which ids these are the model does not know. Those of the first picture's front and of the last one's end are held
+    against what stands between pictures; a prompt that was written in another way is taken as one picture, with a note.
+
+    Args:
+        ids, places: see `Adapter.pictures`.
+    """
+    if len(places) == 1:
+        return Pictures((1,))
+    counts = None if ids is None else _framed(ids.tolist(), places)
+    return Pictures((len(places),), UNTOLD) if counts is None else Pictures(counts)
+
+
+def _framed(ids: list[int], places: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """Tiles of each picture; None where the prompt is not written as expected."""
+    starts = [int(own[0]) for own in places]
+    ends = [int(own[-1]) + 1 for own in places]
+    if any(end - start != len(own) for start, end, own in zip(starts, ends, places)):
+        return None
+    # a label may stand behind the one and in front of the other
+    opening, closing = {*ids[max(0, starts[0] - 2) : starts[0]]}, {*ids[ends[-1] : ends[-1] + 2]}
+    counts = [1]
+    for end, start in zip(ends, starts[1:]):
+        gap = ids[end:start]
+        if len(gap) <= 1:
+            counts[-1] += 1
+        elif closing & {*gap[:2]} and opening & {*gap[-2:]}:
+            counts.append(1)
+        else:
+            return None
+    return tuple(counts)
 
 
 def _chains(ids: list[int], places: Sequence[Tensor]) -> list[int] | None:

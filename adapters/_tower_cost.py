@@ -21,9 +21,10 @@ FIXED = {
 }  # fmt: skip
 """Towers that see every picture at one size."""
 PACKED = {
-    "Cosmos3EdgeVisionModel", "Ernie4_5_VLMoeVisionTransformerPretrainedModel", "Glm4vMoeVisionModel",
-    "Glm4vVisionModel", "GlmOcrVisionModel", "Kimi_K25VisionModel", "PaddleOCRVisionModel", "Qwen3OmniMoeVisionEncoder",
-    "Qwen3VLMoeVisionModel", "Qwen3VLVisionModel", "Qwen3_5MoeVisionModel", "Qwen3_5VisionModel",
+    "CohereCompassVisionModel", "Cosmos3EdgeVisionModel", "Ernie4_5_VLMoeVisionTransformerPretrainedModel",
+    "Glm4vMoeVisionModel", "Glm4vVisionModel", "GlmOcrVisionModel", "Kimi_K25VisionModel", "PaddleOCRVisionModel",
+    "Qwen3OmniMoeVisionEncoder", "Qwen3VLMoeVisionModel", "Qwen3VLVisionModel", "Qwen3_5MoeVisionModel",
+    "Qwen3_5VisionModel",
 }  # fmt: skip
 """Towers that see pictures of any size, each for itself, and join s x s patches to a token."""
 WINDOWS = {"Exaone4_5_VisionModel", "Qwen2_5OmniVisionEncoder", "Qwen2_5_VisionTransformerPretrainedModel"}

@@ -1,4 +1,4 @@
-"""Qianfan-OCR: an InternVL whose tower and projector are not read.
+"""Qianfan-OCR: an InternVL whose tiles make pictures as InternVL's do.
 
 The processor puts a picture's tiles in one unbroken run of placeholders between <img> and </img>: they are one picture.
 """

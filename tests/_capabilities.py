@@ -19,7 +19,7 @@ from tokenprune.registry import MODELS
 
 FILE = ROOT / "adapters" / "capabilities.yaml"
 _HEAD = (
-    "# What tests prove of each class, written by `make test SUPPORT=docs/support.md`, read by `tokenprune ls models`\n"
+    "# What tests prove of each class, written by `make test-all SUPPORT=docs/support.md`, for `tokenprune ls models`\n"
 )
 _IN_FAMILIES = {"layer_2": "fastv"}  # which cell of a family with a file shows the same
 

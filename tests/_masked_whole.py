@@ -153,7 +153,8 @@ class WholeMasked:
             hidden = args[0] if args else kwargs["hidden_states"]
             positions = batch["position_ids"] + first - closed
             changed["position_ids"] = positions
-            changed["position_embeddings"] = self.adapter.rotary(hidden, positions, layer)
+            if kwargs.get("position_embeddings") is not None:  # None: a layer without rotation
+                changed["position_embeddings"] = self.adapter.rotary(hidden, positions, layer)
         return args, changed
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import _zoo_hybrid  # noqa: F401
+import _zoo_later  # noqa: F401
 import _zoo_masks  # noqa: F401
 import _zoo_merging  # noqa: F401
 import _zoo_patches  # noqa: F401
@@ -26,7 +28,7 @@ _SIGNALS, _CUTS, _GRID = "has no decoder signals", "has no layer cuts", "works o
 LACKS: dict[tuple[str, str], str] = {
     **dict.fromkeys([(name, "uniform") for name in ("aria", "deepseek_ocr2", "idefics2", "molmo2")], _GRID),
     ("perception_lm", "uniform"): _GRID,
-    **dict.fromkeys([(name, "uniform") for name in ("gemma4", "gemma4_window", "gemma4_moe")], _GRID),
+    **dict.fromkeys([(name, "uniform") for name in ("gemma4", "gemma4_window", "gemma4_moe", "gemma4_unified")], _GRID),
     **dict.fromkeys([(name, "fastv") for name in ("kimi_k25", "hunyuan_vl", "step3p7", "mistral_large4")], _SIGNALS),
     **dict.fromkeys(
         [
@@ -42,7 +44,8 @@ LACKS: dict[tuple[str, str], str] = {
         [
             (name, plan)
             for name in (
-                "gemma4_moe", "paligemma2", "lfm2_vl",
+                "gemma4_moe", "paligemma2", "lfm2_vl", "qwen3_5", "qwen3_5_moe", "minicpmv4_6",
+                "minicpmv4_7", "minicpm_ocr", "lfm3_vl", "muse_glimmer", "muse_spark", "gemma4_unified", "dots3_note",
             )
             for plan in ("fastv", "pyramiddrop")
         ],
@@ -51,10 +54,22 @@ LACKS: dict[tuple[str, str], str] = {
     **dict.fromkeys([(name, "fastv") for name in ("gemma4", "gemma4_window")], _SIGNALS),
     **dict.fromkeys([(name, "pyramiddrop") for name in ("gemma4", "gemma4_window")], _CUTS),
     ("cohere2_vision_window", "pyramiddrop"): _SIGNALS,
-    **{(name, "vtc_cls"): "has no tower signals" for name in FAMILIES if name != "idefics3"},
+    ("cohere_compass", "pyramiddrop"): _SIGNALS,
+    **dict.fromkeys(
+        [
+            (name, "vtc_cls")
+            for name in (
+                "gemma4", "gemma4_window", "gemma4_moe", "molmo2", "video_llava", "idefics2", "got_ocr2",
+                "deepseek_ocr2", "aria", "step3p7", "gemma4_unified", "lfm3_vl", "muse_glimmer", "muse_spark",
+                "chameleon", "emu3", "fast_vlm", "perception_lm",
+            )
+        ],
+        "has no tower signals",
+    ),
 }  # fmt: skip
 """By family and plan, what is said of a plan that the family cannot take: latents without a grid, keys from a latent,
 layers without rotation, queries that are normalised once they are turned, keys that a layer takes over from another,
-layers without attention, attention logits that are capped."""
+layers without attention, attention logits that are capped; towers that pool patches by their places or by attention,
+mix them in convolutions, have neighbourhoods, or are two."""
 
 __all__ = ["CELLS", "FAMILIES", "KEEP", "LACKS", "PLANS", "zoo_batch", "zoo_model"]

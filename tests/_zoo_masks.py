@@ -12,22 +12,6 @@ Made = tuple[type, Any]
 _VIT48 = {**VIT, "image_size": 48, "patch_size": 4, "vision_use_head": False}
 _VIT24 = {**_VIT48, "image_size": 24}
 _GEMMA = {**TEXT, "head_dim": 12, "num_hidden_layers": 6}
-_QWEN = {"depth": 3, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "patch_size": 4, "out_hidden_size": 48}
-_QWEN_IDS = {
-    "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,
-}  # fmt: skip
-_ALONG = {
-    **TEXT, "head_dim": 12, "layer_types": ["linear_attention"] * 2 + ["full_attention", "linear_attention"],
-    "linear_key_head_dim": 12, "linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "rope_parameters": {
-        "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2], "mrope_interleaved": True,
-        "partial_rotary_factor": 1.0,
-    },
-}  # fmt: skip
-_MIXTURE = {
-    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
-}  # fmt: skip
-
 
 # --- pictures that see themselves in both directions ------------------------------------------------------------------
 
@@ -193,7 +177,7 @@ def mistral3_window() -> Made:
     )  # fmt: skip
 
 
-@zoo(fixed(36, 48))
+@zoo(fixed(36, 48, around=(START, END)))
 def cohere2_vision_window() -> Made:
     from transformers import (
         Cohere2Config,
@@ -217,7 +201,7 @@ def _shaped(rows: Rows) -> Batch:
     """Patches of each picture in a frame of zeros, with their numbers of rows and columns (LFM2-VL)."""
     shapes = torch.tensor(rows.grids()) * 2
     counts = shapes.prod(1).tolist()
-    batch = rows.write([[IMAGE] * (count // 4) for count in counts])
+    batch = rows.write([[START] + [IMAGE] * (count // 4) + [END] for count in counts])
     pixels = torch.zeros(rows.total, max(counts), 48)
     real = torch.zeros(rows.total, max(counts), dtype=torch.int64)
     for own, count in enumerate(counts):
@@ -234,11 +218,3 @@ def lfm2_vl() -> Made:
     return Lfm2VlForConditionalGeneration, Lfm2VlConfig(
         vision_config=vision, text_config=text, image_token_id=IMAGE, downsample_factor=2, projector_hidden_size=48
     )
-
-
-def _side_by_side(rows: Rows) -> Batch:
-    """Patches of all pictures in one strip, with their numbers of rows and columns (MiniCPM-V)."""
-    shapes = [(4 * high, 4 * wide) for high, wide in rows.grids()]
-    batch = rows.write([[IMAGE] * (high * wide // 16) for high, wide in shapes])
-    strip = torch.cat([rows.pixels(1, 3, 4, high * wide * 4) for high, wide in shapes], dim=-1)
-    return {**batch, "pixel_values": strip, "target_sizes": torch.tensor(shapes, dtype=torch.int32)}

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from _zoo import (
+    END,
     EXPERTS,
     IMAGE,
     LATENT,
     PAD,
     SAM,
+    START,
     TEXT,
     VIDEO,
     VIT,
@@ -140,7 +142,7 @@ def granite_docling() -> Made:
     )
 
 
-@zoo(fixed(36, 48))
+@zoo(fixed(36, 48, around=(START, END)))
 def aya_vision() -> Made:
     from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration, Cohere2Config, SiglipVisionConfig
 
@@ -150,7 +152,7 @@ def aya_vision() -> Made:
     )  # fmt: skip
 
 
-@zoo(fixed(36, 48))
+@zoo(fixed(36, 48, around=(START, END)))
 def cohere2_vision() -> Made:
     from transformers import (
         Cohere2Config,

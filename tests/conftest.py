@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import _files  # noqa: F401
+import pytest
 
 _CELL = re.compile(
     r"test_(?:families|any_model)\.py::test_(removal_equals_masking|what_a_(?:family_cannot_take|class_lacks)\w*)\[(.+)\]$"
 )
-_SAMPLED = re.compile(r"(test_families|test_masked_reference)\.py::(test_removal_equals_masking\w*)\[(.+)\]$")
+_SAMPLED = re.compile(
+    r"(test_families|test_masked_reference|test_pocket_masked_reference)\.py::(test_removal_equals_masking\w*)\[(.+)\]$"
+)
 _PACKAGES = ("torch", "transformers", "trl", "peft", "numpy")
 SETS = {
     "lowest": "the floors of pyproject.toml, one cell of each family and method, `make test-lowest`",
-    "constraints": "constraints.txt, without torchvision; all tests, `make test`",
+    "constraints": "constraints.txt, without torchvision; all tests and all cells, `make test-all`",
     "newest": "what pip takes without constraints, cells likewise, `make test-newest`",
 }
 
@@ -30,6 +33,14 @@ def pytest_addoption(parser: Any) -> None:
     parser.addoption("--reads", type=Path, help="write the table of host reads into this file")
     parser.addoption("--sampled", action="store_true", help="one masked-model cell for each family and method, by seed")
     parser.addoption("--versions", choices=list(SETS), help="the row of the table of versions that these tests are")
+
+
+def pytest_configure(config: Any) -> None:
+    sampled, versions = config.getoption("--sampled"), config.getoption("--versions")
+    if sampled and config.getoption("--support") and versions in (None, "constraints"):
+        raise pytest.UsageError(
+            "The table of families and methods says every cell: leave out --sampled (make test-all)."
+        )
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
@@ -122,7 +133,7 @@ def table(found: dict[tuple[str, str], list[str]], count: int) -> str:
     families = sorted({name for name, _ in found})
     methods = sorted({method for _, method in found})
     lines = [
-        "Written by `make test SUPPORT=docs/support.md` from the masked-model cells of tests/adapters/test_families.py",
+        "Written by `make test-all SUPPORT=docs/support.md` from the cells of tests/adapters/test_families.py",
         f"({count} of them): the pruned model against the full-length model in which the dropped tokens are masked,",
         "logits and greedy tokens, on tiny models built from configs. A cell says how many of its layouts (ragged",
         "batches, padding on either side, videos; SDPA and eager) agree; `-` means that `apply` refuses the pair, with",

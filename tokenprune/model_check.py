@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from tokenprune.api import prepare
-from tokenprune.engine.decoder_probe import hide, removal_error
+from tokenprune.engine.decoder_probe import hide, passed_by, removal_error
 from tokenprune.engine.layer_check import hooked, undisturbed, unread_layers
+from tokenprune.engine.whole_masks import RECURRENT
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.capability import DECODER_SIGNALS, INPUT_CUTS, LAYER_CUTS, TOWER_SIGNALS
 
@@ -33,10 +34,15 @@ class Finding:
     says: str
 
 
-def capabilities_of(adapter: Adapter) -> list[Finding]:
-    """What a loaded model can do; it takes passes of a few tokens through the decoder."""
+def capabilities_of(adapter: Adapter, inputs: Mapping[str, Any] | None = None) -> list[Finding]:
+    """What a loaded model can do; it takes passes of a few tokens through the decoder.
+
+    Args:
+        inputs: of a prompt with a picture, on which a tower that no test knows is tried; without them it is only said
+            that its blocks can be reached.
+    """
     middle = max(adapter.first_cut, len(adapter.layers) // 2)
-    unread, signals = unread_layers(adapter), adapter.vision.signals
+    unread = unread_layers(adapter)
     layers = len(adapter.layers)
     reads = f"{layers - len(unread)} of {layers} layers read right"
     if unread:
@@ -46,8 +52,24 @@ def capabilities_of(adapter: Adapter) -> list[Finding]:
         _cuts(adapter, INPUT_CUTS, ()),
         _cuts(adapter, LAYER_CUTS, (middle,)),
         Finding(DECODER_SIGNALS, len(unread) < layers, reads),
-        Finding(TOWER_SIGNALS, bool(signals), ", ".join(signals) or "a family file would have to say where they are"),
+        _tower(adapter, inputs),
     ]
+
+
+def _tower(adapter: Adapter, inputs: Mapping[str, Any] | None) -> Finding:
+    signals = ", ".join(adapter.vision.signals)
+    if not signals:
+        return Finding(TOWER_SIGNALS, False, "a family file would have to say where they are")
+    if not adapter.behind_tower:
+        return Finding(TOWER_SIGNALS, True, signals)
+    if inputs is None:
+        return Finding(TOWER_SIGNALS, True, f"{signals}; they are tried at the first picture")
+    try:
+        with torch.no_grad(), prepare(adapter.model, "vtc_cls", 0.25, adapter=adapter, verify=False).applied():
+            adapter.model(**inputs)
+    except ValueError as raised:
+        return Finding(TOWER_SIGNALS, False, str(raised))
+    return Finding(TOWER_SIGNALS, True, signals)
 
 
 def _cuts(adapter: Adapter, name: str, layers: tuple[int, ...]) -> Finding:
@@ -93,11 +115,13 @@ def prompt_error(model: Any, adapter: Adapter, inputs: Mapping[str, Any], keep: 
             seen, report = handle.stays, handle.report()
         plain = last(use_cache=False)
         seen = seen.to(plain.device)
+        kinds = [adapter.layer_kind(layer) in RECURRENT for layer in range(len(adapter.layers))]
         hooks = [
             layer.register_forward_pre_hook(functools.partial(hide, 0, [seen]), with_kwargs=True)
-            for layer in adapter.layers
+            for layer, along in zip(adapter.layers, kinds)
+            if not along
         ]
-        with hooked(*hooks):
+        with hooked(*hooks), passed_by([(layer, seen) for layer, along in zip(adapter.layers, kinds) if along]):
             masked = last(use_cache=False)
     apart = [float((logits - masked).norm() / masked.norm()) for logits in (pruned, plain)]
     return PromptError(report.kept_tokens, report.visual_tokens, *apart)

@@ -13,7 +13,8 @@ from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.site import read_site
 from tokenprune.interfaces.visual import TowerWork
-from tokenprune.state.prompt_state import Cut, Prompt
+from tokenprune.state.key_bias import biased_width
+from tokenprune.state.prompt_state import Prompt
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def make_report(
     prompt: Prompt, label: str, stages: Sequence[Stage], adapter: Adapter, attending: AttentionInterventions
 ) -> Report:
     """Count one prompt batch. See `Report`."""
-    shape = adapter.cost_shape()
+    plain_shape = adapter.cost_shape()
+    shape = _biased_shape(plain_shape, prompt, stages)
     layout = prompt.layout
     lengths = prompt.lengths or [layout.length] * layout.batch_size
     visual_tokens = sum(span.num_tokens for span in layout.spans)
@@ -144,7 +146,7 @@ def make_report(
         equivalent_tokens=cost.equivalent_tokens([visual for visual, _ in by_layer]),
         selection_seconds=prompt.timer.seconds,
         flops=dataclasses.replace(flops, prefill=cost.total([flops.prefill, *added.values()])),
-        flops_unpruned=_flops(adapter, shape, plain, [lengths] * shape.layers, 0),
+        flops_unpruned=_flops(adapter, plain_shape, plain, [lengths] * shape.layers, 0),
         flops_by_layer=tuple(cost.total([flops, added.get(layer, 0)]) for layer, flops in enumerate(by_depth)),
         kv_bytes=_kv_bytes(shape, [rows for _, rows in by_layer], itemsize),
         kv_bytes_unpruned=_kv_bytes(shape, [lengths] * shape.layers, itemsize),
@@ -153,10 +155,28 @@ def make_report(
     )
 
 
+def _biased_shape(shape: cost.ModelShape, prompt: Prompt, stages: Sequence[Stage]) -> cost.ModelShape:
+    """The sizes with the columns that carry the bias of merged tokens' keys, in the layers that have it; not modelled
+    where a layer's scores do not follow from the heads' width."""
+    biasing = [_first_layer(stage.site) for stage in stages if stage.pruner.biases_keys]
+    merging = [_first_layer(cut.site) for cut in prompt.cuts if any(sizes is not None for sizes in cut.sizes)]
+    if not biasing or not merging:
+        return shape
+    first, plain = max(min(biasing), min(merging)), 2 * shape.heads * shape.head_dim
+    wide = 2 * shape.heads * biased_width(shape.head_dim)
+    layers = [
+        layer
+        if layer is None or depth < first
+        else (dataclasses.replace(layer, scores=wide) if layer.scores == plain else None)
+        for depth, layer in enumerate(shape.layer_shapes())
+    ]
+    return dataclasses.replace(shape, by_layer=tuple(layers))
+
+
 def visual_by_layer(prompt: Prompt, layers: int) -> list[list[int]]:
     """For each sample, its visual tokens in every decoder layer."""
     counts = [span.num_tokens for span in prompt.layout.spans]
-    cuts = {_first_layer(cut): cut.counts for cut in prompt.cuts}
+    cuts = {_first_layer(cut.site): cut.counts for cut in prompt.cuts}
     rows: list[list[int]] = [[] for _ in range(prompt.layout.batch_size)]
     for layer in range(layers):
         counts = cuts.get(layer, counts)
@@ -169,7 +189,7 @@ def _by_layer(prompt: Prompt, lengths: list[int], layers: int) -> list[tuple[int
     """Visual tokens of the batch and attended tokens of each row, in every decoder layer."""
     by_layer: list[tuple[int, list[int]]] = []
     rows = list(lengths)
-    cuts = {_first_layer(cut): cut for cut in prompt.cuts}
+    cuts = {_first_layer(cut.site): cut for cut in prompt.cuts}
     visual = visual_by_layer(prompt, layers)
     for layer in range(layers):
         if layer in cuts:
@@ -178,9 +198,9 @@ def _by_layer(prompt: Prompt, lengths: list[int], layers: int) -> list[tuple[int
     return by_layer
 
 
-def _first_layer(cut: Cut) -> int:
-    """The decoder layer from which on a cut is felt."""
-    place, depth = read_site(cut.site)
+def _first_layer(site: str) -> int:
+    """The decoder layer from which on a cut there is felt."""
+    place, depth = read_site(site)
     return depth or 0 if place == "layer" else 0
 
 

@@ -116,3 +116,14 @@ class Links:
                     f"{now} now (adapters, quantizers and checkpoint wrappers replace modules), so the method would "
                     "read what the model no longer computes. Call the handle's remove() and apply the method again."
                 )
+
+
+class AsConfigured:
+    """An attention module as attention functions see it, with its own config in place of the one that names ours: flash
+    functions look up there which of them they are."""
+
+    def __init__(self, module: Any, config: Any) -> None:
+        self._module, self.config = module, config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)

@@ -5,7 +5,8 @@ r"""Prefill, decode and memory at the sizes of the published checkpoints, weight
         --methods vtc_cls divprune --out docs/bench/end-to-end-CPU-DATE.csv
 
 Unpruned, pruned and ideal prefill take turns within a round, and ratios are taken within a round. The ideal is the same
-model on a prompt of just the kept tokens.
+model on a prompt of just the kept tokens. `selection_share` is of the time, `selection_flops_share` of the analytic
+FLOPs of the matrix products: what selection would take if it ran as fast as the model.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from tokenprune.cost import share
 from tokenprune.evals.bench.sizes import SIZES, SizedModel, build, find_size
 from tokenprune.evals.bench.table import Table
 from tokenprune.evals.config.points import NONE, Point, check_method_name
@@ -30,7 +32,8 @@ from tokenprune.seams import cache_in
 
 COLUMNS = (
     "model", "method", "keep", "batch", "visual_tokens", "kept_tokens", "tower_ms", "selection_ms", "unpruned_ms",
-    "pruned_ms", "ideal_ms", "speedup", "to_ideal", "to_ideal_q25", "to_ideal_q75", "selection_share", "decode_ms",
+    "pruned_ms", "ideal_ms", "speedup", "to_ideal", "to_ideal_q25", "to_ideal_q75", "selection_share",
+    "selection_flops_share", "decode_ms",
     "unpruned_decode_ms", "peak_mib", "unpruned_peak_mib", "ideal_peak_mib", "kv_mib", "unpruned_kv_mib", "rounds",
     "dtype", "error",
 )  # fmt: skip
@@ -112,7 +115,7 @@ def method_row(sized: SizedModel, method: str, keep: int | float, rounds: int, d
     point = Point(sized.name, "random pixels", method, keep)
     with pruned(loaded, point, 0, []) as handle:
         pruned_mib = kv_mib(cache_in(prefill(loaded, inputs)))
-        stays, kept = handle.stays_by_layer, handle.visual_by_layer[0]
+        stays, kept, report = handle.stays_by_layer, handle.visual_by_layer[0], handle.report()
     ideal = ideal_prefill(loaded, inputs, stays)
     logs: dict[str, list[float]] = {name: [] for name in ("unpruned", "pruned", "ideal", "selection")}
 
@@ -143,6 +146,7 @@ def method_row(sized: SizedModel, method: str, keep: int | float, rounds: int, d
         "kept_tokens": sum(kept) / len(kept),
         **{f"{name}_ms": 1e3 * median_iqr(values)["median"] for name, values in logs.items()},
         **{name: value["median"] for name, value in middle.items()},
+        "selection_flops_share": share(report.flops.selection, report.flops_unpruned.total),
         "to_ideal_q25": middle["to_ideal"]["q25"],
         "to_ideal_q75": middle["to_ideal"]["q75"],
         "decode_ms": decode_ms,
@@ -178,6 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     asked.add_argument("--sizes", nargs="*", default=default_sizes(), help="model sizes (%(default)s)")
     asked.add_argument("--methods", nargs="*", default=[name for name in METHODS.names() if name not in LEFT_OUT])
     asked.add_argument("--batch", nargs="*", type=int, default=[1, 8], help="%(default)s")
+    asked.add_argument("--picture", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="pixels, of the Qwen sizes")
     asked.add_argument("--budgets", nargs="*", type=float, help="in place of the size's own; from 1 on they are tokens")
     options = asked.parse_args(argv)
     for name in options.sizes:
@@ -189,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
         model = build(name, options.dtype, options.device)
         budgets = options.budgets or find_size(name).budgets
         for batch in options.batch:
-            sized = SizedModel(name, model, batch=batch)
+            sized = SizedModel(name, model, batch=batch, picture=tuple(options.picture) if options.picture else None)
             shared = {"model": name, "batch": batch, "dtype": options.dtype}
             plain = unpruned_row(sized, options.rounds, options.decode)
             table.add({**shared, "method": NONE, **plain})

@@ -17,8 +17,8 @@ from tokenprune.evals.config.points import NONE, check_method_name
 COLUMNS = (
     "model", "images", "frames", "method", "keep", "visual_tokens", "kept_tokens", "tower_ms", "selection_ms",
     "unpruned_ms", "pruned_ms", "ideal_ms", "speedup", "to_ideal", "to_ideal_q25", "to_ideal_q75", "selection_share",
-    "decode_ms", "unpruned_decode_ms", "peak_mib", "unpruned_peak_mib", "ideal_peak_mib", "kv_mib", "unpruned_kv_mib",
-    "rounds", "dtype", "error",
+    "selection_flops_share", "decode_ms", "unpruned_decode_ms", "peak_mib", "unpruned_peak_mib", "ideal_peak_mib",
+    "kv_mib", "unpruned_kv_mib", "rounds", "dtype", "error",
 )  # fmt: skip
 FRAME = (448, 448)  # pixels of a video frame: 256 tokens for each pair of frames
 

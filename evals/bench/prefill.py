@@ -12,23 +12,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenprune.cost import share
 from tokenprune.interfaces.budget import read_budget
 from tokenprune.registry import METHODS
 
 COLUMNS = (
     "model", "method", "keep", "batch", "unpruned_ms", "pruned_ms", "ideal_ms", "selection_ms", "to_unpruned",
-    "to_ideal", "to_ideal_q25", "to_ideal_q75", "selection_share", "decode_ms", "unpruned_decode_ms", "kv_bytes",
-    "kv_bytes_unpruned", "rounds", "dtype",
+    "to_ideal", "to_ideal_q25", "to_ideal_q75", "selection_share", "selection_flops_share", "decode_ms",
+    "unpruned_decode_ms", "kv_bytes", "kv_bytes_unpruned", "rounds", "dtype", "error",
 )  # fmt: skip
 
 
 def measure(
     model: str, methods: list[str], budgets: list[int | float | str], repeats: int, samples: int
 ) -> Iterator[dict[str, Any]]:
-    """A row per method and budget; times are medians in milliseconds, ratios medians of the ratios within a round."""
+    """A row per method and budget; times are medians in milliseconds, ratios medians of the ratios within a round. A
+    method that raises ValueError gets a row with `error`."""
     from tokenprune.evals.config.measure import Measure
     from tokenprune.evals.config.points import NONE, Point
     from tokenprune.evals.models.load import load_model
+    from tokenprune.evals.profiling.flops import measure_flops
     from tokenprune.evals.profiling.timing import measure_times
     from tokenprune.evals.tasks.load import default_task, load_task
 
@@ -38,7 +41,13 @@ def measure(
     plain = measure_times(loaded, Point(model, task, NONE, None), pictures, settings)["times"]
     for keep in budgets:
         for method in methods:
-            result = measure_times(loaded, Point(model, task, method, keep), pictures, settings)
+            point = Point(model, task, method, keep)
+            try:
+                result = measure_times(loaded, point, pictures, settings)
+                flops = measure_flops(loaded, point, pictures, counting=False)
+            except ValueError as error:  # needs weights or hints, or cannot act here: the row says so
+                yield {"model": model, "method": method, "keep": keep, "error": str(error).partition("\n")[0]}
+                continue
             times, kv = result["times"], result["kv"]
             at = {name: value["median"] for name, value in times.items()}
             yield {
@@ -55,6 +64,7 @@ def measure(
                 "to_ideal_q25": times["to_ideal"]["q25"],
                 "to_ideal_q75": times["to_ideal"]["q75"],
                 "selection_share": at["selection_share"],
+                "selection_flops_share": share(flops["analytic"]["selection"], flops["unpruned"]["total"]),
                 "decode_ms": 1e3 * at["decode"],
                 "unpruned_decode_ms": 1e3 * plain["decode"]["median"],
                 "kv_bytes": kv["measured"],
@@ -85,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = Table(options.output, COLUMNS)
     for row in measure(options.model, options.methods, options.keep, options.repeats, options.samples):
         table.add(row)
+        if "error" in row:
+            print(f"{row['method']:>12} @ {row['keep']:<5} {row['error']}", flush=True)
+            continue
         print(
             f"{row['method']:>12} @ {row['keep']:<5} pruned / unpruned {row['to_unpruned']:.3f}   pruned / ideal "
             f"{row['to_ideal']:.3f}   selection {row['selection_share']:.1%} of the unpruned prefill",

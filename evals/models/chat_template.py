@@ -84,13 +84,22 @@ def pack(processor: Any, conversations: list[list[Message]]) -> Any:
     # as with pictures; older transformers' SmolVLM processor takes nothing but a list a prompt
     videos = videos if all(videos) else [clip for of_prompt in videos for clip in of_prompt]
     metadata = [_metadata(len(clip), getattr(clip, "fps", FPS)) for clip in clips]
-    return processor(
-        text=[prompt_text(processor, messages) for messages in conversations],
-        padding=True,
-        return_tensors="pt",
-        **({"images": pictures} if pictures else {}),
+    given = {
+        "text": [prompt_text(processor, messages) for messages in conversations],
+        "padding": True,
+        "return_tensors": "pt",
         **({"videos": videos, "video_metadata": metadata, "do_sample_frames": False} if clips else {}),
-    )
+    }
+    if not pictures:
+        return processor(**given)
+    try:
+        packed = processor(**given, images=pictures)
+    except ValueError:
+        if pictures is nested:
+            raise
+        packed = processor(**given, images=nested)  # Gemma 3 and LFM2-VL take a flat list for one prompt's
+    packed.pop("labels", None)  # PaliGemma's processor makes some, none of which counts, for whoever trains
+    return packed
 
 
 def _metadata(frames: int, fps: float) -> dict[str, Any]:

@@ -98,13 +98,16 @@ def model_source(name: str) -> str:
     )
 
 
-def load_model(name: str, dtype: str = "float32", device: str | None = None) -> LoadedModel:
+def load_model(
+    name: str, dtype: str = "float32", device: str | None = None, trust_remote_code: bool = False
+) -> LoadedModel:
     """Load model and processor.
 
     Args:
         name: pocket name, folder or hub id.
         dtype: one of `DTYPES`.
         device: where to put it; None takes a GPU where there is one.
+        trust_remote_code: whether code that comes with the checkpoint may run.
 
     Raises:
         UnknownName, ValueError, OSError: there is no such model, dtype or device.
@@ -116,16 +119,18 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None) -> 
     from transformers import AutoModelForImageTextToText
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, dtype))
+    model: Any = AutoModelForImageTextToText.from_pretrained(
+        source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+    )
     model = model.to(device).eval()
-    return LoadedModel(name, model, ready_processor(source), fingerprint(source, model))
+    return LoadedModel(name, model, ready_processor(source, trust_remote_code), fingerprint(source, model))
 
 
-def ready_processor(source: str) -> Any:
+def ready_processor(source: str, trust_remote_code: bool = False) -> Any:
     """The processor of a folder or hub id, padding on the left."""
     from tokenprune.evals.models.processor import load_processor
 
-    processor = load_processor(source)
+    processor = load_processor(source, trust_remote_code)
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:

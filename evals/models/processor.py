@@ -25,13 +25,13 @@ _STEPS = (
 )  # fmt: skip
 
 
-def load_processor(source: str) -> Any:
+def load_processor(source: str, trust_remote_code: bool = False) -> Any:
     """The processor of the folder or hub id `source`.
 
     Without torchvision its `video_processor` is a `FrameProcessor`; everything else is transformers' own.
     """
     try:
-        return AutoProcessor.from_pretrained(source)
+        return AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     except ImportError as error:
         if "torchvision" not in str(error).lower():
             raise
@@ -48,7 +48,7 @@ def load_processor(source: str) -> Any:
     try:
         ledger.set(loader, "from_pretrained", lambda path, *_, **__: FrameProcessor(str(path)))
         ledger.set(mixin, "check_argument_for_proper_class", checked)
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     finally:
         ledger.undo()
     processor.video_processor.image_processor = processor.image_processor

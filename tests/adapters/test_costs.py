@@ -29,18 +29,26 @@ UNMODELLED: dict[str, tuple[str, ...]] = {
     "chameleon": (TOWER, PROJECTOR, *DECODER),  # the decoder holds the encoder of pictures
     "deepseek_ocr2": (TOWER, PROJECTOR),  # SAM, and an encoder of queries
     "deepseek_vl_hybrid": (TOWER, PROJECTOR),  # two towers
+    "dots3_note": (TOWER, PROJECTOR),  # experts in the tower
     "emu3": (TOWER, PROJECTOR),  # an encoder of convolutions
     "ernie4_5_vl_moe": (PROJECTOR, *DECODER),  # a resampler; experts for text and others for pictures
     "gemma4": (TOWER, *DECODER),  # patches pooled by their places; embeddings of places beside the rows
     "gemma4_moe": (TOWER, *DECODER),
     "gemma4_window": (TOWER, *DECODER),
     "fast_vlm": (TOWER, PROJECTOR),  # convolutions of timm
+    "gemma4_unified": (TOWER, PROJECTOR, *DECODER),  # no tower; logits of as many places as stay
     "got_ocr2": (TOWER, PROJECTOR),  # SAM
     "granite_docling": (TOWER, PROJECTOR),  # a connector in the tower
     "hunyuan_vl": (TOWER, PROJECTOR),  # convolutions in the tower
     "idefics2": (TOWER, PROJECTOR),  # pictures filled up; a perceiver
     "lfm2_vl": (TOWER, PROJECTOR),  # a tower for pictures of any size
+    "lfm3_vl": (TOWER, PROJECTOR),  # convolutions in the tower
+    "minicpm_ocr": (TOWER, PROJECTOR),  # pictures merged between its layers
+    "minicpmv4_6": (TOWER, PROJECTOR),  # pictures merged between its layers
+    "minicpmv4_7": (TOWER, PROJECTOR),  # pictures merged between its layers
     "molmo2": (TOWER, PROJECTOR),  # attention that pools
+    "muse_glimmer": (TOWER, PROJECTOR),  # windows, and an adapter behind the tower
+    "muse_spark": (TOWER, PROJECTOR),  # the same
     "ovis2": (TOWER, PROJECTOR),  # tokens that are shares of a vocabulary
     "perception_lm": (TOWER, PROJECTOR),  # a tower of timm
     "qwen2_5_omni_thinker": (TOWER, PROJECTOR),  # why they are not read was not found

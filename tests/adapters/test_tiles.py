@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import _zoo_pictures  # noqa: F401
 import pytest
@@ -16,6 +16,7 @@ from _zoo import SPECIAL, zoo_model
 from masked_reference import run_pruned
 
 import tokenprune
+from tokenprune.adapters._grids import Grids
 from tokenprune.adapters._tiles import UNTOLD, pictures_by_chain, pictures_by_label, pictures_by_run
 from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.selection import Selection
@@ -314,3 +315,20 @@ def test_tiles_of_classes_that_are_read_off_their_model(name, method):
         tiles = [[len(one.visual.rasters) for one in spans if one.sample == row] for row in range(2 * len(samples))]
         assert tiles == [sample for sample in samples for _ in range(2)]
         assert [[len(own) for own in row] for row in handle.kept] == [[5] * len(row) for row in tiles]
+
+
+def test_a_grid_that_lengths_leave_open_is_not_guessed() -> None:
+    """36 tokens of tiles with 12 x 12 patches are four tiles in 3 x 3 or one in 6 x 6."""
+    pixels = torch.zeros(1, 4, 3, 48, 48)
+
+    def grid(length: int, merge: int | None = None) -> Any:
+        return Grids("image", {}, pixels, 1, 4, merge).frames_rows_cols(0, length)
+
+    assert grid(36) is None
+    assert grid(36, merge=2) == (1, 6, 6)
+    assert grid(36, merge=4) == (4, 3, 3)
+    assert grid(108) == (3, 6, 6)
+    boxes = {"video_grid_thw": torch.tensor([[4, 6, 6]])}
+    video = Grids("video", boxes, torch.zeros(144, 8), 1, 4)
+    assert video.frames_rows_cols(0, 36) is None  # of four frames in 3 x 3, or of one in 6 x 6
+    assert Grids("video", boxes, torch.zeros(144, 8), 1, 4, 2).frames_rows_cols(0, 36) == (4, 3, 3)

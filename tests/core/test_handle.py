@@ -13,7 +13,7 @@ from _tiny import prompts, tiny_llava
 from masked_reference import compare, example_hints, run_pruned
 
 import tokenprune
-from tokenprune.engine.vision_tower import TowerPass
+from tokenprune.engine.tower_pass import TowerPass
 from tokenprune.registry import METHODS
 from tokenprune.seams import cache_in
 from tokenprune.state.forward_call import ForwardCall

@@ -15,13 +15,14 @@ from tokenprune.model_check import capabilities_of, prompt_error
 @pytest.mark.parametrize(
     ("name", "has"),
     [
-        ("mistral3", (True, True, True, False)),
+        ("mistral3", (True, True, True, True)),
         ("idefics3", (True, True, True, True)),
-        ("kimi_k25", (True, True, False, False)),
+        ("kimi_k25", (True, True, False, True)),
+        ("step3p7", (True, True, False, False)),
     ],
 )
 def test_capabilities_are_those_of_the_table(name: str, has: tuple[bool, ...]) -> None:
-    found = capabilities_of(adapter_for(zoo_model(name)))
+    found = capabilities_of(adapter_for(zoo_model(name)), zoo_batch(name, pictures=[1]))
     assert tuple(finding.name for finding in found) == CAPABILITIES
     assert tuple(finding.has for finding in found) == has
     assert all(finding.says for finding in found)
@@ -32,7 +33,7 @@ def test_layers_that_cannot_be_read_are_counted() -> None:
     assert signals.has and signals.says.startswith("3 of 4 layers read right; layer 3: ")
 
 
-@pytest.mark.parametrize("name", ["llava", "mistral3", "qwen3_vl_moe"])
+@pytest.mark.parametrize("name", ["llava", "mistral3", "qwen3_vl_moe", "gemma3_window", "lfm2_vl"])
 def test_a_pruned_prompt_is_held_against_the_masked_model(name: str) -> None:
     if name == "llava":
         model, inputs = tiny_llava(), prompts([2])

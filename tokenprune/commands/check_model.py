@@ -16,6 +16,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     check.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (%(default)s)")
     check.add_argument("--device", help="torch device; a GPU where there is one by default")
     check.add_argument("--side", type=int, default=336, help="of the random picture, pixels (%(default)s)")
+    check.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the checkpoint, which you have read"
+    )
     check.set_defaults(handler=_check)
 
 
@@ -27,16 +30,16 @@ def _check(args: argparse.Namespace) -> int:
     with as_user_error():
         if args.side < 1:
             raise ValueError(f"--side is the side of a picture in pixels, at least 1, got {args.side}.")
-        loaded = load_model(args.model, args.dtype, args.device)
+        loaded = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
         adapter = loaded.adapter
+        inputs = loaded.inputs(["What is in the picture?"], [_noise(args.side)])
     print(f"{type(loaded.model).__name__}, read by the family file {adapter.name!r}")
-    findings = capabilities_of(adapter)
+    findings = capabilities_of(adapter, inputs)
     for finding in findings:
         print(f"{finding.name:<16} {'yes' if finding.has else 'no':<4} {finding.says}")
     if not findings[0].has:
         return 1
     with as_user_error():
-        inputs = loaded.inputs(["What is in the picture?"], [_noise(args.side)])
         found = prompt_error(loaded.model, adapter, inputs)
     print(
         f"a random prompt  {found.kept} of {found.visual} visual tokens kept: the last logits are {found.error:.1e} "

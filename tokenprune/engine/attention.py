@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.engine.key_bias import AsConfigured, BiasOfCall, KeyBias
+from tokenprune.engine.key_bias import BiasOfCall, KeyBias
 from tokenprune.engine.query_rows import put, seen_keys, take
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
@@ -31,7 +31,7 @@ from tokenprune.state.key_bias import biased_key, biased_query, biased_value
 from tokenprune.state.kv_cache import KeyAnnotations, LayerFacts, key_facts, mark_facts
 from tokenprune.state.prompt_layout import Layout
 from tokenprune.state.prompt_state import Prompt
-from tokenprune.wrappers import runs_again, unwrap
+from tokenprune.wrappers import AsConfigured, runs_again, unwrap
 
 
 @dataclass

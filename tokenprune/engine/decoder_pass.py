@@ -47,8 +47,8 @@ class DecoderPass:
         self.segments: list[Segment] = []
         # the layer before which rows were shortened, and how they stand to the full rows from then on
         self.moves: list[tuple[int, Compaction]] = []
-        self._masks: dict[tuple[int, int, str, int], Any] = {}
-        self._rotations: dict[tuple[int, int, str, int], Any] = {}
+        self._masks: dict[tuple[int, int, str, int, bool], Any] = {}
+        self._rotations: dict[tuple[int, int, str, int, bool], Any] = {}
         self._cuts = 0
         self._moved = False
         config = adapter.language_model.config
@@ -156,7 +156,8 @@ class DecoderPass:
     def arguments(self, layer: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a layer, from those that were made for the base."""
         first = self.before.segment(layer).first_layer if self.before else 0
-        key = (self._cuts, first, self.adapter.layer_kind(layer), hidden.shape[1])
+        turned = kwargs.get("position_embeddings") is not None  # some layers of a kind may have no rotation
+        key = (self._cuts, first, self.adapter.layer_kind(layer), hidden.shape[1], turned)
         changed = dict(kwargs)
         if "attention_mask" in kwargs:
             if key not in self._masks:

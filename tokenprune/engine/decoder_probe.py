@@ -113,7 +113,8 @@ def removal_error(adapter: Adapter, layers: Sequence[int] = ()) -> float:
     """
     keeps = [Budget(6 - index) for index in range(len(layers) + 1)][:6]
     sites = ["input", *(f"layer:{layer}" for layer in list(layers)[:5])]
-    engine = Engine(adapter, [Stage(site, _EveryThird(), keep) for site, keep in zip(sites, keeps)])
+    stages = [Stage(site, _EveryThird(), keep) for site, keep in zip(sites, keeps)]
+    engine = Engine(adapter, stages, outputs="full")
     embeds = _embeddings(adapter)
     prompt = _prompt(embeds)
     with torch.no_grad():
@@ -210,7 +211,7 @@ def _hidden(adapter: Adapter, firsts: Sequence[int], stays: Sequence[Tensor], em
         for layer, cut in enumerate(cuts)
         if cut > 0 and layer not in along
     ]
-    with hooked(*later), _passed_by([(adapter.layers[layer], seen[cuts[layer]]) for layer in along]):
+    with hooked(*later), passed_by([(adapter.layers[layer], seen[cuts[layer]]) for layer in along]):
         return decoder(
             inputs_embeds=embeds, attention_mask=seen[0].long(), position_ids=_positions(adapter).to(embeds.device),
             use_cache=False,
@@ -245,9 +246,9 @@ def hide(cut: int, seen: Sequence[Tensor], module: Any, args: Any, kwargs: dict[
 
 
 @contextmanager
-def _passed_by(layers: Sequence[tuple[Any, Tensor]]) -> Iterator[None]:
-    """Run layers that go along the row over the tokens alone that stay, `[2, S + 1]` bool each: a token that a mask
-    hides would still move their state."""
+def passed_by(layers: Sequence[tuple[Any, Tensor]]) -> Iterator[None]:
+    """Run layers that go along the row over the tokens alone that stay, `[B, S]` bool each: a token that a mask hides
+    would still move their state."""
     before = [vars(module).get("forward") for module, _ in layers]
     try:
         for module, stays in layers:

@@ -17,17 +17,6 @@ from tokenprune.state.prompt_state import Prompt
 _WIDEST_FLASH = 256
 
 
-class AsConfigured:
-    """An attention module as attention functions see it, with its own config in place of the one that names ours: flash
-    functions look up there which of them they are."""
-
-    def __init__(self, module: Any, config: Any) -> None:
-        self._module, self.config = module, config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
 @dataclass
 class BiasOfCall:
     """The bias of keys in one call of the decoder.

@@ -273,7 +273,11 @@ def _run(adapter: Adapter, layer: int) -> tuple[Tensor, tuple[Tensor, Tensor], T
     module, decoder = adapter.layers[layer], adapter.language_model
     hidden = _hidden(adapter, layer)
     positions = torch.arange(_TOKENS, device=hidden.device)[None]
-    rotation = adapter.rotary(hidden, adapter.position_ids(positions), layer)
+    try:
+        rotation = adapter.rotary(hidden, adapter.position_ids(positions), layer)
+    except (KeyError, AttributeError) as error:
+        kind = adapter.layer_kind(layer)
+        raise ValueError(f"the decoder has no rotation for layers of the kind {kind!r} ({error})") from error
     mask = None  # flash attention is causal without one
     attention = getattr(decoder.config, "_attn_implementation", None) or "eager"
     if attention == "eager":

@@ -26,9 +26,12 @@ _MAKERS = {
     "full_attention": "create_causal_mask",
     "sliding_attention": "create_sliding_window_causal_mask",
     "chunked_attention": "create_chunked_causal_mask",
+    "indexed_attention": "create_causal_mask",
     "linear_attention": "create_recurrent_attention_mask",
     "conv": "create_recurrent_attention_mask",
 }
+_MORE: dict[str, dict[str, Any]] = {"indexed_attention": {"allow_is_causal_skip": False}}
+"""Layers that choose keys always have a mask, in which they choose."""
 
 
 def reach(config: Any) -> int | None:
@@ -74,7 +77,7 @@ def make_masks(config: Any, inputs: CallInputs, window: int) -> Any:
         **cache_argument(inputs.cache),
     }
     if kinds:
-        return {kind: getattr(masking_utils, _MAKERS[kind])(**given) for kind in kinds}
+        return {kind: getattr(masking_utils, _MAKERS[kind])(**given, **_MORE.get(kind, {})) for kind in kinds}
     return masking_utils.create_sliding_window_causal_mask(**given)
 
 

@@ -129,6 +129,14 @@ class VisionTower:
         """
         raise TypeError(f"{type(self).__name__} cuts no pixels into patches.")
 
+    def pixels_by_cell(self, values: Tensor, grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """`[cells, ...]` of each picture, from values `[pictures, patches, ...]` in the order of `patch_pixels`.
+
+        Args:
+            grids: (rows, cols) of cells of each picture.
+        """
+        return list(self.by_cell(values))
+
     def cell_pixels(self, pixels: Tensor, pictures: int, kind: str) -> Tensor:
         """`[pictures, cells, C, n]`: the normalised pixel values of each cell and colour, cells in raster order.
 

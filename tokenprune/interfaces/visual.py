@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -142,3 +142,13 @@ class TowerWork:
     plain: tuple[tuple[int, int], ...] = ()
     cuts: tuple[tuple[int, tuple[Tensor | None, ...]], ...] = ()
     videos: bool = False
+
+
+def features_in(output: Any) -> Tensor | Sequence[Tensor] | None:
+    """The features in the output of a features call: its `pooler_output`; the output itself where that is a tensor or a
+    sequence of them, as code that comes with a checkpoint has it; None if it holds none."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, (list, tuple)) and output and all(isinstance(part, Tensor) for part in output):
+        return output
+    return getattr(output, "pooler_output", None)

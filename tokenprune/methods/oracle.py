@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 
 from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.selection import Selection, topk_indices
+from tokenprune.interfaces.signals import TowerInfo
 from tokenprune.interfaces.view import View
 from tokenprune.kernels.greedy_diversity import greedy_diversity
 from tokenprune.methods._places import spread
@@ -98,7 +99,7 @@ def keep_covered_and_diverse(
     for _ in range(missing):
         place = int(nearest.masked_fill(wanted, torch.inf).argmin())
         wanted[place] = True
-        nearest = torch.maximum(nearest, unit @ unit[place])
+        nearest = torch.maximum(nearest, (unit @ unit[place, None].T)[:, 0])  # a product that FLOP counters count
     return wanted.nonzero().squeeze(1)
 
 
@@ -138,3 +139,7 @@ class Oracle(Pruner):
             pairs = zip(boxes, view.features, strict=True)
             kept = [keep_covered_and_diverse(each, view.grid, rows, view.budget) for each, rows in pairs]
         return Selection(torch.stack(kept).to(view.features.device))
+
+    def flops(self, num_images: int, num_tokens: int, width: int, keep: int, tower: TowerInfo) -> int:
+        # of pictures whose boxes hold something and leave room; a picture that fills the budget alone needs none
+        return 0 if self.fill == "spread" else 2 * num_images * num_tokens * width * keep

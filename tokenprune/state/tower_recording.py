@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.interfaces.signals import Signal
-from tokenprune.interfaces.visual import TowerWork, Visual, joined
+from tokenprune.interfaces.visual import TowerWork, Visual, features_in, joined
 from tokenprune.state.device_timer import DeviceTimer
 
 _TAG = "_tokenprune_source"
@@ -204,7 +204,7 @@ def entries_of(output: Any, visuals: Sequence[Visual]) -> list[range] | None:
     Raises:
         ValueError: neither fits.
     """
-    features = getattr(output, "pooler_output", None)
+    features = features_in(output)
     if features is None or isinstance(features, Tensor):
         return None
     lengths = [tensor.numel() // tensor.shape[-1] for tensor in features]
@@ -241,7 +241,7 @@ def by_visual(features: Sequence[Tensor], entries: Sequence[range] | None, visua
 
 def tag(output: Any, recording: Recording) -> None:
     """Tie the features in the output of a features call to `recording`."""
-    features = getattr(output, "pooler_output", None)
+    features = features_in(output)
     if isinstance(features, Tensor):
         # on both: generation makes a new tensor for beams, and offloading a new output
         for holder in (output, features):
@@ -260,7 +260,9 @@ def sources_of(output: Any, tokens: Sequence[int] = ()) -> list[tuple[Recording,
     Args:
         tokens: placeholders of each row of the batch; () if they are not known.
     """
-    features = output.pooler_output
+    features = features_in(output)
+    if features is None:
+        return None
     if not isinstance(features, Tensor):
         tagged = [getattr(tensor, _TAG, None) for tensor in features]
         if any(item is None for item in tagged):

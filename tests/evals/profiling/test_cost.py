@@ -16,13 +16,17 @@ from tokenprune.evals.tasks.load import load_task
 from tokenprune.registry import METHODS
 from tokenprune.seams import cache_argument, cache_in
 
+OPTIONS = {"quota": (("scores", "uniform"),)}  # it is not told what its frames are worth
+VARIANTS = [("oracle", (("fill", "diversity"),)), ("vmtc", (("key_bias", True),)), ("era", (("key_bias", False),))]
 
-@pytest.mark.parametrize("method", ["none", *METHODS.names()])
-def test_analytic_flops_equal_measured_by_part(method, tiny, tiny_task):
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("none", ()), *((name, OPTIONS.get(name, ())) for name in METHODS.names()), *VARIANTS]
+)
+def test_analytic_flops_equal_measured_by_part(method, options, tiny, tiny_task):
     sample = next(load_task(tiny_task).load(0, 1))
-    # columns of the key bias are not in the analytic count, and quota is not told what its frames are worth
-    options = {"era": (("key_bias", False),), "quota": (("scores", "uniform"),)}.get(method, ())
-    point = Point("tiny", "toy", method, None if method == "none" else 9, options=options)
+    keep = 12 if ("fill", "diversity") in options else 9  # the box alone touches 9, and what fills the rest counts
+    point = Point("tiny", "toy", method, None if method == "none" else keep, options=options)
     found = measure_flops(tiny, point, [sample])
     assert found["agree"], found["difference"]
     for part in PARTS:

@@ -1,0 +1,88 @@
+"""Prompts of popular classes as their stock processors and chat templates make them: pictures of several sizes, several
+of them, rows of text alone, padded on the left; pruned as the masked model says, and through the command line."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from _masked_whole import compare_whole
+from _zoo import SPECIAL
+from _zoo_processors import STOCK, save_stock
+from masked_reference import run_pruned
+from PIL import Image
+
+from tokenprune.cli import main
+from tokenprune.evals.models.load import load_model
+
+KEEP = 4
+ROWS = (("what is this", [(56, 28), (30, 90)]), ("who", [(40, 40)]), ("where is it", []))
+"""A question and the (width, height) of its pictures."""
+GRIDLESS = ("molmo2",)
+NO_TEXT_ALONE = ("paligemma",)
+every_class = pytest.mark.parametrize("name", list(STOCK))
+
+
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """By name, the folder of a checkpoint whose processor loads here."""
+
+    @functools.cache
+    def saved(name: str) -> Path:
+        if STOCK[name].torchvision:
+            pytest.importorskip("torchvision", exc_type=ImportError)
+        folder = tmp_path_factory.mktemp("stock") / name
+        save_stock(name, folder)
+        return folder
+
+    return saved
+
+
+def _pictures(sizes: list[tuple[int, int]]) -> tuple[Image.Image, ...]:
+    rng = np.random.default_rng(len(sizes))
+    return tuple(Image.fromarray(rng.integers(0, 256, (high, wide, 3), np.uint8)) for wide, high in sizes)
+
+
+@every_class
+def test_what_the_processor_makes_is_pruned_picture_by_picture(name: str, stock: Callable[[str], Path]) -> None:
+    loaded = load_model(str(stock(name)), device="cpu")
+    loaded.model.generation_config.eos_token_id = None
+    batch = dict(loaded.inputs([text for text, _ in ROWS], [_pictures(sizes) for _, sizes in ROWS]))
+    assert int(batch["attention_mask"][0].min()) == 1 and not bool(batch["attention_mask"][1:, 0].any()), "left padding"
+    silent = [token for token in SPECIAL if token < loaded.model.get_output_embeddings().weight.shape[0]]
+    run = run_pruned(loaded.model, "divprune", KEEP, batch, tokens=4, silent=silent)
+    assert [len(row) for row in run["kept"]] == [len(sizes) for _, sizes in ROWS], "one visual for each picture"
+    assert all(len(tokens) == KEEP for row in run["kept"] for tokens in row)
+    assert not run["report"].notes
+    compare_whole(run, batch, 1e-5, silent)
+
+
+@pytest.mark.parametrize("name", [name for name in STOCK if name not in NO_TEXT_ALONE])
+def test_text_alone_is_left_as_it_is(name: str, stock: Callable[[str], Path]) -> None:
+    loaded = load_model(str(stock(name)), device="cpu")
+    batch = loaded.inputs(["who is this"], [()])
+    assert not any(key.startswith("pixel") for key in batch)
+    assert len(loaded.processor.tokenizer("who is this").input_ids) <= batch["input_ids"].shape[1] <= 12
+
+
+@every_class
+def test_the_command_line_takes_it(
+    name: str, stock: Callable[[str], Path], sized_task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = "divprune" if name in GRIDLESS else "uniform"
+    command = ["eval", "--model", str(stock(name)), "--tasks", sized_task, "--method", method, "--keep", str(KEEP)]
+    more = ["--limit", "4", "--batch-size", "4", "--no-timing", "--no-references", "--output", str(tmp_path)]
+    assert main([*command, *more]) == 0, capsys.readouterr().err
+    with (tmp_path / "summary.csv").open() as stream:
+        (row,) = [row for row in csv.DictReader(stream) if row["family"] == "overall"]
+    assert row["n"] == "4" and float(row["kept_tokens"]) == KEEP
+    for line in (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines():
+        flops: Any = json.loads(line)["flops"]
+        assert flops["measured"]["prefill"] > 0
+        assert flops["agree"] is not False, flops["difference"]
