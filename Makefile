@@ -10,6 +10,7 @@ LOWEST := .venv-lowest
 # What a release of torch or transformers can break, and what its torchvision makes possible; of the masked-model
 # cells of each family and method one, drawn by name.
 VERSION_TESTS ?= tests/adapters/test_seams.py tests/adapters/test_families.py tests/adapters/test_generation_families.py \
+	tests/adapters/test_timm_towers.py \
 	tests/core/engine/test_masked_reference.py tests/core/engine/test_generation.py tests/core/test_handle.py \
 	tests/core/test_readme.py tests/interventions tests/evals/test_cli.py tests/evals/models/test_stock_processors.py \
 	tests/evals/models/test_videos.py
@@ -56,17 +57,17 @@ test-all: lint
 	$(call PYTEST,$(VENV),constraints)
 
 # Each time anew what a user gets today, who knows no constraints. torchvision is left out of .venv and is there in
-# these two, so that processors are tested without it and with it.
+# these two, so that processors are tested without it and with it; and timm, which the towers of some classes are of.
 test-newest:
 	@$(PYTHON) -c '$(PYTHON_CHECK)'
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip install -q --upgrade --upgrade-strategy eager -e '.[dev,pocket]' torchvision
+	$(NEWEST)/bin/python -m pip install -q --upgrade --upgrade-strategy eager -e '.[dev,pocket]' torchvision timm
 	$(call PYTEST,$(NEWEST),newest,$(SAMPLED))
 
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	@$(PYTHON) -c '$(PYTHON_CHECK)'
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt -e '.[dev,pocket]' torchvision
+	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt -e '.[dev,pocket]' torchvision timm
 	@touch $@
 
 test-lowest: $(LOWEST)/.installed

@@ -57,6 +57,8 @@ class Generic(Adapter):
     verified = False
     decoder_by_place: tuple[str, ...] = ()
     """Further arguments `[B, S, ...]` of the decoder that go by place, to be cut as its rows are."""
+    decoder_is_entry: ClassVar[bool] = False
+    """Whether the module that merges text and pictures is the decoder itself: `merged` says what it merges."""
     feature_names: ClassVar[dict[str, str]] = {kind: f"get_{kind}_features" for kind in KINDS}
     """By kind, the method of the merging module that makes features of pixels."""
     id_names: tuple[str, ...] = _IDS
@@ -71,7 +73,7 @@ class Generic(Adapter):
             raise TypeError(f"{type(model).__name__} has no input cuts: {why}.")
         self.model = model
         self.entry = merging_module(model, self.feature_names["image"])
-        self.language_model = decoder_in(self.entry, self.decoder_paths)
+        self.language_model = self.entry if self.decoder_is_entry else decoder_in(self.entry, self.decoder_paths)
         self.projector = None
         config = model.config
         parameters = {*inspect.signature(self.entry.forward).parameters, *inspect.signature(model.forward).parameters}

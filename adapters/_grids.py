@@ -113,3 +113,13 @@ def visuals_of(kind: str, lengths: Sequence[int], grids: Grids | None, scattered
         rasters = tuple(Raster((rows, cols), frame * rows * cols, name) for frame in range(frames))
         found.append(Visual(rasters, kind=kind, scattered=scattered or frames > 1 or grids.broken))
     return found
+
+
+def visuals_by_map(states: Tensor, lengths: Sequence[int]) -> list[Visual]:
+    """One visual for each of `lengths`, whose tokens are the cells of a map `[n, C, rows, cols]`, row by row; in no
+    grid where they are not as many."""
+    rows, cols = states.shape[-2:]
+    return [
+        Visual((Raster((rows, cols)),)) if states.dim() == 4 and rows * cols == length else unplaced(length)
+        for length in lengths
+    ]

@@ -7,8 +7,10 @@ from typing import Any
 import _zoo_hybrid  # noqa: F401
 import _zoo_later  # noqa: F401
 import _zoo_masks  # noqa: F401
+import _zoo_merging  # noqa: F401
 import _zoo_patches  # noqa: F401
 import _zoo_pictures  # noqa: F401
+import _zoo_timm  # noqa: F401
 from _zoo import FAMILIES, zoo_batch, zoo_model
 
 KEEP = 4
@@ -25,6 +27,7 @@ CELLS = [(name, plan) for name in FAMILIES for plan in PLANS]
 _SIGNALS, _CUTS, _GRID = "has no decoder signals", "has no layer cuts", "works on a grid"
 LACKS: dict[tuple[str, str], str] = {
     **dict.fromkeys([(name, "uniform") for name in ("aria", "deepseek_ocr2", "idefics2", "molmo2")], _GRID),
+    ("perception_lm", "uniform"): _GRID,
     **dict.fromkeys([(name, "uniform") for name in ("gemma4", "gemma4_window", "gemma4_moe", "gemma4_unified")], _GRID),
     **dict.fromkeys([(name, "fastv") for name in ("kimi_k25", "hunyuan_vl", "step3p7", "mistral_large4")], _SIGNALS),
     **dict.fromkeys(
@@ -58,6 +61,7 @@ LACKS: dict[tuple[str, str], str] = {
             for name in (
                 "gemma4", "gemma4_window", "gemma4_moe", "molmo2", "video_llava", "idefics2", "got_ocr2",
                 "deepseek_ocr2", "aria", "step3p7", "gemma4_unified", "lfm3_vl", "muse_glimmer", "muse_spark",
+                "chameleon", "emu3", "fast_vlm", "perception_lm",
             )
         ],
         "has no tower signals",

@@ -117,7 +117,7 @@ def make_report(
 ) -> Report:
     """Count one prompt batch. See `Report`."""
     plain_shape = adapter.cost_shape()
-    shape = _biased_shape(plain_shape, prompt, stages)
+    shape = _shape_of(prompt, plain_shape, stages)
     layout = prompt.layout
     lengths = prompt.lengths or [layout.length] * layout.batch_size
     visual_tokens = sum(span.num_tokens for span in layout.spans)
@@ -155,28 +155,28 @@ def make_report(
     )
 
 
-def _biased_shape(shape: cost.ModelShape, prompt: Prompt, stages: Sequence[Stage]) -> cost.ModelShape:
-    """The sizes with the columns that carry the bias of merged tokens' keys, in the layers that have it; not modelled
-    where a layer's scores do not follow from the heads' width."""
-    biasing = [_first_layer(stage.site) for stage in stages if stage.pruner.biases_keys]
-    merging = [_first_layer(cut.site) for cut in prompt.cuts if any(sizes is not None for sizes in cut.sizes)]
-    if not biasing or not merging:
-        return shape
-    first, plain = max(min(biasing), min(merging)), 2 * shape.heads * shape.head_dim
-    wide = 2 * shape.heads * biased_width(shape.head_dim)
-    layers = [
-        layer
-        if layer is None or depth < first
-        else (dataclasses.replace(layer, scores=wide) if layer.scores == plain else None)
-        for depth, layer in enumerate(shape.layer_shapes())
-    ]
+def biased_shape(shape: cost.ModelShape, first: int) -> cost.ModelShape:
+    """The sizes with the columns that carry the bias of merged tokens' keys from decoder layer `first` on; not modelled
+    there is a layer whose scores do not follow from the heads' width."""
+    plain, wide = 2 * shape.heads * shape.head_dim, 2 * shape.heads * biased_width(shape.head_dim)
+    layers = list(shape.layer_shapes())
+    for depth, layer in enumerate(layers[first:], start=first):
+        if layer is not None:
+            layers[depth] = dataclasses.replace(layer, scores=wide) if layer.scores == plain else None
     return dataclasses.replace(shape, by_layer=tuple(layers))
+
+
+def _shape_of(prompt: Prompt, shape: cost.ModelShape, stages: Sequence[Stage]) -> cost.ModelShape:
+    """The sizes at which the prompt ran."""
+    biasing = [first_layer(stage.site) for stage in stages if stage.pruner.biases_keys]
+    merging = [first_layer(cut.site) for cut in prompt.cuts if any(sizes is not None for sizes in cut.sizes)]
+    return biased_shape(shape, max(min(biasing), min(merging))) if biasing and merging else shape
 
 
 def visual_by_layer(prompt: Prompt, layers: int) -> list[list[int]]:
     """For each sample, its visual tokens in every decoder layer."""
     counts = [span.num_tokens for span in prompt.layout.spans]
-    cuts = {_first_layer(cut.site): cut.counts for cut in prompt.cuts}
+    cuts = {first_layer(cut.site): cut.counts for cut in prompt.cuts}
     rows: list[list[int]] = [[] for _ in range(prompt.layout.batch_size)]
     for layer in range(layers):
         counts = cuts.get(layer, counts)
@@ -189,7 +189,7 @@ def _by_layer(prompt: Prompt, lengths: list[int], layers: int) -> list[tuple[int
     """Visual tokens of the batch and attended tokens of each row, in every decoder layer."""
     by_layer: list[tuple[int, list[int]]] = []
     rows = list(lengths)
-    cuts = {_first_layer(cut.site): cut for cut in prompt.cuts}
+    cuts = {first_layer(cut.site): cut for cut in prompt.cuts}
     visual = visual_by_layer(prompt, layers)
     for layer in range(layers):
         if layer in cuts:
@@ -198,7 +198,7 @@ def _by_layer(prompt: Prompt, lengths: list[int], layers: int) -> list[tuple[int
     return by_layer
 
 
-def _first_layer(site: str) -> int:
+def first_layer(site: str) -> int:
     """The decoder layer from which on a cut there is felt."""
     place, depth = read_site(site)
     return depth or 0 if place == "layer" else 0

@@ -24,6 +24,7 @@ from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.visual import TowerWork, Visual
 from tokenprune.plan.checks import visual_lengths
+from tokenprune.report import biased_shape, first_layer
 
 PICTURE = (640, 480)
 """Width and height of the picture, pixels."""
@@ -123,6 +124,9 @@ def estimate(model: Outline, point: Point, seed: int = 0) -> Estimate:
 def _flops(model: Outline, stages: Sequence[Stage]) -> cost.Flops:
     adapter, visual = model.adapter, model.visual
     shape = adapter.cost_shape()
+    biasing = [first_layer(stage.site) for stage in stages if stage.pruner.biases_keys]
+    if biasing:
+        shape = biased_shape(shape, min(biasing))
     kept = visual_lengths(stages, visual.num_tokens, shape.layers)
     # separators leave with the first cut
     lengths = [model.text + (visual.length if count == visual.num_tokens else count) for count in kept]

@@ -26,13 +26,16 @@ PLANS: dict[str, Any] = {
 TOWER, PROJECTOR, DECODER = "vision", "projector", ("prefill", "decode")
 UNMODELLED: dict[str, tuple[str, ...]] = {
     "aria": (PROJECTOR,),  # cross-attention with learnt queries
+    "chameleon": (TOWER, PROJECTOR, *DECODER),  # the decoder holds the encoder of pictures
     "deepseek_ocr2": (TOWER, PROJECTOR),  # SAM, and an encoder of queries
     "deepseek_vl_hybrid": (TOWER, PROJECTOR),  # two towers
     "dots3_note": (TOWER, PROJECTOR),  # experts in the tower
+    "emu3": (TOWER, PROJECTOR),  # an encoder of convolutions
     "ernie4_5_vl_moe": (PROJECTOR, *DECODER),  # a resampler; experts for text and others for pictures
     "gemma4": (TOWER, *DECODER),  # patches pooled by their places; embeddings of places beside the rows
     "gemma4_moe": (TOWER, *DECODER),
     "gemma4_window": (TOWER, *DECODER),
+    "fast_vlm": (TOWER, PROJECTOR),  # convolutions of timm
     "gemma4_unified": (TOWER, PROJECTOR, *DECODER),  # no tower; logits of as many places as stay
     "got_ocr2": (TOWER, PROJECTOR),  # SAM
     "granite_docling": (TOWER, PROJECTOR),  # a connector in the tower
@@ -47,6 +50,7 @@ UNMODELLED: dict[str, tuple[str, ...]] = {
     "muse_glimmer": (TOWER, PROJECTOR),  # windows, and an adapter behind the tower
     "muse_spark": (TOWER, PROJECTOR),  # the same
     "ovis2": (TOWER, PROJECTOR),  # tokens that are shares of a vocabulary
+    "perception_lm": (TOWER, PROJECTOR),  # a tower of timm
     "qwen2_5_omni_thinker": (TOWER, PROJECTOR),  # why they are not read was not found
     "step3p7": (TOWER, PROJECTOR),  # convolutions behind the tower
     "video_llama_3": (TOWER,),  # how many patches make a token is said by each call

@@ -51,6 +51,9 @@ from tokenprune.state.prompt_state import CutBuilder, Prompt
 from tokenprune.state.tower_recording import Recording, joined_sources, rows_of
 from tokenprune.wrappers import Links, drop_graphs
 
+_MERGED = ("input_ids", "mm_encoder_outputs")
+"""Arguments that have gone into the embeddings of a call, besides its pixels."""
+
 
 class Engine:
     """Runs the stages of one method on one model.
@@ -111,8 +114,8 @@ class Engine:
         before = _hooks(adapter.model)
         self._outputs.install(adapter.model, ledger)
         ledger.hook(adapter.entry.register_forward_pre_hook(opaque(self._enter), with_kwargs=True))
+        self.install_decoder(ledger)  # before `_leave`: where the decoder merges, both stand behind one module
         ledger.hook(adapter.entry.register_forward_hook(opaque(self._leave), always_call=True))
-        self.install_decoder(ledger)
         self._tower.install(ledger)
         self._drafts.install(adapter.model, ledger)
         self._transitions.install(ledger)
@@ -130,7 +133,7 @@ class Engine:
 
     # --- a call -----------------------------------------------------------------------------------------------------
 
-    def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_replica(module, self.adapter)
         inputs = CallInputs({**dict(zip(self._parameters, args)), **kwargs})
         call = self.calls.now
@@ -148,6 +151,12 @@ class Engine:
                 call.waiting = inputs
             else:
                 self._lay_out(call, inputs)
+        if self.adapter.entry is not self.adapter.language_model or inputs.ids is None:
+            return None
+        # the decoder merges text and pictures: that is done before it, so that rows can be cut in between
+        given = {**inputs.arguments, "inputs_embeds": self.adapter.merged(inputs.arguments)}
+        spent = (*_MERGED, *self.adapter.pixels.values())
+        return (), {name: value for name, value in given.items() if name not in spent}
 
     def _lay_out(self, call: ForwardCall, inputs: CallInputs) -> None:
         """Find the visual tokens of a call that brings pictures; `inputs` are those of the merging module."""
@@ -267,7 +276,9 @@ class Engine:
             restore(output, current.moves)
 
     def _leave_decoder(self, module: Any, args: Any, output: Any) -> None:
-        self.calls.end(module)
+        call = self.calls.now
+        if call is not None and not call.entered:  # else `_leave` ends it, also where the decoder is what was called
+            self.calls.end(module)
 
     def _remember(self, prompt: Prompt) -> None:
         """`prompt` is the last one; but text alone, within a `generate` call that had pictures, hides none."""

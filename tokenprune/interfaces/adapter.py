@@ -345,6 +345,15 @@ class Adapter:
         """Position ids as the decoder takes them, for text whose tokens stand at `positions` `[B, S]`."""
         return positions.expand(3, *positions.shape) if self.mrope else positions
 
+    def merged(self, call: Mapping[str, Any]) -> Tensor:
+        """`[B, S, D]`: the embeddings of a call with features at its placeholders, as the decoder itself would merge
+        them. Asked where `entry` is `language_model`, so that rows can be cut between merging and the first layer.
+
+        Args:
+            call: the arguments, by name, `input_ids` among them.
+        """
+        raise TypeError(f"{type(self).__name__} defines no merged().")
+
     def expand_features(self, output: Any, expand: Callable[[Sequence[Tensor]], list[Tensor]]) -> None:
         """Put what a features call made of smaller pictures at full length, in place: all of its per-visual tensors."""
         output.pooler_output = expand(output.pooler_output)
