@@ -94,6 +94,11 @@ def generic_shape(adapter: Any, projector: Projector) -> ModelShape:
     return read_off(shape, adapter)
 
 
+def without_decoder(shape: ModelShape) -> ModelShape:
+    """The same with a decoder that is not modelled."""
+    return dataclasses.replace(shape, by_layer=(None,) * shape.layers)
+
+
 def first_of(config: Any, *names: str, default: Any = None) -> Any:
     """The value of the first of some names that a config has; of several values the first."""
     for name in names:

@@ -54,6 +54,13 @@ class TiledPrompts(Generic):
         return tile_pixels(call[self.pixels[kind]], visuals)
 
 
+class FramedPrompts(Generic):
+    """A class whose processor writes the tiles of a picture between two ids."""
+
+    def pictures(self, kind: str, ids: Tensor | None, places: Sequence[Tensor]) -> Pictures:
+        return pictures_by_frame(ids, places)
+
+
 def pictures_by_run(places: Sequence[Tensor]) -> Pictures:
     """Tiles in one unbroken run of placeholders are a picture: the processor puts something before and behind it.
 

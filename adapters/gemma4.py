@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+from tokenprune.adapters._cost import without_decoder
 from tokenprune.adapters._generic import Generic
 from tokenprune.cost import ModelShape
 from tokenprune.registry import register_model
@@ -20,5 +19,4 @@ class Gemma4(Generic):
 
     def cost_shape(self) -> ModelShape:
         """Its decoder is not modelled: embeddings of places are projected for all of a prompt, whatever left."""
-        shape = super().cost_shape()
-        return dataclasses.replace(shape, by_layer=(None,) * shape.layers)
+        return without_decoder(super().cost_shape())

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
-from tokenprune.adapters._generic import Generic
-from tokenprune.adapters._tiles import pictures_by_frame
-from tokenprune.interfaces.visual import Pictures
+from tokenprune.adapters._tiles import FramedPrompts
 from tokenprune.registry import register_model
 
 
 @register_model("ovis2")
-class Ovis2(Generic):
+class Ovis2(FramedPrompts):
     """Stock `Ovis2ForConditionalGeneration`."""
 
     classes = ("Ovis2ForConditionalGeneration",)
-
-    def pictures(self, kind: str, ids: Tensor | None, places: Sequence[Tensor]) -> Pictures:
-        return pictures_by_frame(ids, places)

@@ -11,7 +11,7 @@ from tokenprune import cost
 from tokenprune.engine.attention import AttentionInterventions
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
-from tokenprune.interfaces.site import read_site
+from tokenprune.interfaces.site import first_layer
 from tokenprune.interfaces.visual import TowerWork
 from tokenprune.state.key_bias import biased_width
 from tokenprune.state.prompt_state import Prompt
@@ -196,12 +196,6 @@ def _by_layer(prompt: Prompt, lengths: list[int], layers: int) -> list[tuple[int
             rows = list(cuts[layer].lengths)
         by_layer.append((sum(counts_of_sample[layer] for counts_of_sample in visual), rows))
     return by_layer
-
-
-def first_layer(site: str) -> int:
-    """The decoder layer from which on a cut there is felt."""
-    place, depth = read_site(site)
-    return depth or 0 if place == "layer" else 0
 
 
 def _by_row(by_layer: Sequence[tuple[int, list[int]]]) -> list[list[int]]:

@@ -22,9 +22,10 @@ from tokenprune.evals.evaluation.applied_method import method_of
 from tokenprune.evals.models.load import LoadedModel, fingerprint, model_source, ready_processor
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
+from tokenprune.interfaces.site import first_layer
 from tokenprune.interfaces.visual import TowerWork, Visual
 from tokenprune.plan.checks import visual_lengths
-from tokenprune.report import biased_shape, first_layer
+from tokenprune.report import biased_shape
 
 PICTURE = (640, 480)
 """Width and height of the picture, pixels."""

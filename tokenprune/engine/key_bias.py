@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.interfaces.pruner import Stage
-from tokenprune.interfaces.site import read_site
+from tokenprune.interfaces.site import first_layer
 from tokenprune.state.key_bias import biased_width, joined_bias, standing_bias
 from tokenprune.state.kv_cache import key_facts
 from tokenprune.state.prompt_state import Prompt
@@ -69,7 +69,7 @@ class KeyBias:
         self.layers: dict[int, str] = {}
         for stage in stages:
             if stage.pruner.biases_keys:
-                for layer in range(_first_layer(stage.site), layers):
+                for layer in range(first_layer(stage.site), layers):
                     self.layers.setdefault(layer, f"key_bias of {stage.pruner.name}")
         if self.layers:
             _check(config, kind, next(iter(self.layers.values())))
@@ -87,19 +87,13 @@ class KeyBias:
         """Raise RuntimeError where decoder layers ran past the function that biases keys."""
         cuts = [] if prompt is None else prompt.cuts
         first = next((cut for cut in cuts if any(sizes is not None for sizes in cut.sizes)), None)
-        missed = [layer for layer in self.layers if first is not None and _first_layer(first.site) <= layer]
+        missed = [layer for layer in self.layers if first is not None and first_layer(first.site) <= layer]
         missed = [layer for layer in missed if layer not in of_call.layers]
         if missed:
             raise RuntimeError(
                 f"Decoder layer {missed[0]} computed its attention past the function that its config names, so keys of "
                 "merged tokens were not weighed there. Pass key_bias=False, or use a model whose layers look it up."
             )
-
-
-def _first_layer(site: str) -> int:
-    """The decoder layer from which on a cut is felt."""
-    place, depth = read_site(site)
-    return depth or 0 if place == "layer" else 0
 
 
 def _check(config: Any, kind: str, who: str) -> None:

@@ -39,3 +39,9 @@ def read_site(text: str) -> Site:
     if place not in PLACES or (colon and (place not in NUMBERED or not plain)):
         raise ValueError(f"There is no site {text!r}; sites are {', '.join(SITES)}, with a number for L and K.")
     return Site(place, int(number) if colon else None)
+
+
+def first_layer(text: str) -> int:
+    """The decoder layer from which on a cut at a site is felt."""
+    place, depth = read_site(text)
+    return depth or 0 if place == "layer" else 0
