@@ -23,6 +23,7 @@ from tokenprune.engine.key_facts import AttentionCall, KeyFacts
 from tokenprune.engine.query_rows import put, seen_keys, take
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
+from tokenprune.interfaces.bypass import Bypass
 from tokenprune.interfaces.intervention import Attended, DecoderInfo, Facts, Intervention
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.state.call_inputs import CallInputs
@@ -51,21 +52,17 @@ class AttentionInterventions:
         self, adapter: Adapter, interventions: Sequence[Intervention], calls: Calls, stages: Sequence[Stage] = ()
     ) -> None:
         self.adapter, self.interventions, self._calls = adapter, tuple(interventions), calls
-        config = adapter.language_model.config
-        decoder = DecoderInfo(
-            adapter.name,
-            config.model_type,
-            config.hidden_size,
-            len(adapter.layers),
-            config.num_attention_heads,
-            getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        )
+        config, decoder = adapter.language_model.config, decoder_info(adapter)
         cuts = [stage.depth for stage in stages if stage.place == "layer"]
         self.layers: dict[int, int] = {}  # which intervention acts in which layer
+        self.bypasses: list[tuple[Bypass, tuple[int, ...]]] = []  # and those that change no attention
         for number, one in enumerate(self.interventions):
             layers = one.prepare(decoder)
             if layers:
                 one.check_cuts(layers, cuts)
+            if isinstance(one, Bypass):
+                self.bypasses.append((one, layers))
+                continue
             for layer in layers:
                 if layer in self.layers:
                     other = self.interventions[self.layers[layer]].name
@@ -93,6 +90,11 @@ class AttentionInterventions:
     @property
     def _call(self) -> AttentionCall | None:
         return None if self._calls.now is None else self._calls.now.attention
+
+    @property
+    def changes(self) -> dict[int, str]:
+        """What changes the attention of a layer, by layer."""
+        return {layer: self._who(layer) for layer in sorted(self._places.values())}
 
     @property
     def learns(self) -> bool:
@@ -239,8 +241,9 @@ class AttentionInterventions:
     def summaries(self, prompt: Prompt) -> tuple[str, ...]:
         """A line for each intervention: name, layers, what it found in `prompt`."""
         lines = []
+        bypassed = {id(one): layers for one, layers in self.bypasses}
         for number, one in enumerate(self.interventions):
-            layers = [layer for layer, owner in self.layers.items() if owner == number]
+            layers = bypassed.get(id(one)) or [layer for layer, owner in self.layers.items() if owner == number]
             noted = prompt.noted[number] if prompt.noted else {}
             lines.append(f"{one.name}  layers {runs(layers) or 'none'}; {one.summary(noted)}".rstrip("; "))
         return tuple(lines)
@@ -339,6 +342,19 @@ class AttentionInterventions:
         kept = take(output, rows, 1)
         changed = torch.where((real & applies)[..., None, None], changed, kept)
         return put(output, rows, real, changed), None
+
+
+def decoder_info(adapter: Adapter) -> DecoderInfo:
+    """What an intervention may know of a model's decoder."""
+    config = adapter.language_model.config
+    return DecoderInfo(
+        adapter.name,
+        config.model_type,
+        config.hidden_size,
+        len(adapter.layers),
+        config.num_attention_heads,
+        getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+    )
 
 
 def _weakly(attending: AttentionInterventions) -> Callable[..., tuple[Tensor, Any]]:

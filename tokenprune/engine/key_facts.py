@@ -59,9 +59,9 @@ class KeyFacts:
     def enter(self, call: AttentionCall, layer: int, hidden: Tensor) -> None:
         """Let the intervention of a layer note facts on the tokens `[B, S, D]` that enter it."""
         if call.visual is None:
-            call.visual = _visual(call.prompt, hidden)
+            call.visual = visual_rows(call.prompt, hidden)
         visual = call.visual.to(hidden.device)
-        prompt = call.prompt or Prompt(Layout((), *hidden.shape[:2]))
+        prompt = call.prompt or Prompt(Layout((), hidden.shape[0], hidden.shape[1]))
         entering = Entering(layer, hidden.detach(), visual, call.attended, call.first, prompt.picture_keys)
         with torch.no_grad():
             noted = self._interventions[self._owners[layer]].note(entering)
@@ -95,7 +95,8 @@ def _new(call: AttentionCall, hidden: Tensor) -> Tensor | None:
     return new.to(hidden.device)
 
 
-def _visual(prompt: Prompt | None, hidden: Tensor) -> Tensor:
+def visual_rows(prompt: Prompt | None, hidden: Tensor) -> Tensor:
+    """`[B, S]` bool: where visual tokens stand among the rows `[B, S, D]`, separators of pictures included."""
     visual = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     if prompt is not None:
         for span, alive in zip(prompt.layout.spans, prompt.alive):
