@@ -18,7 +18,7 @@ from typing import Any
 from tokenprune import cost
 from tokenprune.api import adapter_for, plan_for
 from tokenprune.engine.attention import decoder_info
-from tokenprune.engine.bypass import saved_flops
+from tokenprune.engine.bypass import skipped
 from tokenprune.engine.prompt_reader import prompt_visuals
 from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.evaluation.applied_method import method_of
@@ -139,15 +139,16 @@ def _flops(model: Outline, stages: Sequence[Stage], bypasses: Sequence[Bypass] =
     lengths = [model.text + (visual.length if count == visual.num_tokens else count) for count in kept]
     work = _tower_work(adapter, visual, stages)
     saved = [
-        saved_flops(adapter, layer, shape.layer_shapes()[layer], one.mode, model.text, lengths[layer] - model.text)
+        skips and -skips.flops(model.text, lengths[layer] - model.text)
         for one in bypasses
         for layer in one.prepare(decoder_info(adapter))
+        for skips in [skipped(adapter, layer, shape.layer_shapes()[layer], one.mode)]
     ]
     return cost.Flops(
         vision=adapter.vision.flops(shape, work),
         projector=cost.projector_flops(shape, work.left),
         selection=0,
-        prefill=cost.total([cost.prefill_flops(shape, lengths), *(part and -part for part in saved)]),
+        prefill=cost.total([cost.prefill_flops(shape, lengths), *saved]),
         decode=cost.decode_flops(shape, [length + 1 for length in lengths]),
     )
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenprune
 from tokenprune.api import adapter_for
 from tokenprune.cost import LayerShape
-from tokenprune.engine.bypass import saved_flops
+from tokenprune.engine.bypass import skipped
 from tokenprune.seams import cache_in
 
 MODES = {"skip": "still", "composite": "mlp", "mask": "mask"}
@@ -237,8 +237,9 @@ def test_published_shares_of_flops() -> None:
     made = [SimpleNamespace(parameters=lambda: [torch.empty(h, h, device="meta")]) for _ in range(2)]
     reading = SimpleNamespace(projections={"k": made[0], "v": made[1]})
     adapter: Any = SimpleNamespace(layers=[None], reading=lambda layer: reading)
-    whole, saved = shape.flops(t + v), saved_flops(adapter, 0, shape, "still", t, v)
-    assert saved is not None
+    skips = skipped(adapter, 0, shape, "still")
+    assert skips is not None
+    whole, saved = shape.flops(t + v), skips.flops(t, v)
     assert 32 * whole == pytest.approx(8.50e12, rel=2e-3) and 32 * (whole - saved) == pytest.approx(2.09e12, rel=3e-3)
     assert (32 * whole - 19 * saved) / (32 * whole) == pytest.approx(0.552, abs=2e-3)
 

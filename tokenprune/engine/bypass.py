@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.cost import LayerShape, total
+from tokenprune.cost import LayerShape
 from tokenprune.engine.key_facts import visual_rows
 from tokenprune.engine.layer_cuts import named
 from tokenprune.engine.query_rows import take
@@ -94,6 +94,8 @@ class LayerBypass:
         self.adapter, self._calls = adapter, calls
         self.layers: dict[int, Bypass] = {}
         self._read: dict[int, AttentionReading] = {}
+        self._skipped: dict[int, Skipped | None] = {}
+        self._run_again: set[int] = set()  # layers that checkpoint wrappers run a second time
         for one, layers in bypasses:
             for layer in layers:
                 other = changed.get(layer) or (self.layers[layer].name if layer in self.layers else None)
@@ -141,9 +143,12 @@ class LayerBypass:
 
     def install(self, ledger: Ledger) -> None:
         """Place the hooks; `ledger` takes them away. Those of cuts at the same layers must stand already."""
-        for layer in self.layers:
+        self._run_again = {one for one in self.layers if runs_again(self.adapter.model, self.adapter.layers[one])}
+        shapes = self.adapter.cost_shape().layer_shapes()
+        for layer, one in self.layers.items():
             module = self.adapter.layers[layer]
             self._read[layer] = self.adapter.reading(module)
+            self._skipped[layer] = skipped(self.adapter, layer, shapes[layer], one.mode)
             enter, leave = opaque(partial(self._enter, layer)), opaque(partial(self._leave, layer))
             ledger.hook(module.register_forward_pre_hook(enter, with_kwargs=True))
             # first, while what shards or offloads weights still has those of this layer here
@@ -258,8 +263,8 @@ class LayerBypass:
         return found
 
     def _check_checkpointing(self, layer: int, module: Any) -> None:
-        again = runs_again(self.adapter.model, module)
-        if module.training and torch.is_grad_enabled() and (getattr(module, "gradient_checkpointing", False) or again):
+        again = getattr(module, "gradient_checkpointing", False) or layer in self._run_again
+        if again and module.training and torch.is_grad_enabled():
             raise ValueError(
                 f"{self.layers[layer].name} acts in decoder layer {layer}, which gradient checkpointing runs a second "
                 "time, after the prompt is forgotten. Switch gradient checkpointing off, or remove the intervention "
@@ -268,9 +273,8 @@ class LayerBypass:
 
     def _count(self, layer: int, prompt: Prompt, rows: Rows) -> None:
         """Write down what a layer saves, as a negative number."""
-        shape, mode = self.adapter.cost_shape().layer_shapes()[layer], self.layers[layer].mode
-        saved = total(saved_flops(self.adapter, layer, shape, mode, *count) for count in rows.counts)
-        prompt.attention_flops[layer] = None if saved is None else -saved
+        skips = self._skipped[layer]
+        prompt.attention_flops[layer] = None if skips is None else -sum(skips.flops(*count) for count in rows.counts)
 
 
 class _Cache:
@@ -300,17 +304,27 @@ class _Cache:
         return whole
 
 
-def saved_flops(
-    adapter: Adapter, layer: int, shape: LayerShape | None, mode: Mode, text: int, visual: int
-) -> int | None:
-    """What a layer saves of its FLOPs where visual tokens pass it by; None if it is not modelled.
+@dataclass(frozen=True)
+class Skipped:
+    """What a visual token leaves undone in a layer that it passes by, in multiply-adds.
 
-    Args:
-        shape: of the layer.
-        text, visual: tokens of one row that enter it.
+    Attributes:
+        linear: of linear layers.
+        scores: with each token of its row, in scores and in the sum of values.
     """
+
+    linear: int
+    scores: int
+
+    def flops(self, text: int, visual: int) -> int:
+        """Of a row of so many tokens."""
+        return 2 * visual * (self.linear + (text + visual) * self.scores)
+
+
+def skipped(adapter: Adapter, layer: int, shape: LayerShape | None, mode: Mode) -> Skipped | None:
+    """What a visual token saves in a layer of that shape; None if it is not modelled."""
     if mode == "mask":
-        return 0
+        return Skipped(0, 0)
     if shape is None:
         return None
     projections = adapter.reading(adapter.layers[layer]).projections
@@ -318,7 +332,7 @@ def saved_flops(
     linear = shape.linear - sum(_multiply_adds(part) for part in made)
     if mode == "mlp":
         linear -= _multiply_adds(adapter.branches(adapter.layers[layer])[1])
-    return 2 * visual * (linear + (text + visual) * shape.scores)
+    return Skipped(linear, shape.scores)
 
 
 def _multiply_adds(module: nn.Module) -> int:
