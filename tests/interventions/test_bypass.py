@@ -15,8 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenprune
 from tokenprune.api import adapter_for
+from tokenprune.cli import main
 from tokenprune.cost import LayerShape
 from tokenprune.engine.bypass import skipped
+from tokenprune.evals.models.load import load_model
+from tokenprune.evals.tasks.unlabelled import draw_samples
 from tokenprune.seams import cache_in
 
 MODES = {"skip": "still", "composite": "mlp", "mask": "mask"}
@@ -259,6 +262,28 @@ def test_shortv_freezes_the_layers_that_contribute_least(tmp_path: Any) -> None:
     for wrong, said in ({}, "needs to know"), ({"calibration": "no.json"}, "is no file"), ({"share": 2.0}, r"\[0, 1\]"):
         with pytest.raises(ValueError, match=said):
             tokenprune.apply(model, {"method": "shortv", **wrong})
+
+
+def test_shortv_is_calibrated_by_what_freezing_one_layer_changes(tmp_path: Any, capsys: Any) -> None:
+    file = tmp_path / "shortv.json"
+    asked = ["--model", "pocket-llava", "--data", "pocket", "--samples", "2", "--output", str(file)]
+    assert main(["calibrate", "shortv", *asked]) == 0
+    said = json.loads(file.read_text(encoding="utf-8"))
+    assert capsys.readouterr().out.count(" nats") == said["layers"] == len(said["contributions"])
+    loaded = load_model("pocket-llava")
+    samples, _ = draw_samples("pocket", 2, 1, 0)
+    for layer in (1, said["layers"] - 1):
+        found = 0.0
+        for one in samples:
+            batch = loaded.inputs([one.question], [one.image])
+            with torch.no_grad():
+                stock = loaded.model(**batch).logits[0, -1].double().softmax(-1)
+                with plainly(loaded.model, visual_of(loaded.model, batch), "skip", [layer]):
+                    other = loaded.model(**batch).logits[0, -1].double().softmax(-1)
+            found += float((stock * (stock / other).log()).sum()) / 2
+        assert said["contributions"][layer] == pytest.approx(max(found, 0), rel=1e-3, abs=1e-7)
+    assert main(["calibrate", "shrtv", *asked]) == 2
+    assert "Did you mean 'shortv'" in capsys.readouterr().err
 
 
 def test_what_does_not_go_together_is_refused() -> None:
