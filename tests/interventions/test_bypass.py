@@ -259,7 +259,11 @@ def test_shortv_freezes_the_layers_that_contribute_least(tmp_path: Any) -> None:
             assert torch.equal(model(**batch).logits, mine)
     with pytest.raises(ValueError, match="has 2"):
         tokenprune.apply(tiny_llava(layers=2), {"method": "shortv", "calibration": str(file)})
-    for wrong, said in ({}, "needs to know"), ({"calibration": "no.json"}, "is no file"), ({"share": 2.0}, r"\[0, 1\]"):
+    for wrong, said in (
+        ({}, "needs to know"),
+        ({"calibration": "no.json"}, "is neither a file"),
+        ({"share": 2.0}, r"\[0, 1\]"),
+    ):
         with pytest.raises(ValueError, match=said):
             tokenprune.apply(model, {"method": "shortv", **wrong})
 

@@ -39,13 +39,29 @@ def _read(file: Path, changed: float) -> tuple[float, ...]:
         raise ValueError(f"{file} holds no contributions of layers ({error!r}). Make one with `{COMMAND}`.") from None
 
 
+def _file(calibration: str) -> Path:
+    """A path, or what ships for the model of that name."""
+    import tokenprune
+
+    name = f"shortv_{calibration.replace('-', '_')}"
+    shipped = [Path(place) / "configs" / "learned" / name / "contributions.json" for place in tokenprune.__path__]
+    for file in (Path(calibration).expanduser(), *shipped):
+        if file.is_file():
+            return file
+    raise ValueError(
+        f"calibration={calibration!r} is neither a file nor a model whose calibration ships with the package. Make one "
+        f"with `{COMMAND}`."
+    )
+
+
 @register_intervention("shortv")
 @dataclass
 class ShortV(Bypass):
     """Visual tokens stand still in a share of the decoder layers.
 
     Attributes:
-        calibration: the file that `tokenprune calibrate shortv` wrote for this model. Not needed with `layers`.
+        calibration: the file that `tokenprune calibrate shortv` wrote for this model, or the name of a model whose file
+            ships with the package ("pocket-llava", "pocket-qwen"). Not needed with `layers`.
         share: of the decoder layers that are frozen, in [0, 1], rounded to the nearest number; 0 switches it off.
         layers: decoder layers that are frozen, from 0, in place of both.
     """
@@ -68,15 +84,13 @@ class ShortV(Bypass):
             self._contributions()
 
     def _contributions(self) -> tuple[float, ...]:
-        file = Path(str(self.calibration)).expanduser()
-        if not file.is_file():
-            raise ValueError(f"calibration={self.calibration!r} is no file. Make one with `{COMMAND}`.")
+        (file,) = self.files
         return _read(file, file.stat().st_mtime)
 
     @property
     def files(self) -> tuple[Path, ...]:
         """What its layers are read from."""
-        return () if self.calibration is None else (Path(str(self.calibration)).expanduser(),)
+        return () if self.calibration is None else (_file(str(self.calibration)),)
 
     def default_layers(self, decoder: DecoderInfo) -> Sequence[int]:
         found = self._contributions()
