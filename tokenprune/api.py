@@ -88,7 +88,7 @@ class Prepared:
         self._engine = Engine(adapter, stages, spec.interventions, outputs, verify)
         check_places(adapter, stages)
         if verify:
-            check_decoder_reads(adapter, stages, tuple(self._engine.attending.layers))
+            check_decoder_reads(adapter, stages, self._engine.changed_layers)
             if stages and to_be_tried(adapter):
                 check_removal(adapter, stages)
         inside = any(stage.place == "layer" or stage.after_block is not None for stage in stages)

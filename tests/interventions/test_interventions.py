@@ -145,9 +145,9 @@ def test_what_a_model_cannot_have_is_refused_before_anything_runs():
 
 
 def test_lists_and_the_command_line(capsys):
-    assert tokenprune.list_interventions() == ["var"]
+    assert {"naavit", "shortv", "var"} <= set(tokenprune.list_interventions())
     main(["ls", "interventions"])
-    assert capsys.readouterr().out.startswith("var ")
+    assert {"naavit", "shortv", "var"} <= {line.split()[0] for line in capsys.readouterr().out.splitlines() if line}
     assert main(["eval", "--method", "var", "--keep", "64"]) == 2
     assert "leave --keep out" in capsys.readouterr().err
     assert main(["eval", "--method", "vtc_cls+var"]) == 2

@@ -19,6 +19,7 @@ from tokenprune.capture.signal_checks import check_decoder_signal
 from tokenprune.capture.token_transition import Transitions
 from tokenprune.engine.assisted_decoding import Drafts
 from tokenprune.engine.attention import AttentionInterventions
+from tokenprune.engine.bypass import LayerBypass
 from tokenprune.engine.decoder_pass import DecoderPass
 from tokenprune.engine.first_layer import entering
 from tokenprune.engine.guards import (
@@ -86,6 +87,7 @@ class Engine:
                 check_decoder_signal(signal, stage.site, stage.depth if stage.place in ("layer", "input") else -2)
                 check_vision_signal(signal, stage, adapter.tower.feature_layer)
         self.attending = AttentionInterventions(adapter, interventions, self.calls, self.stages)
+        self.bypass = LayerBypass(adapter, self.attending.bypasses, self.calls, self.stages, self.attending.changes)
         self._input = next((stage for stage in stages if stage.place == "input"), None)
         # tokens that left before the projector leave the rows here too, under their own method's policy
         before_layers = [stage for stage in stages if stage.place != "layer"]
@@ -104,6 +106,11 @@ class Engine:
         self._reach = reach(adapter.language_model.config)
         self._parameters = list(inspect.signature(adapter.entry.forward).parameters)
         self._links = Links(adapter.model, ())  # of the modules that are hooked, once they are
+
+    @property
+    def changed_layers(self) -> tuple[int, ...]:
+        """Decoder layers that an intervention changes."""
+        return (*self.attending.layers, *self.bypass.layers)
 
     def install(self, ledger: Ledger) -> None:
         """Place every hook; `ledger` takes them away, and they may be placed again later."""
@@ -130,6 +137,9 @@ class Engine:
         ledger.hook(decoder.register_forward_hook(opaque(self._leave_decoder), always_call=True))
         for part in (self.attending, self._layers):
             part.install(ledger)
+        if self.bypass:  # behind cuts at its layers, also those that a cache asks for later
+            self._layers.hook_from(min(self.bypass.layers))
+        self.bypass.install(ledger)
 
     # --- a call -----------------------------------------------------------------------------------------------------
 

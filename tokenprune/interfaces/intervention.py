@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -120,6 +121,11 @@ class Intervention:
     def default_layers(self, decoder: DecoderInfo) -> Sequence[int]:
         """Layers in which it acts unless told otherwise; [] for an intervention whose options switch it off."""
         return range(decoder.layers)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files that its options name and that decide what it does; a run's answers are of these."""
+        return ()
 
     def prepare(self, decoder: DecoderInfo) -> tuple[int, ...]:
         """Get ready for a model; the layers in which it acts, in order.
