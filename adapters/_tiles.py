@@ -129,6 +129,37 @@ def pictures_by_frame(ids: Tensor | None, places: Sequence[Tensor]) -> Pictures:
     return Pictures((len(places),), UNTOLD) if counts is None else Pictures(counts)
 
 
+def pictures_by_marks(ids: Tensor | None, places: Sequence[Tensor], opening: int, closing: int) -> Pictures:
+    """The ids in front of each picture and behind it are known; what stands between its tiles does not matter.
+
+    Args:
+        ids, places: see `Adapter.pictures`.
+        opening, closing: the id that stands once in front of each picture, and the one that does behind it.
+    """
+    if len(places) == 1:
+        return Pictures((1,))
+    counts = None if ids is None else _marked(ids.tolist(), places, opening, closing)
+    return Pictures((len(places),), UNTOLD) if counts is None else Pictures(counts)
+
+
+def _marked(ids: list[int], places: Sequence[Tensor], opening: int, closing: int) -> tuple[int, ...] | None:
+    """Tiles of each picture; None where the prompt is not written as expected."""
+    starts = [int(own[0]) for own in places]
+    ends = [int(own[-1]) + 1 for own in places]
+    around = [[one for one in ids[e:s] if one in (opening, closing)] for e, s in zip([0, *ends], [*starts, len(ids)])]
+    if around[0][-1:] != [opening] or around[-1][:1] != [closing]:
+        return None
+    counts = [1]
+    for marks in around[1:-1]:
+        if not marks:
+            counts[-1] += 1
+        elif marks[0] == closing and marks[-1] == opening:
+            counts.append(1)
+        else:
+            return None
+    return tuple(counts)
+
+
 def _framed(ids: list[int], places: Sequence[Tensor]) -> tuple[int, ...] | None:
     """Tiles of each picture; None where the prompt is not written as expected."""
     starts = [int(own[0]) for own in places]

@@ -17,7 +17,7 @@ from masked_reference import run_pruned
 
 import tokenprune
 from tokenprune.adapters._grids import Grids
-from tokenprune.adapters._tiles import UNTOLD, pictures_by_chain, pictures_by_label, pictures_by_run
+from tokenprune.adapters._tiles import UNTOLD, pictures_by_chain, pictures_by_label, pictures_by_marks, pictures_by_run
 from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.selection import Selection
 from tokenprune.interfaces.view import View
@@ -119,6 +119,29 @@ def test_pictures_of_a_chain_are_told_apart_where_its_length_shows_that_none_is_
         [text, [TILE] * 2 * SIZE, [FAKE]],
     ):
         assert counts_of(*parts) == (), parts
+
+
+def test_pictures_between_marks_that_are_known():
+    """Llama 4: tiles with separators in rows of them, the whole picture behind, all between two ids."""
+    tile, text = [TILE] * SIZE, [1, 2]
+
+    def marked(*tiles: list[int]) -> list[int]:
+        return [START, *sum(([*own, 7] for own in tiles), []), END]
+
+    def counts_of(*parts: list[int]) -> tuple[int, ...]:
+        found = pictures_by_marks(*row_of(*parts), START, END)
+        return () if found.note else found.counts
+
+    split, whole = marked(tile, [*tile, 8], tile), marked(tile)
+    assert counts_of(text, split, text, whole, split, text) == (3, 1, 3)
+    assert counts_of(split, whole) == (3, 1) and counts_of(tile) == (1,)
+    for parts in (
+        [text, split[1:], text, whole],  # nothing in front
+        [text, split, text, whole[:-1], text],  # nothing behind
+        [text, split[:-1], text, whole],  # one picture begins in another
+    ):
+        assert counts_of(*parts) == (), parts
+    assert pictures_by_marks(None, [torch.arange(4), torch.arange(4, 8)], START, END) == ((2,), UNTOLD)
 
 
 def test_joined_tiles_keep_their_order_and_refuse_separators():
