@@ -142,6 +142,36 @@ def pictures_by_marks(ids: Tensor | None, places: Sequence[Tensor], opening: int
     return Pictures((len(places),), UNTOLD) if counts is None else Pictures(counts)
 
 
+def pictures_by_rows(ids: Tensor | None, places: Sequence[Tensor]) -> Pictures:
+    """Each visual is one token; an id that is the same for all stands behind each row of a picture, and rows of one
+    picture are as long as each other.
+
+    Args:
+        ids, places: see `Adapter.pictures`.
+    """
+    grids = None if ids is None else _in_rows(ids.tolist(), [int(own[0]) for own in places])
+    if grids is None:
+        return Pictures((len(places),), UNTOLD)
+    return Pictures(tuple(rows * cols for rows, cols in grids), grids=grids)
+
+
+def _in_rows(ids: list[int], places: Sequence[int]) -> tuple[tuple[int, int], ...] | None:
+    """(rows, cols) of each picture; None where the prompt is not written as expected."""
+    starts = [place for place, before in zip(places, [-1, *places]) if place != before + 1 or before < 0]
+    ends = [place + 1 for place, after in zip(places, [*places[1:], -1]) if after != place + 1]
+    if ends[-1] == len(ids) or len({ids[end] for end in ends}) > 1:
+        return None
+    grids: list[tuple[int, int]] = []
+    before = None
+    for start, end in zip(starts, ends):
+        rows, cols = grids[-1] if start - 1 == before else (0, end - start)
+        if cols != end - start:
+            return None
+        grids[len(grids) - (rows > 0) :] = [(rows + 1, cols)]
+        before = end
+    return tuple(grids)
+
+
 def _marked(ids: list[int], places: Sequence[Tensor], opening: int, closing: int) -> tuple[int, ...] | None:
     """Tiles of each picture; None where the prompt is not written as expected."""
     starts = [int(own[0]) for own in places]

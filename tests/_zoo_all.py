@@ -41,6 +41,8 @@ LACKS: dict[tuple[str, str], str] = {
     ),
     ("mistral_large4", "layer_2"): _CUTS,
     **dict.fromkeys([("llama4", plan) for plan in ("fastv", "pyramiddrop")], _SIGNALS),
+    **dict.fromkeys([("gemma3n", plan) for plan in ("layer_2", "pyramiddrop")], _CUTS),
+    ("gemma3n", "fastv"): _SIGNALS,
     **dict.fromkeys(
         [
             (name, plan)
@@ -62,7 +64,7 @@ LACKS: dict[tuple[str, str], str] = {
             for name in (
                 "gemma4", "gemma4_window", "gemma4_moe", "molmo2", "video_llava", "idefics2", "got_ocr2",
                 "deepseek_ocr2", "aria", "step3p7", "gemma4_unified", "lfm3_vl", "muse_glimmer", "muse_spark",
-                "chameleon", "emu3", "fast_vlm", "perception_lm", "llama4",
+                "chameleon", "emu3", "fast_vlm", "perception_lm", "llama4", "fuyu", "gemma3n",
             )
         ],
         "has no tower signals",
