@@ -92,6 +92,20 @@ def test_where_the_stock_model_is_wrong_with_drafts_it_is_not_ours_to_be_right(n
     assert relative_error(drafted, plain) > 1e-3
 
 
+@pytest.mark.parametrize("draft", ["a model", "the prompt"])
+def test_drafts_that_the_prompt_would_see_are_refused(draft: str) -> None:
+    """Without a cache the answer so far stands behind the prompt too, with a type of its own."""
+    model, batch = zoo_model("paligemma"), zoo_batch("paligemma", "drafts", [2])
+    given = {**batch, "max_new_tokens": 4, "do_sample": False, "suppress_tokens": _silent(model)}
+    how = {"prompt_lookup_num_tokens": 3} if draft == "the prompt" else {"assistant_model": zoo_model("paligemma", 3)}
+    if draft == "the prompt":  # something to be looked up
+        batch["input_ids"][0, -4:] = torch.tensor([30, 31, 30, 31])
+    with tokenprune.applied(model, "random", KEEP), torch.no_grad():
+        with pytest.raises(ValueError, match="sees itself in both directions, and generate gave the . tokens"):
+            model.generate(**given, **how)
+        assert torch.equal(model.generate(**given, use_cache=False), model.generate(**given))
+
+
 def _drafting(name: str, batch: Batch) -> Any:
     """A text model of the same vocabulary; where transformers hands a draft more arguments than that takes, another
     model of the class."""

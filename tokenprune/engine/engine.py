@@ -23,6 +23,7 @@ from tokenprune.engine.bypass import LayerBypass
 from tokenprune.engine.decoder_pass import DecoderPass
 from tokenprune.engine.first_layer import entering
 from tokenprune.engine.guards import (
+    check_drafts,
     check_features,
     check_mask,
     check_places,
@@ -157,6 +158,7 @@ class Engine:
         if pruned_prompt(inputs.cache) is not None:
             self._serve(call, inputs.cache, whole=True)
         if self._reader.brings_pictures(inputs):
+            check_drafts(self.adapter, inputs.arguments, call.drafted)
             if self.adapter.behind_tower:
                 call.waiting = inputs
             else:

@@ -117,6 +117,25 @@ def check_cache(inputs: CallInputs) -> None:
         )
 
 
+def check_drafts(adapter: Adapter, call: Mapping[str, Any], drafted: int) -> None:
+    """Raise ValueError where the prompt of a call would see what a draft proposed.
+
+    Args:
+        adapter: the model's family.
+        call: arguments, by name.
+        drafted: tokens at the end of each row that are not the prompt's.
+    """
+    types = call.get("token_type_ids")
+    if adapter.prefix_type is None or not drafted or not isinstance(types, Tensor):
+        return
+    if bool((types[:, -drafted:] == adapter.prefix_type).any()):
+        raise ValueError(
+            f"All of a prompt of {type(adapter.model).__name__} sees itself in both directions, and generate gave the "
+            f"{drafted} tokens that a draft proposed the type of the prompt: it would see them, and its answers would "
+            "not be those without drafts, pruned or not. Generate without assistant_model and prompt_lookup_num_tokens."
+        )
+
+
 def warn_of_features(inputs: CallInputs) -> None:
     """Warn where a prompt may hold pictures that nobody says are there."""
     if inputs.ids is None and inputs.length > 1 and inputs.past == 0:

@@ -210,6 +210,8 @@ class Adapter:
 
     features_at_places: ClassVar[bool] = True
     """Whether what a features call returns stands at the placeholders as it is."""
+    prefix_type: ClassVar[int | None] = None
+    """In `token_type_ids`, the type of tokens of a prompt that see each other in both directions, text among them."""
     layer_by_place: tuple[str, ...] = ()
     """Further arguments `[B, S, ...]` of a decoder layer that go by place, to be cut as its rows are."""
 
