@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("evals.profiling",),
     ("evals.results",),
     ("evals.report",),
-    ("evals.single_image", "evals.lmms", "evals.sweep"),
+    ("evals.single_image", "evals.lmms", "evals.sweep", "evals.diagnose"),
     ("evals.pocket_training", "evals.tuning", "evals.learned"),
     ("commands",),
     ("cli",),

@@ -54,7 +54,7 @@ def exist(scene: Scene, rng: random.Random, present: bool) -> Question:
     """Is there such a thing, answered yes or no as ``present`` says."""
     if present:
         thing = rng.choice(scene.things)
-        return Question("exist", _exist_text(thing.colour, thing.shape), "yes", _boxes([thing]))
+        return Question("exist", exist_text(thing.colour, thing.shape), "yes", _boxes([thing]))
     pairs = {(t.shape, t.colour) for t in scene.things}
     shapes, colours = {t.shape for t in scene.things}, {t.colour for t in scene.things}
     absent = [(s, c) for s in SHAPES for c in COLOURS if (s, c) not in pairs]
@@ -62,10 +62,11 @@ def exist(scene: Scene, rng: random.Random, present: bool) -> Question:
     both = [(s, c) for s, c in absent if s in shapes and c in colours]
     shape, colour = rng.choice(both if both and rng.random() < 0.7 else absent)
     sharing = [t for t in scene.things if t.shape == shape or t.colour == colour]
-    return Question("exist", _exist_text(colour, shape), "no", _boxes(sharing or scene.things))
+    return Question("exist", exist_text(colour, shape), "no", _boxes(sharing or scene.things))
 
 
-def _exist_text(colour: str, shape: str) -> str:
+def exist_text(colour: str, shape: str) -> str:
+    """The words of an `exist` question."""
     return f"is there {'an' if colour == 'orange' else 'a'} {colour} {shape}?"
 
 

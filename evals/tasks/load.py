@@ -1,7 +1,8 @@
 """What a model is asked: tasks by name, their samples, and when an answer is right.
 
 A task is a `Task`. `pocket`, `pocket-mixed` (pictures of several sizes and short videos), `pocket-crowd` and
-`pocket-mixed-crowd` (many objects, few of them asked for) and their families (`pocket:count`) are built in.
+`pocket-mixed-crowd` (many objects, few of them asked for), `pocket-hallucination` and `pocket-mixed-hallucination`
+(what is not there, and what a model names) and their families (`pocket:count`) are built in.
 `lmms:NAME` is a task of lmms-eval (`lmms_task.py`), and the path of a YAML file is one's own (`yaml_task.py`).
 """
 

@@ -37,7 +37,23 @@ def pocket_task(name: str) -> Task:
 
     shown = (family,) if family else SUITES[suite_name]
     made_of = suite_fingerprint(suite_name)
+    if suite_name.endswith("-hallucination"):
+        return _hallucination(name, [rows[i] for i in places], load, shown, made_of)
     return Task(name, len(places), load, score, 8, families=shown, has_boxes=True, fingerprint=made_of)
+
+
+def _hallucination(name: str, rows: list[Any], load: Any, families: tuple[str, ...], made_of: str) -> Task:
+    from tokenprune.evals.pocket.hallucination import OR
+    from tokenprune.evals.tasks.hallucination_task import HallucinationTask
+
+    def score(prediction: str, answer: Any) -> float:
+        return float(any(suite.answer_matches(prediction, one) for one in str(answer).split(OR)))
+
+    # the pictures are not kept: only what the metrics ask for
+    truth = {str(row["sample_id"]): {key: row[key] for key in row if key not in ("image", "boxes")} for row in rows}
+    return HallucinationTask(
+        name, len(rows), load, score, 8, families=families, has_boxes=True, fingerprint=made_of, truth=truth
+    )
 
 
 def _square() -> _Rows:
@@ -59,7 +75,16 @@ def _crowd(suite_name: str) -> _Rows:
     return rows, [row["family"] for row in rows], read_picture, 1.0
 
 
+def _tempting(suite_name: str) -> _Rows:
+    from tokenprune.evals.pocket import hallucination
+
+    rows = hallucination.load_rows(suite_name)
+    return rows, [row["family"] for row in rows], read_picture, 1.0
+
+
 _READERS: dict[str, Callable[[], _Rows]] = {
     "pocket": _square, "pocket-mixed": _mixed, "pocket-crowd": partial(_crowd, "pocket-crowd"),
     "pocket-mixed-crowd": partial(_crowd, "pocket-mixed-crowd"),
+    "pocket-hallucination": partial(_tempting, "pocket-hallucination"),
+    "pocket-mixed-hallucination": partial(_tempting, "pocket-mixed-hallucination"),
 }  # fmt: skip
