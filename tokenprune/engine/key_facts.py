@@ -94,6 +94,11 @@ class KeyFacts:
                         f"{one.name} names rows of visual tokens, some of which may leave. Name text alone, or return "
                         "None for all rows."
                     )
+                if one.answers_only and held is call.rows:
+                    # a row without a picture in a later turn is as if it were alone: added text
+                    added = (~visual.any(1) & before)[:, None]
+                    drafted = 0 if call.prompt is None else call.prompt.drafted
+                    wanted = wanted & (added | _answering(attended, drafted))
                 most = max(int(wanted.sum(1).max()), 1)
                 index = wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
                 held[number] = index.to(call.seen.device), wanted.gather(1, index).to(call.seen.device)
@@ -149,6 +154,13 @@ class KeyFacts:
             everything = torch.ones(some.shape[0], dtype=torch.bool, device=some.device)
             call.joined[layer] = LayerFacts(values, everything if applies is None else applies, every=applies is None)
         return call.joined[layer]
+
+
+def _answering(attended: Tensor, drafted: int) -> Tensor:
+    """`[B, S]` bool: the last token of each prompt, and drafted ones."""
+    place = torch.arange(attended.shape[1]).expand(attended.shape)
+    prompt = attended & (place < attended.shape[1] - drafted)
+    return attended & (place >= torch.where(prompt, place, 0).amax(1, keepdim=True))
 
 
 def _of_new(call: AttentionCall, noted: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -147,6 +147,9 @@ class Intervention:
     """Paper, arXiv number and official code, for tables."""
     acts_on: ClassVar[str] = "text behind a picture"
     """The query rows of a prompt that it changes, in words; decoded rows are changed by all."""
+    answers_only: ClassVar[bool] = False
+    """Whether of the rows that `rows` names it changes the last of a prompt alone, and those of drafted tokens, which
+    are decoded early."""
     visual_only: ClassVar[bool] = True
     """Whether it changes nothing where a prompt has no picture."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,3 +48,21 @@ def in_the_open(given: Attended, change: Callable[[Tensor, slice], Tensor]) -> T
     """`[B, H, R, d]`: attention with the weights that `change` makes of each block's logits, see `logits`."""
     parts = [mixed(change(logits(given, part), part), given.value) for part in blocks(given.query.shape[2])]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def of_heads(given: Attended, heads: Sequence[int]) -> Attended:
+    """The same of some query heads, each with a key head of its own."""
+    group = given.query.shape[1] // given.key.shape[1]
+    keys = [head // group for head in heads]
+    return replace(given, query=given.query[:, list(heads)], key=given.key[:, keys], value=given.value[:, keys])
+
+
+def check_heads(heads: Any, count: int | None = None) -> None:
+    """Raise ValueError unless `heads` is None or a list of query heads, below `count`."""
+    if heads is None:
+        return
+    listed = heads if isinstance(heads, (list, tuple)) else [None]
+    if any(type(head) is not int or head < 0 for head in listed):
+        raise ValueError(f"heads must be a list of query heads from 0 on, got {heads!r}.")
+    if count is not None and any(head >= count for head in listed):
+        raise ValueError(f"heads name {max(listed)}, and this decoder has query heads 0 to {count - 1}.")

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokenprune.interfaces.intervention import Attended, DecoderInfo, Facts, Intervention
-from tokenprune.interventions._rows import in_the_open
+from tokenprune.interventions._rows import check_heads, in_the_open
 from tokenprune.registry import register_intervention
 
 COMMAND = "tokenprune calibrate zerotuning --model MODEL --output FILE.json"
@@ -151,17 +151,6 @@ class ZeroTuning(Intervention):
 
     def summary(self, noted: Mapping[int, Facts]) -> str:
         return self._said if any(self._log_gamma) else "off: gamma is 1 in every head"
-
-
-def check_heads(heads: Any, count: int | None = None) -> None:
-    """Raise ValueError unless `heads` is None or a list of query heads, below `count`."""
-    if heads is None:
-        return
-    listed = heads if isinstance(heads, (list, tuple)) else [None]
-    if any(type(head) is not int or head < 0 for head in listed):
-        raise ValueError(f"heads must be a list of query heads from 0 on, got {heads!r}.")
-    if count is not None and any(head >= count for head in listed):
-        raise ValueError(f"heads name {max(listed)}, and this decoder has query heads 0 to {count - 1}.")
 
 
 def read_calibration(path: str, decoder: DecoderInfo) -> tuple[float, list[int]]:
