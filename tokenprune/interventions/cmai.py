@@ -125,6 +125,13 @@ class CMAI(Intervention):
             pairs = given.carried["pairs"].transpose(1, 2)
             held = count - pairs.shape[2]
             hide = torch.cat([hidden[:, None, :held].expand(-1, pairs.shape[1], -1), pairs], dim=2)
+        elif given.allowed is None:  # a decoded token: nothing as wide as the keys is made
+
+            def change(scores: Tensor, part: slice) -> Tensor:
+                scores[..., : hidden.shape[1]].masked_fill_(hidden[:, None, None], torch.finfo(scores.dtype).min)
+                return scores.softmax(-1)
+
+            return in_the_open(given, change)
         else:
             hide = pad(hidden, (0, count - hidden.shape[1]))[:, None].expand(-1, given.query.shape[2], -1)
         allowed = ~hide if given.allowed is None else given.allowed & ~hide

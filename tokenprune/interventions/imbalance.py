@@ -129,6 +129,9 @@ class Imbalance(Intervention):
                 mean = looks.mean(1, keepdim=True).clamp(min=torch.finfo(looks.dtype).tiny)
                 raised = strength * (looks / mean).clamp(0.5, 1.5)
             own = scores[..., :known]
+            if given.allowed is None:
+                own.addcmul_(raised.expand_as(own), own.abs())
+                return scores.softmax(-1)
             hidden = own == torch.finfo(scores.dtype).min  # a key that a row does not see stays so
             more = torch.where(hidden, own, own + raised * own.abs())
             return torch.cat([more, scores[..., known:]], dim=-1).softmax(-1)
