@@ -26,6 +26,11 @@ VAR = {"method": "var", "layers": [1, 2, 3], "channels": [3, 11], "tau": 2.6, "p
 BEHIND = {"at": "layer:2", "prune": "fastv", "keep": KEEP}
 PLANS: dict[str, Any] = {
     "var": [VAR],
+    "zerotuning": ["zerotuning(gamma=3.0)"],
+    "cmai": ["cmai"],
+    "act": ["act(theta=0.06, layers=[1, 2, 3])"],
+    "gift": ["gift(alpha=3.0)"],
+    "imbalance": ["imbalance"],
     "var behind fastv": ["fastv@9", {**VAR, "tau": 2.2}],
     "var(channels=discover)": ["var(channels=discover,calibrate=2)"],
     "var(visual_sinks=keep)": [BEHIND, {**VAR, "tau": 2.2, "visual_sinks": "keep"}],

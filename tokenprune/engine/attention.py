@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.engine.key_bias import KeyBias
-from tokenprune.engine.key_facts import AttentionCall, KeyFacts
+from tokenprune.engine.key_bias import KeyBias, check_wider
+from tokenprune.engine.key_facts import AttentionCall, KeyFacts, Rows
 from tokenprune.engine.query_rows import put, seen_keys, take
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.bypass import Bypass
 from tokenprune.interfaces.intervention import Attended, DecoderInfo, Facts, Intervention
 from tokenprune.interfaces.pruner import Stage
+from tokenprune.interfaces.signals import VISION_SIGNALS, Signal
 from tokenprune.state.call_inputs import CallInputs
 from tokenprune.state.compaction import Compaction
 from tokenprune.state.forward_call import Calls
@@ -53,6 +54,7 @@ class AttentionInterventions:
     ) -> None:
         self.adapter, self.interventions, self._calls = adapter, tuple(interventions), calls
         config, decoder = adapter.language_model.config, decoder_info(adapter)
+        kind = str(getattr(config, "_attn_implementation", None) or "eager")
         cuts = [stage.depth for stage in stages if stage.place == "layer"]
         self.layers: dict[int, int] = {}  # which intervention acts in which layer
         self.bypasses: list[tuple[Bypass, tuple[int, ...]]] = []  # and those that change no attention
@@ -60,6 +62,8 @@ class AttentionInterventions:
             layers = one.prepare(decoder)
             if layers:
                 one.check_cuts(layers, cuts)
+                if one.widens_heads:
+                    check_wider(config, kind, one.name, "use another intervention")
             if isinstance(one, Bypass):
                 self.bypasses.append((one, layers))
                 continue
@@ -71,8 +75,8 @@ class AttentionInterventions:
                         "Give each its own layers=[...]."
                     )
                 self.layers[layer] = number
+        self.signals = self._signals_of_tower(stages)  # what they read of the vision tower
         self._facts = KeyFacts(self.interventions, self.layers)
-        kind = str(getattr(config, "_attn_implementation", None) or "eager")
         self._bias = KeyBias(stages, config, len(adapter.layers), kind)
         if self.layers and any(word in kind for word in ("flex", "paged")):
             raise ValueError(
@@ -86,6 +90,22 @@ class AttentionInterventions:
         self._stock: dict[int, tuple[Any, Any]] = {}  # the layer's own config, and its eager function
         self._run_again: set[int] = set()  # layers in which checkpoint wrappers run attention a second time
         self._interfaces: Any = None
+
+    def _signals_of_tower(self, stages: Sequence[Stage]) -> tuple[Signal, ...]:
+        found: list[Signal] = []
+        for number, one in enumerate(self.interventions):
+            own = one.signals(self.adapter.tower) if number in self.layers.values() else ()
+            if any(signal.name not in VISION_SIGNALS for signal in own):
+                raise ValueError(f"{one.name} asks for {own[0].name}; an intervention may read the vision tower alone.")
+            for stage in stages if own else ():
+                if stage.place in ("pixels", "vision"):
+                    raise ValueError(
+                        f"{one.name} reads whole pictures off the vision tower, and {stage.pruner.name} takes tokens "
+                        f"out at {stage.site!r}, before or while it runs. Use a method that cuts at 'input' or "
+                        "'layer:K'."
+                    )
+            found += own
+        return tuple(found)
 
     @property
     def _call(self) -> AttentionCall | None:
@@ -167,11 +187,7 @@ class AttentionInterventions:
             visual[span.sample, span.places] = True
         real = torch.ones_like(visual) if prompt.attended is None else prompt.attended
         had = seen.cpu() if before is not None else torch.zeros(batch_size, dtype=torch.bool)
-        for number, one in enumerate(self.interventions):
-            wanted = one.rows(visual, real, had)
-            most = max(int(wanted.sum(1).max()), 1)
-            index = wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
-            call.rows[number] = index.to(device), wanted.gather(1, index).to(device)
+        self._facts.plan_rows(call, visual, real, had)
         call.seen = seen | visual.any(1).to(device)
 
     def _check_checkpointing(self) -> None:
@@ -187,22 +203,8 @@ class AttentionInterventions:
 
     def cut(self, compaction: Compaction, layer: int | None = None) -> None:
         """Tokens left: at the input, or before `layer`."""
-        call = self._call
-        if call is None:
-            return
-        call.bias.moved()
-        target, length = compaction.target, compaction.index.shape[1]
-        call.rows = {
-            number: (target.gather(1, rows).clamp(0, length - 1), real) for number, (rows, real) in call.rows.items()
-        }
-        call.attended = compaction.real if compaction.padded else None
-        call.visual = None
-        if layer in call.noted:
-            noted = call.noted[layer]
-            moved = dict(zip(noted, compaction.move(list(noted.values()))))
-            call.noted[layer] = {
-                name: values.masked_fill(~compaction.real.to(values.device), 0) for name, values in moved.items()
-            }
+        if self._call is not None:
+            self._call.cut(compaction, layer)
 
     def kept_out(self, layer: int) -> tuple[Tensor, bool] | None:
         """See `Intervention.kept_out`, for a stage that cuts before `layer`."""
@@ -298,7 +300,7 @@ class AttentionInterventions:
     ) -> tuple[Tensor, Any]:
         """Attention as the layer's intervention has it, over `held` keys of before the call and its own."""
 
-        def stock() -> tuple[Tensor, Any]:
+        def stock(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Any]:
             config, eager = self._stock[layer]
             stock_function = self._interfaces.get_interface(config._attn_implementation, eager)
             asking = module if "flash" not in str(config._attn_implementation) else AsConfigured(module, config)
@@ -306,41 +308,59 @@ class AttentionInterventions:
 
         call = self._call
         if call is None or layer not in self.layers:
-            return stock()
+            return stock(query, key, value)
         number = self.layers[layer]
-        facts = self._facts.of_layer(call, layer, held)
-        if facts is None or not facts.some:
-            return stock()
         one = self.interventions[number]
+        facts = self._facts.of_layer(call, layer, held)
+        measures = self._facts.measures(call, layer)
+        if not measures and (facts is None or not facts.some):
+            return stock(query, key, value)
         if call.prompt is None and call.noting and one.visual_only:
-            return stock()
-        rows, real = (part.to(query.device) for part in call.rows[number]) if number in call.rows else (None, None)
-        given = Attended(
-            layer=layer,
-            query=query if rows is None else take(query, rows, 2),
-            key=key,
-            value=value,
-            allowed=seen_keys(attention_mask, rows, query.shape[2], key, kwargs.get("sliding_window")),
-            scale=kwargs["scaling"],
-            facts=facts.values,
-            real=real,
-            prompt=call.noting,
-        )
-        changed = one.attend(given)
+            return stock(query, key, value)
+
+        def given(named: Mapping[int, Rows]) -> Attended:
+            whole = number not in named
+            rows, real = (None, call.attended) if whole else (part.to(query.device) for part in named[number])
+            return Attended(
+                layer=layer,
+                query=query if rows is None else take(query, rows, 2),
+                key=key,
+                value=value,
+                allowed=seen_keys(attention_mask, rows, query.shape[2], key, kwargs.get("sliding_window")),
+                scale=kwargs["scaling"],
+                facts={} if facts is None else facts.values,
+                real=None if real is None else real.to(query.device),
+                prompt=call.noting,
+                whole=whole,
+                places=rows,
+                drafted=0 if call.prompt is None else call.prompt.drafted,
+                carried=self._facts.carried(call, layer, query.device),
+                stock=lambda *changed: stock(*changed)[0].transpose(1, 2),
+            )
+
+        if measures:
+            self._facts.measure(call, layer, given(call.measured))
+            facts = self._facts.of_layer(call, layer, held)
+            if facts is None or not facts.some:
+                return stock(query, key, value)
+        asked = given(call.rows)
+        changed = one.attend(asked)
         if changed is None:
-            return stock()
+            return stock(query, key, value)
         if call.prompt is not None:
-            call.prompt.attention_flops[layer] = one.flops(given)
-        changed = changed.transpose(1, 2)
-        if rows is None and facts.every:
+            flops = call.prompt.attention_flops
+            flops[layer] = (flops.get(layer, 0) if measures else 0) + one.flops(asked)
+        changed, applies = changed.transpose(1, 2), facts.applies[:, None]
+        if asked.whole and asked.real is None and facts.every:
             return changed, None
-        output, _ = stock()
-        applies = facts.applies[:, None]
-        if rows is None or real is None:
+        output, _ = stock(query, key, value)
+        if asked.whole:
+            # padding keeps what it has: `generate` goes on from the last column, even where it is padding
+            applies = applies if asked.real is None else applies & asked.real
             return torch.where(applies[..., None, None], changed, output), None
         # places that stand for no row hold what was there
-        kept = take(output, rows, 1)
-        changed = torch.where((real & applies)[..., None, None], changed, kept)
+        rows, real = (part.to(query.device) for part in call.rows[number])
+        changed = torch.where((real & applies)[..., None, None], changed, take(output, rows, 1))
         return put(output, rows, real, changed), None
 
 

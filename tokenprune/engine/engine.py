@@ -82,13 +82,14 @@ class Engine:
         self._last_of: Generation | None = None  # the `generate` call that `last` is of
         self.calls = Calls()
         self.hints = Hints(adapter, self.stages, self.calls)
+        self.attending = AttentionInterventions(adapter, interventions, self.calls, self.stages)
+        self.bypass = LayerBypass(adapter, self.attending.bypasses, self.calls, self.stages, self.attending.changes)
         signals = [signal for stage in stages for signal in stage.signals(adapter.tower)]
+        signals += self.attending.signals
         for stage in stages:
             for signal in stage.signals(adapter.tower):
                 check_decoder_signal(signal, stage.site, stage.depth if stage.place in ("layer", "input") else -2)
                 check_vision_signal(signal, stage, adapter.tower.feature_layer)
-        self.attending = AttentionInterventions(adapter, interventions, self.calls, self.stages)
-        self.bypass = LayerBypass(adapter, self.attending.bypasses, self.calls, self.stages, self.attending.changes)
         self._input = next((stage for stage in stages if stage.place == "input"), None)
         # tokens that left before the projector leave the rows here too, under their own method's policy
         before_layers = [stage for stage in stages if stage.place != "layer"]
