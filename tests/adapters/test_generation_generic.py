@@ -4,6 +4,7 @@ generating does to a cut does not depend on who chose it."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -15,13 +16,14 @@ from _zoo_all import FAMILIES, KEEP, zoo_batch, zoo_model
 from masked_reference import decoder_inputs, relative_error, run_pruned
 
 import tokenprune
-from tokenprune.seams import cache_argument, cache_in
+from tokenprune.seams import cache_argument, cache_in, with_cache
 
 TOLERANCE = 1e-5
 POPULAR = [
     "gemma3", "gemma4", "paligemma", "molmo2", "mistral3", "lighton_ocr", "llava_pixtral", "llava_siglip", "vipllava",
     "idefics2", "idefics3", "aya_vision", "deepseek_vl", "janus", "ovis2", "got_ocr2", "aria", "glm4v", "glm46v",
     "qwen3_vl_moe", "qwen2_5_omni_thinker", "video_llama_3", "paddleocr_vl", "kimi_k25", "ernie4_5_vl_moe",
+    "granite4_vision",
 ]  # fmt: skip
 NOT_IN_TURNS = {
     "paligemma": "all of its prompt sees itself in both directions, so two turns are no prompt",
@@ -32,10 +34,11 @@ NOT_IN_TURNS = {
     "idefics3": "as idefics2",
 }
 NO_DRAFTS = {
+    "granite4_vision": "older transformers hand its pictures to the draft, which takes none",
     "paligemma": "transformers takes what is drafted for a part of the prompt, which sees itself in both directions",
     "ernie4_5_vl_moe": "transformers gives the model no types for what is drafted",
 }
-ONE_PICTURE = ("glm4v", "glm46v")
+ONE_PICTURE = ("glm4v", "glm46v", "granite4_vision")
 """With beams transformers repeats the pictures of a row each by itself, not the row's all: they are the wrong ones."""
 popular = pytest.mark.parametrize("name", POPULAR)
 _OF_TEXT = ("input_ids", "attention_mask", "pixel_values", "image_sizes", "image_grid_thw", "image_merge_sizes")
@@ -63,7 +66,10 @@ def test_scores_of_beams_are_those_of_the_masked_model(name: str) -> None:
 @pytest.mark.parametrize("name", ONE_PICTURE)
 def test_pictures_that_transformers_repeats_wrongly_are_refused(name: str) -> None:
     model, batch = zoo_model(name), zoo_batch(name, "beams", [1, 2])
-    with tokenprune.applied(model, "random", KEEP), torch.no_grad(), pytest.raises(ValueError, match="tokens in a row"):
+    if name == "granite4_vision" and not hasattr(model, "_expand_multimodal_outputs"):
+        pytest.skip("older transformers repeat its pixels, prompt by prompt")
+    wrong = pytest.raises(ValueError, match="tokens in a row|the same image at two of its places")
+    with tokenprune.applied(model, "random", KEEP), torch.no_grad(), wrong:
         model.generate(**batch, num_beams=2, max_new_tokens=4, do_sample=False)
 
 
@@ -121,7 +127,8 @@ def test_a_second_turn_brings_a_picture_to_the_cache(name: str) -> None:
     turns = [_turn(whole, layout, turn, cut) for turn in (0, 1)]
     kept = []
     with tokenprune.applied(model, "random", KEEP) as handle, torch.no_grad():
-        opening = model(**turns[0], position_ids=positions[..., :cut], use_cache=True)
+        call = functools.partial(model, **turns[0], position_ids=positions[..., :cut], use_cache=True)
+        opening = with_cache(call, adapter.language_model.config)
         kept += handle.kept[0]
         turns[1]["attention_mask"] = whole["attention_mask"]
         found = model(
