@@ -34,7 +34,6 @@ NOT_IN_TURNS = {
     "idefics3": "as idefics2",
 }
 NO_DRAFTS = {
-    "granite4_vision": "older transformers hand its pictures to the draft, which takes none",
     "paligemma": "transformers takes what is drafted for a part of the prompt, which sees itself in both directions",
     "ernie4_5_vl_moe": "transformers gives the model no types for what is drafted",
 }
@@ -77,6 +76,8 @@ def test_pictures_that_transformers_repeats_wrongly_are_refused(name: str) -> No
 @pytest.mark.parametrize("name", [name for name in POPULAR if name not in NO_DRAFTS])
 def test_what_is_drafted_changes_no_token(name: str, draft: str) -> None:
     model, batch = zoo_model(name), zoo_batch(name, "drafts", [2])
+    if name == "granite4_vision" and draft == "a model" and not hasattr(model, "_expand_multimodal_outputs"):
+        pytest.skip("older transformers hand its pictures to the draft, which takes none")
     how = {"prompt_lookup_num_tokens": 3} if draft == "the prompt" else {"assistant_model": _drafting(name, batch)}
     given = {**batch, "max_new_tokens": 6, "do_sample": False, "suppress_tokens": _silent(model)}
     with tokenprune.applied(model, "random", KEEP), torch.no_grad():
