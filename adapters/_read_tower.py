@@ -149,7 +149,7 @@ class ReadTower(UnreadTower):
         group, counts = order.patches, [rows * cols for rows, cols in grids]
         starts = [group * sum(counts[:picture]) for picture in range(len(counts))]
         if order.name == "raster":
-            places = [_raster_places(rows, cols, math.isqrt(group)) for rows, cols in grids]
+            places = [raster_places(rows, cols, math.isqrt(group)) for rows, cols in grids]
             return ReadRun(list(grids), places, starts)
         inside = torch.arange(group)
         if order.name == "windows":
@@ -234,7 +234,7 @@ class ReadTower(UnreadTower):
         return [own[at.to(own.device)].mean(dim=1) for own, at in zip(values, places)]
 
 
-def _raster_places(rows: int, cols: int, side: int) -> Tensor:
+def raster_places(rows: int, cols: int, side: int) -> Tensor:
     """`[cells, s * s]`: numbers of the patches of each cell, counted along the rows of a picture."""
     numbers = torch.arange(rows * cols * side**2).view(rows, side, cols, side)
     return numbers.transpose(1, 2).reshape(rows * cols, side**2)

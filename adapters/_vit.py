@@ -127,7 +127,8 @@ class Vit(VisionTower):
         if total is None or not self._pooling_head:
             return total
         d = shape.vision_hidden
-        last = work.blocks[-1] if work.blocks else [rows * cols for rows, cols in work.grids]
+        group = self.patches_per_cell
+        last = work.blocks[-1] if work.blocks else [rows * cols * group for rows, cols in work.grids]
         # one learnt query over the patches of each picture, and an MLP: nothing reads it
         return total + sum(4 * n * d * d + 4 * d * d + 4 * n * d + 4 * d * shape.vision_mlp for n in last)
 

@@ -16,7 +16,7 @@ from tokenprune import cost
 from tokenprune.api import adapter_for, applied
 from tokenprune.evals.profiling.flops import PARTS, TOLERANCE, cache_bytes, count_once
 from tokenprune.report import Report
-from tokenprune.seams import cache_in
+from tokenprune.seams import cache_in, with_cache
 
 KEEP = 4
 PLANS: dict[str, Any] = {
@@ -38,6 +38,7 @@ UNMODELLED: dict[str, tuple[str, ...]] = {
     "fast_vlm": (TOWER, PROJECTOR),  # convolutions of timm
     "gemma4_unified": (TOWER, PROJECTOR, *DECODER),  # no tower; logits of as many places as stay
     "got_ocr2": (TOWER, PROJECTOR),  # SAM
+    "granite4_vision": (PROJECTOR,),  # several Q-Formers
     "granite_docling": (TOWER, PROJECTOR),  # a connector in the tower
     "hunyuan_vl": (TOWER, PROJECTOR),  # convolutions in the tower
     "idefics2": (TOWER, PROJECTOR),  # pictures filled up; a perceiver
@@ -78,7 +79,8 @@ def run(name: str, plan: str) -> tuple[Report, dict[str, float], list[int]]:
     """The report of a plan, what torch counts under it, and the bytes of each layer's cache."""
     method, keep = PLANS[plan]
     with torch.no_grad(), applied(zoo_model(name), method, keep=keep, verify=False) as handle:
-        cache = cache_in(zoo_model(name)(**one_prompt(name), use_cache=True))
+        call = functools.partial(zoo_model(name), **one_prompt(name), use_cache=True)
+        cache = cache_in(with_cache(call, adapter_for(zoo_model(name)).language_model.config))
         counted = count_once(adapter_for(zoo_model(name)), dict(one_prompt(name)))
         return handle.report(), counted, cache_bytes(cache)
 

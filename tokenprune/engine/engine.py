@@ -23,6 +23,7 @@ from tokenprune.engine.bypass import LayerBypass
 from tokenprune.engine.decoder_pass import DecoderPass
 from tokenprune.engine.first_layer import entering
 from tokenprune.engine.guards import (
+    check_added_inside,
     check_drafts,
     check_features,
     check_mask,
@@ -104,6 +105,7 @@ class Engine:
         reads_text = any(signal.name in (*DECODER_SIGNALS, *TRANSITION_SIGNALS, *PROMPT_SIGNALS) for signal in signals)
         self._drafts = Drafts(self.calls, reads_text or bool(self.attending.layers))
         self._outputs = Outputs(self.calls, outputs)
+        check_added_inside(adapter, self._input)
         self._learning = threading.RLock()
         self._reach = reach(adapter.language_model.config)
         self._parameters = list(inspect.signature(adapter.entry.forward).parameters)
@@ -218,7 +220,7 @@ class Engine:
             return None
         if call.waiting is not None:
             self._lay_out(call, call.waiting)
-            self._hold_against_features(call.prompt, inputs.embeds)
+            self._hold_against_features(call.prompt, self.adapter.rows_seen(kwargs, inputs.embeds))
         prompt, before = call.prompt, pruned_prompt(inputs.cache)
         if prompt is None and inputs.past == 0:
             self._remember(Prompt(Layout((), inputs.batch_size, inputs.length)))
@@ -236,7 +238,7 @@ class Engine:
         self._serve(call, None if before is None else inputs.cache)
         embeds, compaction = inputs.embeds, None  # [B, S, D]
         if prompt is not None:
-            embeds, compaction = self._cut_input(prompt, inputs)
+            embeds, compaction = self._cut_input(prompt, inputs, kwargs)
             self._remember(prompt)
             if compaction is not None:
                 self.attending.cut(compaction)
@@ -246,6 +248,8 @@ class Engine:
         changed = call.decoder.begin(compaction, self._policy, embeds)
         if compaction is not None:  # what else the decoder is handed by place: features that are added inside it
             changed |= self.adapter.per_token_kwargs(kwargs, compaction.rows, compaction.real)
+        if self.adapter.added_inside:
+            call.decoder.beside = {**kwargs, **changed}
         return args, {**kwargs, **changed}
 
     def _whole_masks(self, call: ForwardCall, inputs: CallInputs, made: Any) -> WholeMasks | None:
@@ -305,7 +309,9 @@ class Engine:
 
     # --- the cut at its input ---------------------------------------------------------------------------------------
 
-    def _cut_input(self, prompt: Prompt, inputs: CallInputs) -> tuple[Tensor, Compaction | None]:
+    def _cut_input(
+        self, prompt: Prompt, inputs: CallInputs, kwargs: Mapping[str, Any]
+    ) -> tuple[Tensor, Compaction | None]:
         """Let tokens leave that the tower or the stage at "input" took out; embeddings `[B, S, D]`, merged where the
         method merges, and what shortens them to `[B, P, D]`."""
         embeds = inputs.embeds
@@ -330,7 +336,9 @@ class Engine:
         if self._input is not None:
             with prompt.timer.running(embeds.device):
                 signals = self._read_first_layer(prompt, inputs, embeds, cutter)
-                embeds = self._selector.choose(self._input, prompt, cutter, embeds, signals)
+                shown = self.adapter.rows_seen(kwargs, embeds)
+                shown = self._selector.choose(self._input, prompt, cutter, shown, signals)
+                embeds = embeds if self.adapter.added_inside else shown
                 prompt.flops += sum(computed.flops for computed in signals.values())
         return embeds, cutter.compact(inputs.attended(embeds.device), inputs.batch_size)
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.engine.guards import check_attended, check_cache, check_packed, warn_of_features
+from tokenprune.engine.guards import check_attended, check_cache, check_packed, check_repeated, warn_of_features
 from tokenprune.interfaces.adapter import Adapter
-from tokenprune.interfaces.visual import Pictures, Visual
+from tokenprune.interfaces.visual import Pictures, Visual, features_in
 from tokenprune.state.call_inputs import CallInputs
 from tokenprune.state.forward_call import ForwardCall
 from tokenprune.state.prompt_layout import build_layout
@@ -108,6 +108,9 @@ class PromptReader:
         if sources and len(sources) == len(visuals):
             whole = {kind: joined_sources(rows, layout.tiles.get(kind)) for kind, rows in sources.items()}
             prompt.sources = [whole[span.visual.kind][o] for span, o in zip(layout.spans, layout.order)]
+            # a tensor for each picture says which it is; of rows of one tensor, those of equal pictures are alike
+            listed = {kind for kind in encoded if not isinstance(features_in(encoded[kind]), Tensor)}
+            check_repeated(prompt, listed)
         mask, positions = self._rows(inputs)
         prompt.lengths = [layout.length] * layout.batch_size
         if mask is not None:

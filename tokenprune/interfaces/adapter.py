@@ -212,6 +212,10 @@ class Adapter:
     """Whether what a features call returns stands at the placeholders as it is."""
     prefix_type: ClassVar[int | None] = None
     """In `token_type_ids`, the type of tokens of a prompt that see each other in both directions, text among them."""
+    added_inside: ClassVar[bool] = False
+    """Whether features are added to rows of visual tokens inside the decoder, by arguments that `per_token_kwargs` cuts
+    and that the decoder looks at again before each layer, and the rows at its input are empty: `rows_seen` says by what
+    methods choose there."""
     layer_by_place: tuple[str, ...] = ()
     """Further arguments `[B, S, ...]` of a decoder layer that go by place, to be cut as its rows are."""
 
@@ -359,6 +363,15 @@ class Adapter:
     def expand_features(self, output: Any, expand: Callable[[Sequence[Tensor]], list[Tensor]]) -> None:
         """Put what a features call made of smaller pictures at full length, in place: all of its per-visual tensors."""
         output.pooler_output = expand(output.pooler_output)
+
+    def rows_seen(self, kwargs: Mapping[str, Any], embeds: Tensor) -> Tensor:
+        """`[B, S, D]`, what methods at "input" are shown of the decoder's rows.
+
+        Args:
+            kwargs: of the decoder, before pruning.
+            embeds: `[B, S, D]`, the rows themselves.
+        """
+        return embeds
 
     def per_token_kwargs(
         self, kwargs: Mapping[str, Any], rows: Callable[[Tensor], Tensor], real: Tensor
