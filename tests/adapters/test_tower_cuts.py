@@ -3,7 +3,11 @@ patches inside the tower and the same tokens behind it; and what does not verify
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
+from _doubled import TOLERANCE as DOUBLE_TOLERANCE
+from _doubled import double_batch, double_model, goes_along, in_double
 from _masked_whole import compare_whole
 from _zoo import SPECIAL
 from _zoo_all import zoo_batch, zoo_model
@@ -31,8 +35,12 @@ CUT = {
 @pytest.mark.parametrize("name", list(CUT))
 def test_removal_inside_the_tower_equals_masking(name: str) -> None:
     plan, batch = CUT[name], zoo_batch(name, "cuts", [1, 2])
-    keep = 5 if isinstance(plan, str) else None
-    run = run_pruned(zoo_model(name), plan, keep, batch, tokens=4, silent=SILENT)
-    assert any(work.cuts for _, work in run["tower"])
-    compare_whole(run, batch, 1e-5, SILENT)
+    keep = 2 if isinstance(plan, str) else None
+    along = goes_along(name)
+    with in_double() if along else contextlib.nullcontext():
+        model = double_model(name) if along else zoo_model(name)
+        batch = double_batch(batch) if along else batch
+        run = run_pruned(model, plan, keep, batch, tokens=4, silent=SILENT)
+        assert any(work.cuts for _, work in run["tower"])
+        compare_whole(run, batch, DOUBLE_TOLERANCE if along else 1e-5, SILENT)
     assert run["report"].kept_tokens < run["report"].visual_tokens

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.engine.tower_plan import OF_ANY_CALL
 from tokenprune.hooks import Ledger
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.visual import Visual
@@ -64,7 +65,8 @@ class Layouts:
         named: Mapping[str, Any],
     ) -> list[Visual]:
         """See `laid_out`."""
-        key = None if named[adapter.pixels[kind]].dim() > 4 else (kind, *map(_sizes, call.items()))
+        given = sorted((item for item in call.items() if item[0] not in OF_ANY_CALL), key=lambda item: item[0])
+        key = None if named[adapter.pixels[kind]].dim() > 4 else (kind, *map(_sizes, given))
         if key is None or None in key:  # tiles that fill up a batch are told by their pixels
             return laid_out(adapter, kind, original, call, named)
         if key not in self._known:
@@ -77,6 +79,9 @@ class Layouts:
 def _sizes(argument: tuple[str, Any]) -> Any:
     """What is compared of an argument of a call; None where that is too much, or not known."""
     name, value = argument
+    if isinstance(value, (list, tuple)):
+        parts = [_sizes((name, part)) for part in value]
+        return None if None in parts or len(parts) > _NUMBERS else (name, *parts)
     if not isinstance(value, Tensor):
         return (name, value) if isinstance(value, (bool, int, float, str, type(None))) else None
     if value.is_floating_point():
