@@ -96,6 +96,16 @@ def masked_tower(adapter: Any, works: list[tuple[str, Any]]):
         with tower_runs(adapter, works) as running, masked_packed_tower(vision, running):
             yield
         return
+    if vision.patches_per_cell > 1:  # tiles whose patches a pixel shuffle joins
+        from _masked_cells import masked_cells
+
+        pictures = max(len(work.grids) for _, work in works)
+        run = vision.start(works[0][1].grids)
+        length = vision.before + run.places[0].numel()
+        rows = [(vision.before + run.places[0] + picture * length).tolist() for picture in range(pictures)]
+        with masked_cells(adapter, works, [patches for own in rows for patches in own]):
+            yield
+        return
 
     def hook(block: int, module: Any, args: Any, kwargs: Any) -> Any:
         (work,), hidden = running, args[0]

@@ -162,7 +162,8 @@ def apply(
             hidden states, several or chosen `logits_to_keep`, `use_cache=False`, training and evaluation after it,
             padding on the right), and "kept" elsewhere.
         verify: whether the loaded decoder is tried first: layers that the method reads, and where its class has no
-            tests of its own, whether taking tokens out of it is hiding them. It takes passes of a few tokens.
+            tests of its own, whether taking tokens out of it is hiding them. It takes passes of a few tokens. A tower
+            without tests is tried at its first picture; the order of its patches is found out in any case.
         options: options of the method.
 
     Returns:

@@ -34,7 +34,7 @@ from tokenprune.engine.guards import (
 from tokenprune.engine.hints import Hints
 from tokenprune.engine.layer_cuts import LayerCuts
 from tokenprune.engine.outputs import Outputs, restore, strike_out
-from tokenprune.engine.prompt_reader import PromptReader
+from tokenprune.engine.prompt_reader import PromptReader, Tiles
 from tokenprune.engine.prompt_selection import PromptSelector
 from tokenprune.engine.vision_tower import TowerHooks
 from tokenprune.engine.whole_masks import WholeMasks, make_masks, reach
@@ -43,6 +43,7 @@ from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.intervention import Intervention
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.signals import DECODER_SIGNALS, PROMPT_SIGNALS, TRANSITION_SIGNALS
+from tokenprune.interfaces.visual import Visual
 from tokenprune.plan.checks import check_vision_signal
 from tokenprune.seams import cache_in
 from tokenprune.state.call_inputs import CallInputs
@@ -98,7 +99,8 @@ class Engine:
         self._policy = "keep" if first_cut is None else str(first_cut.pruner.positions)
         self._cut_site = before_layers[-1].site if before_layers else "input"
         self._reader = PromptReader(adapter)
-        self._tower = TowerHooks(adapter, stages, tuple(dict.fromkeys(signals)), self.hints, self.calls)
+        asked = tuple(dict.fromkeys(signals))
+        self._tower = TowerHooks(adapter, stages, asked, self.hints, self.calls, self._tiles, verify)
         self._transitions = Transitions(adapter, signals, self.calls)
         self._selector = PromptSelector(adapter.tower, self._transitions, self.attending, self.hints)
         self._layers = LayerCuts(adapter, self.stages, self._selector, self._transitions, self.attending, self.calls)
@@ -181,6 +183,12 @@ class Engine:
         if self.attending.learns:
             self._learning.acquire()
             call.learning = True
+
+    def _tiles(self, kind: str, visuals: Sequence[Visual]) -> Tiles:
+        """See `PromptReader.tiles`; of the call at work."""
+        now, generation = self.calls.now, self.calls.generation
+        entered = now if now is not None and now.entered else None
+        return self._reader.tiles(kind, visuals, entered, None if generation is None else generation.ids)
 
     def _leave(self, module: Any, args: Any, output: Any) -> None:
         # runs after an exception too, so that a failed call leaves nothing behind

@@ -17,6 +17,8 @@ from tokenprune.state.prompt_layout import build_layout
 from tokenprune.state.prompt_state import Prompt
 from tokenprune.state.tower_recording import Recording, joined_sources, rows_of, sources_of
 
+Tiles = tuple[tuple[int, ...], ...] | None
+
 
 def prompt_visuals(adapter: Adapter, kind: str, call: Mapping[str, Any]) -> list[Visual]:
     """The pictures or videos of a call, by its arguments, as they stand in its prompts.
@@ -121,6 +123,37 @@ class PromptReader:
         check_packed(call, prompt.attended, mask, positions)
         check_attended(layout, prompt.attended)
         return prompt
+
+    def tiles(self, kind: str, visuals: Sequence[Visual], now: ForwardCall | None, ids: Tensor | None) -> Tiles:
+        """Which of the visuals that the tower is about to see make each picture of the prompts.
+
+        Args:
+            now: the call at work; None before any.
+            ids: `[B, S]`, the prompts of a call of `generate` that encodes its pictures before any forward call.
+
+        Returns:
+            None where each visual is a picture or a video.
+
+        Raises:
+            LookupError: the prompts are not known.
+        """
+        if type(self._adapter).pictures is Adapter.pictures:
+            return None
+        if now is not None and now.prompt is not None:
+            return now.prompt.layout.tiles.get(kind)
+        on_host: Tensor | None
+        if now is not None and now.waiting is not None:
+            on_host, placeholders = self._placeholders(now.waiting)
+        elif ids is not None:
+            on_host = ids.cpu()
+            placeholders = {kind: on_host == self._adapter.placeholder_ids[kind]}
+        else:
+            raise LookupError("no prompt is known yet")
+
+        def pictures(kind: str, row: int, places: Sequence[Tensor]) -> Pictures | None:
+            return self._adapter.pictures(kind, None if on_host is None else on_host[row], places)
+
+        return build_layout({kind: placeholders[kind]}, {kind: visuals}, pictures).tiles.get(kind)
 
     # --- what the arguments hold --------------------------------------------------------------------------------------
 

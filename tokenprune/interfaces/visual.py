@@ -155,9 +155,9 @@ class TowerWork:
 
 
 def features_in(output: Any) -> Tensor | Sequence[Tensor] | None:
-    """The features in the output of a features call: its `pooler_output`; those that are added first where all are added
-    inside the decoder, `(layer, features)` each; its `last_hidden_state` where it has no other; the output itself where
-    that is a tensor or a sequence of them, as code that comes with a checkpoint has it; None if it holds none."""
+    """The features in the output of a features call: its `pooler_output`; those that are added first where all are
+    added inside the decoder, `(layer, features)` each; its `last_hidden_state` where it has no other; the output itself
+    where that is a tensor or a sequence of them, as code that comes with a checkpoint has it; None if it holds none."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, (list, tuple)) and output and all(isinstance(part, Tensor) for part in output):

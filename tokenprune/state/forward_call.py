@@ -80,9 +80,11 @@ class ForwardCall:
 
 @dataclass(eq=False)
 class Generation:
-    """One call of `generate`; `prompt_length` is how many ids it began with, once that is known."""
+    """One call of `generate`; `prompt_length` is how many ids it began with, once that is known; `ids` `[B, S]` are
+    those that it was given, None where it was given embeddings."""
 
     prompt_length: int | None = None
+    ids: Tensor | None = None
 
 
 class Calls(threading.local):
