@@ -1,5 +1,5 @@
-"""A real server on 127.0.0.1: 200 requests of 8 clients with methods, budgets and pictures of their own, errors and a client
-that goes away among them, equal to the same requests one after the other."""
+"""A real server on 127.0.0.1: 200 requests of 8 clients with methods, budgets and pictures of their own, errors among
+them and clients that go away, equal to the same requests one after the other."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class PruningProcessor:
         return fields
 
     def _row(self, choice: Choice, visual: Visual) -> list[int]:
-        return [self.info.setting.length(choice, visual), choice.tokens(visual), choice.method]
+        return [self.info.setting.length(choice, visual), choice.tokens(visual), choice.method, visual.length]
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
@@ -124,27 +124,28 @@ class PruningProcessor:
 
             def replacement(item: int) -> Any:
                 whole = update.replacement(item) if callable(update.replacement) else update.replacement
-                length = int(out_mm_kwargs[kind][item][field_name(kind)].data[0])
-                return _shortened(whole, self.family.placeholders(config, kind), length)
+                length, _, _, before = out_mm_kwargs[kind][item][field_name(kind)].data.tolist()
+                return _shortened(whole, self.family.placeholders(config, kind), before, length)
 
             return dataclasses.replace(update, replacement=replacement)
 
         return [shorter(update) for update in updates]
 
 
-def _shortened(whole: Any, placeholder: int, length: int) -> Any:
-    """What stands in a prompt for a picture, with `length` placeholders: the first ones, with the text around them."""
+def _shortened(whole: Any, placeholder: int, before: int, length: int) -> Any:
+    """What stands in a prompt for a picture, with `length` of its `before` placeholders: the first ones, with the text
+    around them."""
     details = whole if isinstance(whole, PromptUpdateDetails) else None
     ids = list(whole if details is None else details.full)
-    spare = ids.count(placeholder) - length
-    if spare < 0:
+    if ids.count(placeholder) != before:
         raise ValueError(
-            f"A picture has {ids.count(placeholder)} placeholders of id {placeholder} in the prompt and needs "
-            f"{length}: this release of vLLM lays it out differently."
+            f"A picture has {ids.count(placeholder)} placeholders of id {placeholder} in the prompt, and its grid "
+            f"makes {before} tokens: this release of vLLM lays it out differently."
         )
-    last = len(ids) - 1 - ids[::-1].index(placeholder) if spare else 0
+    spare = before - length
+    last = len(ids) - 1 - ids[::-1].index(placeholder)
     # the last of an unbroken run: what is left out stands together
-    cut = ids[: last + 1 - spare] + ids[last + 1 :] if spare else ids
+    cut = ids[: last + 1 - spare] + ids[last + 1 :]
     if cut.count(placeholder) != length:
         raise ValueError("The placeholders of a picture stand apart in this model's prompts, so they are not cut.")
     return cut if details is None else dataclasses.replace(details, full=cut)

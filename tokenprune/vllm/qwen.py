@@ -76,16 +76,18 @@ class PrunedQwen(PrunedModel):
         packed = []
         for index, kept in enumerate(found):
             frames, rows, cols = inputs[f"{kind}_grid_thw"][index].tolist()
-            ids = grid_positions(frames, rows // merge, cols // merge, self._step(inputs, index))
+            ids = grid_positions(frames, rows // merge, cols // merge, self._step(kind, inputs, index))
             own = ids if kept.tokens is None else ids[:, kept.tokens.cpu()]
             packed.append(pack(kept.embeddings, own.to(kept.embeddings.device)))
         return packed
 
-    def _step(self, inputs: Any, index: int) -> float:
+    def _step(self, kind: str, inputs: Any, index: int) -> float:
         """Ids between the frames of a video, as `iter_mm_grid_thw` has it."""
+        if kind == "image":
+            return 1.0
         seconds = inputs.get("second_per_grid_ts")
         rate = getattr(self.config.vision_config, "tokens_per_second", 1.0)
-        return 1.0 if "video_grid_thw" not in inputs else rate * (1.0 if seconds is None else float(seconds[index]))
+        return rate * (1.0 if seconds is None else float(seconds[index]))
 
     # --- positions --------------------------------------------------------------------------------------------------
 

@@ -29,17 +29,19 @@ from tokenprune.vllm.settings import Setting
 
 
 class Row(NamedTuple):
-    """What the front end says of one visual, `[3]` int64 beside its pixels.
+    """What the front end says of one visual, `[4]` int64 beside its pixels.
 
     Attributes:
         length: placeholders that it has in the prompt.
         budget: tokens that the method is asked to keep.
         method: number of the engine's method.
+        whole: placeholders that it would have.
     """
 
     length: int
     budget: int
     method: int
+    whole: int
 
 
 class Kept(NamedTuple):

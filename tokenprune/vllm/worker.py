@@ -70,6 +70,6 @@ class PrunedModel:
         features, recording = self._selector.watch(visuals, pixels, run_tower)
         rows = self._rows.get(kind)
         if rows is None:  # pictures that did not come through our processor: memory is being measured
-            rows = [Row(visual.length, visual.num_tokens, 0) for visual in visuals]
+            rows = [Row(visual.length, visual.num_tokens, 0, visual.length) for visual in visuals]
         width = self.config.get_text_config().hidden_size
         return self._selector.select(rows, list(features), recording, width)

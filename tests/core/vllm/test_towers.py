@@ -140,7 +140,7 @@ def test_each_picture_is_cut_by_its_own_method_and_budget():
     features = [torch.randn(24, 16) for _ in range(4)]
     selector = Selector(setting, tower)
     _, recording = selector.watch([visual] * 4, [torch.zeros(8)] * 4, lambda: None)
-    rows = [Row(6, 6, 0), Row(24, 24, 0), Row(9, 9, 1), Row(6, 7, 2)]
+    rows = [Row(6, 6, 0, 24), Row(24, 24, 0, 24), Row(9, 9, 1, 24), Row(6, 7, 2, 24)]
     found = selector.select(rows, features, recording, 12)
     assert [kept.embeddings.shape[0] for kept in found] == [6, 24, 9, 6]
     assert found[1].tokens is None and torch.equal(found[1].embeddings, features[1])
@@ -150,7 +150,7 @@ def test_each_picture_is_cut_by_its_own_method_and_budget():
     assert not torch.equal(merged.embeddings[:, :12], features[3][merged.tokens, :12])
     assert torch.equal(merged.embeddings[:, 12:], features[3][merged.tokens, 12:])
     with pytest.raises(RuntimeError, match="does not keep the number"):
-        selector.select([Row(7, 6, 0), *rows[1:]], features, recording, 12)
+        selector.select([Row(7, 6, 0, 24), *rows[1:]], features, recording, 12)
 
 
 def test_signals_of_both_kinds_of_tower_are_named():
