@@ -7,6 +7,7 @@ import json
 import random
 import sys
 import time
+import zlib
 from collections.abc import Container
 from typing import Any
 
@@ -164,9 +165,14 @@ def cell(name: str, method: str, layout: str) -> dict[str, Any]:
     return line
 
 
+def sampled() -> list[tuple[str, str, str]]:
+    """A third of the cells, drawn by their names."""
+    return [cell for cell in cells() if zlib.crc32("-".join(cell).encode()) % 3 == 0]
+
+
 def main(wanted: Container[str] | None = None) -> None:
-    for name, method, layout in cells():
-        if wanted is None or name in wanted:
+    for name, method, layout in sampled() if wanted == ["--sampled"] else cells():
+        if wanted in (None, ["--sampled"]) or name in wanted:
             print(json.dumps(cell(name, method, layout)), flush=True)
 
 
