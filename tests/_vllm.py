@@ -90,7 +90,7 @@ def engine(source: str, setting: str | None, **options: Any) -> Any:
         "block_size": 32,
         "max_num_seqs": 16,
         "distributed_executor_backend": "uni",
-        "limit_mm_per_prompt": {"image": 4},
+        "limit_mm_per_prompt": {"image": 4, "video": 1} if "qwen" in source else {"image": 4},
         **options,
     }
     if setting is not None:
@@ -130,6 +130,18 @@ def hugging_face(source: str) -> tuple[Any, Any]:
     return model, AutoProcessor.from_pretrained(source)
 
 
+def _videos(videos: Sequence[Any]) -> dict[str, Any]:
+    """Videos as vLLM is given them, `(frames, facts)`, for a processor of transformers."""
+    from transformers.video_utils import VideoMetadata
+
+    known = [{name: value for name, value in facts.items() if name != "do_sample_frames"} for _, facts in videos]
+    return {
+        "videos": [frames for frames, _ in videos],
+        "video_metadata": [VideoMetadata(**facts) for facts in known],
+        "do_sample_frames": False,
+    }
+
+
 def reference(
     source: str, requests: Sequence[Any], method: str | None, positions: str | None = None, tokens: int = TOKENS
 ) -> Answers:
@@ -147,7 +159,8 @@ def reference(
     try:
         for one in requests:
             media = one["multi_modal_data"]
-            inputs = processor(images=media["image"], text=one["prompt"], return_tensors="pt")
+            given = {"images": media["image"]} if "image" in media else _videos(media["video"])
+            inputs = processor(text=one["prompt"], return_tensors="pt", **given)
             inputs = inputs.to(dtype=torch.float32)
             with torch.no_grad():
                 out = model.generate(

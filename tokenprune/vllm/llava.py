@@ -1,5 +1,8 @@
 """LLaVA-1.5 inside vLLM: 1-D positions, which vLLM counts over the tokens that are there (the policy "compact")."""
 
+# vLLM is not there where types are checked
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -51,7 +54,7 @@ def build_info(ctx: Any) -> Any:
 def build_processor(info: Any, dummy_inputs: Any) -> Any:
     """The processor that fits."""
     if isinstance(info, Info):
-        return Processor(info, dummy_inputs)
+        return Processor(info, dummy_inputs)  # pyright: ignore[reportCallIssue]
     return stock._build_llava_or_pixtral_hf_processor(info, dummy_inputs)
 
 

@@ -1,5 +1,8 @@
 """vLLM's entry point: called in each of its processes (front end, engine core, workers), and more than once in some."""
 
+# vLLM is not there where types are checked
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from typing import Any

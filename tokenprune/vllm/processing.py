@@ -1,5 +1,8 @@
 """The front end's side: how many placeholders a picture gets, and what the model is told of it."""
 
+# vLLM is not there where types are checked
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import copy

@@ -1,5 +1,8 @@
 """Qwen2-VL and Qwen2.5-VL inside vLLM: kept tokens keep their 3-D ids, see `positions`."""
 
+# vLLM is not there where types are checked
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import dataclasses

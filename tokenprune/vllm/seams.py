@@ -3,6 +3,9 @@
 The same kind of list as `tokenprune.seams`; a test walks all of it. Nothing here imports vLLM before it is asked.
 """
 
+# vLLM is not there where types are checked
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import functools

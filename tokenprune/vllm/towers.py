@@ -4,6 +4,9 @@ Queries, keys and values are taken where a block hands them to vLLM's attention 
 rotation. Where the heads of a tower are dealt out over several devices, they are gathered first.
 """
 
+# vLLM is not there where types are checked
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
