@@ -115,7 +115,7 @@ class LlavaFamily(Family):
 
 
 class QwenFamily(Family):
-    """Qwen2-VL and Qwen2.5-VL: pictures and videos of any size, cells of merge x merge patches, M-RoPE."""
+    """Qwen2.5-VL: pictures and videos of any size, cells of merge x merge patches, M-RoPE."""
 
     kinds = ("image", "video")
     mrope = True

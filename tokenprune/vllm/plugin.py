@@ -12,7 +12,6 @@ from tokenprune.vllm.settings import KEY, engine_text
 
 MODELS = {
     "LlavaForConditionalGeneration": "tokenprune.vllm.llava:PrunedLlava",
-    "Qwen2VLForConditionalGeneration": "tokenprune.vllm.qwen:PrunedQwen2VL",
     "Qwen2_5_VLForConditionalGeneration": "tokenprune.vllm.qwen:PrunedQwen25VL",
 }
 """By vLLM's class, ours: a subclass of it that is vLLM's own in all it does until an engine names a method."""

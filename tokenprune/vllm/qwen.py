@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL inside vLLM: kept tokens keep their 3-D ids, see `positions`."""
+"""Qwen2.5-VL inside vLLM: kept tokens keep their 3-D ids, see `positions`."""
 
 # vLLM is not there where types are checked
 # pyright: reportMissingImports=false
@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.models import qwen2_5_vl, qwen2_vl
-from vllm.model_executor.models.interfaces import SupportsMultiModalPruning
+from vllm.model_executor.models import qwen2_5_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from tokenprune.interfaces.adapter import VisionTower
@@ -27,7 +26,7 @@ FAMILY = QwenFamily()
 
 
 class PrunedQwen(PrunedModel):
-    """What both models have in common."""
+    """What is not a matter of one class of the family."""
 
     family = FAMILY
     visual: Any
@@ -135,21 +134,4 @@ class Processor25(PruningProcessor, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
 
 @MULTIMODAL_REGISTRY.register_processor(Processor25, info=Info25, dummy_inputs=qwen2_5_vl.Qwen2_5_VLDummyInputsBuilder)
 class PrunedQwen25VL(PrunedQwen, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
-    """vLLM's own class, whose pictures and videos are cut behind the merger."""
-
-
-class Info2(PruningInfo, qwen2_vl.Qwen2VLProcessingInfo):
-    """What vLLM asks of the processor of Qwen2-VL."""
-
-    family = FAMILY
-
-
-class Processor2(PruningProcessor, qwen2_vl.Qwen2VLMultiModalProcessor):
-    """From a prompt and its pictures to placeholders and pixels."""
-
-    family = FAMILY
-
-
-@MULTIMODAL_REGISTRY.register_processor(Processor2, info=Info2, dummy_inputs=qwen2_vl.Qwen2VLDummyInputsBuilder)
-class PrunedQwen2VL(PrunedQwen, qwen2_vl.Qwen2VLForConditionalGeneration, SupportsMultiModalPruning):
     """vLLM's own class, whose pictures and videos are cut behind the merger."""

@@ -82,7 +82,6 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_MODELS}llava:_build_llava_or_pixtral_hf_processor", "LLaVA", ("info", "dummy_inputs")),
     Seam(f"{_MODELS}clip:CLIPAttention", _SIGNALS, ("attn", "num_heads_per_partition")),
     Seam(f"{_MODELS}clip:CLIPEncoder", _SIGNALS, ("layers",)),
-    *_qwen("qwen2_vl", "Qwen2VLForConditionalGeneration", "Qwen2VisionTransformer", "Qwen2VisionAttention"),
     *_qwen("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VisionTransformer", "Qwen2_5_VisionAttention"),
     Seam(f"{_MODELS}qwen2_5_vl:Qwen2_5_VisionTransformer.get_window_index_thw", _SIGNALS),
 )

@@ -145,6 +145,13 @@ class PackedTower(VllmTower):
         self.patches_per_cell, self.moments = merge**2, moments
         self._channels, self._order = channels, order
 
+    def hook_states(self, block: int, done: Callable[[Tensor], None]) -> list[Any]:
+        """Read what the norm behind a block is given: vLLM calls the blocks themselves past the hooks of modules,
+        because it may compile them."""
+        last = block + 1 == len(self.blocks)
+        norm = self.module.merger.ln_q if last else self.blocks[block + 1].norm1
+        return [norm.register_forward_pre_hook(lambda module, args: done(args[0].detach()))]
+
     def start(self, grids: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         return list(grids)
 
