@@ -22,6 +22,7 @@ SMALL = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # vLLM compiles parts of its sampler for CPUs, which takes a minute
 }
 
 
