@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from _given import attended_rows, example_hints
+from _masked_cache import check_cache
 from torch import Tensor
 
 from tokenprune.seams import cache_in, cache_name, with_cache
