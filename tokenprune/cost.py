@@ -12,6 +12,9 @@ Conventions, the same as torch's `FlopCounterMode`:
 - Linear attention is counted in the blocks of 64 tokens that it is computed in over a prompt, the triangular solves in
   them left out; a decode step of it has no matrix product besides its linear layers.
 
+- Left out: what finds out how pictures of a new size are laid out where tokens leave inside a tower without a file of its
+  own, the features call without its blocks, once for each size.
+
 What the sizes of a model do not say is not modelled, and is None here in place of a number, as is every sum over it.
 
 Published tables use a simplified formula instead: per layer 4nd^2 + 2n^2d + 2ndm, with 3ndm for a gated MLP, where

@@ -83,7 +83,10 @@ def run(name: str, plan: str) -> tuple[Report, dict[str, float], list[int]]:
     with torch.no_grad(), applied(zoo_model(name), method, keep=keep, verify=False) as handle:
         call = functools.partial(zoo_model(name), **one_prompt(name), use_cache=True)
         cache = cache_in(with_cache(call, adapter_for(zoo_model(name)).language_model.config))
-        counted = count_once(adapter_for(zoo_model(name)), dict(one_prompt(name)))
+        for _ in range(
+            2 if plan == "inside" else 1
+        ):  # the first finds out how pictures are laid out, which is not counted
+            counted = count_once(adapter_for(zoo_model(name)), dict(one_prompt(name)))
         return handle.report(), counted, cache_bytes(cache)
 
 
@@ -113,7 +116,7 @@ def test_every_part_equals_the_counter_or_is_not_modelled(name: str, plan: str) 
     assert ("KV cache  not modelled" in said) == ("prefill" in unmodelled)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "glm4v"])
+@pytest.mark.parametrize("name", ["gemma3", "glm4v", "mistral3", "vipllava"])
 def test_what_leaves_inside_the_tower_is_not_counted(name: str) -> None:
     report, counted, _ = run(name, "inside")
     check(report.flops, counted, ())
