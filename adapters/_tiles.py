@@ -129,6 +129,67 @@ def pictures_by_frame(ids: Tensor | None, places: Sequence[Tensor]) -> Pictures:
     return Pictures((len(places),), UNTOLD) if counts is None else Pictures(counts)
 
 
+def pictures_by_marks(ids: Tensor | None, places: Sequence[Tensor], opening: int, closing: int) -> Pictures:
+    """The ids in front of each picture and behind it are known; what stands between its tiles does not matter.
+
+    Args:
+        ids, places: see `Adapter.pictures`.
+        opening, closing: the id that stands once in front of each picture, and the one that does behind it.
+    """
+    if len(places) == 1:
+        return Pictures((1,))
+    counts = None if ids is None else _marked(ids.tolist(), places, opening, closing)
+    return Pictures((len(places),), UNTOLD) if counts is None else Pictures(counts)
+
+
+def pictures_by_rows(ids: Tensor | None, places: Sequence[Tensor]) -> Pictures:
+    """Each visual is one token; an id that is the same for all stands behind each row of a picture, and rows of one
+    picture are as long as each other.
+
+    Args:
+        ids, places: see `Adapter.pictures`.
+    """
+    grids = None if ids is None else _in_rows(ids.tolist(), [int(own[0]) for own in places])
+    if grids is None:
+        return Pictures((len(places),), UNTOLD)
+    return Pictures(tuple(rows * cols for rows, cols in grids), grids=grids)
+
+
+def _in_rows(ids: list[int], places: Sequence[int]) -> tuple[tuple[int, int], ...] | None:
+    """(rows, cols) of each picture; None where the prompt is not written as expected."""
+    starts = [place for place, before in zip(places, [-1, *places]) if place != before + 1 or before < 0]
+    ends = [place + 1 for place, after in zip(places, [*places[1:], -1]) if after != place + 1]
+    if ends[-1] == len(ids) or len({ids[end] for end in ends}) > 1:
+        return None
+    grids: list[tuple[int, int]] = []
+    before = None
+    for start, end in zip(starts, ends):
+        rows, cols = grids[-1] if start - 1 == before else (0, end - start)
+        if cols != end - start:
+            return None
+        grids[len(grids) - (rows > 0) :] = [(rows + 1, cols)]
+        before = end
+    return tuple(grids)
+
+
+def _marked(ids: list[int], places: Sequence[Tensor], opening: int, closing: int) -> tuple[int, ...] | None:
+    """Tiles of each picture; None where the prompt is not written as expected."""
+    starts = [int(own[0]) for own in places]
+    ends = [int(own[-1]) + 1 for own in places]
+    around = [[one for one in ids[e:s] if one in (opening, closing)] for e, s in zip([0, *ends], [*starts, len(ids)])]
+    if around[0][-1:] != [opening] or around[-1][:1] != [closing]:
+        return None
+    counts = [1]
+    for marks in around[1:-1]:
+        if not marks:
+            counts[-1] += 1
+        elif marks[0] == closing and marks[-1] == opening:
+            counts.append(1)
+        else:
+            return None
+    return tuple(counts)
+
+
 def _framed(ids: list[int], places: Sequence[Tensor]) -> tuple[int, ...] | None:
     """Tiles of each picture; None where the prompt is not written as expected."""
     starts = [int(own[0]) for own in places]

@@ -55,7 +55,7 @@ class TowerCost:
 
     Attributes:
         embedded: for each patch, before the blocks.
-        linear: for each patch, in all linear layers of the blocks.
+        linear: for each patch, in the linear layers of a block, by block.
         scores: for each pair of patches, by block.
         after: for each token, behind the blocks.
         pooled: width and MLP width of a pooling head at the end; () if there is none.
@@ -68,7 +68,7 @@ class TowerCost:
     """
 
     embedded: int
-    linear: int
+    linear: tuple[int, ...]
     scores: tuple[int, ...]
     after: int
     pooled: tuple[int, ...]
@@ -80,20 +80,24 @@ class TowerCost:
     together: bool = False
 
     def flops(self, work: TowerWork) -> int | None:
-        """Of one run, from which nothing leaves inside; None for videos, whose frames may see each other."""
-        if work.videos:
+        """Of one run; None for videos, whose frames may see each other, and where patches leave windows: how many of
+        which is not told."""
+        if work.videos or (work.blocks and self.window):
             return None
         counts = [self.patches or rows * cols * self.merge**2 for rows, cols in work.grids]
         cut = sum(counts)
         if self.together and work.grids:  # before they stand in one row, each has the size of the largest
             high, wide = (max(sides) for sides in zip(*work.grids))
             cut = len(counts) * high * wide * self.merge**2
-        rows = [count + self.cls for count in counts]
-        seen = sum(rows) ** 2 if self.together else sum(count**2 for count in rows)
-        near = sum(self._in_windows(*grid) for grid in work.grids) if self.window else seen
-        pairs = sum(each * (seen if block in self.whole else near) for block, each in enumerate(self.scores))
-        total = cut * self.embedded + sum(rows) * self.linear + pairs + work.left * self.after
-        return 2 * (total + sum(self._pooled(count) for count in rows))
+        near = sum(self._in_windows(*grid) for grid in work.grids) if self.window else None
+        total = cut * self.embedded + work.left * self.after
+        for block, (linear, scores) in enumerate(zip(self.linear, self.scores)):
+            short = bool(work.blocks) and block >= work.first
+            rows = [count + self.cls for count in (work.blocks[block - work.first] if short else counts)]
+            pairs = sum(rows) ** 2 if self.together else sum(count**2 for count in rows)
+            pairs = pairs if near is None or block in self.whole else near
+            total += sum(rows) * linear + pairs * scores
+        return 2 * (total + sum(self._pooled(count + self.cls) for count in counts))
 
     def _in_windows(self, rows: int, cols: int) -> int:
         """Pairs of patches that are in one window."""
@@ -170,7 +174,7 @@ def tower_cost(tower: Any, model_config: Any) -> TowerCost | None:
     merged = merge or 1
     return TowerCost(
         embedded=embedded,
-        linear=sum(_matrix(module) for block in blocks for module in block.modules()),
+        linear=tuple(sum(_matrix(module) for module in block.modules()) for block in blocks),
         scores=tuple(each or 0 for each in scores),
         after=after,
         pooled=pooled,

@@ -56,7 +56,6 @@ class Vit(VisionTower):
         patch: side of a patch in pixels.
         can_cut: whether what comes after the tower works on each patch independently.
         pooling_head: whether the tower pools its last states by attention as well, for costs.
-        cell_patches: `[cells, g]` int64, the patches that are joined into each visual token; None means one each.
     """
 
     def __init__(
@@ -67,15 +66,11 @@ class Vit(VisionTower):
         facts: TowerInfo,
         patch: int,
         can_cut: bool = True,
-        cell_patches: Tensor | None = None,
         pooling_head: bool = False,
     ) -> None:
         self._pooling_head = pooling_head
         self.module, self.blocks, self.exit, self.facts, self.can_cut = module, blocks, exit, facts, can_cut
-        self._cell_patches = cell_patches
-        self.can_merge = cell_patches is None
-        if cell_patches is not None:
-            self.can_cut, self.patches_per_cell = False, cell_patches.shape[1]
+        self.can_merge = True
         cls = (CLS_ATTENTION, CLS_WIDE_ATTENTION, CLS_VALUE_SIMILARITY, CLS_PATCH_ATTENTION, CLS_PATCH_SIMILARITY)
         summary = cls if facts.has_cls else (MEAN_QUERY_ATTENTION,)
         patches = (MEAN_VALUE_SIMILARITY, VALUE_NORM, SINK_ATTENTION, SINK_ATTENTION_SUM)
@@ -119,7 +114,7 @@ class Vit(VisionTower):
             attention.register_forward_hook(on_done),
         ]
 
-    def computed(self, counts: Sequence[int]) -> list[int]:
+    def computed(self, run: VitRun, counts: Sequence[int]) -> list[int]:
         return [max(counts)] * len(counts)
 
     def flops(self, shape: ModelShape, work: TowerWork) -> int | None:
@@ -127,14 +122,10 @@ class Vit(VisionTower):
         if total is None or not self._pooling_head:
             return total
         d = shape.vision_hidden
-        last = work.blocks[-1] if work.blocks else [rows * cols for rows, cols in work.grids]
+        group = self.patches_per_cell
+        last = work.blocks[-1] if work.blocks else [rows * cols * group for rows, cols in work.grids]
         # one learnt query over the patches of each picture, and an MLP: nothing reads it
         return total + sum(4 * n * d * d + 4 * d * d + 4 * n * d + 4 * d * shape.vision_mlp for n in last)
-
-    def by_cell(self, values: Tensor) -> Tensor:
-        if self._cell_patches is None:
-            return values
-        return values[:, self._cell_patches.to(values.device)].mean(dim=2)
 
     def patch_pixels(self, pixels: Tensor, pictures: int) -> Tensor:
         batch = pixels.reshape(pictures, *pixels.shape[-3:])

@@ -2,7 +2,7 @@
 
 The model gets the tiles of all pictures in one row. Those of a picture stand in one unbroken run of placeholders, which
 its processor puts between <img> and </img>, and are the rasters of one visual; frames of a video have a run each and
-count as pictures. Signals of the tower are means over the patches of a token; nothing can leave inside the tower.
+count as pictures. Signals of the tower are means over the patches of a token, which leave it together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tokenprune.adapters._cost import read_off, text_sizes, vit_sizes
 from tokenprune.adapters._tiles import pictures_by_run
-from tokenprune.adapters._vit import IMAGENET_PIXELS, Vit, feature_block, vit_facts
+from tokenprune.adapters._vit import IMAGENET_PIXELS, feature_block, vit_facts
+from tokenprune.adapters._vit_cells import CellVit
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, submodule
 from tokenprune.interfaces.visual import Pictures, Visual, one_raster
@@ -44,9 +45,7 @@ class InternVL(Adapter):
         numbers = torch.arange(rows * cols, dtype=torch.float64).view(1, rows, cols, 1)
         joined = self.entry.pixel_shuffle(numbers, scale_factor=self._ratio)
         cells = joined.reshape(-1, joined.shape[-1]).long()
-        self.vision = Vit(
-            tower, submodule(tower, "encoder.layer"), self.projector, facts, self._patch, cell_patches=cells
-        )
+        self.vision = CellVit(tower, submodule(tower, "encoder.layer"), self.projector, facts, self._patch, cells)
 
     def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
         pixels = call["pixel_values"]

@@ -4,7 +4,7 @@ Llama decoder.
 The model gets the tiles of a prompt in one row. Which make a picture is read off the labels that its processor writes
 in front of them (`_tiles.py`); they are the rasters of one visual. Frames of a video have no tiles and count as
 pictures. A prompt with several tiles that is written otherwise counts as one picture, and the report says so. Signals
-of the tower are means over the patches of a token; nothing can leave inside.
+of the tower are means over the patches of a token, which leave it together.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tokenprune.adapters._cost import read_off, text_sizes, vit_sizes
 from tokenprune.adapters._tiles import Tile, pictures_by_label, tile_pixels
-from tokenprune.adapters._vit import Vit, vit_facts
+from tokenprune.adapters._vit import vit_facts
+from tokenprune.adapters._vit_cells import CellVit
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, submodule
 from tokenprune.interfaces.visual import Pictures, Raster, Visual
@@ -43,9 +44,8 @@ class SmolVLM(Adapter):
         numbers = torch.arange(patches**2, dtype=torch.float64).view(1, -1, 1)
         cells = submodule(model, "model.connector").pixel_shuffle(numbers, config.scale_factor)[0].long()  # type: ignore[operator]
         facts = vit_facts(vision, vision.num_hidden_layers - 1, has_cls=False)
-        self.vision = Vit(
-            tower, submodule(tower, "encoder.layers"), self.projector, facts, vision.patch_size, cell_patches=cells
-        )
+        blocks = submodule(tower, "encoder.layers")
+        self.vision = CellVit(tower, blocks, self.projector, facts, vision.patch_size, cells)
 
     def _tiles(self, call: Mapping[str, Any]) -> list[list[int]]:
         """(row, place) of each tile; the processor fills up with pictures of zeros, which the model leaves out."""

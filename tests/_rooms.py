@@ -14,6 +14,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("state", "plan", "adapters", "methods", "interventions"),
     ("capture",),
     ("engine",),
+    ("vllm",),
     ("report",),
     ("prompt_view",),
     ("handle",),

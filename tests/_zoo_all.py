@@ -40,6 +40,9 @@ LACKS: dict[tuple[str, str], str] = {
         _SIGNALS,
     ),
     ("mistral_large4", "layer_2"): _CUTS,
+    **dict.fromkeys([("llama4", plan) for plan in ("fastv", "pyramiddrop")], _SIGNALS),
+    **dict.fromkeys([("gemma3n", plan) for plan in ("layer_2", "pyramiddrop")], _CUTS),
+    ("gemma3n", "fastv"): _SIGNALS,
     **dict.fromkeys(
         [
             (name, plan)
@@ -61,7 +64,7 @@ LACKS: dict[tuple[str, str], str] = {
             for name in (
                 "gemma4", "gemma4_window", "gemma4_moe", "molmo2", "video_llava", "idefics2", "got_ocr2",
                 "deepseek_ocr2", "aria", "step3p7", "gemma4_unified", "lfm3_vl", "muse_glimmer", "muse_spark",
-                "chameleon", "emu3", "fast_vlm", "perception_lm",
+                "chameleon", "emu3", "fast_vlm", "perception_lm", "llama4", "fuyu", "gemma3n",
             )
         ],
         "has no tower signals",
@@ -69,7 +72,7 @@ LACKS: dict[tuple[str, str], str] = {
 }  # fmt: skip
 """By family and plan, what is said of a plan that the family cannot take: latents without a grid, keys from a latent,
 layers without rotation, queries that are normalised once they are turned, keys that a layer takes over from another,
-layers without attention, attention logits that are capped; towers that pool patches by their places or by attention,
-mix them in convolutions, have neighbourhoods, or are two."""
+layers without attention, attention logits that are capped, rotation by complex numbers; towers that pool patches by
+their places or by attention, mix them in convolutions, have neighbourhoods, or are two."""
 
 __all__ = ["CELLS", "FAMILIES", "KEEP", "LACKS", "PLANS", "zoo_batch", "zoo_model"]

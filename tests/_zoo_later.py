@@ -113,3 +113,32 @@ def gemma4_unified() -> Made:
         text_config=text, vision_config={**vision, "output_proj_dims": 32}, audio_config=None, image_token_id=IMAGE,
         video_token_id=VIDEO, boi_token_id=START, eoi_token_id=END, audio_token_id=BREAK,
     )  # fmt: skip
+
+
+def _crops(rows: Rows) -> Batch:
+    """Pictures of their own sizes as a thumbnail and two tiles of 32 x 32 pixels, 4 x 4 tokens each, filled up as a
+    mosaic; it is unpadded and has a token more behind each row (LLaVA-NeXT)."""
+    shapes = {(32, 64): (4, 8), (64, 32): (8, 4), (20, 64): (2, 8)}  # (rows, cols) of the mosaic by size of the picture
+    sizes = [list(shapes)[rows.below(3)] for _ in range(rows.total)]
+    lengths = [16 + shapes[size][0] * (shapes[size][1] + 1) for size in sizes]
+    batch = rows.write([[IMAGE] * length for length in lengths])
+    pixels = rows.pixels(rows.total, 3, 3, 32, 32)
+    return {**batch, "pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
+
+
+@zoo(_crops)
+def granite4_vision() -> Made:
+    """Rows of pictures are empty, and features are added before layers, before and behind the cuts of most plans."""
+    from transformers import Granite4VisionConfig, Granite4VisionForConditionalGeneration, SiglipVisionConfig
+
+    text = {**TEXT, "embedding_multiplier": 12.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1}
+    tower = {**VIT, "hidden_size": 64, "image_size": 32, "patch_size": 4}  # heads of its Q-Former are 64 wide
+    return Granite4VisionForConditionalGeneration, Granite4VisionConfig(
+        vision_config=SiglipVisionConfig(**tower), text_config={**text, "num_hidden_layers": 6, "logits_scaling": 2.0},
+        image_token_index=IMAGE, vision_feature_select_strategy="full", image_grid_pinpoints=[[32, 64], [64, 32]],
+        downsample_rate="2/4", deepstack_layer_map=[[-3, 1], [-1, 0]], spatial_target_layers=[2, 3, 4, 5],
+        qformer_config={
+            "model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 48,
+            "cross_attention_frequency": 1, "hidden_size": 64, "encoder_hidden_size": 64, "num_attention_heads": 1,
+        },
+    )  # fmt: skip

@@ -194,6 +194,26 @@ def cohere2_vision_window() -> Made:
     )  # fmt: skip
 
 
+@zoo(fixed(36, 48, around=(START, END)))
+def llama4() -> Made:
+    """Chunks, and a layer that sees all without rotation."""
+    from transformers import Llama4Config, Llama4ForConditionalGeneration, modeling_outputs
+
+    if not hasattr(modeling_outputs.MoeCausalLMOutputWithPast, "image_outputs"):  # 5.24 reads it, and fails without
+        modeling_outputs.MoeCausalLMOutputWithPast.image_outputs = None  # type: ignore[attr-defined]
+    vision = {
+        **VIT, "intermediate_size": 128, "image_size": 48, "patch_size": 4, "vision_output_dim": 32,
+        "projector_input_dim": 32, "projector_output_dim": 32, "pixel_shuffle_ratio": 0.5, "vision_feature_layer": -1,
+    }  # fmt: skip
+    text = {
+        **TEXT, "head_dim": 12, "intermediate_size_mlp": 64, "num_local_experts": 4, "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1, "attention_chunk_size": 16, "no_rope_layers": [1, 1, 1, 0], "use_qk_norm": True,
+    }  # fmt: skip
+    return Llama4ForConditionalGeneration, Llama4Config(
+        vision_config=vision, text_config=text, image_token_index=IMAGE, boi_token_index=START, eoi_token_index=END
+    )
+
+
 # --- layers that go along the row -------------------------------------------------------------------------------------
 
 

@@ -1,10 +1,10 @@
-"""Families that make words of a codebook out of pictures, or whose decoder merges them by itself."""
+"""Families that make words of a codebook out of pictures, whose decoder merges them by itself, or without a tower."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from _zoo import IMAGE, TEXT, Batch, Rows, fixed, zoo
+from _zoo import BREAK, IMAGE, START, TEXT, Batch, Rows, fixed, zoo
 
 Made = tuple[type, Any]
 _WORDS = range(40, 56)  # of the vocabulary: those of pictures
@@ -46,4 +46,22 @@ def emu3() -> Made:
     }  # fmt: skip
     return Emu3ForConditionalGeneration, Emu3Config(
         text_config=dict(TEXT), vq_config=codes, vocabulary_map={**names, "<image>": IMAGE, "<|extra_200|>": 58}
+    )
+
+
+def _patches_in_rows(rows: Rows) -> Batch:
+    """Patches of all pictures in one tensor; each row of them ends in an id, and another stands behind a picture."""
+    grids = rows.grids()
+    batch = rows.write([([IMAGE] * wide + [BREAK]) * high + [START] for high, wide in grids])
+    return {**batch, "pixel_values": rows.pixels(sum(high * wide for high, wide in grids), 48)}
+
+
+@zoo(_patches_in_rows)
+def fuyu() -> Made:
+    """Without a tower; the decoder turns half of each head."""
+    from transformers import FuyuConfig, FuyuForCausalLM, PersimmonConfig
+
+    text = PersimmonConfig(**{**TEXT, "num_key_value_heads": 4})
+    return FuyuForCausalLM, FuyuConfig(
+        text_config=text.to_dict(), image_token_id=IMAGE, patch_size=4, **{**TEXT, "num_key_value_heads": 4}
     )

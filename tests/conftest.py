@@ -31,7 +31,11 @@ SETS = {
 def pytest_addoption(parser: Any) -> None:
     parser.addoption("--support", type=Path, help="write the tables of families x methods and of versions to this file")
     parser.addoption("--reads", type=Path, help="write the table of host reads into this file")
-    parser.addoption("--sampled", action="store_true", help="one masked-model cell for each family and method, by seed")
+    parser.addoption(
+        "--sampled",
+        action="store_true",
+        help="one masked-model cell for each family and method, by seed, and a third of the pretend device's",
+    )
     parser.addoption("--versions", choices=list(SETS), help="the row of the table of versions that these tests are")
 
 
@@ -46,6 +50,7 @@ def pytest_configure(config: Any) -> None:
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     """With `--sampled`, of the masked-model cells of each family and method one, drawn by their names, and all of
     `random`: what a release breaks is a family, a layout or a site, not one method of thirty-six."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # none of these is the last that one waits for
     if not config.getoption("--sampled"):
         return
     drawn: dict[tuple[str, ...], list[Any]] = defaultdict(list)

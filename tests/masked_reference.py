@@ -15,7 +15,7 @@ import torch
 from _given import attended_rows, example_hints
 from torch import Tensor
 
-from tokenprune.seams import cache_in, cache_name
+from tokenprune.seams import cache_in, cache_name, with_cache
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
@@ -94,6 +94,16 @@ def masked_tower(adapter: Any, works: list[tuple[str, Any]]):
         return
     if hasattr(vision.blocks[0], "attn"):
         with tower_runs(adapter, works) as running, masked_packed_tower(vision, running):
+            yield
+        return
+    if vision.patches_per_cell > 1:  # tiles whose patches a pixel shuffle joins
+        from _masked_cells import masked_cells
+
+        pictures = max(len(work.grids) for _, work in works)
+        run = vision.start(works[0][1].grids)
+        length = vision.before + run.places[0].numel()
+        rows = [(vision.before + run.places[0] + picture * length).tolist() for picture in range(pictures)]
+        with masked_cells(adapter, works, [patches for own in rows for patches in own]):
             yield
         return
 
@@ -336,7 +346,7 @@ def run_pruned(
             mask = batch["attention_mask"]
             given["position_ids"] = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
         with decoder_inputs(adapter) as calls:
-            output = model(**batch, **given)
+            output = with_cache(functools.partial(model, **batch, **given), adapter.language_model.config)
         prompt, report = handle.last, handle.report()
         stays = handle.stays & batch["attention_mask"].bool()
         # full-length rows, or those of the tokens that stay, which end where the full ones end
@@ -345,7 +355,7 @@ def run_pruned(
         cuts = [(cut.site, list(cut.tokens)) for cut in prompt.cuts]
         sizes = [list(cut.sizes) for cut in prompt.cuts]
         kept = handle.kept
-        fed = calls[0]
+        fed = calls[-1]
         generated = model.generate(
             **batch, max_new_tokens=tokens, do_sample=False, output_logits=True, return_dict_in_generate=True,
             suppress_tokens=silent,

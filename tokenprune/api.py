@@ -88,7 +88,7 @@ class Prepared:
         self._engine = Engine(adapter, stages, spec.interventions, outputs, verify)
         check_places(adapter, stages)
         if verify:
-            check_decoder_reads(adapter, stages, tuple(self._engine.attending.layers))
+            check_decoder_reads(adapter, stages, self._engine.changed_layers)
             if stages and to_be_tried(adapter):
                 check_removal(adapter, stages)
         inside = any(stage.place == "layer" or stage.after_block is not None for stage in stages)
@@ -162,7 +162,8 @@ def apply(
             hidden states, several or chosen `logits_to_keep`, `use_cache=False`, training and evaluation after it,
             padding on the right), and "kept" elsewhere.
         verify: whether the loaded decoder is tried first: layers that the method reads, and where its class has no
-            tests of its own, whether taking tokens out of it is hiding them. It takes passes of a few tokens.
+            tests of its own, whether taking tokens out of it is hiding them. It takes passes of a few tokens. A tower
+            without tests is tried at its first picture; the order of its patches is found out in any case.
         options: options of the method.
 
     Returns:

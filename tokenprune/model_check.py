@@ -78,7 +78,11 @@ def _cuts(adapter: Adapter, name: str, layers: tuple[int, ...]) -> Finding:
         with undisturbed(adapter.language_model):
             error = removal_error(adapter, layers)
     except Exception as raised:  # whatever a decoder of an unknown kind raises when it is called in this way
-        return Finding(name, False, str(raised).partition("\n")[0])
+        says = str(raised).partition("\n")[0]
+        if not isinstance(raised, ValueError):  # not a sentence of ours
+            kind = type(adapter.language_model).__name__
+            says = f"{kind}, called with random embeddings {at}, raised {type(raised).__name__}: {says}"
+        return Finding(name, False, says)
     bound = max(1e-3, 16 * torch.finfo(adapter.language_model.dtype).eps)
     return Finding(name, error < bound, f"{at}, removing is {error:.1e} from hiding ({bound:.1e} is rounding)")
 

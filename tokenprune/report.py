@@ -127,7 +127,7 @@ def make_report(
     kept = by_layer[-1][0]
     flops = _flops(adapter, shape, prompt.tower, [rows for _, rows in by_layer], prompt.flops)
     by_depth = map(cost.total, zip(*(cost.layer_flops(shape, row) for row in _by_row(by_layer))))
-    added = prompt.attention_flops  # by layer, what interventions compute anew
+    added = prompt.attention_flops  # by layer, what interventions compute anew or save
     return Report(
         method=label,
         positions=", ".join(dict.fromkeys(str(stage.pruner.positions) for stage in stages)) or "as laid out",

@@ -10,7 +10,7 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,23 @@ def cache_name() -> str:
 def cache_argument(cache: Any) -> dict[str, Any]:
     """The KV cache as an argument of a model or of `generate`: `model(**inputs, **cache_argument(cache))`."""
     return {cache_name(): cache}
+
+
+def empty_cache(config: Any) -> Any:
+    """A KV cache as `generate` makes one for a decoder of this config; some decoders make none by themselves."""
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache(config=config)
+
+
+def with_cache(call: Callable[..., Any], config: Any) -> Any:
+    """What `call(**more)` returns, a KV cache in it: where a decoder made none by itself, of a second call with one.
+
+    Args:
+        config: of the decoder.
+    """
+    output = call()
+    return call(**cache_argument(empty_cache(config))) if cache_in(output) is None else output
 
 
 _MODELS = "transformers.models."

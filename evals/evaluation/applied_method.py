@@ -35,7 +35,9 @@ def settings_digest(config: RunConfig, loaded: LoadedModel, task: str) -> str:
     """
     parts = [loaded.fingerprint, code_fingerprint(), config.dtype, config.seed, config.max_new_tokens]
     pruned = [point for point in config.points() if point.method != NONE]
-    files = {file for point in pruned for entry in point.compile().entries for file in entry.pruner.files}
+    specs = [point.compile() for point in pruned]
+    files = {file for spec in specs for entry in spec.entries for file in entry.pruner.files}
+    files |= {file for spec in specs for one in spec.interventions for file in one.files}
     parts += [file_digest(file) for file in sorted(files)]
     return f"{digest(parts)}.{task}"
 

@@ -99,7 +99,11 @@ def model_source(name: str) -> str:
 
 
 def load_model(
-    name: str, dtype: str = "float32", device: str | None = None, trust_remote_code: bool = False
+    name: str,
+    dtype: str = "float32",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    needs_processor: bool = True,
 ) -> LoadedModel:
     """Load model and processor.
 
@@ -108,6 +112,7 @@ def load_model(
         dtype: one of `DTYPES`.
         device: where to put it; None takes a GPU where there is one.
         trust_remote_code: whether code that comes with the checkpoint may run.
+        needs_processor: whether it is an error if none lies beside the weights; else `processor` is None then.
 
     Raises:
         UnknownName, ValueError, OSError: there is no such model, dtype or device.
@@ -123,7 +128,13 @@ def load_model(
         source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
     )
     model = model.to(device).eval()
-    return LoadedModel(name, model, ready_processor(source, trust_remote_code), fingerprint(source, model))
+    try:
+        processor = ready_processor(source, trust_remote_code)
+    except (OSError, ValueError):
+        if needs_processor:
+            raise
+        processor = None
+    return LoadedModel(name, model, processor, fingerprint(source, model))
 
 
 def ready_processor(source: str, trust_remote_code: bool = False) -> Any:

@@ -2,8 +2,9 @@
 
 The model is built on the meta device, so that its adapter can say how its parts are laid out; the processor lays out
 one prompt of `PICTURE` and `QUESTION`. Counts follow `tokenprune.cost`. Left out, because they are known only once a
-method has run: signals, the matrix products of methods, and what interventions compute anew. A method that decides
-itself how much leaves (flowcut, todre's second stage) is counted with what its budgets leave at most.
+method has run: signals, the matrix products of methods, and what interventions compute anew (what they save is
+counted). A method that decides itself how much leaves (flowcut, todre's second stage) is counted with what its budgets
+leave at most.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from typing import Any
 
 from tokenprune import cost
 from tokenprune.api import adapter_for, plan_for
+from tokenprune.engine.attention import decoder_info
+from tokenprune.engine.bypass import skipped
 from tokenprune.engine.prompt_reader import prompt_visuals
 from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.evaluation.applied_method import method_of
 from tokenprune.evals.models.load import LoadedModel, fingerprint, model_source, ready_processor
 from tokenprune.interfaces.adapter import Adapter
+from tokenprune.interfaces.bypass import Bypass
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.site import first_layer
 from tokenprune.interfaces.visual import TowerWork, Visual
@@ -116,13 +120,15 @@ def estimate(model: Outline, point: Point, seed: int = 0) -> Estimate:
     Raises:
         ValueError: the method cannot work on this model, or cannot keep to the budget; the message says why.
     """
-    stages = () if point.method == NONE else plan_for(model.adapter, method_of(point, seed))
+    spec = None if point.method == NONE else method_of(point, seed)
+    stages = () if spec is None else plan_for(model.adapter, spec)
+    bypasses = [] if spec is None else [one for one in spec.interventions if isinstance(one, Bypass)]
     # a raster of merged tokens has as many as fit in rows and columns
     at_most = any(stage.pruner.is_adaptive or stage.pruner.is_merging for stage in stages)
-    return Estimate(_flops(model, stages), _flops(model, ()), stages, at_most)
+    return Estimate(_flops(model, stages, bypasses), _flops(model, ()), stages, at_most)
 
 
-def _flops(model: Outline, stages: Sequence[Stage]) -> cost.Flops:
+def _flops(model: Outline, stages: Sequence[Stage], bypasses: Sequence[Bypass] = ()) -> cost.Flops:
     adapter, visual = model.adapter, model.visual
     shape = adapter.cost_shape()
     biasing = [first_layer(stage.site) for stage in stages if stage.pruner.biases_keys]
@@ -132,11 +138,17 @@ def _flops(model: Outline, stages: Sequence[Stage]) -> cost.Flops:
     # separators leave with the first cut
     lengths = [model.text + (visual.length if count == visual.num_tokens else count) for count in kept]
     work = _tower_work(adapter, visual, stages)
+    saved = [
+        skips and -skips.flops(model.text, lengths[layer] - model.text)
+        for one in bypasses
+        for layer in one.prepare(decoder_info(adapter))
+        for skips in [skipped(adapter, layer, shape.layer_shapes()[layer], one.mode)]
+    ]
     return cost.Flops(
         vision=adapter.vision.flops(shape, work),
         projector=cost.projector_flops(shape, work.left),
         selection=0,
-        prefill=cost.prefill_flops(shape, lengths),
+        prefill=cost.total([cost.prefill_flops(shape, lengths), *saved]),
         decode=cost.decode_flops(shape, [length + 1 for length in lengths]),
     )
 

@@ -30,7 +30,7 @@ from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.profiling.flops import cache_bytes, keys_held, plus
 from tokenprune.evals.statistics.bootstrap import median_iqr
 from tokenprune.evals.tasks.task import Sample
-from tokenprune.seams import cache_in
+from tokenprune.seams import cache_in, with_cache
 
 Stays = torch.Tensor | dict[int, torch.Tensor]
 
@@ -49,9 +49,9 @@ def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - begin, result
 
 
-def prefill(loaded: LoadedModel, inputs: dict[str, Any]) -> Any:
+def prefill(loaded: LoadedModel, inputs: dict[str, Any], **more: Any) -> Any:
     """One forward pass over a prompt: tower, projector, decoder, logits of the last position, KV cache."""
-    return loaded.model(**inputs, use_cache=True, logits_to_keep=1)
+    return loaded.model(**inputs, use_cache=True, logits_to_keep=1, **more)
 
 
 def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], stays: Stays) -> Callable[[], Any]:
@@ -222,7 +222,8 @@ def measure_times(
         length = inputs["input_ids"].shape[1]
         with torch.inference_mode():
             with pruned(loaded, point, seed, [sample]) as handle:
-                cache = cache_in(prefill(loaded, inputs))
+                run = functools.partial(prefill, loaded, inputs)
+                cache = cache_in(with_cache(run, loaded.adapter.language_model.config))
                 stays = None if handle is None else handle.stays_by_layer
                 counted = cost.kv_bytes(shape, [length] * shape.layers, itemsize)
                 report = None if handle is None else handle.report()

@@ -16,13 +16,15 @@ from tokenprune import cost
 from tokenprune.api import adapter_for, applied
 from tokenprune.evals.profiling.flops import PARTS, TOLERANCE, cache_bytes, count_once
 from tokenprune.report import Report
-from tokenprune.seams import cache_in
+from tokenprune.seams import cache_in, with_cache
 
 KEEP = 4
 PLANS: dict[str, Any] = {
     "input": ("random", KEEP),
     "layer_2": ({"at": "layer:2", "prune": "random", "keep": KEEP}, None),
 }
+INSIDE = ({"at": "vision:0", "prune": "random", "keep": KEEP}, None)
+"""A cut inside the tower, of which one family of each form of tower is counted."""
 TOWER, PROJECTOR, DECODER = "vision", "projector", ("prefill", "decode")
 UNMODELLED: dict[str, tuple[str, ...]] = {
     "aria": (PROJECTOR,),  # cross-attention with learnt queries
@@ -38,6 +40,7 @@ UNMODELLED: dict[str, tuple[str, ...]] = {
     "fast_vlm": (TOWER, PROJECTOR),  # convolutions of timm
     "gemma4_unified": (TOWER, PROJECTOR, *DECODER),  # no tower; logits of as many places as stay
     "got_ocr2": (TOWER, PROJECTOR),  # SAM
+    "granite4_vision": (PROJECTOR,),  # several Q-Formers
     "granite_docling": (TOWER, PROJECTOR),  # a connector in the tower
     "hunyuan_vl": (TOWER, PROJECTOR),  # convolutions in the tower
     "idefics2": (TOWER, PROJECTOR),  # pictures filled up; a perceiver
@@ -76,9 +79,10 @@ def counted_whole(name: str) -> dict[str, float]:
 
 def run(name: str, plan: str) -> tuple[Report, dict[str, float], list[int]]:
     """The report of a plan, what torch counts under it, and the bytes of each layer's cache."""
-    method, keep = PLANS[plan]
+    method, keep = PLANS.get(plan, INSIDE)
     with torch.no_grad(), applied(zoo_model(name), method, keep=keep, verify=False) as handle:
-        cache = cache_in(zoo_model(name)(**one_prompt(name), use_cache=True))
+        call = functools.partial(zoo_model(name), **one_prompt(name), use_cache=True)
+        cache = cache_in(with_cache(call, adapter_for(zoo_model(name)).language_model.config))
         counted = count_once(adapter_for(zoo_model(name)), dict(one_prompt(name)))
         return handle.report(), counted, cache_bytes(cache)
 
@@ -107,6 +111,19 @@ def test_every_part_equals_the_counter_or_is_not_modelled(name: str, plan: str) 
     said = str(report)
     assert ("FLOPs to the first token  not modelled" in said) == bool(unmodelled)
     assert ("KV cache  not modelled" in said) == ("prefill" in unmodelled)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "glm4v"])
+def test_what_leaves_inside_the_tower_is_not_counted(name: str) -> None:
+    report, counted, _ = run(name, "inside")
+    check(report.flops, counted, ())
+    check(report.flops_unpruned, counted_whole(name), ())
+    assert report.flops.vision < report.flops_unpruned.vision
+
+
+def test_windows_that_patches_left_are_not_modelled() -> None:
+    report, _, _ = run("exaone4_5", "inside")
+    assert report.flops.vision is None and report.flops_unpruned.vision
 
 
 def test_the_table_names_families_of_the_zoo() -> None:

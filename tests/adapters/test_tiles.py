@@ -17,11 +17,18 @@ from masked_reference import run_pruned
 
 import tokenprune
 from tokenprune.adapters._grids import Grids
-from tokenprune.adapters._tiles import UNTOLD, pictures_by_chain, pictures_by_label, pictures_by_run
+from tokenprune.adapters._tiles import (
+    UNTOLD,
+    pictures_by_chain,
+    pictures_by_label,
+    pictures_by_marks,
+    pictures_by_rows,
+    pictures_by_run,
+)
 from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.selection import Selection
 from tokenprune.interfaces.view import View
-from tokenprune.interfaces.visual import Raster, Visual, joined, one_raster
+from tokenprune.interfaces.visual import Pictures, Raster, Visual, joined, one_raster, unplaced
 from tokenprune.seams import cache_argument, cache_in
 
 TILE, FAKE, WHOLE, LINE = 99, 90, 91, 92
@@ -88,8 +95,8 @@ def test_what_stands_otherwise_is_one_picture_with_a_note():
 
 def test_a_prompt_that_came_as_embeddings_is_one_picture_unless_it_is_one_tile():
     _, places = row_of(labelled(0, 0), labelled(0, 0))
-    assert pictures_by_label(None, places) == ((2,), UNTOLD)
-    assert pictures_by_label(None, places[:1]) == ((1,), "")
+    assert pictures_by_label(None, places) == Pictures((2,), UNTOLD)
+    assert pictures_by_label(None, places[:1]) == Pictures((1,))
 
 
 def test_runs_are_pictures():
@@ -119,6 +126,55 @@ def test_pictures_of_a_chain_are_told_apart_where_its_length_shows_that_none_is_
         [text, [TILE] * 2 * SIZE, [FAKE]],
     ):
         assert counts_of(*parts) == (), parts
+
+
+def test_pictures_between_marks_that_are_known():
+    """Llama 4: tiles with separators in rows of them, the whole picture behind, all between two ids."""
+    tile, text = [TILE] * SIZE, [1, 2]
+
+    def marked(*tiles: list[int]) -> list[int]:
+        return [START, *sum(([*own, 7] for own in tiles), []), END]
+
+    def counts_of(*parts: list[int]) -> tuple[int, ...]:
+        found = pictures_by_marks(*row_of(*parts), START, END)
+        return () if found.note else found.counts
+
+    split, whole = marked(tile, [*tile, 8], tile), marked(tile)
+    assert counts_of(text, split, text, whole, split, text) == (3, 1, 3)
+    assert counts_of(split, whole) == (3, 1) and counts_of(tile) == (1,)
+    for parts in (
+        [text, split[1:], text, whole],  # nothing in front
+        [text, split, text, whole[:-1], text],  # nothing behind
+        [text, split[:-1], text, whole],  # one picture begins in another
+    ):
+        assert counts_of(*parts) == (), parts
+    assert pictures_by_marks(None, [torch.arange(4), torch.arange(4, 8)], START, END) == Pictures((2,), UNTOLD)
+
+
+def test_pictures_of_single_tokens_in_rows():
+    """Fuyu: a row of a picture ends in an id, and something else stands behind the last one."""
+
+    def grids_of(*parts: list[int]) -> Any:
+        ids = torch.tensor(sum(parts, []))
+        found = pictures_by_rows(ids, list((ids == TILE).nonzero()[:, 0].split(1)))
+        assert bool(found.note) == (found.grids is None)
+        return found.grids
+
+    def rows(count: int, width: int) -> list[int]:
+        return ([TILE] * width + [LINE]) * count
+
+    assert grids_of(rows(2, 3), [1], rows(1, 4), [1, 5], rows(3, 3), [1]) == ((2, 3), (1, 4), (3, 3))
+    assert grids_of([0, 0], rows(2, 3)) == ((2, 3),) and grids_of(rows(1, 1)) == ((1, 1),)
+    for parts in (
+        [rows(2, 3)[:-1]],  # cut off
+        [rows(2, 3), rows(1, 2)],  # a row of another length
+        [rows(1, 3), [TILE] * 3, [7]],  # another id behind a row
+    ):
+        assert grids_of(*parts) is None, parts
+    assert pictures_by_rows(None, list(torch.arange(3).split(1))) == Pictures((3,), UNTOLD)
+    assert joined([unplaced(1)] * 6, (2, 3)).rasters == (Raster((2, 3)),)
+    with pytest.raises(ValueError, match="no grid of"):
+        joined([unplaced(1)] * 5, (2, 3))
 
 
 def test_joined_tiles_keep_their_order_and_refuse_separators():

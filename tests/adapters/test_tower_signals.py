@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from _masked_cells import features, patches_of_tokens, pixels
 from _masked_whole import compare_whole
 from _zoo import SPECIAL, zoo_batch
 from _zoo_all import zoo_model
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 import tokenprune
 from tokenprune.adapters._attention_calls import attention_in
 from tokenprune.api import adapter_for
-from tokenprune.engine.layer_check import hooked
 from tokenprune.interfaces.signals import summary_attention
 from tokenprune.state.tower_recording import sources_of
 
@@ -62,39 +62,6 @@ def eager_matrices(vision: Any, block: int):
         attention.config._attn_implementation, file.eager_attention_forward = before, original
 
 
-def pixels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a features call takes of a batch."""
-    return {name: value for name, value in batch.items() if name.startswith(("pixel", "image", "spatial"))}
-
-
-def features(adapter: Any, batch: dict[str, Tensor]) -> Tensor:
-    """`[tokens, D]` of a call."""
-    with torch.no_grad():
-        return torch.cat(
-            list(adapter.feature_rows(adapter.entry.get_image_features(**pixels(batch), return_dict=True)))
-        )
-
-
-def patches_of_tokens(adapter: Any, block: Any, batch: dict[str, Tensor]) -> list[list[int]]:
-    """By token, which rows of the states that a block leaves, counted over all pictures, it is made of."""
-    found: dict[int, list[int]] = {}
-    patch, count = 0, 1
-
-    def spoil(module: Any, args: Any, output: Any) -> Any:
-        nonlocal count
-        states = (output[0] if isinstance(output, tuple) else output).clone()
-        count = states.numel() // states.shape[-1]
-        states.view(-1, states.shape[-1])[patch] = float("nan")
-        return (states, *output[1:]) if isinstance(output, tuple) else states
-
-    with hooked(block.register_forward_hook(spoil, prepend=True)):
-        while patch < count:
-            for token in features(adapter, batch).isnan().any(dim=-1).nonzero()[:, 0].tolist():
-                found.setdefault(token, []).append(patch)
-            patch += 1
-    return [found[token] for token in range(len(found))]
-
-
 def expected(matrices: list[Tensor], patches: list[list[int]], sizes: list[int], cls: bool) -> Tensor:
     """`[tokens]`: what [CLS] gives to the patches of each token, or all patches of its picture do, in the mean.
 
@@ -121,7 +88,7 @@ def test_signals_are_those_of_the_whole_matrix(name: str) -> None:
     adapter = adapter_for(model)
     facts = adapter.tower
     block = WHOLE.get(name, facts.feature_layer)
-    with tokenprune.applied(model, f"vtc_cls(start_layer={block})", keep=4, verify=False), torch.no_grad():
+    with tokenprune.applied(model, f"vtc_cls(start_layer={block})", keep=4), torch.no_grad():
         recording, _ = sources_of(adapter.entry.get_image_features(**pixels(batch), return_dict=True))[0]
     mine = torch.cat(recording.signals[summary_attention(facts, block)])
     with eager_matrices(adapter.vision, block) as matrices:
@@ -145,7 +112,7 @@ def test_methods_that_read_towers_equal_the_masked_model(name: str, method: str)
 
 def _refused(model: Any, batch: dict[str, Tensor], why: str) -> None:
     with (
-        tokenprune.applied(model, "vtc_cls", keep=4, verify=False),
+        tokenprune.applied(model, "vtc_cls", keep=4),
         torch.no_grad(),
         pytest.raises(ValueError, match=f"has no tower signals of this image: .*{why}"),
     ):
@@ -224,7 +191,7 @@ def test_nothing_stays_on_the_model() -> None:
     blocks = model.model.visual.blocks
     names, configs = set(ALL_ATTENTION_FUNCTIONS), [block.attn.config for block in blocks]
     model.train()
-    with torch.inference_mode(), tokenprune.applied(model, "vtc_cls", keep=4, verify=False) as handle:
+    with torch.inference_mode(), tokenprune.applied(model, "vtc_cls", keep=4) as handle:
         model(**batch)
         assert handle.report().kept_tokens
         assert set(ALL_ATTENTION_FUNCTIONS) != names

@@ -4,6 +4,7 @@ decoder is tried, the first prompt is held against the features, and what is not
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -80,6 +81,18 @@ def test_inkling_is_refused_because_hiding_is_not_removing_there() -> None:
     model = _inkling()
     assert removal_error(adapter_for(model)) > 0.05
     with pytest.raises(ValueError, match="InklingTextModel has .* no input cuts"):
+        tokenprune.apply(model, "random", keep=4)
+
+
+def test_llama_4_is_refused_where_transformers_itself_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The zoo mends what 5.24 lacks; without that the model answers nothing, with pictures or without."""
+    model, outputs = zoo_model("llama4"), transformers.modeling_outputs
+    if "image_outputs" not in inspect.unwrap(type(model).forward).__code__.co_names:
+        pytest.skip("this transformers does not read it")
+    monkeypatch.delattr(outputs.MoeCausalLMOutputWithPast, "image_outputs")
+    with pytest.raises(AttributeError, match="has no attribute 'image_outputs'"):
+        model(input_ids=torch.tensor([[9, 10]]))
+    with pytest.raises(TypeError, match="fails in this release .* it reads image_outputs off the MoeCausalLMOutput"):
         tokenprune.apply(model, "random", keep=4)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from _tiny import prompts, tiny_llava
 from _zoo_all import zoo_batch, zoo_model
@@ -55,3 +57,11 @@ def test_the_command_prints_four_lines_and_the_error(capsys: pytest.CaptureFixtu
     assert error < 1e-4 < unpruned
     assert main(["check-model", "no-such-model"]) == 2
     assert main(["check-model", "pocket-llava", "--side", "0"]) == 2
+
+
+def test_a_model_without_a_processor_has_its_decoder_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_llava().save_pretrained(tmp_path)
+    assert main(["check-model", str(tmp_path), "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:16].strip() for line in lines[1:5]] == list(CAPABILITIES)
+    assert lines[5].startswith("a random prompt  not tried: ") and "save_pretrained" in lines[5]

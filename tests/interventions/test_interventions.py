@@ -76,6 +76,16 @@ def test_a_plug_in_of_ones_own_is_one_class(zeroed):
     torch.testing.assert_close(decoded.logits[-1], again, rtol=1e-4, atol=1e-5)
 
 
+def test_an_intervention_that_names_rows_of_pictures_is_stopped(zeroed):
+    class Wrong(zeroed):
+        def rows(self, visual, attended, before):
+            return visual
+
+    model = tiny_llava()
+    with tokenprune.applied(model, Wrong()), pytest.raises(ValueError, match="Name text alone, or return None"):
+        model(**prompts([1]))
+
+
 def test_two_interventions_need_layers_of_their_own(zeroed):
     model = tiny_llava(layers=6)
     with pytest.raises(ValueError, match="var and zeroed both act in decoder layer 2"):
@@ -145,9 +155,13 @@ def test_what_a_model_cannot_have_is_refused_before_anything_runs():
 
 
 def test_lists_and_the_command_line(capsys):
-    assert tokenprune.list_interventions() == ["var"]
+    assert {"naavit", "shortv", "var", "zerotuning"} <= set(tokenprune.list_interventions())
     main(["ls", "interventions"])
-    assert capsys.readouterr().out.startswith("var ")
+    listed = capsys.readouterr().out
+    assert "\nvar " in f"\n{listed}" and "arXiv 2505.11739" in listed
+    main(["ls", "interventions", "zerotuning"])
+    assert "gamma = 1.0\n      above 0; 1 switches it off" in capsys.readouterr().out
+    assert main(["ls", "interventions", "zerotunin"]) == 2 and "Did you mean 'zerotuning'" in capsys.readouterr().err
     assert main(["eval", "--method", "var", "--keep", "64"]) == 2
     assert "leave --keep out" in capsys.readouterr().err
     assert main(["eval", "--method", "vtc_cls+var"]) == 2

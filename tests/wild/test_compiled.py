@@ -21,20 +21,25 @@ def fresh_graphs() -> Any:
     torch.compiler.reset()
 
 
+def small() -> Any:
+    """Tracing takes as long as there are layers."""
+    return tiny_llava(layers=1, vision_layers=3)
+
+
 def logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
         return model(**batch).logits
 
 
 def plain(method: Any, batch: dict[str, Any]) -> torch.Tensor:
-    with tokenprune.applied(tiny_llava(layers=2), method) as handle:
+    with tokenprune.applied(small(), method) as handle:
         return logits(handle.model, batch)
 
 
 @pytest.mark.parametrize("method", ["uniform@9", "flowcut@9"])
 def test_a_model_that_ran_compiled_before(method: str) -> None:
     batch = prompts([1])
-    pruned, model = plain(method, batch), tiny_llava(layers=2)
+    pruned, model = plain(method, batch), small()
     model.compile(backend="eager")
     whole = logits(model, batch)
     handle = tokenprune.apply(model, method)
@@ -47,7 +52,7 @@ def test_a_model_that_ran_compiled_before(method: str) -> None:
 
 
 def test_another_object_of_the_class_that_ran_compiled_before_and_after() -> None:
-    batch, other, model = prompts([1]), tiny_llava(layers=2), tiny_llava(layers=2)
+    batch, other, model = prompts([1]), small(), small()
     pruned, whole = plain("uniform@9", batch), logits(other, batch)
     other.compile(backend="eager")
     model.compile(backend="eager")
@@ -63,7 +68,7 @@ def test_another_object_of_the_class_that_ran_compiled_before_and_after() -> Non
     ("part", "how"), [("vision_tower", "in place"), ("vision_tower", "wrapped"), ("language_model", "wrapped")]
 )
 def test_a_part_that_ran_compiled_before(part: str, how: str) -> None:
-    batch, model = prompts([1]), tiny_llava(layers=2)
+    batch, model = prompts([1]), small()
     pruned = plain("flowcut@9", batch)
     if how == "in place":
         getattr(model.model, part).compile(backend="eager")
@@ -92,7 +97,7 @@ def test_the_setting_of_dynamo_is_given_back() -> None:
     import torch._dynamo
 
     before = torch._dynamo.config.skip_nnmodule_hook_guards
-    one, two = tokenprune.apply(tiny_llava(layers=2), "uniform@9"), tokenprune.apply(tiny_llava(layers=2), "uniform@9")
+    one, two = tokenprune.apply(small(), "uniform@9"), tokenprune.apply(small(), "uniform@9")
     one.remove()
     assert torch._dynamo.config.skip_nnmodule_hook_guards is False
     two.remove()

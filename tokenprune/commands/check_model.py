@@ -30,15 +30,22 @@ def _check(args: argparse.Namespace) -> int:
     with as_user_error():
         if args.side < 1:
             raise ValueError(f"--side is the side of a picture in pixels, at least 1, got {args.side}.")
-        loaded = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
+        loaded = load_model(args.model, args.dtype, args.device, args.trust_remote_code, needs_processor=False)
         adapter = loaded.adapter
-        inputs = loaded.inputs(["What is in the picture?"], [_noise(args.side)])
+        without = loaded.processor is None
+        inputs = None if without else loaded.inputs(["What is in the picture?"], [_noise(args.side)])
     print(f"{type(loaded.model).__name__}, read by the family file {adapter.name!r}")
     findings = capabilities_of(adapter, inputs)
     for finding in findings:
         print(f"{finding.name:<16} {'yes' if finding.has else 'no':<4} {finding.says}")
     if not findings[0].has:
         return 1
+    if inputs is None:
+        print(
+            f"a random prompt  not tried: {args.model} has no processor that loads. Tower signals and what stands at "
+            "the placeholders are tried where there is one (processor.save_pretrained into the same folder)."
+        )
+        return 0
     with as_user_error():
         found = prompt_error(loaded.model, adapter, inputs)
     print(

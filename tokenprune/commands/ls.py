@@ -10,7 +10,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Declare the subcommand."""
     ls = commands.add_parser("ls", help="list methods, interventions, models, tasks or sweeps")
     ls.add_argument("what", choices=("methods", "interventions", "models", "tasks", "sweeps"))
-    ls.add_argument("name", nargs="?", help="with methods: all of one method, its options, source and notes")
+    ls.add_argument("name", nargs="?", help="with methods and interventions: all of one, its options, source and notes")
     ls.add_argument("--json", action="store_true", help="with methods: as JSON, for other programs")
     ls.set_defaults(handler=_ls)
 
@@ -18,15 +18,18 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _ls(args: argparse.Namespace) -> int:
     what: str = args.what
     from tokenprune.evals.errors import UserError
-    from tokenprune.registry import INTERVENTIONS, MODELS
+    from tokenprune.registry import MODELS
 
-    if what != "methods" and (args.name is not None or args.json):
+    if what != "methods" and (args.json or (args.name is not None and what != "interventions")):
         raise UserError(f"A name and --json go with `ls methods`, not with `ls {what}`.")
     if what == "methods":
         _methods(args.name, args.json)
     elif what == "interventions":
-        for name in INTERVENTIONS.names():
-            print(f"{name:<17} {INTERVENTIONS.describe(name)}")
+        from tokenprune.commands._interventions import intervention_details, intervention_lines
+        from tokenprune.evals.errors import as_user_error
+
+        with as_user_error():
+            print("\n".join(intervention_lines() if args.name is None else intervention_details(args.name)))
     elif what == "models":
         from tokenprune.evals.models.load import pocket_names
 

@@ -35,7 +35,8 @@ class Drafts:
 
         @functools.wraps(generate)
         def generating(*args: Any, **kwargs: Any) -> Any:
-            before, self._calls.generation = self._calls.generation, Generation()
+            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            before, self._calls.generation = self._calls.generation, Generation(ids=ids)
             try:
                 return generate(*args, **kwargs)
             finally:

@@ -12,56 +12,28 @@ import copy
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenprune.engine.key_bias import BiasOfCall, KeyBias
+from tokenprune.engine.key_bias import KeyBias, check_wider
+from tokenprune.engine.key_facts import AttentionCall, KeyFacts, Rows
 from tokenprune.engine.query_rows import put, seen_keys, take
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
-from tokenprune.interfaces.intervention import Attended, DecoderInfo, Entering, Facts, Intervention
+from tokenprune.interfaces.bypass import Bypass
+from tokenprune.interfaces.intervention import Attended, DecoderInfo, Facts, Intervention
 from tokenprune.interfaces.pruner import Stage
+from tokenprune.interfaces.signals import VISION_SIGNALS, Signal
 from tokenprune.state.call_inputs import CallInputs
 from tokenprune.state.compaction import Compaction
 from tokenprune.state.forward_call import Calls
 from tokenprune.state.key_bias import biased_key, biased_query, biased_value
-from tokenprune.state.kv_cache import KeyAnnotations, LayerFacts, key_facts, mark_facts
-from tokenprune.state.prompt_layout import Layout
+from tokenprune.state.kv_cache import KeyAnnotations, key_facts, mark_facts
 from tokenprune.state.prompt_state import Prompt
 from tokenprune.wrappers import AsConfigured, runs_again, unwrap
-
-
-@dataclass
-class _Call:
-    """One call of the decoder.
-
-    Attributes:
-        before: facts on the cache's keys.
-        prompt: None for a call without pictures.
-        noting: whether facts are noted on the tokens of this call.
-        seen: `[B]` bool, whether the cache holds visual tokens.
-        rows: by intervention, `[B, R]` where the rows that it may change stand now, and `[B, R]` whether there is one;
-            an intervention that is not here may change all rows.
-        attended: `[B, S]` bool, None without padding.
-        noted: by layer, facts on the tokens of this call.
-        joined: by layer, facts on all keys.
-        bias: the bias of keys.
-    """
-
-    before: KeyAnnotations | None
-    prompt: Prompt | None
-    noting: bool
-    first: bool
-    seen: Tensor
-    attended: Tensor | None
-    rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    visual: Tensor | None = None
-    noted: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    joined: dict[int, LayerFacts] = field(default_factory=dict)
-    bias: BiasOfCall = field(default_factory=BiasOfCall)
 
 
 class AttentionInterventions:
@@ -81,21 +53,20 @@ class AttentionInterventions:
         self, adapter: Adapter, interventions: Sequence[Intervention], calls: Calls, stages: Sequence[Stage] = ()
     ) -> None:
         self.adapter, self.interventions, self._calls = adapter, tuple(interventions), calls
-        config = adapter.language_model.config
-        decoder = DecoderInfo(
-            adapter.name,
-            config.model_type,
-            config.hidden_size,
-            len(adapter.layers),
-            config.num_attention_heads,
-            getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        )
+        config, decoder = adapter.language_model.config, decoder_info(adapter)
+        kind = str(getattr(config, "_attn_implementation", None) or "eager")
         cuts = [stage.depth for stage in stages if stage.place == "layer"]
         self.layers: dict[int, int] = {}  # which intervention acts in which layer
+        self.bypasses: list[tuple[Bypass, tuple[int, ...]]] = []  # and those that change no attention
         for number, one in enumerate(self.interventions):
             layers = one.prepare(decoder)
             if layers:
                 one.check_cuts(layers, cuts)
+                if one.widens_heads:
+                    check_wider(config, kind, one.name, "use another intervention")
+            if isinstance(one, Bypass):
+                self.bypasses.append((one, layers))
+                continue
             for layer in layers:
                 if layer in self.layers:
                     other = self.interventions[self.layers[layer]].name
@@ -104,7 +75,8 @@ class AttentionInterventions:
                         "Give each its own layers=[...]."
                     )
                 self.layers[layer] = number
-        kind = str(getattr(config, "_attn_implementation", None) or "eager")
+        self.signals = self._signals_of_tower(stages)  # what they read of the vision tower
+        self._facts = KeyFacts(self.interventions, self.layers)
         self._bias = KeyBias(stages, config, len(adapter.layers), kind)
         if self.layers and any(word in kind for word in ("flex", "paged")):
             raise ValueError(
@@ -119,9 +91,30 @@ class AttentionInterventions:
         self._run_again: set[int] = set()  # layers in which checkpoint wrappers run attention a second time
         self._interfaces: Any = None
 
+    def _signals_of_tower(self, stages: Sequence[Stage]) -> tuple[Signal, ...]:
+        found: list[Signal] = []
+        for number, one in enumerate(self.interventions):
+            own = one.signals(self.adapter.tower) if number in self.layers.values() else ()
+            if any(signal.name not in VISION_SIGNALS for signal in own):
+                raise ValueError(f"{one.name} asks for {own[0].name}; an intervention may read the vision tower alone.")
+            for stage in stages if own else ():
+                if stage.place in ("pixels", "vision"):
+                    raise ValueError(
+                        f"{one.name} reads whole pictures off the vision tower, and {stage.pruner.name} takes tokens "
+                        f"out at {stage.site!r}, before or while it runs. Use a method that cuts at 'input' or "
+                        "'layer:K'."
+                    )
+            found += own
+        return tuple(found)
+
     @property
-    def _call(self) -> _Call | None:
+    def _call(self) -> AttentionCall | None:
         return None if self._calls.now is None else self._calls.now.attention
+
+    @property
+    def changes(self) -> dict[int, str]:
+        """What changes the attention of a layer, by layer."""
+        return {layer: self._who(layer) for layer in sorted(self._places.values())}
 
     @property
     def learns(self) -> bool:
@@ -186,7 +179,7 @@ class AttentionInterventions:
         else:
             seen = before.visual
         noting = prompt is not None or (inputs.past == 0 and not getattr(cache, "is_compileable", False))
-        call = self._calls.now.attention = _Call(before, prompt, noting, inputs.past == 0, seen, attended)
+        call = self._calls.now.attention = AttentionCall(before, prompt, noting, inputs.past == 0, seen, attended)
         if prompt is None:
             return
         visual = torch.zeros(batch_size, prompt.layout.length, dtype=torch.bool)
@@ -194,11 +187,7 @@ class AttentionInterventions:
             visual[span.sample, span.places] = True
         real = torch.ones_like(visual) if prompt.attended is None else prompt.attended
         had = seen.cpu() if before is not None else torch.zeros(batch_size, dtype=torch.bool)
-        for number, one in enumerate(self.interventions):
-            wanted = one.rows(visual, real, had)
-            most = max(int(wanted.sum(1).max()), 1)
-            index = wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
-            call.rows[number] = index.to(device), wanted.gather(1, index).to(device)
+        self._facts.plan_rows(call, visual, real, had)
         call.seen = seen | visual.any(1).to(device)
 
     def _check_checkpointing(self) -> None:
@@ -214,22 +203,8 @@ class AttentionInterventions:
 
     def cut(self, compaction: Compaction, layer: int | None = None) -> None:
         """Tokens left: at the input, or before `layer`."""
-        call = self._call
-        if call is None:
-            return
-        call.bias.moved()
-        target, length = compaction.target, compaction.index.shape[1]
-        call.rows = {
-            number: (target.gather(1, rows).clamp(0, length - 1), real) for number, (rows, real) in call.rows.items()
-        }
-        call.attended = compaction.real if compaction.padded else None
-        call.visual = None
-        if layer in call.noted:
-            noted = call.noted[layer]
-            moved = dict(zip(noted, compaction.move(list(noted.values()))))
-            call.noted[layer] = {
-                name: values.masked_fill(~compaction.real.to(values.device), 0) for name, values in moved.items()
-            }
+        if self._call is not None:
+            self._call.cut(compaction, layer)
 
     def kept_out(self, layer: int) -> tuple[Tensor, bool] | None:
         """See `Intervention.kept_out`, for a stage that cuts before `layer`."""
@@ -268,8 +243,9 @@ class AttentionInterventions:
     def summaries(self, prompt: Prompt) -> tuple[str, ...]:
         """A line for each intervention: name, layers, what it found in `prompt`."""
         lines = []
+        bypassed = {id(one): layers for one, layers in self.bypasses}
         for number, one in enumerate(self.interventions):
-            layers = [layer for layer, owner in self.layers.items() if owner == number]
+            layers = bypassed.get(id(one)) or [layer for layer, owner in self.layers.items() if owner == number]
             noted = prompt.noted[number] if prompt.noted else {}
             lines.append(f"{one.name}  layers {runs(layers) or 'none'}; {one.summary(noted)}".rstrip("; "))
         return tuple(lines)
@@ -281,62 +257,7 @@ class AttentionInterventions:
         if call is None or not call.noting:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
-        layer = self._places[unwrap(self.adapter.attention(module))]
-        if call.visual is None:
-            call.visual = self._visual(call.prompt, hidden)
-        visual = call.visual.to(hidden.device)
-        prompt = call.prompt or Prompt(Layout((), *hidden.shape[:2]))
-        pictures = prompt.picture_keys
-        entering = Entering(layer, hidden.detach(), visual, call.attended, call.first, pictures)
-        with torch.no_grad():
-            noted = self.interventions[self.layers[layer]].note(entering)
-        new = self._new(call, hidden)
-        call.noted[layer] = noted if new is None else {name: v.masked_fill(~new, 0) for name, v in noted.items()}
-
-    @staticmethod
-    def _new(call: _Call, hidden: Tensor) -> Tensor | None:
-        """`[B, S]` bool: tokens on which facts are kept; None: all. What a draft proposed is no part of the prompt, and
-        a row that gets no picture in a later turn is as if it were alone."""
-        prompt = call.prompt
-        if prompt is None or (call.first and not prompt.drafted):
-            return None
-        rows = torch.ones(hidden.shape[0], 1, dtype=torch.bool)
-        if not call.first:
-            rows[:] = False
-            rows[[span.sample for span in prompt.layout.spans]] = True
-        new = rows.repeat(1, hidden.shape[1])
-        new[:, hidden.shape[1] - prompt.drafted :] = False
-        return new.to(hidden.device)
-
-    @staticmethod
-    def _visual(prompt: Prompt | None, hidden: Tensor) -> Tensor:
-        visual = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        if prompt is not None:
-            for span, alive in zip(prompt.layout.spans, prompt.alive):
-                standing = alive.places if alive.placeholders is None else alive.placeholders
-                visual[span.sample, standing.to(hidden.device)] = True
-        return visual
-
-    def _facts(self, layer: int, call: _Call, held: int) -> LayerFacts | None:
-        """Facts on the keys of a layer, of which `held` were there before the call."""
-        before = None if call.before is None else call.before.layers.get(layer)
-        noted = call.noted.get(layer)
-        if not noted:
-            return before
-        if layer not in call.joined:
-            values = {name: self._join(before, name, new, held) for name, new in noted.items()}
-            call.joined[layer] = LayerFacts(values, self.interventions[self.layers[layer]].applies(values))
-        return call.joined[layer]
-
-    @staticmethod
-    def _join(before: LayerFacts | None, name: str, new: Tensor, held: int) -> Tensor:
-        if not held:
-            return new
-        old = new.new_zeros(new.shape[0], held)
-        known = None if before is None else before.values.get(name)
-        if known is not None:
-            old[:, : known.shape[1]] = known.to(new.device)
-        return torch.cat([old, new], dim=1)
+        self._facts.enter(call, self._places[unwrap(self.adapter.attention(module))], hidden)
 
     def bias(self, layer: int, held: int, new: Tensor) -> Tensor | None:
         """`[B, <= held + P]` fp32, what a layer adds to the logits of its first keys; None: nothing.
@@ -379,7 +300,7 @@ class AttentionInterventions:
     ) -> tuple[Tensor, Any]:
         """Attention as the layer's intervention has it, over `held` keys of before the call and its own."""
 
-        def stock() -> tuple[Tensor, Any]:
+        def stock(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Any]:
             config, eager = self._stock[layer]
             stock_function = self._interfaces.get_interface(config._attn_implementation, eager)
             asking = module if "flash" not in str(config._attn_implementation) else AsConfigured(module, config)
@@ -387,42 +308,73 @@ class AttentionInterventions:
 
         call = self._call
         if call is None or layer not in self.layers:
-            return stock()
+            return stock(query, key, value)
         number = self.layers[layer]
-        facts = self._facts(layer, call, held)
-        if facts is None or not facts.some:
-            return stock()
         one = self.interventions[number]
+        facts = self._facts.of_layer(call, layer, held)
+        measures = self._facts.measures(call, layer)
+        if not measures and (facts is None or not facts.some):
+            return stock(query, key, value)
         if call.prompt is None and call.noting and one.visual_only:
-            return stock()
-        rows, real = (part.to(query.device) for part in call.rows[number]) if number in call.rows else (None, None)
-        given = Attended(
-            layer=layer,
-            query=query if rows is None else take(query, rows, 2),
-            key=key,
-            value=value,
-            allowed=seen_keys(attention_mask, rows, query.shape[2], key, kwargs.get("sliding_window")),
-            scale=kwargs["scaling"],
-            facts=facts.values,
-            real=real,
-            prompt=call.noting,
-        )
-        changed = one.attend(given)
+            return stock(query, key, value)
+
+        def given(named: Mapping[int, Rows]) -> Attended:
+            whole = number not in named
+            rows, real = (None, call.attended) if whole else (part.to(query.device) for part in named[number])
+            return Attended(
+                layer=layer,
+                query=query if rows is None else take(query, rows, 2),
+                key=key,
+                value=value,
+                allowed=seen_keys(attention_mask, rows, query.shape[2], key, kwargs.get("sliding_window")),
+                scale=kwargs["scaling"],
+                facts={} if facts is None else facts.values,
+                real=None if real is None else real.to(query.device),
+                prompt=call.noting,
+                whole=whole,
+                places=rows,
+                drafted=0 if call.prompt is None else call.prompt.drafted,
+                carried=self._facts.carried(call, layer, query.device),
+                stock=lambda *changed: stock(*changed)[0].transpose(1, 2),
+            )
+
+        if measures:
+            self._facts.measure(call, layer, given(call.measured))
+            facts = self._facts.of_layer(call, layer, held)
+            if facts is None or not facts.some:
+                return stock(query, key, value)
+        asked = given(call.rows)
+        changed = one.attend(asked)
         if changed is None:
-            return stock()
+            return stock(query, key, value)
         if call.prompt is not None:
-            call.prompt.attention_flops[layer] = one.flops(given)
-        changed = changed.transpose(1, 2)
-        if rows is None and facts.every:
+            flops = call.prompt.attention_flops
+            flops[layer] = (flops.get(layer, 0) if measures else 0) + one.flops(asked)
+        changed, applies = changed.transpose(1, 2), facts.applies[:, None]
+        if asked.whole and asked.real is None and facts.every:
             return changed, None
-        output, _ = stock()
-        applies = facts.applies[:, None]
-        if rows is None or real is None:
+        output, _ = stock(query, key, value)
+        if asked.whole:
+            # padding keeps what it has: `generate` goes on from the last column, even where it is padding
+            applies = applies if asked.real is None else applies & asked.real
             return torch.where(applies[..., None, None], changed, output), None
         # places that stand for no row hold what was there
-        kept = take(output, rows, 1)
-        changed = torch.where((real & applies)[..., None, None], changed, kept)
+        rows, real = (part.to(query.device) for part in call.rows[number])
+        changed = torch.where((real & applies)[..., None, None], changed, take(output, rows, 1))
         return put(output, rows, real, changed), None
+
+
+def decoder_info(adapter: Adapter) -> DecoderInfo:
+    """What an intervention may know of a model's decoder."""
+    config = adapter.language_model.config
+    return DecoderInfo(
+        adapter.name,
+        config.model_type,
+        config.hidden_size,
+        len(adapter.layers),
+        config.num_attention_heads,
+        getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+    )
 
 
 def _weakly(attending: AttentionInterventions) -> Callable[..., tuple[Tensor, Any]]:

@@ -1,14 +1,20 @@
-"""From a stage and the tokens that are there to a selection: groups images of one shape, and asks the method."""
+"""From a stage and the tokens that are there to a selection: splits visuals into what a method ranks at a time, groups
+images of one shape, asks the method, and puts its answers together by visual.
+
+Knows no model and no engine: whoever has the tokens of visuals, their grids and their signals can ask (the hooks on
+transformers' models do, and vLLM's workers).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokenprune.interfaces.budget import split_budget
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.selection import Selection
 from tokenprune.interfaces.signals import Signal, TowerInfo
@@ -96,6 +102,125 @@ class SelectionResult:
     carry: dict[str, Tensor]
     sizes: Tensor | None = None
     merged: Tensor | None = None
+
+
+class Part(NamedTuple):
+    """Tokens of one visual that a method ranks together.
+
+    Attributes:
+        rasters: their grids; `start` counts from the part's own first token where it is a single raster of several.
+        begin: the first of them, among the tokens of the visual that are there.
+        count: how many they are.
+        budget: how many of them shall stay.
+    """
+
+    rasters: tuple[Raster, ...]
+    begin: int
+    count: int
+    budget: int
+
+
+@dataclass
+class VisualSelection:
+    """What was chosen in one visual, all its parts together.
+
+    Attributes:
+        kept: `[k]` int64, increasing, among the tokens that were there.
+        features: `[k, D]` in place of the tokens' own, or None.
+        carry: name -> `[count]`, values of all tokens that were there.
+        sizes: `[k]` fp32, how many tokens each weighs as in attention; None where each stands for itself.
+        merged: `[]` each, how many tokens went into kept ones, by part.
+    """
+
+    kept: Tensor
+    features: Tensor | None
+    carry: dict[str, Tensor]
+    sizes: Tensor | None
+    merged: list[Tensor]
+
+
+def parts_of(
+    stage: Stage, rasters: Sequence[Raster], count: int, budget: int, cut_before: bool, together: bool = False
+) -> list[Part]:
+    """What a stage's method ranks at a time of one visual, by its scope.
+
+    Args:
+        count: tokens that are there.
+        budget: how many of the visual's tokens shall stay.
+        cut_before: whether some have left: what is left is ranked together, whatever the scope.
+        together: the same for another reason.
+
+    Raises:
+        ValueError: the method works on a grid and the tokens stand in none that is known.
+    """
+    check_placed(stage, rasters)
+    scope = stage.pruner.scope or stage.pruner.default_scope
+    if together or cut_before or scope == "visual" or len(rasters) == 1:
+        return [Part(tuple(rasters), 0, count, min(budget, count))]
+    budgets = split_budget(budget, [raster.num_tokens for raster in rasters])
+    return [
+        Part((Raster(raster.grid, 0, raster.kind),), raster.start, raster.num_tokens, min(share, raster.num_tokens))
+        for raster, share in zip(rasters, budgets)
+    ]
+
+
+def exact_count(stage: Stage, rasters: Sequence[Raster], budget: int) -> int:
+    """How many tokens of a visual that is whole stay, for a method that is not adaptive: at most `budget`, as some can
+    keep no other numbers than those of a raster's cells."""
+    count = sum(raster.num_tokens for raster in rasters)
+    parts = parts_of(stage, rasters, count, budget, cut_before=False)
+    return sum(
+        part.budget if part.budget in (0, part.count) else stage.pruner.exact_tokens(part.rasters, part.budget)
+        for part in parts
+    )
+
+
+def check_placed(stage: Stage, rasters: Sequence[Raster]) -> None:
+    """Raise ValueError where a method works on a grid and the tokens stand in none that is known."""
+    if stage.pruner.needs_grid and any(raster.kind == "unplaced" for raster in rasters):
+        count = sum(raster.num_tokens for raster in rasters)
+        raise ValueError(
+            f"{stage.pruner.name} works on a grid of tokens, and the {count} tokens of this visual stand in none that "
+            "is known: neither the call nor the pictures' sizes say rows and columns that make so many. Use a method "
+            "that needs no grid (random, divprune)."
+        )
+
+
+def part_key(pixel_key: Tensor, image: int, begin: int) -> Tensor:
+    """`[]` int64, a part's number for random methods: of its visual's pixels, of the visual's place among those of its
+    prompt, and of where the part begins."""
+    return pixel_key + (image * 0x9E3779B1 + begin)
+
+
+def join_parts(
+    stage: Stage,
+    parts: Sequence[tuple[SelectionRequest, SelectionResult | None]],
+    before: Mapping[str, Tensor],
+    device: torch.device,
+) -> VisualSelection | None:
+    """Answers about the parts of one visual, together; None where all of it stays as it is.
+
+    Args:
+        before: what an earlier stage left with the visual's tokens.
+    """
+    if all(answer is None for _, answer in parts):
+        return None
+    chosen, features, start = [], [], 0
+    merges = any(answer is not None and answer.features is not None for _, answer in parts)
+    for item, answer in parts:
+        indices = (torch.arange(item.count) if answer is None else answer.indices).to(device)
+        chosen.append(start + indices)
+        if merges:
+            own = None if answer is None else answer.features
+            features.append(item.features()[indices] if own is None else own)
+        start += item.count
+    return VisualSelection(
+        kept=torch.cat(chosen),
+        features=torch.cat(features) if merges else None,
+        carry=joined_carry(before, [answer for _, answer in parts]),
+        sizes=joined_sizes(stage, [(item.count, answer) for item, answer in parts]),
+        merged=[answer.merged for _, answer in parts if answer is not None and answer.merged is not None],
+    )
 
 
 def choose(

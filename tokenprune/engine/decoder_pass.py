@@ -51,6 +51,7 @@ class DecoderPass:
         self._rotations: dict[tuple[int, int, str, int, bool], Any] = {}
         self._cuts = 0
         self._moved = False
+        self.beside: dict[str, Any] = {}  # arguments by which the decoder adds to visual tokens before later layers
         config = adapter.language_model.config
         self._flash = "flash" in str(getattr(config, "_attn_implementation", ""))
 
@@ -135,6 +136,18 @@ class DecoderPass:
         self.compaction = compaction.after(self.compaction)
         self.moves.append((layer, self.compaction))
         self._note(layer)
+        self._cut_beside(compaction)
+
+    def _cut_beside(self, compaction: Compaction) -> None:
+        """Shorten in place what the decoder, which is running, adds before layers to come."""
+        if not self.beside:
+            return
+        for name, value in self.adapter.per_token_kwargs(self.beside, compaction.rows, compaction.real).items():
+            there = self.beside[name]
+            if isinstance(there, Tensor):
+                there.data = value
+            else:  # by layer
+                there.update(value)
 
     @property
     def made_whole(self) -> bool:

@@ -29,7 +29,7 @@ from tokenprune.interfaces.pruner import Pruner, Stage
 from tokenprune.interfaces.selection import Selection
 from tokenprune.interfaces.view import View
 from tokenprune.interfaces.visual import unplaced
-from tokenprune.seams import cache_argument, cache_in
+from tokenprune.seams import cache_argument, cache_in, empty_cache
 from tokenprune.state.prompt_layout import Layout, Span
 from tokenprune.state.prompt_state import Prompt
 from tokenprune.state.tower_recording import Recording
@@ -116,9 +116,8 @@ def removal_error(adapter: Adapter, layers: Sequence[int] = ()) -> float:
     stages = [Stage(site, _EveryThird(), keep) for site, keep in zip(sites, keeps)]
     engine = Engine(adapter, stages, outputs="full")
     embeds = _embeddings(adapter)
-    prompt = _prompt(embeds)
     with torch.no_grad():
-        cut = _shortened(engine, prompt, embeds)
+        prompt, cut = _shortened(engine, embeds)
         stays = _standing(prompt, embeds.shape[1])
         whole = _hidden(adapter, [int(cut.site.partition(":")[2] or 0) for cut in prompt.cuts], stays, embeds)
     errors = (cut.double() - whole.double()).norm(dim=-1) / whole.double().norm(dim=-1)  # [2, S + 1]
@@ -163,9 +162,14 @@ def _prompt(embeds: Tensor) -> Prompt:
     return prompt
 
 
-def _shortened(engine: Engine, prompt: Prompt, embeds: Tensor) -> Tensor:
-    """`[2, S + 1, D]`: the prompt as the engine prunes it, put back at full length, and one token after it."""
-    adapter, ledger = engine.adapter, Ledger()
+def _shortened(engine: Engine, embeds: Tensor, cache: Any = None) -> tuple[Prompt, Tensor]:
+    """A prompt, and `[2, S + 1, D]` of it: as the engine prunes it, put back at full length, and one token after it.
+
+    Args:
+        cache: for a decoder that makes none by itself; None: to be found out.
+    """
+    adapter, ledger, prompt = engine.adapter, Ledger(), _prompt(embeds)
+    given = {} if cache is None else cache_argument(cache)
     decoder, real, positions = adapter.language_model, _real().long().to(embeds.device), _positions(adapter)
     positions = positions.to(embeds.device)
     engine.install_decoder(ledger)
@@ -173,17 +177,23 @@ def _shortened(engine: Engine, prompt: Prompt, embeds: Tensor) -> Tensor:
         call = engine.calls.begin(adapter.entry)
         call.entered, call.prompt = True, prompt
         first = decoder(
-            inputs_embeds=embeds[:, :-1], attention_mask=real[:, :-1], position_ids=positions[..., :-1], use_cache=True
-        )
-        engine.calls.end(adapter.entry)
-        then = decoder(
-            inputs_embeds=embeds[:, -1:], attention_mask=real, position_ids=positions[..., -1:], use_cache=True,
-            **cache_argument(cache_in(first)),
+            inputs_embeds=embeds[:, :-1], attention_mask=real[:, :-1], position_ids=positions[..., :-1], use_cache=True,
+            **given,
         )  # fmt: skip
+        engine.calls.end(adapter.entry)
+        made = cache_in(first)
+        if made is not None:
+            then = decoder(
+                inputs_embeds=embeds[:, -1:], attention_mask=real, position_ids=positions[..., -1:], use_cache=True,
+                **cache_argument(made),
+            )  # fmt: skip
+            return prompt, torch.cat([first.last_hidden_state, then.last_hidden_state], dim=1)
     finally:
         engine.calls.now = None
         ledger.undo()
-    return torch.cat([first.last_hidden_state, then.last_hidden_state], dim=1)
+    if cache is not None:
+        raise ValueError(f"{type(decoder).__name__} was given a KV cache and returns none")
+    return _shortened(engine, embeds, empty_cache(decoder.config))
 
 
 def _standing(prompt: Prompt, length: int) -> list[Tensor]:

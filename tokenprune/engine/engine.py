@@ -19,9 +19,12 @@ from tokenprune.capture.signal_checks import check_decoder_signal
 from tokenprune.capture.token_transition import Transitions
 from tokenprune.engine.assisted_decoding import Drafts
 from tokenprune.engine.attention import AttentionInterventions
+from tokenprune.engine.bypass import LayerBypass
 from tokenprune.engine.decoder_pass import DecoderPass
 from tokenprune.engine.first_layer import entering
 from tokenprune.engine.guards import (
+    check_added_inside,
+    check_drafts,
     check_features,
     check_mask,
     check_places,
@@ -31,7 +34,7 @@ from tokenprune.engine.guards import (
 from tokenprune.engine.hints import Hints
 from tokenprune.engine.layer_cuts import LayerCuts
 from tokenprune.engine.outputs import Outputs, restore, strike_out
-from tokenprune.engine.prompt_reader import PromptReader
+from tokenprune.engine.prompt_reader import PromptReader, Tiles
 from tokenprune.engine.prompt_selection import PromptSelector
 from tokenprune.engine.vision_tower import TowerHooks
 from tokenprune.engine.whole_masks import WholeMasks, make_masks, reach
@@ -40,6 +43,7 @@ from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.intervention import Intervention
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.signals import DECODER_SIGNALS, PROMPT_SIGNALS, TRANSITION_SIGNALS
+from tokenprune.interfaces.visual import Visual
 from tokenprune.plan.checks import check_vision_signal
 from tokenprune.seams import cache_in
 from tokenprune.state.call_inputs import CallInputs
@@ -80,12 +84,14 @@ class Engine:
         self._last_of: Generation | None = None  # the `generate` call that `last` is of
         self.calls = Calls()
         self.hints = Hints(adapter, self.stages, self.calls)
+        self.attending = AttentionInterventions(adapter, interventions, self.calls, self.stages)
+        self.bypass = LayerBypass(adapter, self.attending.bypasses, self.calls, self.stages, self.attending.changes)
         signals = [signal for stage in stages for signal in stage.signals(adapter.tower)]
+        signals += self.attending.signals
         for stage in stages:
             for signal in stage.signals(adapter.tower):
                 check_decoder_signal(signal, stage.site, stage.depth if stage.place in ("layer", "input") else -2)
                 check_vision_signal(signal, stage, adapter.tower.feature_layer)
-        self.attending = AttentionInterventions(adapter, interventions, self.calls, self.stages)
         self._input = next((stage for stage in stages if stage.place == "input"), None)
         # tokens that left before the projector leave the rows here too, under their own method's policy
         before_layers = [stage for stage in stages if stage.place != "layer"]
@@ -93,17 +99,24 @@ class Engine:
         self._policy = "keep" if first_cut is None else str(first_cut.pruner.positions)
         self._cut_site = before_layers[-1].site if before_layers else "input"
         self._reader = PromptReader(adapter)
-        self._tower = TowerHooks(adapter, stages, tuple(dict.fromkeys(signals)), self.hints, self.calls)
+        asked = tuple(dict.fromkeys(signals))
+        self._tower = TowerHooks(adapter, stages, asked, self.hints, self.calls, self._tiles, verify)
         self._transitions = Transitions(adapter, signals, self.calls)
         self._selector = PromptSelector(adapter.tower, self._transitions, self.attending, self.hints)
         self._layers = LayerCuts(adapter, self.stages, self._selector, self._transitions, self.attending, self.calls)
         reads_text = any(signal.name in (*DECODER_SIGNALS, *TRANSITION_SIGNALS, *PROMPT_SIGNALS) for signal in signals)
         self._drafts = Drafts(self.calls, reads_text or bool(self.attending.layers))
         self._outputs = Outputs(self.calls, outputs)
+        check_added_inside(adapter, self._input)
         self._learning = threading.RLock()
         self._reach = reach(adapter.language_model.config)
         self._parameters = list(inspect.signature(adapter.entry.forward).parameters)
         self._links = Links(adapter.model, ())  # of the modules that are hooked, once they are
+
+    @property
+    def changed_layers(self) -> tuple[int, ...]:
+        """Decoder layers that an intervention changes."""
+        return (*self.attending.layers, *self.bypass.layers)
 
     def install(self, ledger: Ledger) -> None:
         """Place every hook; `ledger` takes them away, and they may be placed again later."""
@@ -130,6 +143,9 @@ class Engine:
         ledger.hook(decoder.register_forward_hook(opaque(self._leave_decoder), always_call=True))
         for part in (self.attending, self._layers):
             part.install(ledger)
+        if self.bypass:  # behind cuts at its layers, also those that a cache asks for later
+            self._layers.hook_from(min(self.bypass.layers))
+        self.bypass.install(ledger)
 
     # --- a call -----------------------------------------------------------------------------------------------------
 
@@ -147,6 +163,7 @@ class Engine:
         if pruned_prompt(inputs.cache) is not None:
             self._serve(call, inputs.cache, whole=True)
         if self._reader.brings_pictures(inputs):
+            check_drafts(self.adapter, inputs.arguments, call.drafted)
             if self.adapter.behind_tower:
                 call.waiting = inputs
             else:
@@ -166,6 +183,12 @@ class Engine:
         if self.attending.learns:
             self._learning.acquire()
             call.learning = True
+
+    def _tiles(self, kind: str, visuals: Sequence[Visual]) -> Tiles:
+        """See `PromptReader.tiles`; of the call at work."""
+        now, generation = self.calls.now, self.calls.generation
+        entered = now if now is not None and now.entered else None
+        return self._reader.tiles(kind, visuals, entered, None if generation is None else generation.ids)
 
     def _leave(self, module: Any, args: Any, output: Any) -> None:
         # runs after an exception too, so that a failed call leaves nothing behind
@@ -205,7 +228,7 @@ class Engine:
             return None
         if call.waiting is not None:
             self._lay_out(call, call.waiting)
-            self._hold_against_features(call.prompt, inputs.embeds)
+            self._hold_against_features(call.prompt, self.adapter.rows_seen(kwargs, inputs.embeds))
         prompt, before = call.prompt, pruned_prompt(inputs.cache)
         if prompt is None and inputs.past == 0:
             self._remember(Prompt(Layout((), inputs.batch_size, inputs.length)))
@@ -223,7 +246,7 @@ class Engine:
         self._serve(call, None if before is None else inputs.cache)
         embeds, compaction = inputs.embeds, None  # [B, S, D]
         if prompt is not None:
-            embeds, compaction = self._cut_input(prompt, inputs)
+            embeds, compaction = self._cut_input(prompt, inputs, kwargs)
             self._remember(prompt)
             if compaction is not None:
                 self.attending.cut(compaction)
@@ -233,6 +256,8 @@ class Engine:
         changed = call.decoder.begin(compaction, self._policy, embeds)
         if compaction is not None:  # what else the decoder is handed by place: features that are added inside it
             changed |= self.adapter.per_token_kwargs(kwargs, compaction.rows, compaction.real)
+        if self.adapter.added_inside:
+            call.decoder.beside = {**kwargs, **changed}
         return args, {**kwargs, **changed}
 
     def _whole_masks(self, call: ForwardCall, inputs: CallInputs, made: Any) -> WholeMasks | None:
@@ -292,7 +317,9 @@ class Engine:
 
     # --- the cut at its input ---------------------------------------------------------------------------------------
 
-    def _cut_input(self, prompt: Prompt, inputs: CallInputs) -> tuple[Tensor, Compaction | None]:
+    def _cut_input(
+        self, prompt: Prompt, inputs: CallInputs, kwargs: Mapping[str, Any]
+    ) -> tuple[Tensor, Compaction | None]:
         """Let tokens leave that the tower or the stage at "input" took out; embeddings `[B, S, D]`, merged where the
         method merges, and what shortens them to `[B, P, D]`."""
         embeds = inputs.embeds
@@ -317,7 +344,9 @@ class Engine:
         if self._input is not None:
             with prompt.timer.running(embeds.device):
                 signals = self._read_first_layer(prompt, inputs, embeds, cutter)
-                embeds = self._selector.choose(self._input, prompt, cutter, embeds, signals)
+                shown = self.adapter.rows_seen(kwargs, embeds)
+                shown = self._selector.choose(self._input, prompt, cutter, shown, signals)
+                embeds = embeds if self.adapter.added_inside else shown
                 prompt.flops += sum(computed.flops for computed in signals.values())
         return embeds, cutter.compact(inputs.attended(embeds.device), inputs.batch_size)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +14,8 @@ from tokenprune.engine.whole_masks import RECURRENT
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.capability import INPUT_CUTS
+from tokenprune.interfaces.pruner import Stage
+from tokenprune.interfaces.signals import DECODER_SIGNALS
 from tokenprune.state.call_inputs import CallInputs
 from tokenprune.state.prompt_layout import Layout
 from tokenprune.state.prompt_state import Prompt
@@ -117,6 +119,25 @@ def check_cache(inputs: CallInputs) -> None:
         )
 
 
+def check_drafts(adapter: Adapter, call: Mapping[str, Any], drafted: int) -> None:
+    """Raise ValueError where the prompt of a call would see what a draft proposed.
+
+    Args:
+        adapter: the model's family.
+        call: arguments, by name.
+        drafted: tokens at the end of each row that are not the prompt's.
+    """
+    types = call.get("token_type_ids")
+    if adapter.prefix_type is None or not drafted or not isinstance(types, Tensor):
+        return
+    if bool((types[:, -drafted:] == adapter.prefix_type).any()):
+        raise ValueError(
+            f"All of a prompt of {type(adapter.model).__name__} sees itself in both directions, and generate gave the "
+            f"{drafted} tokens that a draft proposed the type of the prompt: it would see them, and its answers would "
+            "not be those without drafts, pruned or not. Generate without assistant_model and prompt_lookup_num_tokens."
+        )
+
+
 def warn_of_features(inputs: CallInputs) -> None:
     """Warn where a prompt may hold pictures that nobody says are there."""
     if inputs.ids is None and inputs.length > 1 and inputs.past == 0:
@@ -167,6 +188,24 @@ def check_attended(layout: Layout, attended: Tensor | None) -> None:
             )
 
 
+def check_repeated(prompt: Prompt, kinds: Collection[str]) -> None:
+    """Raise ValueError where a row is given one picture twice, in place of another.
+
+    Args:
+        kinds: of visuals that were encoded before, those whose features come in a tensor each.
+    """
+    seen: set[tuple[int, int, int]] = set()
+    for span, (recording, row) in zip(prompt.layout.spans, prompt.sources):
+        own = (span.sample, id(recording), row)
+        if span.visual.kind in kinds and own in seen:
+            raise ValueError(
+                f"Row {span.sample} of this call is given the same {span.visual.kind} at two of its places: "
+                "transformers repeated the pictures of a prompt one by one for beams or several answers, not the "
+                "prompt's all together. Generate with one picture a prompt, or with one answer and without beams."
+            )
+        seen.add(own)
+
+
 def check_features(adapter: Adapter, prompt: Prompt, embeds: Tensor) -> None:
     """Raise ValueError where the features that a model made are not what it put at its placeholders.
 
@@ -190,6 +229,23 @@ def check_features(adapter: Adapter, prompt: Prompt, embeds: Tensor) -> None:
             f"features that it makes of them, so which are whose is not known: {type(adapter.model).__name__} has no "
             f"{INPUT_CUTS}. Its family needs a file of its own (docs/guides/adding_a_family.md)."
         )
+
+
+def check_added_inside(adapter: Adapter, stage: Stage | None) -> None:
+    """Raise ValueError where a stage at "input" changes or reads rows whose features are added inside the decoder."""
+    if not adapter.added_inside or stage is None:
+        return
+    if stage.pruner.is_merging:
+        does = f"{stage.pruner.name} puts merged tokens there"
+    elif any(signal.name in DECODER_SIGNALS for signal in stage.signals(adapter.tower)):
+        does = f"{stage.pruner.name} reads what the first layer would make of them"
+    else:
+        return
+    raise ValueError(
+        f"{type(adapter.language_model).__name__} adds the features of pictures layer by layer, their rows are empty "
+        f"at its input, and {does}. Use a method that only drops tokens there (random, divprune), or one that cuts "
+        "at a layer (fastv)."
+    )
 
 
 # --- what the decoder is given ----------------------------------------------------------------------------------------

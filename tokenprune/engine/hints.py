@@ -52,8 +52,11 @@ class Hints:
             raise ValueError(f"set_hints({name}=...) gave {len(values)} value(s) for {place + 1} images or more.")
         return values[place]
 
-    def of_tower(self, name: str, kind: str, place: int, count: int) -> object:
-        """The hint of a visual that the tower counts apart from those of other kinds: number `place` of `count`.
+    def of_tower(
+        self, name: str, kind: str, place: int, count: int, pictures: Sequence[Sequence[int]] | None = None
+    ) -> object:
+        """The hint of a visual that the tower counts apart from those of other kinds: number `place` of `count`, or one
+        of the tiles that make one of `pictures`.
 
         Raises:
             ValueError: as `of_visual`, or pictures and videos stand in one batch and cannot be told apart.
@@ -63,6 +66,9 @@ class Hints:
             layout = prompt.layout
             in_batch = dict.fromkeys((span.visual.kind, order) for span, order in zip(layout.spans, layout.order))
             return self.of_visual(name, list(in_batch).index((kind, layout.order_of(kind, place))))
+        if pictures is not None:
+            place = next(number for number, tiles in enumerate(pictures) if place in tiles)
+            count = len(pictures)
         given = len(self._given(name) or ())
         if len(self._adapter.features) > 1 and given not in (0, count):
             raise ValueError(

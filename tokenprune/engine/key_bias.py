@@ -72,7 +72,7 @@ class KeyBias:
                 for layer in range(first_layer(stage.site), layers):
                     self.layers.setdefault(layer, f"key_bias of {stage.pruner.name}")
         if self.layers:
-            _check(config, kind, next(iter(self.layers.values())))
+            check_wider(config, kind, next(iter(self.layers.values())), "pass key_bias=False")
 
     def check_honoured(self, cache: Any) -> None:
         """Raise ValueError where keys of the cache are biased in layers in which the method at work biases none."""
@@ -96,21 +96,29 @@ class KeyBias:
             )
 
 
-def _check(config: Any, kind: str, who: str) -> None:
+def check_wider(config: Any, kind: str, who: str, instead: str) -> None:
+    """Raise ValueError where heads cannot have columns whose products are a bias.
+
+    Args:
+        config: of the decoder.
+        kind: its attention function.
+        who: what wants them.
+        instead: what the user may do.
+    """
     if any(word in kind for word in ("flex", "paged")):
         raise ValueError(
             f"{who} works with SDPA, eager and flash attention, and this model was loaded with {kind!r}. Load it with "
-            "attn_implementation='sdpa', or pass key_bias=False."
+            f"attn_implementation='sdpa', or {instead}."
         )
     if getattr(config, "attn_logit_softcapping", None):
         raise ValueError(
             f"{who} adds to attention logits, and this decoder caps them afterwards (attn_logit_softcapping="
-            f"{config.attn_logit_softcapping:g}), so a merged token would weigh less than it stands for. Pass "
-            "key_bias=False."
+            f"{config.attn_logit_softcapping:g}), so a key would weigh less than it shall. "
+            f"{instead[0].upper()}{instead[1:]}."
         )
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if "flash" in kind and biased_width(width) > _WIDEST_FLASH:
         raise ValueError(
             f"{who} needs heads of {biased_width(width)} numbers (this decoder's have {width}), and {kind} takes at "
-            f"most {_WIDEST_FLASH}. Load the model with attn_implementation='sdpa', or pass key_bias=False."
+            f"most {_WIDEST_FLASH}. Load the model with attn_implementation='sdpa', or {instead}."
         )

@@ -111,7 +111,7 @@ class LayerCuts:
         differs = current.differs(layer)
         if differs:
             if positional:
-                args, kwargs = args[:1], {**_named(module, args[1:]), **kwargs}
+                args, kwargs = args[:1], {**named(module, args[1:]), **kwargs}
             by_place = cut_by_place(self._adapter, current, kwargs)
             kwargs = {**current.arguments(layer, hidden, kwargs), **by_place}
         if reads:  # what it does, for the stage after it
@@ -176,7 +176,7 @@ class LayerCuts:
 _MOVED = ("hidden_states", "attention_mask", "position_ids", "position_embeddings", "cache_position")
 
 
-def _named(module: Any, args: Sequence[Any]) -> dict[str, Any]:
+def named(module: Any, args: Sequence[Any]) -> dict[str, Any]:
     """Arguments of a layer behind its hidden states, by name."""
     names = list(inspect.signature(module.forward).parameters)[1:]
     return dict(zip(names, args, strict=False))

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.engine.guards import check_attended, check_cache, check_packed, warn_of_features
+from tokenprune.engine.guards import check_attended, check_cache, check_packed, check_repeated, warn_of_features
 from tokenprune.interfaces.adapter import Adapter
-from tokenprune.interfaces.visual import Pictures, Visual
+from tokenprune.interfaces.visual import Pictures, Visual, features_in
 from tokenprune.state.call_inputs import CallInputs
 from tokenprune.state.forward_call import ForwardCall
 from tokenprune.state.prompt_layout import build_layout
 from tokenprune.state.prompt_state import Prompt
 from tokenprune.state.tower_recording import Recording, joined_sources, rows_of, sources_of
+
+Tiles = tuple[tuple[int, ...], ...] | None
 
 
 def prompt_visuals(adapter: Adapter, kind: str, call: Mapping[str, Any]) -> list[Visual]:
@@ -108,6 +110,9 @@ class PromptReader:
         if sources and len(sources) == len(visuals):
             whole = {kind: joined_sources(rows, layout.tiles.get(kind)) for kind, rows in sources.items()}
             prompt.sources = [whole[span.visual.kind][o] for span, o in zip(layout.spans, layout.order)]
+            # a tensor for each picture says which it is; of rows of one tensor, those of equal pictures are alike
+            listed = {kind for kind in encoded if not isinstance(features_in(encoded[kind]), Tensor)}
+            check_repeated(prompt, listed)
         mask, positions = self._rows(inputs)
         prompt.lengths = [layout.length] * layout.batch_size
         if mask is not None:
@@ -118,6 +123,37 @@ class PromptReader:
         check_packed(call, prompt.attended, mask, positions)
         check_attended(layout, prompt.attended)
         return prompt
+
+    def tiles(self, kind: str, visuals: Sequence[Visual], now: ForwardCall | None, ids: Tensor | None) -> Tiles:
+        """Which of the visuals that the tower is about to see make each picture of the prompts.
+
+        Args:
+            now: the call at work; None before any.
+            ids: `[B, S]`, the prompts of a call of `generate` that encodes its pictures before any forward call.
+
+        Returns:
+            None where each visual is a picture or a video.
+
+        Raises:
+            LookupError: the prompts are not known.
+        """
+        if type(self._adapter).pictures is Adapter.pictures:
+            return None
+        if now is not None and now.prompt is not None:
+            return now.prompt.layout.tiles.get(kind)
+        on_host: Tensor | None
+        if now is not None and now.waiting is not None:
+            on_host, placeholders = self._placeholders(now.waiting)
+        elif ids is not None:
+            on_host = ids.cpu()
+            placeholders = {kind: on_host == self._adapter.placeholder_ids[kind]}
+        else:
+            raise LookupError("no prompt is known yet")
+
+        def pictures(kind: str, row: int, places: Sequence[Tensor]) -> Pictures | None:
+            return self._adapter.pictures(kind, None if on_host is None else on_host[row], places)
+
+        return build_layout({kind: placeholders[kind]}, {kind: visuals}, pictures).tiles.get(kind)
 
     # --- what the arguments hold --------------------------------------------------------------------------------------
 

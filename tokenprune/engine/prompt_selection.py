@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from tokenprune.capture.decoder_attention import DecoderSignals
 from tokenprune.capture.token_transition import Transitions
 from tokenprune.engine.attention import AttentionInterventions
-from tokenprune.engine.batched_selection import SelectionRequest, SelectionResult, choose, joined_carry, joined_sizes
+from tokenprune.engine.batched_selection import (
+    Part,
+    SelectionRequest,
+    SelectionResult,
+    choose,
+    join_parts,
+    part_key,
+    parts_of,
+)
 from tokenprune.engine.hints import Hints
-from tokenprune.interfaces.budget import split_budget
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.signals import (
     BRANCH_LOGITS,
@@ -24,7 +29,6 @@ from tokenprune.interfaces.signals import (
     Signal,
     TowerInfo,
 )
-from tokenprune.interfaces.visual import Raster
 from tokenprune.state.prompt_state import CutBuilder, Prompt
 
 
@@ -69,27 +73,18 @@ class PromptSelector:
         for item, answer in zip(asked, answers):
             by_span.setdefault(item.owner, []).append((item, answer))
         for index, parts in by_span.items():
-            if all(answer is None for _, answer in parts):
+            alive = prompt.alive[index]
+            chosen = join_parts(stage, parts, alive.carry, hidden.device)
+            if chosen is None:
                 continue
-            chosen, merged, start = [], [], 0
-            merges = any(answer is not None and answer.features is not None for _, answer in parts)
-            for item, answer in parts:
-                indices = torch.arange(item.count) if answer is None else answer.indices
-                chosen.append(start + indices.to(hidden.device))
-                if merges:
-                    features = None if answer is None else answer.features
-                    merged.append(item.features()[indices.to(hidden.device)] if features is None else features)
-                start += item.count
-            carry = joined_carry(prompt.alive[index].carry, [answer for _, answer in parts])
-            kept = torch.cat(chosen)
-            if kept.shape[0] == start and not merged:
-                prompt.alive[index].carry = carry
+            if chosen.kept.shape[0] == alive.count and chosen.features is None:
+                alive.carry = chosen.carry
                 continue
-            prompt.merged += [answer.merged for _, answer in parts if answer is not None and answer.merged is not None]
-            places = cutter.keep(index, kept, carry, joined_sizes(stage, [(item.count, a) for item, a in parts]))
-            if merged:
+            prompt.merged += chosen.merged
+            places = cutter.keep(index, chosen.kept, chosen.carry, chosen.sizes)
+            if chosen.features is not None:
                 row = torch.full_like(places, prompt.layout.spans[index].sample)
-                hidden = hidden.index_put((row, places), torch.cat(merged).to(hidden.dtype))
+                hidden = hidden.index_put((row, places), chosen.features.to(hidden.dtype))
         return hidden
 
     def _choose_beside(
@@ -153,13 +148,9 @@ class PromptSelector:
         """What is asked about one visual; with `together` all of its rasters at once, whatever the scope."""
         span, alive = prompt.layout.spans[index], prompt.alive[index]
         recording, row = prompt.sources[index]
-        rasters = span.visual.rasters
-        check_placed(stage, rasters)
-        budget = stage.budget.tokens(span.num_tokens)
-        scope = stage.pruner.scope or stage.pruner.default_scope
-        whole = alive.tokens is None and (scope == "visual" or len(rasters) == 1)
 
-        def one(rasters: tuple[Raster, ...], begin: int, count: int, budget: int) -> SelectionRequest:
+        def one(part: Part) -> SelectionRequest:
+            begin, count = part.begin, part.count
             places = alive.places[begin : begin + count]
 
             def signal(wanted: Signal) -> Tensor:
@@ -182,37 +173,22 @@ class PromptSelector:
 
             return SelectionRequest(
                 owner=index,
-                rasters=rasters,
+                rasters=part.rasters,
                 count=count,
-                budget=min(budget, count),
+                budget=part.budget,
                 tokens=alive.tokens,
                 features=lambda: hidden[span.sample, places],
                 signal=signal,
-                key=lambda: recording.pixel_key(row) + (span.image * 0x9E3779B1 + begin),
+                key=lambda: part_key(recording.pixel_key(row), span.image, begin),
                 hint=lambda name: self._hints.of_visual(name, prompt.place_of(index)),
                 carry={name: values[begin : begin + count] for name, values in alive.carry.items()},
                 first=begin,
                 total=span.num_tokens,
             )
 
-        if whole or together or alive.tokens is not None:
-            return [one(rasters, 0, alive.count, budget)]
-        budgets = split_budget(budget, [raster.num_tokens for raster in rasters])
-        return [
-            one((Raster(raster.grid, 0, raster.kind),), raster.start, raster.num_tokens, share)
-            for raster, share in zip(rasters, budgets)
-        ]
-
-
-def check_placed(stage: Stage, rasters: Sequence[Raster]) -> None:
-    """Raise ValueError where a method works on a grid and the tokens stand in none that is known."""
-    if stage.pruner.needs_grid and any(raster.kind == "unplaced" for raster in rasters):
-        count = sum(raster.num_tokens for raster in rasters)
-        raise ValueError(
-            f"{stage.pruner.name} works on a grid of tokens, and the {count} tokens of this visual stand in none that "
-            "is known: neither the call nor the pictures' sizes say rows and columns that make so many. Use a method "
-            "that needs no grid (random, divprune)."
-        )
+        budget = stage.budget.tokens(span.num_tokens)
+        cut_before = alive.tokens is not None
+        return [one(part) for part in parts_of(stage, span.visual.rasters, alive.count, budget, cut_before, together)]
 
 
 def instruction_embedding(prompt: Prompt, hidden: Tensor, sample: int) -> Tensor:

@@ -15,7 +15,7 @@ from tokenprune.engine.hints import Hints
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.signals import PIXEL_SIGNALS, Signal
-from tokenprune.interfaces.visual import Raster, Visual
+from tokenprune.interfaces.visual import Raster, Visual, joined
 from tokenprune.state.prompt_state import multiplied_sizes
 from tokenprune.state.tower_recording import KeptBeforeProjector, Recording
 
@@ -35,6 +35,8 @@ class TowerPass:
     def __init__(self, recording: Recording, adapter: Adapter, hints: Hints) -> None:
         self.recording, self._adapter, self._hints = recording, adapter, hints
         self.probing = False  # the tower runs once more, and is tried
+        self.waits = adapter.behind_tower  # for its visuals
+        self.pictures: Sequence[Sequence[int]] | None = None  # visuals that are tiles of one; None: each is one
         self._later: list[Callable[[], None]] = []
         self.lay_out()
 
@@ -54,15 +56,16 @@ class TowerPass:
         self.first_short = 0
 
     def once_laid_out(self, read: Callable[[], None]) -> None:
-        """Read something of a run; where visuals are laid out behind the tower, once they are."""
-        if self._adapter.behind_tower:
+        """Read something of a run; where its visuals are not laid out yet, once they are."""
+        if self.waits:
             self._later.append(read)
         else:
             read()
 
     def laid_out(self) -> None:
-        """Visuals were laid out behind the tower: read what waited for them."""
+        """Visuals were laid out since it began: read what waited for them."""
         self.lay_out()
+        self.waits = False
         for read in self._later:
             read()
         self._later = []
@@ -128,14 +131,15 @@ class TowerPass:
         cells: list[Tensor] = []
         for visual, of_visual in zip(recording.visuals, recording.pixels):
             of_one = cast(Tensor, of_visual)  # tiles are joined to pictures behind the tower
-            cells += vision.cell_pixels(of_one.detach(), len(visual.tower_grids), visual.kind).flatten(2)
+            cells += [own.flatten(1) for own in vision.cell_pixels(of_one.detach(), visual.tower_grids, visual.kind)]
         return cells
 
     def cut(self, stage: Stage, args: Any) -> tuple[list[Tensor], list[Tensor | None]] | None:
         """Let a stage choose among the cells after its block; what stays of each picture, among those that were
         there, and the states `[k, D]` that stand there where it merged."""
         vision = self._adapter.vision
-        asked = [self._ask(stage, args, picture) for picture in range(len(self.grids))]
+        budgets = self._budgets(stage)
+        asked = [self._ask(stage, args, picture, budgets[picture]) for picture in range(len(self.grids))]
         answers, flops = choose(stage, vision.facts, asked)
         self.recording.selection_flops += flops
         kept: list[Tensor] = []
@@ -160,13 +164,15 @@ class TowerPass:
         self.recording.cuts.append((int(stage.after_block or 0), tuple(self.alive)))
         return kept, merged
 
-    def _ask(self, stage: Stage, args: Any, picture: int) -> SelectionRequest:
+    def _ask(self, stage: Stage, args: Any, picture: int, budget: int) -> SelectionRequest:
         visual, count = self.recording.visuals[self.visual_of[picture]], self.counts[picture]
         first = self.visual_of.index(self.visual_of[picture])
-        budget = stage.budget.pictures(visual)[picture - first]
         rows, cols = self.grids[picture]
         vision = self._adapter.vision
         place = self.visual_of[picture]
+        tiles = next((own for own in self.pictures or () if place in own), (place,))
+        cells = {number: [h * w for (h, w), of in zip(self.grids, self.visual_of) if of == number] for number in tiles}
+        earlier = sum(sum(cells[number]) for number in tiles[: tiles.index(place)])
         return SelectionRequest(
             owner=picture,
             rasters=(Raster((rows, cols)),),
@@ -180,11 +186,27 @@ class TowerPass:
             ),
             signal=lambda signal: self._signal(signal, picture),
             key=lambda: self.recording.pixel_key(place) + picture - first,
-            hint=lambda name: self._hints.of_tower(name, visual.kind, place, len(self.recording.visuals)),
+            hint=lambda name: self._hints.of_tower(
+                name, visual.kind, place, len(self.recording.visuals), self.pictures
+            ),
             carry=self.carry[picture],
-            first=sum(h * w for h, w in self.grids[first:picture]),
-            total=sum(h * w for (h, w), owner in zip(self.grids, self.visual_of) if owner == place),
+            first=earlier + sum(cells[place][: picture - first]),
+            total=sum(sum(own) for own in cells.values()),
         )
+
+    def _budgets(self, stage: Stage) -> list[int]:
+        """What each picture that the tower is given keeps, of the share of the image or video that it is part of."""
+        visuals = self.recording.visuals
+        groups = [*(self.pictures or ())]
+        told = {number for group in groups for number in group}
+        groups += [(number,) for number in range(len(visuals)) if number not in told]
+        found: dict[int, list[int]] = {}
+        for group in groups:
+            shares = stage.budget.pictures(joined([visuals[number] for number in group]))
+            for number in group:
+                crops = len(visuals[number].tower_grids)
+                found[number], shares = shares[:crops], shares[crops:]
+        return [share for number in sorted(found) for share in found[number]]
 
     def _signal(self, signal: Signal, picture: int) -> Tensor:
         values, alive = self.latest[signal][picture], self.alive[picture]
@@ -218,7 +240,9 @@ class TowerPass:
         if all(alive is None for alive in self.alive):
             return
         recording.patches, recording.first_short = self.patches, self.first_short
-        recording.left = self._adapter.vision.computed(self.counts)
+        vision = self._adapter.vision
+        if not vision.restores_blocks:
+            recording.left = vision.computed(self.run, self.counts)
         for row, pictures in enumerate(by_visual):
             recording.kept[row] = self._survivors(recording.visuals[row], pictures)
 

@@ -10,7 +10,8 @@ from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.signals import VECTOR_SIGNALS, Signal, TowerInfo
 
-_OF_ANY_CALL = {"return_dict", "output_attentions", "output_hidden_states", "use_cache"}
+OF_ANY_CALL = {"return_dict", "output_attentions", "output_hidden_states", "use_cache"}
+"""Arguments of features calls that say nothing of the features."""
 
 
 def spent_signals(stages: Sequence[Stage], tower: TowerInfo) -> dict[int, list[Signal]]:
@@ -27,5 +28,5 @@ def arguments_in_config(adapter: Adapter) -> dict[str, Any]:
     """Arguments of the features calls that stand in the model's config too, with their values there."""
     config, entry = adapter.model.config, type(adapter.entry)
     methods = [getattr(entry, name) for name in adapter.features.values()]
-    names = {name for method in methods for name in inspect.signature(method).parameters} - _OF_ANY_CALL
+    names = {name for method in methods for name in inspect.signature(method).parameters} - OF_ANY_CALL
     return {name: getattr(config, name) for name in sorted(names) if hasattr(config, name)}

@@ -1,10 +1,11 @@
 """What is tried of a vision tower that no test knows, at its first picture: which of its patches make each visual
-token, and whether what is read of its attention is what it computes.
+token, whether what is read of its attention is what it computes, and whether tokens can leave inside it.
 
 The features call is run once more, with the states that each block leaves as the leaves of a graph. Gradients of the
 features, with another weight for each token, say which tokens come from each patch: a patch of one token has gradients
 of that token's weight. That is held against the orders in which towers have their patches; the one that fits is kept
-for later pictures. What fits none is refused.
+for later pictures. What fits none is refused. Which patches go where does not follow from what blocks compute, so
+blocks hand on what they are given, but for those that are tried by themselves.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.engine.tower_cut_probe import BlockCall, check_cut, kind_of
+from tokenprune.engine.tower_layout import skipped
 from tokenprune.hooks import Ledger
 from tokenprune.interfaces.adapter import Adapter
-from tokenprune.interfaces.capability import TOWER_SIGNALS
+from tokenprune.interfaces.capability import TOWER_CUTS, TOWER_SIGNALS
 from tokenprune.interfaces.visual import Visual
 
 _DIGIT = 3  # bits of a token's number that one pass of gradients tells: weights are 1, 2, 4, ... 128
@@ -35,8 +38,11 @@ def check_tower(
     call: Mapping[str, Any],
     visuals: Sequence[Visual],
     blocks: Sequence[int],
+    short: Sequence[int] = (),
+    verify: bool = True,
 ) -> None:
-    """Find out the order of a tower's patches, unless it is known, and hold blocks that are read against themselves.
+    """Find out the order of a tower's patches, unless it is known, and hold blocks that are read or that work on fewer
+    patches against themselves.
 
     Args:
         adapter: a family whose tower is not known.
@@ -45,6 +51,8 @@ def check_tower(
         call: its arguments, by name.
         visuals: what it made.
         blocks: those that a method reads.
+        short: those before which patches left.
+        verify: whether blocks are tried.
 
     Raises:
         ValueError: the tower is not what it would be read as; the message says in what.
@@ -52,21 +60,24 @@ def check_tower(
     vision: Any = adapter.vision
     grids = [grid for visual in visuals for grid in visual.tower_grids]
     known = vision.known.get(kind)
-    unseen = [block for block in blocks if known is None or block not in known["blocks"]]
-    if known is None or unseen or not _agree(vision, known["orders"], grids):
+    seen = {"blocks": set(), "short": set(), **(known or {})}
+    unseen = [block for block in blocks if block not in seen["blocks"]] if verify else []
+    untried = [block for block in short if block not in seen["short"]] if verify else []
+    if known is None or unseen or untried or not _agree(vision, known["orders"], grids):
         try:
-            orders = _tried(adapter, original, call, visuals, grids, unseen)
+            orders = _tried(adapter, original, call, visuals, grids, unseen, untried)
             if known is not None:
                 orders = [order for order in orders if order in known["orders"]]
             if not orders:
                 raise ValueError("its patches come in another order than in the pictures before")
         except (ValueError, RuntimeError, TypeError) as error:
+            lacks, instead = (TOWER_CUTS, "cuts at 'input'") if short else (TOWER_SIGNALS, "reads none")
             raise ValueError(
-                f"{type(adapter.model).__name__} has no {TOWER_SIGNALS} of this {kind}: "
-                f"{str(error).partition(chr(10))[0].rstrip('.')}. Use a method that reads none (divprune, fastv)."
+                f"{type(adapter.model).__name__} has no {lacks} of this {kind}: "
+                f"{str(error).partition(chr(10))[0].rstrip('.')}. Use a method that {instead} (divprune, fastv)."
             ) from error
-        seen = {*unseen, *(known["blocks"] if known is not None else ())}
-        known = vision.known[kind] = {"orders": orders, "blocks": seen}
+        seen = {"blocks": seen["blocks"] | {*unseen}, "short": seen["short"] | {*untried}}
+        known = vision.known[kind] = {"orders": orders, **seen}
     vision.use(known["orders"][0])
 
 
@@ -90,16 +101,17 @@ def _tried(
     visuals: Sequence[Visual],
     grids: list[tuple[int, int]],
     blocks: Sequence[int],
+    short: Sequence[int],
 ) -> list[Any]:
     vision: Any = adapter.vision
     leaves: dict[int, Tensor] = {}
     reads: dict[int, Any] = {}
-    calls: dict[int, tuple[Any, ...]] = {}
-    with _probing(adapter, leaves, reads, calls, blocks):
+    calls: dict[int, BlockCall] = {}
+    with _probing(adapter, leaves, reads, calls, blocks, short):
         own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in call.items()}
         rows = torch.cat(list(adapter.feature_rows(original(**own))))
         numbers = _token_numbers(visuals, rows)
-        last, token_of = _tokens_of_patches(leaves, rows, numbers)
+        last, token_of = _tokens_of_patches(leaves, rows, numbers, short)
     if last != vision.facts.feature_layer:
         raise ValueError(
             f"features come from block {last} of {type(vision.module).__name__}, and block "
@@ -111,22 +123,47 @@ def _tried(
     for block in blocks:
         _check_attention(vision, block, reads[block], run)
         _check_rows(vision, block, reads[block], calls[block])
+    _check_cuts(vision, short, calls, grids)
     return orders
+
+
+def _check_cuts(
+    vision: Any, short: Sequence[int], calls: Mapping[int, BlockCall], grids: list[tuple[int, int]]
+) -> None:
+    tried: set[Any] = set()
+    for block in short:
+        if block - 1 in calls and not _same(calls[block - 1].made, calls[block].states):
+            raise ValueError(f"the states that block {block - 1} leaves are changed before they enter block {block}")
+        kind = kind_of(vision, block, calls[block])
+        if kind not in tried:
+            tried.add(kind)
+            check_cut(vision, block, calls[block], grids)
+
+
+def _same(made: Tensor, entered: Tensor) -> bool:
+    return made is entered or (made.shape == entered.shape and torch.equal(made, entered))
 
 
 @contextmanager
 def _probing(
-    adapter: Adapter, leaves: dict[int, Tensor], reads: dict[int, Any], calls: dict[int, Any], blocks: Sequence[int]
+    adapter: Adapter,
+    leaves: dict[int, Tensor],
+    reads: dict[int, Any],
+    calls: dict[int, BlockCall],
+    blocks: Sequence[int],
+    short: Sequence[int],
 ) -> Iterator[None]:
     """Run the tower as in evaluation, each block's states cut off from those before it, and note what blocks are given
-    and compute."""
+    and compute; those that nothing is asked of hand on what they are given."""
     vision, ledger = adapter.vision, Ledger()
     modes = [(part, part.training) for part in adapter.entry.modules()]
     try:
         for part, _ in modes:
             part.training = False
         for number, block in enumerate(vision.blocks):
-            ledger.set(block, "forward", functools.partial(_leave, number, block.forward, leaves, calls))
+            noted = calls if number in blocks or number in short or number + 1 in short else {}
+            run = block.forward if number in blocks else functools.partial(skipped, vision.module, block, block.forward)
+            ledger.set(block, "forward", functools.partial(_leave, number, block.forward, run, leaves, noted))
         for block in blocks:
             for hook in vision.hook_attention(block, functools.partial(reads.__setitem__, block)):
                 ledger.hook(hook)
@@ -140,13 +177,21 @@ def _probing(
 
 
 def _leave(
-    number: int, forward: Any, leaves: dict[int, Tensor], calls: dict[int, Any], *args: Any, **kwargs: Any
+    number: int,
+    forward: Any,
+    run: Any,
+    leaves: dict[int, Tensor],
+    calls: dict[int, BlockCall],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     with torch.no_grad():
-        output = forward(*args, **kwargs)
+        output = run(*args, **kwargs)
     states = output[0] if isinstance(output, tuple) else output
-    leaf = leaves[number] = states.detach().clone().requires_grad_()
-    calls[number] = (forward, args, kwargs)
+    leaf = leaves[number] = states.detach().requires_grad_()
+    given, *more = args or (kwargs["hidden_states"],)
+    named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    calls[number] = BlockCall(forward, given.detach(), more, named, leaf.detach())
     return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
 
 
@@ -165,9 +210,14 @@ def _token_numbers(visuals: Sequence[Visual], rows: Tensor) -> Tensor:
     return numbers.to(rows.device)
 
 
-def _tokens_of_patches(leaves: dict[int, Tensor], rows: Tensor, numbers: Tensor) -> tuple[int, Tensor]:
+def _tokens_of_patches(
+    leaves: dict[int, Tensor], rows: Tensor, numbers: Tensor, short: Sequence[int]
+) -> tuple[int, Tensor]:
     """The last block whose states become features, and `[patches]` int64 the token that each of its patches goes into;
     -1 for those that go into none.
+
+    Args:
+        short: blocks behind which patches are gone: those that feed features must do so in one way.
 
     Raises:
         ValueError: a patch goes into several tokens.
@@ -182,15 +232,26 @@ def _tokens_of_patches(leaves: dict[int, Tensor], rows: Tensor, numbers: Tensor)
     used = [block for block, part in zip(blocks, found) if part is not None and bool(part.any())]
     if not used:
         raise ValueError("its features do not follow from the states of its blocks")
-    last = used[-1]
-    base = found[blocks.index(last)].flatten(0, -2).float()  # [patches, C]
+    token_of = {block: _token_of(leaves[block], found[blocks.index(block)], summed, numbers) for block in used[-1:]}
+    for block in used[:-1]:
+        if block in short:
+            token_of[block] = _token_of(leaves[block], found[blocks.index(block)], summed, numbers)
+            if not torch.equal(token_of[block], token_of[used[-1]]):
+                raise ValueError(f"patches go into other tokens from block {block} than from block {used[-1]}")
+    return used[-1], token_of[used[-1]]
+
+
+def _token_of(leaf: Tensor, base: Tensor, summed: Tensor, numbers: Tensor) -> Tensor:
+    """`[patches]` int64 of one block; `base` are the gradients of all features, and `summed` `[rows]` what they are
+    of."""
+    base = base.flatten(0, -2).float()  # [patches, C]
     size = base.abs()
     counts = size > _SMALL * size.amax(dim=1, keepdim=True)
     there = counts & (size > 0)
     token_of = torch.zeros(len(base), dtype=torch.int64, device=base.device)
     for shift in range(0, max(int(numbers.max()), 1).bit_length(), _DIGIT):
         weights = 2.0 ** ((numbers.clamp(min=0) >> shift) & (2**_DIGIT - 1))
-        (part,) = torch.autograd.grad((summed * weights).sum(), [leaves[last]], retain_graph=True)
+        (part,) = torch.autograd.grad((summed * weights).sum(), [leaf], retain_graph=True)
         ratio = torch.where(there, part.flatten(0, -2).float() / base, torch.nan).log2()
         digit = ratio.nanmedian(dim=1).values.round()
         # a patch of several tokens has the weight of one in one channel, and of others elsewhere
@@ -199,7 +260,7 @@ def _tokens_of_patches(leaves: dict[int, Tensor], rows: Tensor, numbers: Tensor)
         if bool((apart | lost).any()):
             raise ValueError("a visual token is mixed from patches that go into other tokens too")
         token_of += digit.nan_to_num(0).long() << shift
-    return last, torch.where(there.any(dim=1), token_of, -1)
+    return torch.where(there.any(dim=1), token_of, -1)
 
 
 def _fitting(vision: Any, token_of: Tensor, grids: list[tuple[int, int]]) -> list[Any]:
@@ -263,11 +324,10 @@ def _check_close(block: int, query: Tensor, key: Tensor, value: Tensor, mixed: T
         )
 
 
-def _check_rows(vision: Any, block: int, read: Any, call: tuple[Any, ...]) -> None:
+def _check_rows(vision: Any, block: int, read: Any, call: BlockCall) -> None:
     """Row p of the queries must be of the patch whose state is row p: other states in every other row change those rows
     and no others."""
-    forward, args, kwargs = call
-    hidden = args[0] if args else kwargs["hidden_states"]
+    hidden = call.states
     changed = torch.arange(hidden.shape[-2], device=hidden.device) % 3 == 1
     other = torch.where(changed[:, None], hidden.flip(-1), hidden)
     found: list[Any] = []
@@ -275,11 +335,7 @@ def _check_rows(vision: Any, block: int, read: Any, call: tuple[Any, ...]) -> No
     try:
         for hook in vision.hook_attention(block, found.append):
             ledger.hook(hook)
-        with torch.no_grad():
-            if args:
-                forward(other, *args[1:], **kwargs)
-            else:
-                forward(**{**kwargs, "hidden_states": other})
+        call.run(other)
     finally:
         ledger.undo()
     before, after = read.attended.query, found[0].attended.query

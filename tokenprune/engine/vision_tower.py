@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.engine.hints import Hints
+from tokenprune.engine.prompt_reader import Tiles
+from tokenprune.engine.tower_layout import Layouts, check_lengths
 from tokenprune.engine.tower_pass import TowerPass
 from tokenprune.engine.tower_plan import arguments_in_config, spent_signals
 from tokenprune.engine.tower_probe import check_tower
@@ -24,6 +26,7 @@ from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.capability import TOWER_SIGNALS
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.signals import PIXEL_SIGNALS, TOWER_STATES, VISION_SIGNALS, Signal
+from tokenprune.interfaces.visual import Visual
 from tokenprune.state.forward_call import Calls
 from tokenprune.state.tower_recording import Recording, by_visual, entries_of, tag
 
@@ -45,18 +48,28 @@ class TowerHooks:
         signals: what has to be recorded, for any stage of the method.
         hints: what the caller knows of a visual.
         calls: the calls at work.
+        tiles: says which visuals of a kind make each picture, see `PromptReader.tiles`.
+        verify: whether a tower that no test knows is tried, beyond the order of its patches.
     """
 
     def __init__(
-        self, adapter: Adapter, stages: Sequence[Stage], signals: Sequence[Signal], hints: Hints, calls: Calls
+        self,
+        adapter: Adapter,
+        stages: Sequence[Stage],
+        signals: Sequence[Signal],
+        hints: Hints,
+        calls: Calls,
+        tiles: Callable[[str, Sequence[Visual]], Tiles],
+        verify: bool = True,
     ) -> None:
-        self.adapter, self.hints, self._calls = adapter, hints, calls
+        self.adapter, self.hints, self._calls, self._tiles, self._verify = adapter, hints, calls, tiles, verify
         self._signals = [signal for signal in signals if signal.name in VISION_SIGNALS]
         self._of_blocks = [one for one in self._signals if one.name not in (*PIXEL_SIGNALS, TOWER_STATES)]
         self._planned = arguments_in_config(adapter)
         self._cuts = {stage.after_block: stage for stage in stages if stage.after_block is not None}
         self._shrink = next((s for s in stages if s.place == "pixels" and s.after_block is None), None)
         self._spent = spent_signals(stages, adapter.tower)
+        self._layouts = Layouts()
 
     def check_planned(self, call: Mapping[str, Any]) -> None:
         """Raise ValueError where a call, or the config since, asks for visual features other than those that the method
@@ -96,8 +109,12 @@ class TowerHooks:
             for block in range(min(self._cuts) + 1, len(vision.blocks)):
                 hook = opaque(functools.partial(self._enter_block, block))
                 ledger.hook(vision.blocks[block].register_forward_pre_hook(hook, with_kwargs=True))
-            for module in vision.exits:
-                ledger.hook(module.register_forward_hook(opaque(self._leave_tower)))
+                attention = vision.masked_attention(block)
+                if attention is not None:
+                    mask = opaque(functools.partial(self._mask_attention, block))
+                    ledger.hook(attention.register_forward_pre_hook(mask, with_kwargs=True))
+            for module in vision.exits:  # first, so that others see the length that they expect
+                ledger.hook(module.register_forward_hook(opaque(self._leave_tower), prepend=vision.restores_blocks))
         for kind, name in self.adapter.features.items():
             original = getattr(self.adapter.entry, name)
             ledger.set(self.adapter.entry, name, self._wrap(kind, original))
@@ -121,16 +138,58 @@ class TowerHooks:
 
     def _read_behind(self, run: TowerPass, kind: str, original: Callable[..., Any], call: Mapping[str, Any]) -> None:
         """Read the signals of a tower whose visuals were laid out behind it."""
-        if not self._signals:
-            return
-        recording, run.probing = run.recording, True
+        if self._signals:
+            self._check_tower(run, kind, original, call)
+            run.laid_out()
+            self._read_pixels(run, cast("list[Tensor]", run.recording.pixels))
+
+    def _check_tower(self, run: TowerPass, kind: str, original: Callable[..., Any], call: Mapping[str, Any]) -> None:
+        run.probing = True
         blocks = sorted({signal.layer for signal in self._of_blocks})
+        short = range(min(self._cuts) + 1, self.adapter.tower.feature_layer + 1) if self._cuts else ()
         try:
-            check_tower(self.adapter, kind, original, call, recording.visuals, blocks)
+            check_tower(self.adapter, kind, original, call, run.recording.visuals, blocks, short, self._verify)
         finally:
             run.probing = False
+
+    def _lay_out_before(
+        self, run: TowerPass, kind: str, original: Callable[..., Any], call: Mapping[str, Any], named: Mapping[str, Any]
+    ) -> None:
+        """Lay out the visuals of a tower before it runs, where its family knows them by their features only: tokens
+        are to leave inside."""
+        run.probing = True
+        try:
+            visuals = self._layouts.of(self.adapter, kind, original, call, named)
+        finally:
+            run.probing = False
+        run.recording.lay_out(visuals, self.adapter.pixel_rows(kind, named, visuals))
+        self._check_tower(run, kind, original, call)
         run.laid_out()
-        self._read_pixels(run, cast("list[Tensor]", recording.pixels))
+        self._read_pixels(run, cast("list[Tensor]", run.recording.pixels))
+
+    def _check_cuts(self, run: TowerPass, kind: str) -> None:
+        """Hold what is to be cut inside the tower against what is known of its visuals, and find out which are tiles of
+        one picture, which share its budget."""
+        visuals, cuts = run.recording.visuals, list(self._cuts.values())
+        if not cuts:
+            return
+        if any(visual.resample is not None and visual.sources is None for visual in visuals):
+            raise ValueError(
+                f"{cuts[0].pruner.name} takes tokens out of the vision tower (at {cuts[0].site!r}), but a visual "
+                f"token of this {kind} is mixed from several places there (interpolated or pooled). Use a method "
+                "that cuts at 'input' or at a layer."
+            )
+        try:
+            run.pictures = self._tiles(kind, visuals)
+        except LookupError as error:
+            counted = next((stage for stage in cuts if isinstance(stage.budget.keep, int)), None)
+            if counted is not None:
+                raise ValueError(
+                    f"{counted.pruner.name} keeps {counted.budget} tokens of each picture inside the vision tower of "
+                    f"{type(self.adapter.model).__name__}, which is given tiles, and which of them make a picture is "
+                    "read off the prompt: here features are asked for without one. Let forward() or generate() encode "
+                    "the pictures, or give keep as a fraction."
+                ) from error
 
     def _record(self, signals: Sequence[Signal], read: Any) -> None:
         run = self._run
@@ -146,8 +205,10 @@ class TowerHooks:
 
     def _enter_block(self, block: int, module: Any, args: Any, kwargs: Any) -> Any:
         run, vision = self._run, self.adapter.vision
-        if run is None:
+        if run is None or run.probing:
             return None
+        if not args:
+            args, kwargs = (kwargs["hidden_states"],), {k: v for k, v in kwargs.items() if k != "hidden_states"}
         stage, kept = self._cuts.get(block - 1), None
         if stage is not None:
             with run.recording.timer.running(run.recording.device):
@@ -158,17 +219,25 @@ class TowerHooks:
                 kept, merged = chosen
                 if any(states is not None for states in merged):
                     args = vision.replace_states(run.run, args, kept, merged)
+        short = None if all(alive is None for alive in run.alive) else vision.drop_tokens(run.run, args, kwargs, kept)
         if not run.patches:
             run.first_short = block
-        run.patches.append([count * vision.patches_per_cell for count in vision.computed(run.counts)])
-        if all(alive is None for alive in run.alive):
+        run.patches.append([count * vision.patches_per_cell for count in vision.computed(run.run, run.counts)])
+        return short
+
+    def _mask_attention(self, block: int, module: Any, args: Any, kwargs: Any) -> Any:
+        run = self._run
+        if run is None or run.probing:
             return None
-        return vision.drop_tokens(run.run, args, kwargs, kept)
+        mask = self.adapter.vision.attention_mask(run.run, block, args[0] if args else kwargs["hidden_states"])
+        return None if mask is None else (args, {**kwargs, "attention_mask": mask})
 
     def _leave_tower(self, module: Any, args: Any, output: Any) -> Any:
         run = self._run
-        if run is None or all(alive is None for alive in run.alive):
+        if run is None or run.probing or all(alive is None for alive in run.alive):
             return None
+        if isinstance(output, tuple):
+            return (self._leave_tower(module, args, output[0]), *output[1:])
         device = output.device
         whole = [
             torch.arange(rows * cols, device=device) if alive is None else alive.to(device)
@@ -196,22 +265,25 @@ class TowerHooks:
                 visuals = [] if behind else self.adapter.visuals(kind, named)
             pixels = [] if behind else self.adapter.pixel_rows(kind, named, visuals)
             recording = Recording(visuals, named[name], pixels)
-            cuts = list(self._cuts.values())
-            if cuts and any(visual.resample is not None and visual.sources is None for visual in visuals):
-                raise ValueError(
-                    f"{cuts[0].pruner.name} takes tokens out of the vision tower (at {cuts[0].site!r}), but a visual "
-                    f"token of this {kind} is mixed from several places there (interpolated or pooled). Use a method "
-                    "that cuts at 'input' or at a layer."
-                )
+            before = behind and bool(self._cuts)
             run = self._calls.tower = TowerPass(recording, self.adapter, self.hints)
             try:
-                if not behind:
+                if before:
+                    self._lay_out_before(run, kind, original, call, named)
+                elif not behind:
                     self._read_pixels(run, pixels)
+                self._check_cuts(run, kind)
                 if self._shrink is not None:
                     output = run_smaller(self.adapter, self._shrink, kind, original, call, recording, run.shrink)
                 else:
                     output = original(**call)
-                if behind:
+                if before:
+                    visuals = recording.visuals
+                    recording.features = by_visual(
+                        self.adapter.feature_rows(output), entries_of(output, visuals), visuals
+                    )
+                    check_lengths(self.adapter, recording)
+                elif behind:
                     visuals = self.adapter.visuals_behind(kind, named, output)
                     recording.lay_out(visuals, self.adapter.pixel_rows(kind, named, visuals))
                     features = self.adapter.feature_rows(output)

@@ -32,6 +32,8 @@ class VisionTower:
         can_resize: whether it takes pictures of other sizes than the processor's.
         patches_per_cell: patches that one visual token comes from.
         moments: frames that a patch spans, the slowest index of its pixels of one colour.
+        restores_blocks: whether the length is restored behind each block, so that what comes behind them works on all
+            cells.
     """
 
     facts: TowerInfo
@@ -44,6 +46,7 @@ class VisionTower:
     can_resize: bool = False
     patches_per_cell: int = 1
     moments: int = 1
+    restores_blocks: bool = False
 
     @property
     def exits(self) -> Sequence[Any]:
@@ -106,7 +109,33 @@ class VisionTower:
         An output that has its full length already is handed back."""
         raise TypeError(f"{type(self).__name__} cannot be cut inside.")
 
-    def computed(self, counts: Sequence[int]) -> list[int]:
+    def masked_attention(self, block: int) -> Any:
+        """The module that is given a mask where pictures keep different numbers of cells, if that is not the block:
+        `attention_mask` makes it, and it goes by that name. None if it is, or where no mask is needed."""
+        return None
+
+    def attention_mask(self, run: Any, block: int, states: Tensor) -> Tensor | None:
+        """The mask for `masked_attention`; None while none is needed.
+
+        Args:
+            states: what that module is given.
+        """
+        return None
+
+    def hide_keys(self, block: int, gone: Tensor, rows: int) -> list[Any]:
+        """Let a block's attention be computed in the open, without the keys of some rows: what taking them out is held
+        against.
+
+        Args:
+            gone: `[M, T]` or `[1, T]` bool, the rows that nothing is to see, of the states that the block is given.
+            rows: how many of the others are computed, evenly over each row of states; the rest are zeros.
+
+        Returns:
+            The removable hooks; the first says in `computed` which rows were, `[M, T]` bool.
+        """
+        raise TypeError(f"{type(self).__name__} hides no keys.")
+
+    def computed(self, run: Any, counts: Sequence[int]) -> list[int]:
         """Cells of each picture that are computed where so many are left: padding costs what a token costs."""
         return list(counts)
 
@@ -137,19 +166,20 @@ class VisionTower:
         """
         return list(self.by_cell(values))
 
-    def cell_pixels(self, pixels: Tensor, pictures: int, kind: str) -> Tensor:
-        """`[pictures, cells, C, n]`: the normalised pixel values of each cell and colour, cells in raster order.
+    def cell_pixels(self, pixels: Tensor, grids: Sequence[tuple[int, int]], kind: str) -> list[Tensor]:
+        """`[cells, C, n]` of each picture: the normalised pixel values of each cell and colour, cells in raster order.
 
         Where a patch has several moments, those of an image are the same picture over again: the first is given.
 
         Args:
-            pixels, pictures: as for `patch_pixels`.
+            pixels: as for `patch_pixels`.
+            grids: (rows, cols) of cells of each picture that the tower gets of the visual.
             kind: "image" or "video".
         """
-        patches = self.patch_pixels(pixels, pictures)  # [m, patches, C, n]
+        patches = self.patch_pixels(pixels, len(grids))  # [m, patches, C, n]
         if kind == "image" and self.moments > 1:
             patches = patches[..., : patches.shape[-1] // self.moments]
-        return patches.unflatten(1, (-1, self.patches_per_cell)).transpose(2, 3).flatten(3)
+        return list(patches.unflatten(1, (-1, self.patches_per_cell)).transpose(2, 3).flatten(3))
 
     def flops(self, shape: ModelShape, work: TowerWork) -> int | None:
         """Floating-point operations of one run of the tower, by the conventions of `tokenprune.cost`; None where they
@@ -210,6 +240,12 @@ class Adapter:
 
     features_at_places: ClassVar[bool] = True
     """Whether what a features call returns stands at the placeholders as it is."""
+    prefix_type: ClassVar[int | None] = None
+    """In `token_type_ids`, the type of tokens of a prompt that see each other in both directions, text among them."""
+    added_inside: ClassVar[bool] = False
+    """Whether features are added to rows of visual tokens inside the decoder, by arguments that `per_token_kwargs` cuts
+    and that the decoder looks at again before each layer, and the rows at its input are empty: `rows_seen` says by what
+    methods choose there."""
     layer_by_place: tuple[str, ...] = ()
     """Further arguments `[B, S, ...]` of a decoder layer that go by place, to be cut as its rows are."""
 
@@ -357,6 +393,15 @@ class Adapter:
     def expand_features(self, output: Any, expand: Callable[[Sequence[Tensor]], list[Tensor]]) -> None:
         """Put what a features call made of smaller pictures at full length, in place: all of its per-visual tensors."""
         output.pooler_output = expand(output.pooler_output)
+
+    def rows_seen(self, kwargs: Mapping[str, Any], embeds: Tensor) -> Tensor:
+        """`[B, S, D]`, what methods at "input" are shown of the decoder's rows.
+
+        Args:
+            kwargs: of the decoder, before pruning.
+            embeds: `[B, S, D]`, the rows themselves.
+        """
+        return embeds
 
     def per_token_kwargs(
         self, kwargs: Mapping[str, Any], rows: Callable[[Tensor], Tensor], real: Tensor

@@ -63,7 +63,9 @@ class AttentionReading:
         """Query ("q") `[B, H, S, d]`, key ("k") or value ("v") `[B, Hk, S, d]`, before rotation, of hidden states
         `[B, S, D]` that enter the layer."""
         entering = hidden if self.norm is None else self.norm(hidden)
-        made = self.split(self.projections[part](entering), part)
+        return self._by_head(self.split(self.projections[part](entering), part), part)
+
+    def _by_head(self, made: Tensor, part: str) -> Tensor:
         norm = self.norms[part]
         over_all = norm is not None and _over_all_heads(norm, self.width)
         if norm is not None and over_all:
@@ -72,6 +74,13 @@ class AttentionReading:
         if norm is not None and not over_all:
             made = norm(made)
         return made.transpose(1, 2)
+
+    def keys_and_values(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys, before rotation, and values `[B, Hk, S, d]` of hidden states `[B, S, D]`; what makes both runs once."""
+        entering = hidden if self.norm is None else self.norm(hidden)
+        made = self.projections["k"](entering)
+        other = made if self.projections["v"] is self.projections["k"] else self.projections["v"](entering)
+        return self._by_head(self.split(made, "k"), "k"), self._by_head(self.split(other, "v"), "v")
 
     def rotate(self, values: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Rotary embedding of `[B, H, P, d]` by cos and sin `[1 or B, P, r]`: of the first r of a head's d channels."""

@@ -10,5 +10,7 @@ DECODER_SIGNALS = "decoder signals"
 """Queries, keys and values of its decoder layers can be read, with their rotation and scale."""
 TOWER_SIGNALS = "tower signals"
 """Signals of the blocks of its vision tower can be read."""
+TOWER_CUTS = "tower cuts"
+"""Tokens can be taken out of the rows between two blocks of its vision tower."""
 
 CAPABILITIES = (INPUT_CUTS, LAYER_CUTS, DECODER_SIGNALS, TOWER_SIGNALS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ from tokenprune.interfaces.selection import Selection, topk_indices
 from tokenprune.interfaces.signals import Signal, TowerInfo
 from tokenprune.interfaces.site import read_site
 from tokenprune.interfaces.view import View
+from tokenprune.interfaces.visual import Raster
 
 
 @dataclass
@@ -171,6 +172,11 @@ class Pruner:
     def kept_tokens(self, num_tokens: int, budget: Budget) -> int:
         """How many of an image's N tokens a cut leaves, as far as that is known beforehand."""
         return budget.tokens(num_tokens)
+
+    def exact_tokens(self, rasters: Sequence[Raster], budget: int) -> int:
+        """How many tokens stay where `budget` of those of `rasters`, which are whole, are asked for: what decides by
+        the grid and not by the picture says its number. Of a method that is not adaptive, see `is_adaptive`."""
+        return budget
 
     def score(self, view: View) -> Tensor:
         """Importance of each visual token, `[M, N]`; higher means keep."""

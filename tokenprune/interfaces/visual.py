@@ -92,18 +92,28 @@ class Pictures(NamedTuple):
     Attributes:
         counts: visuals of each picture, in order.
         note: what a reader of a report must know where the prompt does not say; "" where it does.
+        grids: (rows, cols) of each picture where its visuals are single tokens and the prompt says how they stand.
     """
 
     counts: tuple[int, ...]
     note: str = ""
+    grids: tuple[tuple[int, int], ...] | None = None
 
 
-def joined(visuals: Sequence[Visual]) -> Visual:
+def joined(visuals: Sequence[Visual], grid: tuple[int, int] | None = None) -> Visual:
     """One picture of its tiles, whose rasters are those of the tiles one after the other.
+
+    Args:
+        visuals: its tiles.
+        grid: (rows, cols) of the picture where each tile is one token; None where its tiles have grids of their own.
 
     Raises:
         ValueError: a tile has separators, or crops of its own.
     """
+    if grid is not None:
+        if grid[0] * grid[1] != len(visuals) or any(visual.length != 1 for visual in visuals):
+            raise ValueError(f"{len(visuals)} tiles that should be one token each are no grid of {grid}.")
+        return replace(visuals[0], rasters=(Raster(grid),))
     if len(visuals) == 1:
         return visuals[0]
     rasters: list[Raster] = []
@@ -145,10 +155,14 @@ class TowerWork:
 
 
 def features_in(output: Any) -> Tensor | Sequence[Tensor] | None:
-    """The features in the output of a features call: its `pooler_output`; the output itself where that is a tensor or a
-    sequence of them, as code that comes with a checkpoint has it; None if it holds none."""
+    """The features in the output of a features call: its `pooler_output`; those that are added first where all are
+    added inside the decoder, `(layer, features)` each; its `last_hidden_state` where it has no other; the output itself
+    where that is a tensor or a sequence of them, as code that comes with a checkpoint has it; None if it holds none."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, (list, tuple)) and output and all(isinstance(part, Tensor) for part in output):
         return output
-    return getattr(output, "pooler_output", None)
+    pooled, added = (getattr(output, name, None) for name in ("pooler_output", "deepstack_features"))
+    if pooled is None and added and all(isinstance(part, tuple) for part in added):
+        return min(added, key=lambda part: part[0])[1]
+    return getattr(output, "last_hidden_state", None) if pooled is None else pooled

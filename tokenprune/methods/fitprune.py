@@ -8,7 +8,7 @@ Licence: Apache-2.0 upstream; this file was written from the formulas, no code a
 Behind each layer the N_l visual tokens with the lowest score leave: score = self x cross, of attention in that layer
 with the largest value over heads (code); self is the mean over the visual's tokens of what they pay a token, cross the
 sum over the text behind. Position ids are kept (code). The schedule, N_l for each layer, is found once from a few
-samples, see `tokenprune.evals.tuning.calibrate`; the official ones for LLaVA-1.5 are not here.
+samples, see `tokenprune.evals.tuning.deletions`; the official ones for LLaVA-1.5 are not here.
 
 Budget (our choice): `keep` is how many tokens are left before the last layer, and `average=` solves for the mean over
 the layers, as with every method. The file has one schedule for each share of FLOPs that was asked for. Two whose ends

@@ -11,6 +11,7 @@ weighs as many tokens as its cell has, those that it shares with neighbours coun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.selection import Selection, fit_grid, grid_places
 from tokenprune.interfaces.view import View
+from tokenprune.interfaces.visual import Raster
 from tokenprune.registry import register_method
 
 
@@ -36,6 +38,10 @@ class Pool(Pruner):
     merges: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = True
     published: ClassVar[str] = "control, no paper"
+
+    def exact_tokens(self, rasters: Sequence[Raster], budget: int) -> int:
+        rows, cols = fit_grid(rasters[0].grid, budget)
+        return rows * cols
 
     def select(self, view: View) -> Selection:
         small = fit_grid(view.grid, view.budget)

@@ -42,6 +42,7 @@ class ForwardCall:
         transitions: signals of decoder layers that were read on the way, by place in the rows as they stand.
         branch: what entered a layer's attention, and what came out, until its MLP has run.
         attention: what interventions know of this call.
+        bypass: the same of layers that visual tokens pass by.
         served: the pruned KV cache that this call may add keys to.
         labels: a copy of the caller's labels `[B, S]`, for the loss; None if there are none.
         learning: whether it holds the lock under which interventions learn from prompts.
@@ -64,6 +65,7 @@ class ForwardCall:
     transitions: dict[Signal, Tensor] = field(default_factory=dict)
     branch: tuple[Tensor, Tensor] | None = None
     attention: Any = None
+    bypass: Any = None
     served: Any = None
     labels: Tensor | None = None
     learning: bool = False
@@ -71,16 +73,18 @@ class ForwardCall:
     def clear(self) -> None:
         """Let go of all that is needed only while the module that merges text and pictures is at work."""
         self.prompt, self.masks, self.decoder, self.branch, self.attention = None, None, None, None, None
-        self.waiting = None
+        self.waiting, self.bypass = None, None
         self.layer_inputs, self.read, self.laid_out, self.recordings, self.transitions = {}, {}, {}, {}, {}
         self.learning = False
 
 
 @dataclass(eq=False)
 class Generation:
-    """One call of `generate`; `prompt_length` is how many ids it began with, once that is known."""
+    """One call of `generate`; `prompt_length` is how many ids it began with, once that is known; `ids` `[B, S]` are
+    those that it was given, None where it was given embeddings."""
 
     prompt_length: int | None = None
+    ids: Tensor | None = None
 
 
 class Calls(threading.local):

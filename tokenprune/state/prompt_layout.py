@@ -100,11 +100,11 @@ def build_layout(
     for kind, mask in placeholders.items():
         found = _placed(kind, mask, visuals.get(kind, ()))
         if pictures is not None:
-            groups, said = _grouped(kind, found, pictures)
+            groups, grids, said = _grouped(kind, found, pictures)
             notes += said
             if len(groups) < len(found):
                 tiles[kind] = tuple(tuple(tile.order for tile in group) for group in groups)
-                found = [_joined(group, place) for place, group in enumerate(groups)]
+                found = [_joined(*own, place) for place, own in enumerate(zip(groups, grids))]
         placed += found
     placed.sort(key=lambda one: (one.row, int(one.places[0])))
     spans: list[Span] = []
@@ -143,25 +143,31 @@ def _placed(kind: str, mask: Tensor, items: Sequence[Visual]) -> list[_Placed]:
     return placed
 
 
-def _grouped(kind: str, placed: Sequence[_Placed], pictures: Grouping) -> tuple[list[list[_Placed]], list[str]]:
-    """The visuals of one kind by picture, and what is to be said of prompts that do not tell."""
+def _grouped(
+    kind: str, placed: Sequence[_Placed], pictures: Grouping
+) -> tuple[list[list[_Placed]], list[tuple[int, int] | None], list[str]]:
+    """The visuals of one kind by picture, grids of pictures whose visuals are single tokens, and what is to be said of
+    prompts that do not tell."""
     groups: list[list[_Placed]] = []
+    grids: list[tuple[int, int] | None] = []
     notes: list[str] = []
     for row, of_row in itertools.groupby(placed, key=lambda one: one.row):
         rest = list(of_row)
         said = pictures(kind, row, [one.places for one in rest])
         if said is None:
             groups += [[one] for one in rest]
+            grids += [None] * len(rest)
             continue
         if sum(said.counts) != len(rest) or min(said.counts) < 1:
             raise ValueError(f"{len(rest)} tiles of a prompt cannot be {said.counts} by picture.")
         notes += [said.note] if said.note else []
+        grids += [None] * len(said.counts) if said.grids is None else said.grids
         for count in said.counts:
             groups.append(rest[:count])
             rest = rest[count:]
-    return groups, notes
+    return groups, grids, notes
 
 
-def _joined(group: Sequence[_Placed], place: int) -> _Placed:
-    whole = joined([tile.visual for tile in group])
+def _joined(group: Sequence[_Placed], grid: tuple[int, int] | None, place: int) -> _Placed:
+    whole = joined([tile.visual for tile in group], grid)
     return _Placed(group[0].row, torch.cat([tile.places for tile in group]), place, whole)

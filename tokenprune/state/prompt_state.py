@@ -74,7 +74,8 @@ class Prompt:
         merged: `[]` each, how many tokens went into kept ones, by visual and stage.
         tower: what the vision tower was given, for each of its runs.
         noted: for each intervention, what it noted on keys, by layer.
-        attention_flops: by decoder layer, matrix products of interventions beside the layer's own attention.
+        attention_flops: by decoder layer, matrix products of interventions beside the layer's own attention; below 0
+            where they save some; None where that is not modelled.
         drafted: tokens at the end of each row that a draft proposed.
         raters: for each span, `[T]` bool, which tokens of the text behind the row's last visual token rate it; empty
             where no stage asks.
@@ -92,7 +93,7 @@ class Prompt:
     merged: list[Tensor] = field(default_factory=list)
     tower: list[TowerWork] = field(default_factory=list)
     noted: list[dict[int, Facts]] = field(default_factory=list)
-    attention_flops: dict[int, int] = field(default_factory=dict)
+    attention_flops: dict[int, int | None] = field(default_factory=dict)
     drafted: int = 0
     raters: list[Tensor] = field(default_factory=list)
 

@@ -230,7 +230,10 @@ def entries_of(output: Any, visuals: Sequence[Visual]) -> list[range] | None:
 
 
 def by_visual(features: Sequence[Tensor], entries: Sequence[range] | None, visuals: Sequence[Visual]) -> list[Tensor]:
-    """`[P, D]` of each visual, from tensors that hold those of `entries`, see `entries_of`."""
+    """`[P, D]` of each visual, from tensors that hold those of `entries`, see `entries_of`; or from one tensor that
+    holds those of all, one after the other (HunYuan-VL in older releases)."""
+    if entries is None and len(features) == 1 < len(visuals):
+        entries = [range(len(visuals))]
     if entries is None:
         return list(features)
     found: list[Tensor] = []

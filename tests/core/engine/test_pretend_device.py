@@ -91,7 +91,8 @@ def committed(text: str) -> str:
 
 @pytest.mark.slow
 def test_on_the_pretend_device_nothing_differs_and_little_is_read(request: pytest.FixtureRequest, capsys: Any) -> None:
-    done = python(str(TESTS / "pretend_cells.py"))
+    sampled = request.config.getoption("--sampled")
+    done = python(str(TESTS / "pretend_cells.py"), *(["--sampled"] if sampled else []))
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     ran = [line for line in lines if "refused" not in line]
@@ -106,8 +107,7 @@ def test_on_the_pretend_device_nothing_differs_and_little_is_read(request: pytes
             f"host reads at {len(counts)} kinds of places, {len(decoded)} in decode steps; "
             f"{sum(line['seconds'] for line in lines):.0f} s"
         )
-    assert not wrong
-    check_cells(lines)
+    assert len(ran) > 100 and not wrong
     assert not decoded, "a decode step waits for the device"
     unknown = {
         (*place, line["family"], line["method"]) for line in ran for place in by_place(line) if place not in READS
@@ -115,6 +115,9 @@ def test_on_the_pretend_device_nothing_differs_and_little_is_read(request: pytes
     assert not unknown, "a read that READS does not name"
     for line in ran:
         check_once(line)
+    if sampled:
+        return
+    check_cells(lines)
     path = request.config.getoption("--reads")
     if path is not None:
         text = path.read_text(encoding="utf-8")

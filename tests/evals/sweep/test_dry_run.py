@@ -64,7 +64,8 @@ def test_estimates_are_the_costs_of_a_real_prompt(tiny, tiny_folder, method):
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [(name, method) for name in sorted(BUILDERS) for method in ("uniform", "fastv")] + [("llava", "random+var")],
+    [(name, method) for name in sorted(BUILDERS) for method in ("uniform", "fastv")]
+    + [("llava", "random+var"), ("llava", "random+naavit"), ("qwen2_5_vl", "random+naavit")],
 )
 def test_estimates_hold_for_every_family(name, method):
     inputs = batch_of(name, "one_left")

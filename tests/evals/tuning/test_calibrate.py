@@ -11,7 +11,7 @@ import torch
 
 import tokenprune
 from tokenprune.cli import main
-from tokenprune.evals.tuning.calibrate import Mass, Widths, deletions_at, masses_of, may_leave, schedule_for
+from tokenprune.evals.tuning.deletions import Mass, Widths, deletions_at, masses_of, may_leave, schedule_for
 from tokenprune.interfaces.signals import TEXT_MAX_ATTENTION, VISUAL_MAX_ATTENTION
 from tokenprune.methods.fitprune import FitPrune
 
