@@ -17,12 +17,22 @@ class CellVit(CellCuts, Vit):
     """As `Vit`; a token's patches leave together, before the shuffle.
 
     Args:
-        module, blocks, exit, facts, patch: see `Vit`.
+        module, blocks, exit, facts, patch, can_cut, pooling_head: see `Vit`.
         cells: `[cells, g]` int64, the patches that are joined into each visual token.
     """
 
-    def __init__(self, module: Any, blocks: Any, exit: Any, facts: TowerInfo, patch: int, cells: Tensor) -> None:
-        super().__init__(module, blocks, exit, facts, patch)
+    def __init__(
+        self,
+        module: Any,
+        blocks: Any,
+        exit: Any,
+        facts: TowerInfo,
+        patch: int,
+        cells: Tensor,
+        can_cut: bool = True,
+        pooling_head: bool = False,
+    ) -> None:
+        super().__init__(module, blocks, exit, facts, patch, can_cut, pooling_head)
         self.can_merge = False
         self._cells, self.patches_per_cell, self.before = cells.cpu(), cells.shape[1], self._before
 

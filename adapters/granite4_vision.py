@@ -22,7 +22,8 @@ from tokenprune.adapters._anyres import anyres_visual, split_crops
 from tokenprune.adapters._cost import vit_sizes
 from tokenprune.adapters._generic import Generic
 from tokenprune.adapters._read_tower import raster_places
-from tokenprune.adapters._vit import Vit, feature_block, vit_facts
+from tokenprune.adapters._vit import feature_block, vit_facts
+from tokenprune.adapters._vit_cells import CellVit
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import submodule
 from tokenprune.interfaces.visual import Visual
@@ -48,10 +49,11 @@ class Granite4Vision(Generic):
             depths = [config.spatial_vision_layer, *(depth for depth, _ in config.deepstack_layer_map)]
             block = max(feature_block(depth, vision.num_hidden_layers) for depth in depths)
             tower = submodule(self.entry, "vision_tower")
-            self.vision = Vit(
+            self.vision = CellVit(
                 tower, submodule(tower, "encoder.layers"), self.entry.spatial_projectors,
                 vit_facts(vision, block, self._has_cls), vision.patch_size,
-                cell_patches=raster_places(self._side, self._side, ratio.denominator),
+                raster_places(self._side, self._side, ratio.denominator),
+                can_cut=False,  # a Q-Former's queries look at all patches of their window
                 pooling_head=bool(getattr(tower, "use_head", False)),
             )  # fmt: skip
 

@@ -12,8 +12,9 @@ import contextlib
 from typing import Any
 
 import torch
+from _masked_cache import check_cache
 from _masked_cells import masked_cells, patches_of_tokens
-from masked_reference import check_cache, decoder_inputs, relative_error
+from masked_reference import decoder_inputs, relative_error
 from torch import Tensor
 
 from tokenprune.engine.whole_masks import RECURRENT

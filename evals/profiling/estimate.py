@@ -165,10 +165,10 @@ def _tower_work(adapter: Adapter, visual: Visual, stages: Sequence[Stage]) -> To
     counts = [rows * cols for rows, cols in grids]
     if not cuts:
         return TowerWork(grids, left=sum(counts))
-    first, blocks = min(cuts) + 1, []
+    first, blocks, run = min(cuts) + 1, [], vision.start(grids)
     for block in range(first, len(vision.blocks)):
         if block - 1 in cuts:
             shares = cuts[block - 1].budget.pictures(visual)
             counts = [min(count, max(share, 1)) for count, share in zip(counts, shares)]
-        blocks.append(tuple(count * vision.patches_per_cell for count in vision.computed(counts)))
-    return TowerWork(grids, tuple(blocks), first, sum(vision.computed(counts)))
+        blocks.append(tuple(count * vision.patches_per_cell for count in vision.computed(run, counts)))
+    return TowerWork(grids, tuple(blocks), first, sum(vision.computed(run, counts)))

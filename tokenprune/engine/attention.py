@@ -95,8 +95,9 @@ class AttentionInterventions:
         found: list[Signal] = []
         for number, one in enumerate(self.interventions):
             own = one.signals(self.adapter.tower) if number in self.layers.values() else ()
-            if any(signal.name not in VISION_SIGNALS for signal in own):
-                raise ValueError(f"{one.name} asks for {own[0].name}; an intervention may read the vision tower alone.")
+            others = [signal.name for signal in own if signal.name not in VISION_SIGNALS]
+            if others:
+                raise ValueError(f"{one.name} asks for {others[0]}; an intervention may read the vision tower alone.")
             for stage in stages if own else ():
                 if stage.place in ("pixels", "vision"):
                     raise ValueError(
@@ -349,7 +350,9 @@ class AttentionInterventions:
             return stock(query, key, value)
         if call.prompt is not None:
             flops = call.prompt.attention_flops
-            flops[layer] = (flops.get(layer, 0) if measures else 0) + one.flops(asked)
+            flops[layer] = ((flops.get(layer) or 0) if measures else 0) + one.flops(asked)
+        if facts is None:
+            raise RuntimeError(f"{one.name} changes layer {layer} without facts on its keys.")
         changed, applies = changed.transpose(1, 2), facts.applies[:, None]
         if asked.whole and asked.real is None and facts.every:
             return changed, None

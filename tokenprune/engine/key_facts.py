@@ -139,7 +139,7 @@ class KeyFacts:
         if call.prompt is not None:
             flops = call.prompt.attention_flops
             own = self._interventions[self._owners[layer]].measured_flops(given)
-            flops[layer] = flops.get(layer, 0) + own
+            flops[layer] = (flops.get(layer) or 0) + own
 
     def of_layer(self, call: AttentionCall, layer: int, held: int) -> LayerFacts | None:
         """Facts on the keys of a layer, of which `held` were there before the call."""

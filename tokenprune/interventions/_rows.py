@@ -61,7 +61,7 @@ def check_heads(heads: Any, count: int | None = None) -> None:
     """Raise ValueError unless `heads` is None or a list of query heads, below `count`."""
     if heads is None:
         return
-    listed = heads if isinstance(heads, (list, tuple)) else [None]
+    listed: list[Any] = list(heads) if isinstance(heads, (list, tuple)) else [None]
     if any(type(head) is not int or head < 0 for head in listed):
         raise ValueError(f"heads must be a list of query heads from 0 on, got {heads!r}.")
     if count is not None and any(head >= count for head in listed):

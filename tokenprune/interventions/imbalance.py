@@ -105,10 +105,10 @@ class Imbalance(Intervention):
             raise ValueError("imbalance was not told of the vision tower; apply it with tokenprune.apply.")
         early, late = (visual.signal(signal).float() for signal in self._reads)
         found = [
-            chosen(*(values[raster.start : raster.start + raster.num_tokens] for values in (early, late)), self.ratio,
-                   self.outlier)
+            chosen(early[of], late[of], self.ratio, self.outlier)
             for raster in visual.rasters
-        ]  # fmt: skip
+            for of in [slice(raster.start, raster.start + raster.num_tokens)]
+        ]
         groups = torch.cat(found)
         return groups if visual.tokens is None else groups[visual.tokens.to(groups.device)]
 

@@ -78,7 +78,7 @@ class ZeroTuning(Intervention):
         gamma, heads = self.gamma, self.heads
         if self.calibration is not None:
             gamma, heads = read_calibration(self.calibration, decoder)
-        gammas = list(gamma) if isinstance(gamma, (list, tuple)) else [gamma] * decoder.heads
+        gammas = [gamma] * decoder.heads if isinstance(gamma, (int, float)) else list(gamma)
         if len(gammas) != decoder.heads:
             raise ValueError(f"gamma has {len(gammas)} numbers, and this decoder has {decoder.heads} query heads.")
         check_heads(heads, decoder.heads)
