@@ -89,7 +89,7 @@ def line_chart(series: Mapping[str, tuple[str, Sequence[float]]], log: bool = Fa
             for px, py, value, i in points
         )
         parts.append(f'<g class="series {kind}"><polyline points="{path}"/>{dots}</g>')
-    return f'<svg class="chart" viewBox="0 0 {_WIDE} {_HIGH}" role="img">{"".join(parts)}</svg>'
+    return f'<svg class="chart" viewBox="0 0 {_WIDE} {_HIGH + 4}" role="img">{"".join(parts)}</svg>'
 
 
 def stacked_bars(rows: Sequence[tuple[str, Mapping[str, float]]], kinds: Mapping[str, str]) -> str:
