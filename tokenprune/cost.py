@@ -11,8 +11,8 @@ Conventions, the same as torch's `FlopCounterMode`:
 - Of experts, a token costs those that it is sent to and those that all share, and the router.
 - Linear attention is counted in the blocks of 64 tokens that it is computed in over a prompt, the triangular solves in
   them left out; a decode step of it has no matrix product besides its linear layers.
-- What finds out how pictures of a new size are laid out, where tokens leave inside a tower without a file of its own, is
-  left out: the features call without its blocks, once for each size.
+- Left out is what finds out how pictures of a new size are laid out, where tokens leave inside a tower without a file
+  of its own: the features call without its blocks, once for each size.
 
 What the sizes of a model do not say is not modelled, and is None here in place of a number, as is every sum over it.
 

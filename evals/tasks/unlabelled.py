@@ -1,4 +1,4 @@
-"""Unlabelled samples to tune on: pictures and questions without answers, drawn by a seed."""
+"""Samples to tune on: pictures and questions, drawn by a seed; answers where there are any and somebody asks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from tokenprune.evals.pocket.catalog import refuse_test_only
 from tokenprune.evals.tasks.load import check_task, load_task, task_names
 
 QUESTIONS = "questions.jsonl"
-"""The file of a folder of pictures: a line `{"image": "name.png", "question": "..."}` for each sample."""
+"""The file of a folder of pictures: a line `{"image": "name.png", "question": "..."}` for each sample, and an "answer"
+where one is known."""
 
 
 @dataclass(frozen=True)
 class SelectionRequest:
-    """An unlabelled sample: a picture and a question."""
+    """A picture, a question, and the answer (or accepted ones) where that is known."""
 
     sample_id: str
     question: str
     image: Any
+    answer: Any = None
 
 
 def check_data(data: str) -> None:
@@ -49,7 +51,8 @@ def _candidates(data: str, scenes: int, seed: int) -> Iterator[SelectionRequest]
         lines = read_lines(folder / QUESTIONS)
         for number in draw.sample(range(len(lines)), len(lines)):
             line = lines[number]
-            yield SelectionRequest(str(number), str(line["question"]), read_picture(folder / line["image"]))
+            picture = read_picture(folder / line["image"])
+            yield SelectionRequest(str(number), str(line["question"]), picture, line.get("answer"))
     elif data in task_names():
         rows: dict[str, list[Any]] = {}
         suite, _, family = data.partition(":")
@@ -58,12 +61,12 @@ def _candidates(data: str, scenes: int, seed: int) -> Iterator[SelectionRequest]
                 rows.setdefault(row["scene_id"], []).append(row)
         for rows_of_scene in rows.values():  # scenes come at random already; one question about each
             row = draw.choice(rows_of_scene)
-            yield SelectionRequest(row["sample_id"], row["question"], row["image"]())
+            yield SelectionRequest(row["sample_id"], row["question"], row["image"](), row["answer"])
     else:
         task = load_task(data)
         for number in draw.sample(range(task.size), task.size):
             sample = next(task.load(number, number + 1))
-            yield SelectionRequest(sample.sample_id, sample.question, sample.image)
+            yield SelectionRequest(sample.sample_id, sample.question, sample.image, sample.answer)
 
 
 def _square_scenes(family: str, scenes: int) -> Iterator[dict[str, Any]]:

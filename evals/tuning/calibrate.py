@@ -15,10 +15,10 @@ from tokenprune.evals.errors import as_user_error
 from tokenprune.evals.io.atomic_files import replace_file
 from tokenprune.evals.models.load import LoadedModel, check_device, check_dtype, load_model, model_source
 from tokenprune.evals.tasks.unlabelled import check_data, draw_samples
-from tokenprune.evals.tuning import contributions, deletions
+from tokenprune.evals.tuning import contributions, deletions, first_key
 from tokenprune.registry import near
 
-CALIBRATED = ("fitprune", "shortv")
+CALIBRATED = {"fitprune": deletions, "shortv": contributions, "zerotuning": first_key}
 
 
 @dataclass
@@ -30,6 +30,7 @@ class CalibrateConfig:
             folder of pictures with a `questions.jsonl`.
         ratio: of fitprune: shares of the visual tokens' FLOPs that shall go, in (0, 1), a schedule for each.
         output: the JSON file.
+        labels: of zerotuning: whether answers of the samples are used.
         samples: how many samples.
         seed: of the samples drawn.
     """
@@ -43,6 +44,7 @@ class CalibrateConfig:
     seed: int = 0
     dtype: str = "float32"
     device: str | None = None
+    labels: bool = False
 
     def check(self) -> None:
         """Refuse what would fail later; loads no model and no data.
@@ -51,8 +53,10 @@ class CalibrateConfig:
             UnknownName, ValueError, FileNotFoundError: with a sentence on what to write instead.
         """
         if self.method not in CALIBRATED:
-            known = near(self.method, CALIBRATED) + f" Known: {', '.join(CALIBRATED)}."
+            known = near(self.method, list(CALIBRATED)) + f" Known: {', '.join(CALIBRATED)}."
             raise ValueError(f"There is nothing to calibrate for {self.method!r}.{known}")
+        if self.labels and self.method != "zerotuning":
+            raise ValueError(f"--labels is of zerotuning; {self.method} needs none.")
         for one in self.ratio:
             if not 0 < one < 1:
                 raise ValueError(f"--ratio is the share of FLOPs that shall go, in (0, 1), got {one!r}.")
@@ -74,8 +78,11 @@ def calibrate(config: CalibrateConfig, say: Callable[[str], None]) -> dict[str, 
         inputs = [loaded.inputs([one.question], [one.image]) for one in samples]
         if config.method == "fitprune":
             found = deletions.schedules(loaded, inputs, config.ratio, say)
-        else:
+        elif config.method == "shortv":
             found = contributions.contributions(loaded, inputs, say)
+        else:
+            answers = [one.answer for one in samples] if config.labels else None
+            found = first_key.first_key(loaded, inputs, answers, say)
     said = {
         "method": config.method,
         "model": config.model,
@@ -94,4 +101,4 @@ def calibrate(config: CalibrateConfig, say: Callable[[str], None]) -> dict[str, 
 
 def lines(said: dict[str, Any]) -> list[str]:
     """What was found, for a terminal."""
-    return (deletions if said["method"] == "fitprune" else contributions).lines(said)
+    return CALIBRATED[said["method"]].lines(said)

@@ -13,17 +13,19 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Declare the subcommand."""
     calibrate = commands.add_parser(
         "calibrate",
-        help="find what a method wants to know of a model (fitprune, shortv)",
+        help="find what a method wants to know of a model (fitprune, shortv, zerotuning)",
         description="Runs a few samples and writes a file. fitprune: for each share of FLOPs that shall go, how many "
         "visual tokens may leave behind each decoder layer, by the attention they get: "
         'tokenprune.apply(model, "fitprune", keep=64, schedule="FILE.json"). shortv: how much each layer does with '
-        'visual tokens: tokenprune.apply(model, "shortv", calibration="FILE.json").',
+        'visual tokens: tokenprune.apply(model, "shortv", calibration="FILE.json"). zerotuning: gamma and heads: '
+        'tokenprune.apply(model, "zerotuning", calibration="FILE.json").',
     )
-    calibrate.add_argument("method", help="what to calibrate: fitprune or shortv")
+    calibrate.add_argument("method", help="what to calibrate: fitprune, shortv or zerotuning")
     model_arguments(calibrate)
     calibrate.add_argument("--data", default="pocket", help="task, its YAML file or a folder of pictures (%(default)s)")
     ratio = "fitprune: shares of the visual FLOPs that shall go (0.1 to 0.8)"
     calibrate.add_argument("--ratio", type=float, nargs="+", default=list(RATIOS), help=ratio)
+    calibrate.add_argument("--labels", action="store_true", help="zerotuning: use the samples' answers, not entropy")
     calibrate.add_argument("--output", required=True, help="the JSON file to write")
     calibrate.add_argument("--samples", type=int, default=64, help="samples to read (%(default)s)")
     calibrate.add_argument("--seed", type=int, default=0, help="of the samples (%(default)s)")

@@ -36,6 +36,7 @@ from tokenprune.interfaces.intervention import Attended, DecoderInfo, Facts, Int
 from tokenprune.interventions._rows import check_heads, in_the_open
 from tokenprune.registry import register_intervention
 
+COMMAND = "tokenprune calibrate zerotuning --model MODEL --data DATA --output FILE.json"
 _FORM = '{"gamma": 2.0, "heads": [0, 3], "decoder": {"layers": 32, "heads": 32}}'
 _FEW = 4  # rows, up to which logits in the open cost less than a copy of the keys with columns behind them
 _COLUMNS = 8  # of which two hold the bias; fast kernels want multiples of 8
@@ -49,7 +50,8 @@ class ZeroTuning(Intervention):
     Attributes:
         gamma: above 0; 1 switches it off. A list has one for each query head.
         heads: query heads in which it acts, the same in all layers; None: all.
-        calibration: a JSON file that says gamma and heads in their place, and of which decoder they are.
+        calibration: the JSON file that `tokenprune calibrate zerotuning` wrote: it says gamma and heads in their place,
+            and of which decoder they are.
     """
 
     published: ClassVar[str] = "arXiv 2505.11739, FeijiangHan/ZeroTuning"
@@ -72,6 +74,10 @@ class ZeroTuning(Intervention):
         self._log_gamma: tuple[float, ...] = ()
         self._tables: dict[tuple[Any, ...], Tensor] = {}
         self._said = ""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return () if self.calibration is None else (Path(self.calibration).expanduser(),)
 
     def prepare(self, decoder: DecoderInfo) -> tuple[int, ...]:
         layers = super().prepare(decoder)
@@ -164,7 +170,9 @@ def read_calibration(path: str, decoder: DecoderInfo) -> tuple[float, list[int]]
         said = json.loads(file.read_text(encoding="utf-8"))
         gamma, heads, sizes = float(said["gamma"]), [int(h) for h in said["heads"]], said["decoder"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no calibration of zerotuning ({error}). It must hold {_FORM}.") from None
+        raise ValueError(
+            f"{path} holds no calibration of zerotuning ({error}). Make one with `{COMMAND}`, or write {_FORM}."
+        ) from None
     if not gamma > 0:
         raise ValueError(f"gamma in {path} is {gamma}, and must be above 0.")
     own = {"layers": decoder.layers, "heads": decoder.heads}
