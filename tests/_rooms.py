@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("evals.pocket_training", "evals.tuning", "evals.learned"),
     ("commands",),
     ("cli",),
-    ("evals.bench",),
+    ("__main__", "evals.bench"),
 )
 """Rooms, and modules that stand beside rooms, from the bottom up. Rooms of one floor know nothing of each other."""
 

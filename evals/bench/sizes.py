@@ -113,8 +113,8 @@ def find_size(name: str) -> Size:
     return SIZES[name]
 
 
-def build(name: str, dtype: str, device: str) -> Any:
-    """The model with random weights, made on `device` in `dtype`."""
+def build(name: str, dtype: str, device: str, decoder_layers: int | None = None) -> Any:
+    """The model with random weights, made on `device` in `dtype`; with other `decoder_layers` than its own."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -122,6 +122,11 @@ def build(name: str, dtype: str, device: str) -> Any:
     settings = {key: value for key, value in size.config.items() if key != "model_type"}
     config = AutoConfig.for_model(size.config["model_type"], **settings)
     config.dtype = getattr(torch, dtype)
+    if decoder_layers is not None:
+        text = config.get_text_config()
+        text.num_hidden_layers = decoder_layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:decoder_layers]
     with torch.device(device):
         model: Any = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
     model.generation_config.eos_token_id = None  # what random weights say must not end a timed decode

@@ -7,7 +7,7 @@ import csv
 import pytest
 import torch
 
-from tokenprune.evals.bench import decode, end_to_end, growth, kernels, prefill
+from tokenprune.evals.bench import bypass, decode, end_to_end, growth, kernels, prefill, probes
 from tokenprune.evals.bench.sizes import SizedModel, build, find_size
 from tokenprune.evals.profiling.timing import ideal_prefill
 from tokenprune.registry import UnknownName
@@ -202,3 +202,15 @@ def test_decode_says_what_was_applied(capsys, tmp_path):
     assert len(rows) == 2 and all(float(row["changed_ms"]) > 0 and row["commit"] for row in rows)
     said = capsys.readouterr().out
     assert "var" in said and "ratio" in said
+
+
+def test_trials_at_apply_and_layers_passed_by_write_a_row_each(tmp_path):
+    probes.main(["--layers", "2", "--rounds", "1", "--out", str(tmp_path / "probes.csv")])
+    bypass.main(["--methods", "naavit", "naavit(variant=mask)", "--rounds", "1", "--out", str(tmp_path / "bypass.csv")])
+    with (tmp_path / "probes.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["layers"] for row in rows] == ["2"] * 3 and all(float(row["of_prefill"]) > 0 for row in rows)
+    with (tmp_path / "bypass.csv").open() as stream:
+        skip, mask = csv.DictReader(stream)
+    assert float(skip["flops_share"]) < 1 == float(mask["flops_share"])
+    assert skip["kv_mib"] == mask["kv_mib"]
