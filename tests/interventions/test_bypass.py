@@ -11,7 +11,6 @@ import pytest
 import torch
 from _families import BUILDERS, batch_of, family, layouts
 from _tiny import prompts, tiny_llava
-from torch.utils.flop_counter import FlopCounterMode
 
 import tokenprune
 from tokenprune.api import adapter_for
@@ -19,6 +18,7 @@ from tokenprune.cli import main
 from tokenprune.cost import LayerShape
 from tokenprune.engine.bypass import skipped
 from tokenprune.evals.models.load import load_model
+from tokenprune.evals.profiling.flops import flop_counter
 from tokenprune.evals.tasks.unlabelled import draw_samples
 from tokenprune.seams import cache_in
 
@@ -221,7 +221,7 @@ def test_flops_are_those_that_torch_counts(name: str, variant: str) -> None:
     counted = []
     for method in ("naavit(layers=[])", f"naavit(layers={SKIP}, variant={variant!r})"):
         with torch.no_grad(), tokenprune.applied(model, method) as handle:
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 model(**batch, use_cache=True, logits_to_keep=1)
             counted.append(counter.get_total_flops())
             report = handle.report()
