@@ -38,6 +38,8 @@ UNMODELLED: dict[str, tuple[str, ...]] = {
     "gemma4_moe": (TOWER, *DECODER),
     "gemma4_window": (TOWER, *DECODER),
     "fast_vlm": (TOWER, PROJECTOR),  # convolutions of timm
+    "fuyu": (TOWER, PROJECTOR),  # no tower: patches of all pictures in one tensor
+    "llama4": (TOWER, PROJECTOR),  # a shuffle and an adapter between tower and projector
     "gemma4_unified": (TOWER, PROJECTOR, *DECODER),  # no tower; logits of as many places as stay
     "got_ocr2": (TOWER, PROJECTOR),  # SAM
     "granite4_vision": (PROJECTOR,),  # several Q-Formers

@@ -9,6 +9,7 @@ import pytest
 import torch
 from _families import BUILDERS, _qwen_batch, batch_of, family
 from _views import make_view
+from _zoo_all import zoo_model
 from masked_reference import compare, run_pruned
 
 import tokenprune
@@ -230,6 +231,7 @@ def screen(batch, name):
         flat = flat.flatten(0, 1)
     else:
         flat[..., 7:14, 14:21] = pixels[..., 7:14, 14:21]
+        flat *= (pixels != 0).flatten(-3).any(-1)[..., None, None, None]  # tiles that fill up a batch are black
     batch["pixel_values"] = flat
     return batch
 
@@ -254,9 +256,11 @@ def test_a_screen_is_cut_before_the_first_block(name):
     compare(run, batch, 1e-5)
     report, ((_, work),) = run["report"], run["tower"]
     cells = sum(rows * cols for rows, cols in work.grids)
-    assert work.first == 0 and work.cuts[0][0] == -1 and work.left < cells / 2
     group = adapter_for(family(name)).vision.patches_per_cell
-    assert len({sum(block) for block in work.blocks}) == 1 and sum(work.blocks[0]) == work.left * group
+    inside = sum(work.blocks[0]) / group
+    # what shuffles cells behind the blocks gets all of them
+    assert work.first == 0 and work.cuts[0][0] == -1 and inside < cells / 2 and work.left in (inside, cells)
+    assert len({sum(block) for block in work.blocks}) == 1
     assert report.flops.vision < 0.6 * report.flops_unpruned.vision
 
 
@@ -288,7 +292,7 @@ def test_other_cuts_come_behind_it(name):
 
 def test_where_it_cannot_act_it_says_so():
     with pytest.raises(ValueError, match="cuts before the vision tower.*cannot be cut: its adapter says so"):
-        tokenprune.apply(family("internvl"), "pixelprune@9")
+        tokenprune.apply(zoo_model("video_llava"), "pixelprune@9")
     with pytest.raises(ValueError, match="acts at 'pixels', not at 'input'"):
         tokenprune.apply(family("llava"), {"prune": "pixelprune", "at": "input", "keep": 9})
     with pytest.raises(ValueError, match="Two stages act at 'pixels'"):

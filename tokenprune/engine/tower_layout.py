@@ -42,7 +42,9 @@ def skipped(tower: Any, block: Any, forward: Callable[..., Any], *args: Any, **k
         if more is not None and any(part is not None for part in more):
             return made  # with something that only the block knows
         forms[kind] = more
-    states = args[0] if args else kwargs["hidden_states"]
+    states = args[0] if args else kwargs.get("hidden_states")
+    if states is None:  # under another name, so it cannot be told what to hand on
+        return forward(*args, **kwargs)
     return states if forms[kind] is None else (states, *forms[kind])
 
 

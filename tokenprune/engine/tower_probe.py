@@ -189,6 +189,8 @@ def _leave(
         output = run(*args, **kwargs)
     states = output[0] if isinstance(output, tuple) else output
     leaf = leaves[number] = states.detach().requires_grad_()
+    if not args and "hidden_states" not in kwargs:
+        raise ValueError("a block is not handed its states by place or as hidden_states")
     given, *more = args or (kwargs["hidden_states"],)
     named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
     calls[number] = BlockCall(forward, given.detach(), more, named, leaf.detach())

@@ -35,7 +35,7 @@ def reach_the_cut(model: Any, inputs: dict[str, Any], handle: Any) -> tuple[Any,
     engine = handle._engine  # its own code is run on another device, from the middle of a call: no view gives that
     kept: list[Any] = []
 
-    def stop(prompt: Any, inputs: CallInputs) -> Any:
+    def stop(prompt: Any, inputs: CallInputs, kwargs: Any) -> Any:
         prompt.sources = engine._recorded(prompt.layout)
         kept.extend([prompt.sources, prompt, inputs])
         raise Entered
@@ -95,7 +95,7 @@ def run(method: Any, images: list[int], monkeypatch: pytest.MonkeyPatch) -> None
         with torch.no_grad():
             given = {"inputs_embeds": entering.embeds.to("meta"), "attention_mask": entering.mask.to("meta")}
             elsewhere = CallInputs(given)
-            embeds, compaction = engine._cut_input(prompt, elsewhere)
+            embeds, compaction = engine._cut_input(prompt, elsewhere, {})
             handed = DecoderPass(engine.adapter, None, elsewhere).begin(compaction, engine._policy, embeds)
         assert handed["inputs_embeds"].is_meta
         kept = 12 * max(images) + int((inputs["input_ids"][0] != 0).sum()) - 36 * images[0]

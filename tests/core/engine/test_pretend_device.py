@@ -30,6 +30,8 @@ READS = {
     ("smolvlm.py", "_tiles"): SIZES,
     ("_qwen.py", "_bounds"): "a cut inside the tower: boundaries of frames and windows",
     ("_qwen.py", "drop_tokens"): "a cut inside the tower: what stays, all pictures at once",
+    ("_cell_cuts.py", "leave"): "a cut inside the tower, by cells: what stays, all pictures at once",
+    ("prompt_reader.py", "tiles"): "a cut inside the tower of tiles: the ids that say which make a picture",
     ("tower_pass.py", "_alive_on_host"): "a cut inside the tower of pictures in crops: what is left, all at once",
     ("_deepstack.py", "deepstack_kwargs"): "which of the features that are added in the decoder stay",
     ("vision.py", "sink_attention"): "how many sinks a picture has at most, for pictures of one size",
