@@ -12,7 +12,6 @@ from tokenprune.registry import MODELS
 
 NOT_SHOWN = {
     "Apertus1p5ForConditionalGeneration": "no model of it is built in the tests: words of a codebook, as in Emu3",
-    "Granite4VisionForConditionalGeneration": "features are added in layers, and zeros stand at its placeholders",
     "HYV4VLForConditionalGeneration": "no model of it is built in the tests",
     "InklingForConditionalGeneration": "its decoder is refused when it is tried: distances and convolutions in the row",
     "Inkling2ForConditionalGeneration": "as Inkling",
