@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from tokenprune.evals.diagnose.batch_reader import BatchReader
+from tokenprune.evals.io.picture_reader import read_picture
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.report.overlay import seen_views
 from tokenprune.evals.tasks.task import Sample
@@ -81,7 +82,7 @@ def _heat(values: np.ndarray) -> str:
 
 
 def _jpeg(picture: Image.Image) -> str:
-    return _encoded(picture.convert("RGB"), "JPEG", quality=80)
+    return _encoded(read_picture(picture), "JPEG", quality=80)
 
 
 def _encoded(picture: Image.Image, kind: str, **options: Any) -> str:

@@ -354,7 +354,7 @@ def test_every_command_names_a_broken_file(tmp_path, tiny_folder, capsys):
         Image.open(half).convert("RGB")
 
 
-OWN_ARRAYS = {"evals/report/overlay.py", "evals/pocket_training/measure.py"} | {
+OWN_ARRAYS = {"evals/report/overlay.py", "evals/diagnose/samples.py", "evals/pocket_training/measure.py"} | {
     f"evals/pocket/{name}.py" for name in ("easy_vqa", "scenes", "suite", "mixed_suite")
 }
 """Files that make pictures from arrays that they have drawn themselves."""
