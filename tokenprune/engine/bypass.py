@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tokenprune.cost import LayerShape
 from tokenprune.engine.key_facts import visual_rows
 from tokenprune.engine.layer_cuts import named
-from tokenprune.engine.query_rows import take
+from tokenprune.engine.query_rows import along, take
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.attention_reading import AttentionReading
@@ -359,22 +359,12 @@ def _of_rows(name: str, value: Any, rows: Tensor) -> Any:
     if value is None:
         return None
     if name == "position_embeddings":
-        parts = [_along(part, rows, -2) for part in ([value] if isinstance(value, Tensor) else value)]
+        parts = [along(part, rows, -2) for part in ([value] if isinstance(value, Tensor) else value)]
         return parts[0] if isinstance(value, Tensor) else tuple(parts)
     if name == "position_ids":
-        return _along(value, rows, -1)
+        return along(value, rows, -1)
     mask = value.expand(rows.shape[0], *value.shape[1:])  # [B, 1 or H, P, K]
     return take(mask, rows.to(value.device), 2)
-
-
-def _along(values: Tensor, rows: Tensor, dim: int) -> Tensor:
-    """Of `[..., 1 or B, P]` or `[..., 1 or B, P, d]` the places `[B, R]`."""
-    rows = rows.to(values.device)
-    if dim == -1:
-        values = values.expand(*values.shape[:-2], rows.shape[0], -1)
-        return values.gather(-1, rows.expand(*values.shape[:-2], *rows.shape))
-    values = values.expand(*values.shape[:-3], rows.shape[0], -1, -1)
-    return values.gather(-2, rows[..., None].expand(*values.shape[:-3], *rows.shape, values.shape[-1]))
 
 
 def _put(whole: Tensor, rows: Tensor, part: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.engine.guards import check_padding_between
+from tokenprune.engine.query_rows import along
 from tokenprune.engine.whole_masks import RECURRENT, HeldKeys, WholeMasks, see_something
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.state.call_inputs import CallInputs
@@ -273,15 +274,7 @@ class DecoderPass:
 
     def _take(self, values: Tensor, dim: int) -> Tensor:
         """Of values by base place along `dim` (rows in the dimension before it), those of the tokens that are left."""
-        if self.index is None:
-            return values
-        index = self.index.to(values.device)
-        if dim == -1:
-            values = values.expand(*values.shape[:-2], index.shape[0], -1)
-            return values.gather(-1, index.expand(*values.shape[:-2], *index.shape))
-        values = values.expand(*values.shape[:-3], index.shape[0], -1, -1)
-        wide = index[..., None].expand(*values.shape[:-3], *index.shape, values.shape[-1])
-        return values.gather(-2, wide)
+        return values if self.index is None else along(values, self.index, dim)
 
     def _mask(self, layer: int, hidden: Tensor, mask: Any) -> Any:
         columns, seen = self._columns(layer)  # [B, K] each

@@ -17,6 +17,16 @@ def take(values: Tensor, rows: Tensor, dim: int) -> Tensor:
     return values.gather(dim, rows.view(shape).expand(wide))
 
 
+def along(values: Tensor, rows: Tensor, dim: int) -> Tensor:
+    """Of `[..., 1 or B, P]` or `[..., 1 or B, P, d]` the places `[B, R]`."""
+    rows = rows.to(values.device)
+    if dim == -1:
+        values = values.expand(*values.shape[:-2], rows.shape[0], -1)
+        return values.gather(-1, rows.expand(*values.shape[:-2], *rows.shape))
+    values = values.expand(*values.shape[:-3], rows.shape[0], -1, -1)
+    return values.gather(-2, rows[..., None].expand(*values.shape[:-3], *rows.shape, values.shape[-1]))
+
+
 def put(output: Tensor, rows: Tensor, real: Tensor, changed: Tensor) -> Tensor:
     """`output` `[B, S, H, d]` with `changed` `[B, R, H, d]` at `rows` where `real`."""
     # a spare last row takes what stands for no row, so that no place is written twice
