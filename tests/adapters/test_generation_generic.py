@@ -151,7 +151,8 @@ def test_a_second_turn_brings_a_picture_to_the_cache(name: str) -> None:
         ).logits[:, -1]
         kept += handle.kept[0]
     assert [len(own) for own in kept] == [KEEP, KEEP]
-    run = {"adapter": adapter, "layout": layout, "cuts": [("input", kept)], "policies": {"input": "compact"}}
+    cuts = {"cuts": [("input", kept)], "policies": {"input": "compact"}, "tower": []}
+    run = {"adapter": adapter, "layout": layout, **cuts}
     assert relative_error(found, WholeMasked(run, whole).logits()[-1:]) < TOLERANCE
 
 
