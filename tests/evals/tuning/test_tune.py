@@ -204,8 +204,8 @@ def test_pocket_means_its_validation_split(monkeypatch):
     def load(split: str, scenes: int) -> list[dict[str, Any]]:
         asked_for.append((split, scenes))
         return [
-            {"sample_id": f"{scene}-{family}", "scene_id": str(scene), "family": family, "question": family, "answer": "yes",
-             "image": Image.new("RGB", (4, 4), (scene, 0, 0))}
+            {"sample_id": f"{scene}-{family}", "scene_id": str(scene), "family": family, "question": family,
+             "answer": "yes", "image": Image.new("RGB", (4, 4), (scene, 0, 0))}
             for scene in range(scenes) for family in ("exist", "count", "read")
         ]  # fmt: skip
 
