@@ -107,11 +107,32 @@ class Answers(list):
     cached: list[int]
 
 
-def ask(llm: Any, requests: Sequence[Any], one_by_one: bool = False, tokens: int = TOKENS) -> Answers:
-    """Greedy answers."""
+def runnable(source: str, family: Any, keep: str) -> list[str]:
+    """Methods that vLLM can run on a model, as an engine's setting names them."""
+    from transformers import AutoConfig
+
+    from tokenprune.registry import list_methods
+    from tokenprune.vllm.settings import read_setting
+
+    facts, found = family.facts(AutoConfig.from_pretrained(source)), []
+    for name in list_methods():
+        for text in (name, f"{name}(positions=compact)", f"{name}(key_bias=false)"):
+            try:
+                read_setting(f"{text}@{keep}", facts)
+            except ValueError:
+                continue
+            found.append(text)
+            break
+    return found
+
+
+def ask(
+    llm: Any, requests: Sequence[Any], one_by_one: bool = False, tokens: int = TOKENS, ignore_eos: bool = False
+) -> Answers:
+    """Greedy answers; `ignore_eos`: of models that transformers is not told to stop."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, logprobs=0)
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, logprobs=0, ignore_eos=ignore_eos)
     given = [[one] for one in requests] if one_by_one else [list(requests)]
     outputs = [output for part in given for output in llm.generate(part, sampling, use_tqdm=False)]
     found = Answers(list(output.outputs[0].token_ids) for output in outputs)

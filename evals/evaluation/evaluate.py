@@ -47,7 +47,7 @@ class AskedSamples:
 class _Asking:
     """Answers of one batch after another; the inputs of a batch are made once for all points."""
 
-    def __init__(self, config: RunConfig, loaded: LoadedModel, task: Task, points: list[Point]) -> None:
+    def __init__(self, loaded: LoadedModel, config: RunConfig, task: Task, points: list[Point]) -> None:
         self._loaded, self._seed = loaded, config.seed
         self._task, self._max_new_tokens = task, config.max_new_tokens or task.max_new_tokens
         shared = SharedTower(loaded, points, config.seed) if config.share_tower and len(points) > 1 else None
@@ -117,7 +117,8 @@ def evaluate(
     """
     answered = AskedSamples(settings_digest(config, loaded, task.fingerprint))
     drawn = set(drawn_samples(task, config.overlays.samples, config.limit))
-    asking: Any = (VllmAsking if isinstance(loaded, VllmModel) else _Asking)(config, loaded, task, points)
+    given = (config, task, points)
+    asking = VllmAsking(loaded, *given) if isinstance(loaded, VllmModel) else _Asking(loaded, *given)
     for batch in batches(task, config.limit, config.prompts_together, share):
         answered.ids.update(batch.ids)
         drawn_ids = {batch.ids[place] for place in drawn & set(batch.ids)}

@@ -158,7 +158,7 @@ def _engine(config: RunConfig, source: str, text: str | None) -> Any:
 class VllmAsking:
     """Answers of one batch after another, as `evaluate` asks for them."""
 
-    def __init__(self, config: RunConfig, loaded: VllmModel, task: Task, points: list[Point]) -> None:
+    def __init__(self, loaded: VllmModel, config: RunConfig, task: Task, points: list[Point]) -> None:
         self._loaded, self._task = loaded, task
         self._max_new_tokens = config.max_new_tokens or task.max_new_tokens
         self._before: dict[str, int] = {}

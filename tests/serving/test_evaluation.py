@@ -65,3 +65,18 @@ def test_what_vllm_refuses_is_a_sentence(tmp_path):
     )  # fmt: skip
     with pytest.raises(UserError, match="vLLM did not start with .*max_model_length"):
         run(config)
+
+
+def test_the_bench_times_unpruned_and_pruned_in_turns(tmp_path):
+    import csv
+
+    from tokenprune.evals.bench import serving
+
+    out = tmp_path / "serving.csv"
+    given = ["--methods", "divprune", "--keep", "64", "--prompts", "3", "--rounds", "1", "--answer-tokens", "2"]
+    options = [f"--engine-set={name}={str(value).lower()}" for name, value in SMALL.items()]
+    assert serving.main([*given, *options, "--out", str(out)]) == 0
+    plain, cut = csv.DictReader(out.open())
+    assert (plain["method"], plain["kept_tokens"], float(plain["to_unpruned"])) == ("none", "576", 1.0)
+    assert (cut["keep"], cut["kept_tokens"], cut["visual_tokens"]) == ("64", "64", "576")
+    assert float(cut["prompts_per_second"]) > 0 and float(cut["first_token_ms"]) > 0

@@ -14,6 +14,7 @@ import torch
 from tokenprune.interfaces.signals import TowerInfo
 from tokenprune.interfaces.visual import Raster, Visual, one_raster
 from tokenprune.vllm.crops import crops_visual, mosaic_shape
+from tokenprune.vllm.positions import MOST_IDS
 from tokenprune.vllm.settings import ModelFacts
 from tokenprune.vllm.towers import CLS_SIGNALS, PATCH_ONLY_SIGNALS
 
@@ -232,7 +233,29 @@ class QwenFamily(Family):
         if grids is None:
             return []
         merge = config.vision_config.spatial_merge_size
-        return [self.visual(kind, int(t), int(h) // merge, int(w) // merge) for t, h, w in grids]
+        found = [self.visual(kind, int(t), int(h) // merge, int(w) // merge) for t, h, w in grids]
+        if kind == "video":
+            for place, (frames, *_) in enumerate(grids):
+                self._check_length(int(frames), self.step(config, kind, inputs, place))
+        return found
+
+    @staticmethod
+    def step(config: Any, kind: str, inputs: Mapping[str, Any], place: int) -> float:
+        """Ids between the frames of a video, as vLLM's `iter_mm_grid_thw` has it."""
+        if kind == "image":
+            return 1.0
+        seconds = inputs.get("second_per_grid_ts")
+        rate = getattr(config.vision_config, "tokens_per_second", 1.0)
+        return rate * (1.0 if seconds is None else float(seconds[place]))
+
+    @staticmethod
+    def _check_length(frames: int, step: float) -> None:
+        last = int((frames - 1) * step)
+        if last >= MOST_IDS:
+            raise ValueError(
+                f"A video of {frames} frames at {step:g} ids a frame ends at the 3-D id {last}; with tokenprune ids go "
+                f"to {MOST_IDS - 1}. Send a shorter one, or sample more of its frames."
+            )
 
     def visual(self, kind: str, frames: int, rows: int, cols: int) -> Visual:
         """One picture or video of so many frames."""
