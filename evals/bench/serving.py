@@ -33,12 +33,12 @@ ALONE = 20
 """Prompts whose first token is timed, one after the other."""
 
 
-def own_picture(sample: Any, number: int) -> Any:
-    """A sample whose pictures no other turn has: the first pixel says the turn."""
+def own_picture(sample: Any, number: int, column: int = 0) -> Any:
+    """A sample whose pictures no other turn has: a pixel of the first row says the turn."""
 
     def marked(picture: Any) -> Any:
         copy = picture.copy()
-        copy.putpixel((0, 0), (number % 256, number // 256 % 256, 7))
+        copy.putpixel((column, 0), (number % 256, number // 256 % 256, 7))
         return copy
 
     image = sample.image
@@ -59,7 +59,7 @@ def turn(served: Any, samples: Sequence[Any], text: str, tokens: int) -> tuple[f
     kept = np.mean([sum(one in served.media for one in output.prompt_token_ids) for output in outputs])
     first, short = [], SamplingParams(temperature=0, max_tokens=1)
     for place, sample in enumerate(samples[:ALONE]):
-        alone = vllm_request(served.processor, own_picture(sample, 60_000 + place), text)
+        alone = vllm_request(served.processor, own_picture(sample, 1 + place, column=1), text)
         begin = time.perf_counter()
         served.llm.generate([alone], short, use_tqdm=False)
         first.append(time.perf_counter() - begin)
@@ -102,7 +102,7 @@ def measure(config: Any, model: str, points: Sequence[Any], prompts: int, rounds
 
 
 def engine_option(pair: str) -> tuple[str, Any]:
-    """ "max_model_len=4096" as name and value.
+    """Name and value of an argument like `max_model_len=4096`.
 
     Raises:
         ValueError: it is no pair, or the value is no YAML.
