@@ -17,13 +17,20 @@ from pages.links import linked_outside, moved_links
 from pages.places import DOCS, MOVED, ROOT, relative, site_path
 
 MARKER = re.compile(r"^<!-- site: (.+?) -->$", re.MULTILINE)
+BOOST = {"leaderboards": 0.1, "repository": 0.1, "methods": 2}
+"""How much pages of a folder count in the search: tables of numbers hold every word many times."""
 _origin: dict[str, str] = {}
 """By path of a page in the site the file of the checkout that it is, where links are to be rewritten."""
 
 
 def on_config(config: Any) -> Any:
-    """Entries such as `methods/*` of the navigation become the pages that are made."""
-    made = generated()
+    """Entries such as `methods/*` of the navigation become the pages made, `guides/*` those not named there."""
+    made = dict(generated())
+    named = set(re.findall(r"guides/\w+\.md", str(config["nav"])))
+    others = [
+        path for path in (f"guides/{file.name}" for file in sorted((DOCS / "guides").glob("*.md"))) if path not in named
+    ]
+    made |= dict.fromkeys(others, "")
     for section in config["nav"]:
         for title, entries in section.items():
             if isinstance(entries, list):
@@ -36,7 +43,12 @@ def _expanded(entry: Any, made: dict[str, str]) -> list[Any]:
         return [entry]
     pages = [path for path in made if path.startswith(entry[:-1])]
     index = [path for path in pages if path.endswith("/index.md")]
-    return index + [{path.split("/")[-1].removesuffix(".md"): path} for path in pages if path not in index]
+    written = entry.startswith("guides/")  # their own headings are their titles
+    return index + [path if written else {_stem(path): path} for path in pages if path not in index]
+
+
+def _stem(path: str) -> str:
+    return path.rpartition("/")[2].removesuffix(".md")
 
 
 @cache
@@ -71,6 +83,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links are those of the site, and markers become tables."""
+    folder = page.file.src_uri.partition("/")[0]
+    if folder in BOOST:
+        page.meta["search"] = {"boost": BOOST[folder]}
     repo = _origin.get(page.file.src_uri)
     if repo is None:
         return markdown
