@@ -17,8 +17,8 @@ from pages.links import linked_outside, moved_links
 from pages.places import DOCS, MOVED, ROOT, relative, site_path
 
 MARKER = re.compile(r"^<!-- site: (.+?) -->$", re.MULTILINE)
-BOOST = {"leaderboards": 0.1, "repository": 0.1, "methods": 2}
-"""How much pages of a folder count in the search: tables of numbers hold every word many times."""
+UNSEARCHED = ("leaderboards/pocket", "repository/")
+"""Pages that the search leaves out: their tables hold every word many times."""
 _origin: dict[str, str] = {}
 """By path of a page in the site the file of the checkout that it is, where links are to be rewritten."""
 
@@ -83,9 +83,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links are those of the site, and markers become tables."""
-    folder = page.file.src_uri.partition("/")[0]
-    if folder in BOOST:
-        page.meta["search"] = {"boost": BOOST[folder]}
+    if page.file.src_uri.startswith(UNSEARCHED):
+        page.meta["search"] = {"exclude": True}
     repo = _origin.get(page.file.src_uri)
     if repo is None:
         return markdown

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from _paths import ROOT
@@ -109,6 +110,14 @@ def test_code_of_a_page_of_each_kind_runs(kind, name, capsys):
     assert len(blocks) == 1
     exec(compile(blocks[0], f"{kind}/{name}", "exec"), {})
     assert name in capsys.readouterr().out or kind == "families"
+
+
+@pytest.mark.pocket
+def test_the_first_example_of_the_quick_start_runs(capsys):
+    text = (ROOT / "docs" / "quick_start.md").read_text(encoding="utf-8")
+    example = re.findall(r"    ```python\n(.*?)    ```", text, re.DOTALL)[0]
+    exec(compile(textwrap.dedent(example), "quick_start.md", "exec"), {})
+    assert "64 of 576 visual tokens kept" in capsys.readouterr().out
 
 
 def test_numbers_of_a_page_are_those_of_the_csv():

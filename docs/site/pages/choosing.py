@@ -63,19 +63,25 @@ def losses() -> str:
 
 
 def slower() -> str:
-    """Points whose prefill took at least as long as the unpruned model's, as a table."""
+    """Methods with points whose prefill took at least as long as the unpruned model's, as a table."""
     lines = [
-        "| model | method | budget | prefill, % of unpruned | selection, % of unpruned prefill |",
-        "|---|---|---|---|---|",
+        "| model | method | prefill, % of unpruned, by budget | selection, % of unpruned prefill |",
+        "|---|---|---|---|",
     ]
     for board in BOARDS:
-        for row in board.overall:
-            if row["prefill_to_unpruned"] and row["keep"] and float(row["prefill_to_unpruned"]) >= 1:
-                lines.append(
-                    f"| {board.model} | {_link(point_name(row))} | {budget_words(row['keep'], row)} | "
-                    f"{percent(row['prefill_to_unpruned'], 0)} | {percent(row['selection_to_unpruned_prefill'], 0)} |"
-                )
+        timed = [row for row in board.overall if row["keep"] and row["prefill_to_unpruned"]]
+        rows = [row for row in timed if float(row["prefill_to_unpruned"]) >= 1]
+        for label in dict.fromkeys(map(point_name, rows)):
+            mine = [row for row in rows if point_name(row) == label]
+            said = ", ".join(f"{percent(row['prefill_to_unpruned'], 0)} at {_short(row['keep'])}" for row in mine)
+            shares = [100 * float(row["selection_to_unpruned_prefill"]) for row in mine]
+            among = f"{min(shares):.0f} to {max(shares):.0f}" if len(mine) > 1 else f"{shares[0]:.0f}"
+            lines.append(f"| {board.model} | {_link(label)} | {said} | {among} |")
     return "\n".join(lines)
+
+
+def _short(keep: str) -> str:
+    return keep if float(keep) >= 1 else f"{100 * float(keep):g} %"
 
 
 def text_aware() -> str:

@@ -47,7 +47,12 @@ def table(rows: list[dict[str, Any]], first: str) -> str:
         start = [f"`{name}`"] if first == "method" else []
         row = [*start, str(keep), *(cells.get(task, "") for task in tasks), escaped(source), escaped(evidence)]
         out.append(f"| {' | '.join(row)} |")
-    return "\n".join(out)
+    return _sourced(out)
+
+
+def _sourced(lines: list[str]) -> str:
+    """A table whose last two columns are sentences."""
+    return "\n".join(['<div class="sourced" markdown>', "", *lines, "", "</div>"])
 
 
 def _value(row: dict[str, Any]) -> str:
@@ -77,7 +82,7 @@ def average_table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['model']} | {row['keep']} | {row['value']:g} | {source} | {escaped(row.get('note', ''))} |"
         )
-    return "\n".join(lines)
+    return _sourced(lines)
 
 
 def of_model(model: str) -> str:
