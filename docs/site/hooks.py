@@ -1,7 +1,8 @@
 """What mkdocs runs while it builds the site: pages are made, links to other files rewritten, tables put in.
 
-A line `<!-- site: NAME -->` in a page of docs/ is replaced by the table NAME of `pages/choosing.py`, or, with NAME
-`readme RESULTS`, by what stands between the markers of that name in README.md. Read on GitHub the line is invisible.
+A line `<!-- site: NAME -->` in a page of docs/ is replaced by the table NAME of `pages/choosing.py` or
+`pages/benches.py`, or, with NAME `readme RESULTS`, by what stands between the markers of that name in README.md. Read
+on GitHub the line is invisible.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from functools import cache
 from typing import Any
 
 from mkdocs.structure.files import File, Files
-from pages import api, families, interventions, methods
-from pages.choosing import TABLES
+from pages import api, benches, choosing, families, interventions, methods
 from pages.links import linked_outside, moved_links
 from pages.places import DOCS, MOVED, ROOT, relative, site_path
 
 MARKER = re.compile(r"^<!-- site: (.+?) -->$", re.MULTILINE)
 UNSEARCHED = ("leaderboards/pocket", "repository/")
 """Pages that the search leaves out: their tables hold every word many times."""
+TABLES = {**choosing.TABLES, **benches.TABLES}
 _origin: dict[str, str] = {}
 """By path of a page in the site the file of the checkout that it is, where links are to be rewritten."""
 
@@ -106,7 +107,7 @@ def _table(name: str, page: str) -> str:
             raise ValueError(f"README.md has no lines <!-- {wanted}:begin --> and <!-- {wanted}:end -->.")
         return moved_links(found[1], "README.md", page)
     if name not in TABLES:
-        raise ValueError(f"{page} asks for a table {name!r}, and pages/choosing.py has {', '.join(TABLES)}.")
+        raise ValueError(f"{page} asks for a table {name!r}, and there are {', '.join(TABLES)}.")
     return re.sub(
-        r"\]\(((?:methods|leaderboards)/[^)]+)\)", lambda match: f"]({relative(match[1], page)})", TABLES[name]()
+        r"\]\(((?:methods|leaderboards|bench)/[^)]+)\)", lambda match: f"]({relative(match[1], page)})", TABLES[name]()
     )

@@ -12,7 +12,8 @@ from pages.methods import option_table
 from tokenprune.commands._methods import described as said_of
 from tokenprune.registry import INTERVENTIONS
 
-COMMON = ("layers",)
+WITH_OPTIONS = {"shortv": "shortv(calibration=pocket-llava)", "zerotuning": "zerotuning(gamma=1.5)"}
+"""Those that need an option, or do nothing without one."""
 
 
 def pages() -> dict[str, str]:
@@ -43,7 +44,7 @@ def snippet(name: str) -> str:
 
 def plan(name: str) -> str:
     """The intervention beside a method, in one string."""
-    return f"vtc_cls@64+{name}"
+    return f"vtc_cls@64+{WITH_OPTIONS.get(name, name)}"
 
 
 def page(name: str) -> str:
