@@ -19,7 +19,7 @@ VERSION_TESTS ?= tests/adapters/test_seams.py tests/adapters/test_families.py te
 	tests/evals/models/test_videos.py
 # SUPPORT=docs/support.md writes what was found into its tables.
 SUPPORT ?=
-PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal \
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal --durations=25 \
 	$(if $(SUPPORT),--support=$(SUPPORT) --versions=$(2)) $(3)
 SAMPLED = --sampled $(VERSION_TESTS)
 PYTHON_CHECK = import sys; sys.exit(None if sys.version_info >= (3, 10) else "tokenprune needs Python 3.10 or newer, %s is %d.%d; try make PYTHON=python3.12" % (sys.executable, *sys.version_info[:2]))
