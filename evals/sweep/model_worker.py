@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers.utils import logging
 
 from tokenprune.evals.config.engines import VLLM
@@ -20,6 +17,7 @@ from tokenprune.evals.evaluation.applied_method import check_points
 from tokenprune.evals.evaluation.batching import WHOLE, Share
 from tokenprune.evals.evaluation.evaluate import SAMPLE_KEY, AskedSamples, evaluate, outdated_answers
 from tokenprune.evals.evaluation.vllm_engine import VllmModel, start
+from tokenprune.evals.io.progress import show_progress, waiting
 from tokenprune.evals.io.row_store import folder_store
 from tokenprune.evals.models.load import LoadedModel, load_model
 from tokenprune.evals.profiling.from_sizes import count_from_sizes
@@ -66,20 +64,6 @@ class Executor(Protocol):
         ...
 
 
-@contextmanager
-def show_progress(console: Console) -> Iterator[Progress]:
-    """A progress bar with what is done, how long it took and how long it will take."""
-    columns = (
-        TextColumn("{task.description:<34}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        yield progress
-
-
 class ModelWorker:
     """One model, loaded, and the points of a run that use it. Every method was tried on it once.
 
@@ -100,7 +84,8 @@ class ModelWorker:
         logging.disable_progress_bar()
         torch.manual_seed(config.seed)
         self.served: VllmModel | None = None
-        with as_user_error():
+        loading = f"Loading {model} and trying {sum(map(len, self.points.values()))} points on it"
+        with as_user_error(), waiting(console, loading):
             self.tasks = {name: (tasks or {}).get(name) or load_task(name) for name in self.points}
             if config.engine == VLLM:
                 self.served = start(config, model, [point for of_task in self.points.values() for point in of_task])
