@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import os
 from collections.abc import Sequence
@@ -78,11 +79,27 @@ def request(
     return made
 
 
+@functools.cache
+def register_classes() -> None:
+    """Register our classes themselves, behind the plug-in, which registers them by name: vLLM looks at a class that it
+    knows by name in a process of its own, half a minute each."""
+    from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    from tokenprune.vllm.plugin import MODELS
+
+    load_general_plugins()
+    for name, where in MODELS.items():
+        module, _, ours = where.partition(":")
+        ModelRegistry.register_model(name, getattr(importlib.import_module(module), ours))
+
+
 def engine(source: str, setting: str | None, **options: Any) -> Any:
     """A small engine in this process."""
     small_engines()
     from vllm import LLM
 
+    register_classes()
     given = {
         "dtype": "float32",
         "enforce_eager": True,
