@@ -8,6 +8,7 @@ GROUPS = {
     "Wrapping a model": ("apply", "applied", "Handle"),
     "Names": (
         "list_methods", "list_interventions", "list_models", "register_method", "register_intervention", "register_model",
+        "MethodName",
     ),
     "Writing a method": (
         "Pruner", "View", "Selection", "Budget", "Stage", "ModelDepths", "Signal", "TowerInfo", "Visual", "Raster",
@@ -37,5 +38,7 @@ def pages() -> dict[str, str]:
         lines += [f"## {title}", ""]
         for name in names:
             module = tokenprune._public[name]
+            # there for type checkers, with an overload for each method; the docstrings stand in `api`
+            module = "tokenprune.api" if module == "tokenprune.calls" else module
             lines += [f"::: {module}.{name}", "    options: {heading_level: 3}", ""]
     return {"api.md": "\n".join(lines)}
