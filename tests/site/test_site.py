@@ -100,6 +100,23 @@ def _stem(path: str) -> str:
     return path.rpartition("/")[2].removesuffix(".md")
 
 
+def test_calls_that_the_migration_guide_gives_run():
+    from _tiny import prompts, tiny_llava
+
+    import tokenprune
+
+    text = (ROOT / "docs" / "guides" / "migration.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if block.startswith("# here")]
+    assert len(blocks) == 3
+    for block in blocks:
+        model, inputs = tiny_llava(layers=6), {**prompts([1]), "max_new_tokens": 2}
+        names: dict = {"tokenprune": tokenprune, "model": model, "inputs": inputs}
+        exec(compile(block, "migration.md", "exec"), names)
+        if "handle" in names:
+            model.generate(**inputs)
+            names["handle"].remove()
+
+
 @pytest.mark.pocket
 @pytest.mark.parametrize(("kind", "name"), [("methods", "gtc"), ("interventions", "act"), ("families", "qwen2_5_vl")])
 def test_code_of_a_page_of_each_kind_runs(kind, name, capsys):
