@@ -13,7 +13,7 @@ SOURCE = re.compile(
     r"(Papers?|Source|Official code|Licence|Published|Paper, official code and licence)(?=[:.])[:.] (.*)", re.DOTALL
 )
 HEADING = re.compile(r"([A-Z][^:.|]{3,70}):$")
-ADDRESS = re.compile(r"(?<![(<])\bhttps?://[^\s,;)]+[^\s,;.:)]")
+ADDRESS = re.compile(r"\bhttps?://[^\s,;)]+[^\s,;.:)]")
 ARXIV = re.compile(r"\barXiv (\d{4}\.\d{4,5}(?:v\d+)?)")
 REPO = re.compile(r"\b((?!arXiv)[A-Za-z0-9-]{3,}/[A-Za-z0-9_.-]*[A-Za-z0-9])(?= at [0-9a-f]{7})")
 
