@@ -103,7 +103,7 @@ bench: $(STAMP)
 
 # Strict: a link, an anchor or a page that is missing ends it. Nothing is fetched, by the build or by the pages.
 site: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python docs/site/check_links.py site
 
 lint: $(STAMP)
