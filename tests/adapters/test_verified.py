@@ -4,6 +4,7 @@ decoder is tried, the first prompt is held against the features, and what is not
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 from _capabilities import FILE, as_yaml, capabilities, expected
-from _decoders import llava_with
+from _decoders import DECODERS, llava_with
 from _tiny import TEXT
 from _zoo_all import FAMILIES, zoo_batch, zoo_model
 
@@ -21,6 +22,7 @@ from tokenprune.adapters._not_applicable import NOT_APPLICABLE
 from tokenprune.api import adapter_for, prepare
 from tokenprune.engine import decoder_probe
 from tokenprune.engine.decoder_probe import removal_error
+from tokenprune.engine.layer_sample import only, sampled_layers
 from tokenprune.engine.prompt_reader import prompt_visuals
 from tokenprune.interfaces.capability import CAPABILITIES
 
@@ -140,6 +142,46 @@ def test_a_decoder_is_tried_once_and_only_if_no_test_knows_it(monkeypatch: pytes
     assert tried == [(), (2,)]
     tokenprune.apply(llava_with("phi3"), "random", keep=9).remove()
     assert tried == [(), (2,), ()]
+
+
+@pytest.mark.parametrize(
+    ("decoder", "cuts", "runs"),
+    [
+        ("phi3", (), [0, 11]),
+        ("phi3", (5,), [0, 5, 11]),
+        ("cohere2", (), [0, 1, 2, 11]),  # two kinds in turn
+        ("lfm2", (7,), [0, 1, 2, 7, 11]),
+    ],
+)
+def test_of_layers_that_are_alike_a_few_are_tried(
+    decoder: str, cuts: tuple[int, ...], runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, more = DECODERS[decoder]
+    many = {"num_hidden_layers": 12} | {k: v * 3 for k, v in more.items() if k == "layer_types"}
+    monkeypatch.setitem(DECODERS, decoder, (kind, {**more, **many}))
+    model = llava_with(decoder)
+    adapter, ran = adapter_for(model), []
+    assert sampled_layers(adapter, cuts) == runs
+    for number, layer in enumerate(adapter.layers):
+        layer.forward = functools.partial(_counted, ran, number, layer.forward)
+    assert sampled_layers(adapter, cuts) == runs
+    with only(adapter, sampled_layers(adapter, cuts)):
+        assert removal_error(adapter, cuts) < 1e-4
+    assert sorted({*ran}) == runs
+    adapter.layers[9].own_setting = 1
+    assert sampled_layers(adapter, cuts) == sorted({*runs, 9}), "one that differs is one more kind"
+
+
+def _counted(ran: list[int], number: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    ran.append(number)
+    return forward(*args, **kwargs)
+
+
+def test_a_decoder_of_other_code_is_tried_in_every_layer() -> None:
+    model = llava_with("phi3")
+    decoder = model.model.language_model
+    decoder.__class__ = type("Mine", (type(decoder),), {"__module__": "my_package"})
+    assert sampled_layers(adapter_for(model)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
