@@ -184,6 +184,15 @@ def test_a_decoder_of_other_code_is_tried_in_every_layer() -> None:
     assert sampled_layers(adapter_for(model)) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [(1, "Layers before 2 get features of the vision tower added"), (9, "The decoder has 4 layers")],
+)
+def test_a_layer_that_is_no_place_to_cut_is_refused_with_the_reason(layer: int, why: str) -> None:
+    with pytest.raises(ValueError, match=f"K goes from 2 to 3 .*{why}"):
+        tokenprune.apply(zoo_model("cosmos3_omni"), {"at": f"layer:{layer}", "prune": "random", "keep": 4})
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_passes(dtype: torch.dtype) -> None:
     for name in ("mistral3", "qwen3_vl_moe"):
@@ -264,7 +273,7 @@ def test_a_subclass_and_a_tower_of_another_kind_are_covered() -> None:
     assert {"ernie4_5_vl_moe", "hunyuan_vl", "idefics2", "video_llava"} <= {
         adapter_for(zoo_model(name)).name for name in FAMILIES
     }
-    assert len(CAPABILITIES) == 4
+    assert len(CAPABILITIES) == 5
 
 
 def test_the_table_of_classes_says_what_the_cells_come_to() -> None:
