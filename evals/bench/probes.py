@@ -5,9 +5,9 @@ in time and against the prefill of one prompt:
 
 The decoder has the widths of the size and as many layers as asked for, so that it fits where it runs. Of layers that
 are alike a trial of `apply` runs two, or three with a cut before one of them, however many there are
-(`engine/layer_sample.py`): with three layers or more it takes what it takes at full depth. The prefill and `check-model`,
-which tries every layer, grow with the layers. If several depths are given, rows of the whole decoder are worked out
-from the first and the last, and `how` says so.
+(`engine/layer_sample.py`): with three layers or more it takes what it takes at full depth. The prefill, and
+`check-model`, which tries every layer, grow with the layers. If several depths are given, rows of the whole decoder are
+worked out from the first and the last, and `how` says so.
 
 Times are of the processor on a CPU, so that company does not count, and of the clock elsewhere. `of_prefill` is a
 trial's time beside that of the decoder's prefill of one prompt of the size (641 tokens for CLIP-L/14-336), or of the
