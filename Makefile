@@ -19,13 +19,13 @@ VERSION_TESTS ?= tests/adapters/test_seams.py tests/adapters/test_families.py te
 	tests/evals/models/test_videos.py
 # SUPPORT=docs/support.md writes what was found into its tables.
 SUPPORT ?=
-PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal \
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal --durations=25 \
 	$(if $(SUPPORT),--support=$(SUPPORT) --versions=$(2)) $(3)
 SAMPLED = --sampled $(VERSION_TESTS)
 PYTHON_CHECK = import sys; sys.exit(None if sys.version_info >= (3, 10) else "tokenprune needs Python 3.10 or newer, %s is %d.%d; try make PYTHON=python3.12" % (sys.executable, *sys.version_info[:2]))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-newest test-lowest test-lmms test-vllm bench lint format clean
+.PHONY: help demo test test-all test-newest test-lowest test-lmms test-vllm bench site lint format clean
 
 help:
 	@echo "make demo    run the demo sweep: table, plot and report under runs/"
@@ -36,6 +36,7 @@ help:
 	@echo "make test-lmms  install lmms-eval (940 MB) and test both ways against it"
 	@echo "make test-vllm  install vLLM for CPUs (4 GB) and test tokenprune inside it; QUESTIONS=60 asks more"
 	@echo "make bench   time pruned prefill against the unpruned and the ideal one; needs a quiet machine"
+	@echo "make site    build the documentation into site/ and check its links; open site/index.html"
 	@echo "make lint    ruff and pyright only"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove the environments and every cache (runs/ stays)"
@@ -45,7 +46,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c '$(PYTHON_CHECK)'
 	@echo "Making $(VENV); torch is the big part, the rest takes a minute or two."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,pocket]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,pocket,docs]'
 	@touch $@
 
 demo: $(STAMP)
@@ -100,6 +101,11 @@ test-vllm: $(VLLM)/.installed
 bench: $(STAMP)
 	$(BIN)/python -m tokenprune.evals.bench.prefill
 
+# Strict: a link, an anchor or a page that is missing ends it. Nothing is fetched, by the build or by the pages.
+site: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python docs/site/check_links.py site
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -110,5 +116,5 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(LOWEST) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(LOWEST) $(VLLM) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find tokenprune adapters kernels evals configs tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tokenprune.evals.config.grid import Listed, expand, read_point
@@ -34,8 +34,8 @@ class RunConfig:
         model: pocket name, folder or hub id, or a list of them.
         tasks: task names or task files.
         methods: names, several joined by plus signs ("vtc_cls+var"), or mappings with `method`, optionally `keep`
-            (its own budgets), `grid` (lists of values by option) and the method's options, or the paths of YAML files
-            with such a mapping.
+            (its own budgets), `grid` (lists of values by option), `as` (its name in tables and plots) and the method's
+            options, or the paths of YAML files with such a mapping, which are named by their files.
         keep: budgets: ints are tokens per image, floats are kept fractions.
         limit: samples per task, None for all.
         seed: of methods that draw, and of the bootstrap.
@@ -119,6 +119,7 @@ class RunConfig:
         for name, value in (("name", self.name), ("device", self.device), ("output", self.output)):
             if not isinstance(value, str) and (value is not None or name == "name"):
                 raise ValueError(f"{name} must be a text, got {value!r}.")
+        _check_name(self.name)
         for name, value in (("model", self.model), ("tasks", self.tasks)):
             for one in value if isinstance(value, list) else [value]:
                 if not isinstance(one, str):
@@ -173,6 +174,16 @@ class RunConfig:
         """Plain data, for result files; a sweep file of the same run may hold it."""
         data = dataclasses.asdict(self)
         return {ALIASES.get(key, key): value for key, value in data.items()}
+
+
+def _check_name(name: str) -> None:
+    """Raise ValueError unless `runs/NAME` is a folder below `runs`."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if not parts or ".." in parts or parts[0] == "/" or ":" in parts[0] or not name.isprintable():
+        raise ValueError(
+            f"name is the run's folder below runs/, so it cannot lead out of there, got {name!r}; where results go is "
+            "said with output."
+        )
 
 
 def _positive(name: str, value: Any, least: int = 1) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers.utils import logging
 
 from tokenprune.evals.config.points import Point
@@ -18,6 +15,7 @@ from tokenprune.evals.errors import as_user_error
 from tokenprune.evals.evaluation.applied_method import check_points
 from tokenprune.evals.evaluation.batching import WHOLE, Share
 from tokenprune.evals.evaluation.evaluate import SAMPLE_KEY, AskedSamples, evaluate, outdated_answers
+from tokenprune.evals.io.progress import show_progress, waiting
 from tokenprune.evals.io.row_store import folder_store
 from tokenprune.evals.models.load import load_model
 from tokenprune.evals.profiling.measure import MEASURE_KEY, measure
@@ -63,20 +61,6 @@ class Executor(Protocol):
         ...
 
 
-@contextmanager
-def show_progress(console: Console) -> Iterator[Progress]:
-    """A progress bar with what is done, how long it took and how long it will take."""
-    columns = (
-        TextColumn("{task.description:<34}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        yield progress
-
-
 class ModelWorker:
     """One model, loaded, and the points of a run that use it. Every method was tried on it once.
 
@@ -96,7 +80,8 @@ class ModelWorker:
         self.points = {name: of_task for name, of_task in self.points.items() if of_task}
         logging.disable_progress_bar()
         torch.manual_seed(config.seed)
-        with as_user_error():
+        loading = f"Loading {model} and trying {sum(map(len, self.points.values()))} points on it"
+        with as_user_error(), waiting(console, loading):
             self.tasks = {name: (tasks or {}).get(name) or load_task(name) for name in self.points}
             self.loaded = load_model(model, config.dtype, config.device)
             for name, of_task in self.points.items():

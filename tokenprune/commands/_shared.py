@@ -56,16 +56,26 @@ def check_keep(method: str, keep: Any) -> None:
         raise ValueError(f"{method} changes attention and keeps every token; leave --keep out.")
 
 
-def execute(config: Any, executor: Any = None) -> int:
+def force_argument(parser: argparse.ArgumentParser) -> None:
+    """--force."""
+    parser.add_argument(
+        "--force", action="store_true", help="replace finished results of other settings that the folder holds"
+    )
+
+
+def execute(config: Any, executor: Any = None, force: bool = False) -> int:
     """Run a grid and print its tables; the exit status.
 
     Args:
         executor: who does the work, see `evals/sweep/executors/`.
+        force: see `sweep.run`.
     """
     from tokenprune.evals.errors import as_user_error
+    from tokenprune.evals.io.outputs import check_folder
 
     with as_user_error():
         config.check()
+        check_folder(config.folder)
     from rich.console import Console
 
     from tokenprune.evals.report.tables import result_tables
@@ -74,7 +84,7 @@ def execute(config: Any, executor: Any = None) -> int:
     from tokenprune.evals.tasks.load import cut_short
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    done = run(config, console, executor)
+    done = run(config, console, executor, force)
     if not done.files:
         return 0  # one of several processes, not the one that writes
     for table in [*result_tables(done.records, console.width), *seed_tables(done.records)]:

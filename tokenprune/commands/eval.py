@@ -7,7 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tokenprune.commands._shared import budget_argument, check_keep, execute, model_arguments, parse_options
+from tokenprune.commands._shared import (
+    budget_argument,
+    check_keep,
+    execute,
+    force_argument,
+    model_arguments,
+    parse_options,
+)
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -38,6 +45,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--output",
         help="folder of the results; runs/MODEL-METHOD-KEEP by default, with a digest of what else is not the default",
     )
+    force_argument(evaluate)
     evaluate.set_defaults(handler=_eval)
 
 
@@ -46,7 +54,7 @@ def _eval(args: argparse.Namespace) -> int:
 
     with as_user_error():
         config = _eval_config(args)
-    return execute(config)
+    return execute(config, force=args.force)
 
 
 def _apart(args: argparse.Namespace, tasks: list[str], options: dict[str, Any]) -> str:
@@ -64,7 +72,7 @@ def _apart(args: argparse.Namespace, tasks: list[str], options: dict[str, Any]) 
 
 def _eval_config(args: argparse.Namespace) -> Any:
     from tokenprune.evals.config.measure import Measure
-    from tokenprune.evals.config.points import NONE, check_method_name, method_of_file
+    from tokenprune.evals.config.points import NONE, check_method_name, named_by_file
     from tokenprune.evals.config.run_config import RunConfig
     from tokenprune.evals.tasks.load import default_task
 
@@ -78,7 +86,7 @@ def _eval_config(args: argparse.Namespace) -> Any:
         raise ValueError("The unpruned model keeps every token; leave --keep out with --method none.")
     entry: Any = args.method
     if entry.endswith((".yaml", ".yml")):
-        entry = {**method_of_file(entry), **options}
+        entry = {**named_by_file(entry), **options}
         if args.keep is not None:
             entry["keep"] = args.keep
         method, wanted = Path(args.method).stem, str(entry["method"])

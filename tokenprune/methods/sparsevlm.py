@@ -10,6 +10,9 @@ of the softmax over the text of unscaled products (code). After layers 2, 6 and 
 attention of the raters in that layer, divided by what rotation alone makes of it, mean over the raters and over the 14
 heads in which they attend most to the visual tokens (code). Position ids are kept, nothing is recycled (code, v2.0).
 
+    R_t = mean_v softmax_t(x_v x_t),  raters: R_t > mean R
+    s_j = mean over raters t and heads h of A_h[t, j] / what rotation alone gives
+
 `version="v1"`: nothing is divided, all heads count, and position ids close up (code). Of the p tokens that leave, the m
 = floor(0.3 p) + 1 with the highest scores form c = floor(m / 10) + 1 clusters by density peaks of what enters the layer
 behind the cut (`_density_peaks`), and each cluster's plain mean stays (code); the others are lost.

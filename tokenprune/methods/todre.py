@@ -11,6 +11,8 @@ layer (paper). Embeddings are normalised, and then, k - 1 times, the token with 
 the chosen ones joins them (paper, v2). The abstract of v1 speaks of "greedy k-center", which minimises the largest
 similarity instead; that its formula differed is unverified, and `objective="k_center"` is our reading of the name.
 
+    s_{t+1} = argmin_i sum_{j in S_t} cos(x_i, x_j)
+
 Stage 2 (`fade`), at one deep layer: with the layer's attention, mean over heads, it takes the share of the text rows'
 attention that goes to visual tokens, and the share of the visual rows' attention that goes to text. Where both are
 below tau = 0.1, all visual tokens of the prompt leave; the decision is each prompt's own, at prefill (paper).

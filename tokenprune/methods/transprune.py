@@ -13,6 +13,9 @@ text behind the visual tokens, of the attention to each visual token, by the pro
 tokens leave, on what would enter it, softmax over all keys. Tokens leave before layers 7, 9 and 12, counted from 0
 ("after layers 7, 9 and 12"); the score is alpha TTV + (1 - alpha) IGA.
 
+    m = |f(x)| / |x|,  c = cos(f(x), x),  w = softmax(1 - c)
+    TTV = sum w m  over branches and layers,  score = alpha TTV + (1 - alpha) IGA
+
 Paper and code differ, `variant` chooses. "official": w is over all positions of the prompt, TTV and IGA are each
 brought to sum 1 over the visual tokens, alpha is the even sum. "paper": the direction term is 1 - |c|, w is over the
 visual tokens alone, and nothing is brought to sum 1. Positions are closed up at every cut (code; the paper is silent).

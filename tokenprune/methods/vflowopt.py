@@ -12,6 +12,8 @@ each cell of the grid (side a, a real number; thumbnail and mosaic apart) those 
 which stands where the highest of them stood. Stages 2 and 3, at one and two thirds of the decoder's depth, prune by the
 same map and merge nothing. Ratios of a stage are of the tokens that the stage before it left.
 
+    I_j = mean_{i in D} A[i, j] + alpha softmax_j(E),  D: patches that receive more than t times the mean
+
 The knobs are found offline: `tokenprune tune vflowopt` searches R1, R2, t, a and alpha, and R3 follows from the budget
 (`third_ratio`). The shipped ones (`SHIPPED`) have alpha = 0: entropy is off (code).
 

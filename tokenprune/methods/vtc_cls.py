@@ -8,6 +8,8 @@ Licence: Apache-2.0 upstream; this file was written from the formulas, no code w
 For LLaVA-1.5, whose tokens leave CLIP after block 22 of 0..23, the score of a patch is the plain sum over the blocks
 16..22 of the head-mean attention that [CLS] pays to it (code). Block 23 is left out: its output is unused (code).
 
+    s_j = sum_{l=16}^{22} (1 / H) sum_h A_{l,h}[CLS, j]
+
 Deviations:
 - Selection happens after the projector, not before it. The projector works on each token alone, so the kept tokens
   are the same up to float error; the projector's cost on the dropped ones is not saved.

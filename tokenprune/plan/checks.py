@@ -144,7 +144,9 @@ def visual_lengths(stages: Sequence[Stage], num_tokens: int, layers: int) -> lis
     return lengths
 
 
-def solve_average(name: str, mean: Callable[[int], float], average: float, num_tokens: int) -> int:
+def solve_average(
+    name: str, mean: Callable[[int], float], average: float, num_tokens: int, as_share: bool = False
+) -> int:
     """The `keep` (tokens after the last cut) with which a method has `average` visual tokens on average over all
     layers.
 
@@ -154,15 +156,20 @@ def solve_average(name: str, mean: Callable[[int], float], average: float, num_t
         name: of the method, for the message.
         mean: from keep to the mean over the layers; grows with keep.
         num_tokens: N.
+        as_share: whether the user asked for a share of the tokens, for the message.
 
     Raises:
         ValueError: the method cannot reach it at its layers; the message says what it can.
     """
     least, most = mean(1), mean(num_tokens)
     if not least - 0.5 <= average <= most:
+        wanted, reach = f"{average:g} tokens of {num_tokens}", f"from {least:.1f} to {most:.1f}"
+        if as_share:  # then num_tokens is a scale of our own, which no picture has
+            wanted = f"{average / num_tokens:.4g} of the visual tokens"
+            reach = f"from {least / num_tokens:.3f} to {most / num_tokens:.3f} of them"
         raise ValueError(
-            f"{name} cannot hold an average of {average:g} tokens of {num_tokens}: with its layers the average over "
-            f"all layers goes from {least:.1f} to {most:.1f}. Cut at lower layers, or add a stage at 'input'."
+            f"{name} cannot hold an average of {wanted}: with its layers the average over all layers goes {reach}. Cut "
+            "at lower layers, or add a stage at 'input'."
         )
     low, high = 1, num_tokens
     while high - low > 1:

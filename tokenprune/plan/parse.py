@@ -11,7 +11,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from tokenprune.interfaces.budget import Budget, average_of, read_budget
+from tokenprune.interfaces.budget import AVERAGE, Budget, average_of, budget_text, read_budget
 from tokenprune.interfaces.intervention import Intervention
 from tokenprune.interfaces.pruner import ModelDepths, Pruner, Stage
 from tokenprune.plan.checks import check_plan, check_site, solve_average, visual_lengths, with_positions
@@ -99,7 +99,7 @@ class Spec:
         """`vtc_cls@64`, `todre@288 + random@64 at layer:9`, `vtc_cls@64 + var(p=0.4)`."""
         parts = []
         for entry in self.entries:
-            keep = f"avg{self.average}" if entry.keep is None else f"{entry.keep}"
+            keep = budget_text(f"{AVERAGE}{self.average}" if entry.keep is None else entry.keep)
             parts.append(f"{entry.pruner.name}@{keep}" + (f" at {entry.site}" if entry.site else ""))
         return " + ".join([*parts, *map(_intervention_label, self.interventions)])
 
@@ -153,7 +153,7 @@ class Spec:
             return sum(lengths) / len(lengths)
 
         wanted = average if isinstance(average, int) else average * nominal
-        keep = solve_average(pruner.name, mean, wanted, nominal)
+        keep = solve_average(pruner.name, mean, wanted, nominal, as_share=isinstance(average, float))
         return keep if isinstance(average, int) else keep / nominal
 
 
