@@ -14,7 +14,7 @@ from _zoo import made
 from _zoo_all import CELLS, FAMILIES, LACKS
 from _zoo_timm import NAMES as TOWERS_OF_TIMM
 
-from tokenprune.adapters._not_applicable import FAILS_THE_TRIAL, NOT_APPLICABLE
+from tokenprune.adapters.generic import MISSING
 from tokenprune.interfaces.capability import CAPABILITIES
 from tokenprune.registry import MODELS
 
@@ -86,10 +86,6 @@ def as_table(rows: Mapping[str, Mapping[str, str]]) -> str:
         *(f"| `{cls}` | {' | '.join(row[name] for name in CAPABILITIES)} |" for cls, row in rows.items()),
     ]
     return "\n".join(lines)
-
-
-MISSING = {**NOT_APPLICABLE, **FAILS_THE_TRIAL}
-"""Image-text classes of transformers that cannot be pruned, and why."""
 
 
 def missing_table() -> str:

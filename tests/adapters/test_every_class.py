@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from _capabilities import FILE, MISSING, missing_table
+from _capabilities import FILE, missing_table
 from _paths import ROOT
 from _tiny import IMAGE, TEXT
 from _zoo import VIDEO, VIT
@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 import tokenprune
 from tokenprune.adapters._not_applicable import FAILS_THE_TRIAL
+from tokenprune.adapters.generic import MISSING
 from tokenprune.cli import main
 from tokenprune.registry import MODELS
 

@@ -34,9 +34,9 @@ def _ls(args: argparse.Namespace) -> int:
         with as_user_error():
             print("\n".join(intervention_lines() if args.name is None else intervention_details(args.name)))
     elif args.missing:
-        from tokenprune.adapters._not_applicable import FAILS_THE_TRIAL, NOT_APPLICABLE
+        from tokenprune.adapters.generic import MISSING
 
-        for name, why in sorted({**NOT_APPLICABLE, **FAILS_THE_TRIAL}.items()):
+        for name, why in sorted(MISSING.items()):
             print(f"{name}: {why}")
     elif what == "models":
         from tokenprune.evals.models.load import pocket_names
