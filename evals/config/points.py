@@ -173,6 +173,9 @@ def read_entry(entry: Any, budgets: list[Any]) -> list[MethodEntry]:
         hint = f" Did you write {keys[0]!r} for 'method'?" if keys else ""
         raise ValueError(f"An entry of methods is a name or a mapping with the key 'method', got {entry!r}.{hint}")
     rest = dict(entry)
+    for key in rest:
+        if not isinstance(key, str):
+            raise ValueError(f"The keys of an entry of methods are texts, got {key!r} in {entry!r}.")
     name, own, grid = str(rest.pop("method")), rest.pop("keep", None), rest.pop("grid", {})
     pruners = pruner_parts(name)
     if len(pruners) == 1 and pruners[0] == name:
