@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from _tiny import IMAGE, PAD, PATCHES, tiny_llava
 from _tiny_processor import tiny_processor, word_tokenizer
 
@@ -29,6 +30,7 @@ METHODS = (
 
 @functools.cache
 def _loaded() -> LoadedModel:
+    transformers.logging.set_verbosity_error()
     processor = tiny_processor(word_tokenizer())
     processor.tokenizer.padding_side = "left"
     return LoadedModel("tiny", tiny_llava(), processor, "")
@@ -93,12 +95,17 @@ def _run(model: Any, batch: dict[str, Any], generate: bool) -> None:
             model(**batch)
 
 
+def _hooks(model: Any) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
 def _given(batch: dict[str, Any], method: str, generate: bool) -> None:
     model, refused = _loaded().model, None
     try:
         _run(model, batch, generate)
     except Exception as error:
         refused = error
+    before = _hooks(model)
     try:
         with tokenprune.applied(model, method):
             try:
@@ -110,9 +117,8 @@ def _given(batch: dict[str, Any], method: str, generate: bool) -> None:
                     return  # the model's own error, as without us
                 raise
     finally:
-        left = [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
-        if left:
-            raise RuntimeError(f"Hooks were left on {type(left[0]).__name__}.")
+        if _hooks(model) != before:  # transformers has hooks of its own, from the first call on
+            raise RuntimeError("Hooks were left on the model.")
     if refused is not None:
         raise AnsweredAlone(f"{method} answered, and the model itself says {refused!r:.200}")
 

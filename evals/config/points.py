@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,7 @@ def method_of_file(path: str) -> Mapping[str, Any]:
         FileNotFoundError, ValueError: no such file, it is no YAML, or it holds none.
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise FileNotFoundError(f"There is no method file {path}.")
     loaded = read_yaml(file)
     if not isinstance(loaded, Mapping) or not isinstance(loaded.get("method"), str):

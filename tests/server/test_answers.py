@@ -137,6 +137,11 @@ def test_bad_requests_get_a_sentence(port, fields, says):
     assert get(port, "/health")[1]["taken"] == 0
 
 
+def test_more_marks_than_pictures_are_refused_in_a_sentence(loaded):
+    with pytest.raises(ValueError, match="The processor of tiny does not take this prompt"):
+        loaded.inputs(["what is <image> this <image>"], [()])
+
+
 def test_half_a_picture_gets_a_sentence(port):
     status, said, _ = post(port, ask("what", png(1)[:200]))
     assert status == 400 and "picture" in said["error"]["message"]

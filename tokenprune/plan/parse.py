@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -302,7 +303,7 @@ def _near_any(entry: Mapping[Any, Any], wanted: str) -> str:
 
 
 def _read_yaml(path: Path) -> Any:
-    if not path.is_file():
+    if not os.path.isfile(path):  # and not Path.is_file, which raises for names that no file can have
         raise FileNotFoundError(f"There is no file {path}.")
     loaded = read_yaml(path)
     if not isinstance(loaded, (Mapping, list)):

@@ -147,8 +147,8 @@ class Answerer:
             raise Refused(
                 f"A picture of this request cannot be read: {error}", param="messages", code="bad_picture"
             ) from None
-        except torch.OutOfMemoryError:
-            raise
+        except (ValueError, torch.OutOfMemoryError):
+            raise  # sentences already, see `_sentences`
         except Exception as error:  # chat templates and processors raise what they like of what they do not take
             raise Refused(
                 f"The processor of {self._loaded.name} does not take this prompt: {error}",
