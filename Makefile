@@ -10,6 +10,8 @@ LOWEST := .venv-lowest
 VLLM := .venv-vllm
 # How many questions each method is asked inside vLLM, per pocket model.
 QUESTIONS ?= 6
+# CLASSES=docs/guides/serving_vllm.md writes what works on which of vLLM's classes into its table.
+CLASSES ?=
 # What a release of torch or transformers can break, and what its torchvision makes possible; of the masked-model
 # cells of each family and method one, drawn by name.
 VERSION_TESTS ?= tests/adapters/test_seams.py tests/adapters/test_families.py tests/adapters/test_generation_families.py \
@@ -97,7 +99,7 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt .ci/torchvision_operator
 	@touch $@
 
 test-vllm: $(VLLM)/.installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QUESTIONS=$(QUESTIONS) $(VLLM)/bin/python -m pytest tests/serving tests/core/vllm
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QUESTIONS=$(QUESTIONS) $(VLLM)/bin/python -m pytest tests/serving tests/core/vllm $(if $(CLASSES),--classes=$(CLASSES))
 
 bench: $(STAMP)
 	$(BIN)/python -m tokenprune.evals.bench.prefill
