@@ -280,7 +280,7 @@ class AttentionInterventions:
         layer, width = self._places[module], value.shape[-1]
         held = key.shape[2] - query.shape[2]
         kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        bias = self.bias(layer, held, query.transpose(1, 2))
+        bias = self.bias(layer, held, query.transpose(1, 2)) if self._bias.layers else None
         if bias is not None and self._call is not None:
             self._call.bias.layers[layer] = bias
             query, value = biased_query(query), biased_value(value)
@@ -337,6 +337,7 @@ class AttentionInterventions:
                 drafted=0 if call.prompt is None else call.prompt.drafted,
                 carried=self._facts.carried(call, layer, query.device),
                 stock=lambda *changed: stock(*changed)[0].transpose(1, 2),
+                made={} if facts is None else facts.made,
             )
 
         if measures:

@@ -95,12 +95,14 @@ class LayerFacts:
         values: by name, `[B, P]`, of the first P physical keys; later keys are later tokens.
         applies: `[B]` bool, samples whose attention is changed in this layer.
         some, every: whether it is changed in any and in every sample, known on the host; `some` may be too cautious.
+        made: what was made of `values` alone, to be made once for all tokens to come; a changed copy begins with none.
     """
 
     values: Mapping[str, Tensor]
     applies: Tensor
     some: bool = True
     every: bool = False
+    made: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def rows(self, index: Tensor) -> LayerFacts:
         """The same for the rows in `index`, in that order."""
