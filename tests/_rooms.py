@@ -11,7 +11,7 @@ from _imports import imports, sources
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernels", "hooks", "seams", "registry", "cost", "relevance", "evals.statistics", "evals.errors"),
     ("wrappers", "interfaces"),
-    ("state", "plan", "adapters", "methods", "interventions"),
+    ("state", "plan", "adapters", "methods", "interventions", "cache_policies"),
     ("capture",),
     ("engine",),
     ("vllm",),

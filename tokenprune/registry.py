@@ -1,10 +1,10 @@
-"""Names to classes: one registry each for methods, interventions and model families.
+"""Names to classes: one registry each for methods, interventions, cache policies and model families.
 
 A built-in is a file: `methods/NAME.py` is the method NAME, and it is imported the first time it is asked for, so that
 listing names costs no import of torch. A user's own class joins with the decorator `register_method("name")`,
-`register_intervention("name")` or `register_model("name")`; that of an installed package with an entry point
-`name = "module"` in the group `tokenprune.methods`, `tokenprune.interventions` or `tokenprune.adapters`, and is then
-known to the command line too.
+`register_intervention("name")`, `register_cache_policy("name")` or `register_model("name")`; that of an installed
+package with an entry point `name = "module"` in the group `tokenprune.methods`, `tokenprune.interventions`,
+`tokenprune.cache_policies` or `tokenprune.adapters`, and is then known to the command line too.
 """
 
 from __future__ import annotations
@@ -154,10 +154,12 @@ class UnknownName(KeyError):
 
 METHODS = Registry("method", "tokenprune.methods", "tokenprune.interfaces.pruner:Pruner")
 INTERVENTIONS = Registry("intervention", "tokenprune.interventions", "tokenprune.interfaces.intervention:Intervention")
+CACHE_POLICIES = Registry("cache policy", "tokenprune.cache_policies", "tokenprune.interfaces.cache_policy:CachePolicy")
 MODELS = Registry("model family", "tokenprune.adapters", "tokenprune.interfaces.adapter:Adapter")
 
 register_method = METHODS.register
 register_intervention = INTERVENTIONS.register
+register_cache_policy = CACHE_POLICIES.register
 register_model = MODELS.register
 
 
@@ -169,6 +171,17 @@ def list_methods() -> list[str]:
 def list_interventions() -> list[str]:
     """Names of changes of attention that `apply(model, name)` takes, alone or together with a method."""
     return INTERVENTIONS.names()
+
+
+def list_cache_policies() -> list[str]:
+    """Names of what stays in the KV cache that `apply(model, name)` takes, alone or together with a method."""
+    return CACHE_POLICIES.names()
+
+
+def beside_methods() -> dict[str, Registry]:
+    """What a method may be written together with, and takes no budget: names of interventions and cache policies, and
+    the registry of each."""
+    return {name: registry for registry in (INTERVENTIONS, CACHE_POLICIES) for name in registry.names()}
 
 
 def list_models() -> list[str]:
