@@ -12,7 +12,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("user_files", "_siblings"),
     ("kernels", "hooks", "seams", "registry", "cost", "relevance", "evals.statistics", "evals.errors"),
     ("wrappers", "interfaces"),
-    ("state", "plan", "adapters", "methods", "interventions"),
+    ("state", "plan", "adapters", "methods", "interventions", "cache_policies"),
     ("capture",),
     ("engine",),
     ("vllm",),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenprune.interfaces.budget import budget_text, read_budget
 from tokenprune.plan.expression import pruner_parts, read_yaml, split_name, split_outside
-from tokenprune.registry import INTERVENTIONS, METHODS, UnknownName, near
+from tokenprune.registry import METHODS, UnknownName, beside_methods, near
 
 if TYPE_CHECKING:
     from tokenprune.plan.parse import Spec
@@ -122,7 +122,7 @@ class MethodEntry:
 def check_method_name(method: str) -> None:
     """Raise UnknownName if a part of `method` is neither registered nor `none`; imports nothing heavy."""
     parts = split_outside(method, "+")
-    known = [*METHODS.names(), *INTERVENTIONS.names()] + [NONE] * (len(parts) == 1)
+    known = [*METHODS.names(), *beside_methods()] + [NONE] * (len(parts) == 1)
     for part in parts:
         name = split_name(part)[0]
         if name not in known:
