@@ -1,7 +1,7 @@
 """Write what type checkers know of methods: `.venv/bin/python .ci/type_stubs.py`, after a method or an option changed.
 
-`tokenprune/calls.pyi` has one overload of `apply` and of `applied` for each method and intervention, with its options,
-so that a misspelt name or option is an error before anything runs; the two `__init__.pyi` name the classes.
+`tokenprune/calls.pyi` has one overload of `apply` and of `applied` for each method, intervention and cache policy, with
+its options, so that a misspelt name or option is an error before anything runs; the `__init__.pyi` name the classes.
 tests/core/test_types.py fails where the files are not those of today.
 """
 
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tokenprune.registry import INTERVENTIONS, METHODS, Registry
+from tokenprune.registry import CACHE_POLICIES, INTERVENTIONS, METHODS, Registry
 
 PACKAGE = Path(__file__).resolve().parents[1] / "tokenprune"
 HEAD = '"""{}\n\nWritten by .ci/type_stubs.py, not by hand.\n"""\n\n'
@@ -24,11 +24,12 @@ SHARED = {
 }
 CALL = 'outputs: _Outputs = "auto", verify: bool = True'
 KEEP = "keep: _Keep = None, average: _Average = None"
+NO_BUDGET = "keep: None = None, average: None = None"
 ALIASES = (
     '_Outputs: TypeAlias = Literal["auto", "kept", "full"]\n_Keep: TypeAlias = int | float | str | None\n'
     "_Average: TypeAlias = int | float | None\n"
     "_Theirs: TypeAlias = (\n    MethodName | Path | Mapping[str, Any] | list[Any] | tuple[Any, ...]\n"
-    "    | Pruner | Intervention\n)\n\n"
+    "    | Pruner | Intervention | CachePolicy\n)\n\n"
 )
 
 
@@ -51,7 +52,7 @@ def type_of(cls: Any, field: Any) -> str:
 def overloads(call: str, result: str) -> list[str]:
     """One for each name of ours, then those for methods that only the user knows, then text that holds everything."""
     lines = []
-    for registry, keep in ((METHODS, KEEP), (INTERVENTIONS, "keep: None = None, average: None = None")):
+    for registry, keep in ((METHODS, KEEP), (INTERVENTIONS, NO_BUDGET), (CACHE_POLICIES, NO_BUDGET)):
         for name in built_in(registry):
             cls: Any = registry.get(name)
             fields = [f"{field.name}: {type_of(cls, field)} = ..." for field in dataclasses.fields(cls)]
@@ -59,6 +60,7 @@ def overloads(call: str, result: str) -> list[str]:
             given = ", ".join(filter(None, ["model: Any", f'method: Literal["{name}"]', keep, CALL, options]))
             lines.append(f"@overload\ndef {call}({given}) -> {result}: ...\n")
     theirs = "MethodName | Path | Mapping[str, Any] | list[Any] | tuple[Any, ...] | Pruner | Intervention"
+    theirs += " | CachePolicy"
     lines.append(
         f"@overload\ndef {call}(model: Any, method: {theirs}, {KEEP}, {CALL}, **options: Any) -> {result}: ...\n"
     )
@@ -72,7 +74,8 @@ def calls_stub() -> str:
     imports = (
         "from collections.abc import Mapping, Sequence\nfrom contextlib import AbstractContextManager\n"
         "from pathlib import Path\nfrom typing import Any, Literal, TypeAlias, overload\n\n"
-        "from tokenprune.handle import Handle\nfrom tokenprune.interfaces.intervention import Intervention\n"
+        "from tokenprune.handle import Handle\nfrom tokenprune.interfaces.cache_policy import CachePolicy\n"
+        "from tokenprune.interfaces.intervention import Intervention\n"
         "from tokenprune.interfaces.pruner import Pruner\nfrom tokenprune.registry import MethodName\n\n"
     )
     body = overloads("apply", "Handle") + overloads("applied", "AbstractContextManager[Handle]")
@@ -94,6 +97,7 @@ def stubs() -> dict[Path, str]:
         PACKAGE / "calls.pyi": calls_stub(),
         PACKAGE / "methods" / "__init__.pyi": classes_stub(METHODS, "methods"),
         PACKAGE / "interventions" / "__init__.pyi": classes_stub(INTERVENTIONS, "interventions"),
+        PACKAGE / "cache_policies" / "__init__.pyi": classes_stub(CACHE_POLICIES, "cache policies"),
     }
 
 

@@ -1,87 +1,125 @@
-"""Tiny random checkpoints of model classes that tokenprune covers inside vLLM, whose CPU kernels want heads of 32."""
+"""A server on 127.0.0.1 in this process, and clients that are as slow, as rude or as plain as a test wants them."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import base64
+import contextlib
+import http.client
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from _paths import ROOT
+import numpy as np
+import uvicorn
+from PIL import Image
 
-CLASSES = {
-    "llava_next": "LlavaNextForConditionalGeneration",
-    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
-    "qwen2_vl": "Qwen2VLForConditionalGeneration",
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-    "internvl": "InternVLForConditionalGeneration",
-}
-"""By the names of `_families`, those that no pocket model is of."""
-TEXT = {
-    "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 2,
-    "max_position_embeddings": 2048,
-}  # fmt: skip
-TOWER = {"hidden_size": 64, "num_attention_heads": 2}
-_QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
-MARKS = {
-    "llava_next": "<image>", "llava_onevision": "<image>", "internvl": "<IMG_CONTEXT>", "qwen2_vl": _QWEN,
-    "qwen3_vl": _QWEN,
-}  # fmt: skip
+from tokenprune.server.run import Place, listen
 
 
-def prompt(name: str, pictures: int, kind: str = "image") -> str:
-    """A question about so many pictures."""
-    mark = MARKS[name]
-    if kind == "video":
-        mark = mark.replace("image", "video").replace("<IMG_CONTEXT>", "<video>")
-    return "user what is this " + f"{mark} where " * pictures + "who is red assistant"
+@contextlib.contextmanager
+def listening(server: uvicorn.Server, send_buffer: int | None = None) -> Iterator[int]:
+    """The port of a server that runs in a thread; it is stopped at the end.
 
-
-def save(name: str, folder: Path) -> None:
-    """A checkpoint of a class, with the files of its processor."""
-    evals = str(ROOT / "tests" / "evals")
-    if evals not in sys.path:
-        sys.path.append(evals)
-    import _families
-    import _processors
-
-    _families.family.cache_clear()
-    small = _families.family(name)
-    config = small.config
-    text = config.get_text_config()
-    for key, value in TEXT.items():
-        setattr(text, key, value)
-    _wider(name, config.vision_config)
-    if hasattr(text, "rope_parameters") and "mrope_section" in (text.rope_parameters or {}):
-        text.rope_parameters = {**text.rope_parameters, "mrope_section": [6, 5, 5]}
-    if hasattr(text, "layer_types"):
-        text.layer_types = ["full_attention"] * TEXT["num_hidden_layers"]
-    if name == "llava_onevision":
-        config.vision_config.vision_use_head = False  # as in its published checkpoints
-        config.vision_aspect_ratio = "anyres_max_9"
-        config.image_grid_pinpoints = [[28, 56], [56, 28], [56, 56], [84, 84], [28, 112], [112, 112]]
-    model = _families._build(type(small), config, "sdpa", 0)
-    files = dict(_processors.FILES)
-    _families.family.cache_clear()
-    original, _processors.family = _processors.family, lambda which: model
+    Args:
+        send_buffer: bytes that the kernel holds for a client that does not read.
+    """
+    opened = listen(Place(port=0))
+    if send_buffer is not None:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]}, daemon=True)
+    thread.start()
     try:
-        if name == "llava_onevision":
-            found = files[name]
-            image = {**found.image, "image_grid_pinpoints": config.image_grid_pinpoints}
-            settings = {**found.settings, "vision_aspect_ratio": "anyres_max_9"}
-            _processors.FILES[name] = type(found)(**{**vars(found), "image": image, "settings": settings})
-        _processors.save_checkpoint(name, folder)
+        until(lambda: server.started)
+        yield opened.getsockname()[1]
     finally:
-        _processors.family, _processors.FILES[name] = original, files[name]
+        server.should_exit = True
+        thread.join(60)
+        opened.close()
+    assert not thread.is_alive()
 
 
-def _wider(name: str, vision: Any) -> None:
-    """Heads of 32 in the tower, and what its output has to be."""
-    if name.startswith("qwen"):
-        vision.num_heads = 2
-        if name == "qwen2_vl":
-            vision.embed_dim, vision.hidden_size = 64, TEXT["hidden_size"]
-        else:
-            vision.hidden_size, vision.out_hidden_size = 64, TEXT["hidden_size"]
-        return
-    for key, value in TOWER.items():
-        setattr(vision, key, value)
+def until(met: Callable[[], Any], seconds: float = 120.0) -> None:
+    """Wait for a condition; a machine may be slow, so for long."""
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def png(seed: int, side: int = 48) -> bytes:
+    """A picture of coloured noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def data_uri(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def ask(text: str, *pictures: bytes, **fields: Any) -> dict[str, Any]:
+    """The body of a request."""
+    parts: list[Any] = [{"type": "image_url", "image_url": {"url": data_uri(one)}} for one in pictures]
+    return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}], **fields}
+
+
+def post(port: int, body: Any, headers: dict[str, str] | None = None) -> tuple[int, Any, dict[str, str]]:
+    """Status, JSON and headers of a chat request; bytes are sent as they are."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        connection.request(
+            "POST", "/v1/chat/completions", data, {"Content-Type": "application/json", **(headers or {})}
+        )
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read()), dict(answer.getheaders())
+    finally:
+        connection.close()
+
+
+def get(port: int, path: str) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def send(port: int, body: Any, receive_buffer: int | None = None) -> socket.socket:
+    """A socket on which a request was sent, and nothing read yet."""
+    client = socket.socket()
+    if receive_buffer is not None:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    client.settimeout(300)
+    client.connect(("127.0.0.1", port))
+    data = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(data)}\r\n"
+    client.sendall(f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + data)
+    return client
+
+
+def rest_of(client: socket.socket) -> bytes:
+    """What comes until the server closes."""
+    parts = []
+    while part := client.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def events(stream: bytes) -> list[Any]:
+    """The events of a streamed answer, its last line checked."""
+    lines = [line[6:] for line in stream.decode().splitlines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def text_of(said: list[Any]) -> str:
+    """The text of a streamed answer."""
+    return "".join(choice["delta"].get("content", "") for one in said for choice in one.get("choices", ()))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tokenprune.handle import Handle as Handle
     from tokenprune.interfaces.adapter import Adapter as Adapter
     from tokenprune.interfaces.budget import Budget as Budget
+    from tokenprune.interfaces.cache_policy import CachePolicy as CachePolicy
     from tokenprune.interfaces.intervention import Intervention as Intervention
     from tokenprune.interfaces.pruner import ModelDepths as ModelDepths
     from tokenprune.interfaces.pruner import Pruner as Pruner
@@ -38,9 +39,11 @@ if TYPE_CHECKING:
     from tokenprune.interfaces.visual import Visual as Visual
     from tokenprune.regions import zoomed as zoomed
     from tokenprune.registry import MethodName as MethodName
+    from tokenprune.registry import list_cache_policies as list_cache_policies
     from tokenprune.registry import list_interventions as list_interventions
     from tokenprune.registry import list_methods as list_methods
     from tokenprune.registry import list_models as list_models
+    from tokenprune.registry import register_cache_policy as register_cache_policy
     from tokenprune.registry import register_intervention as register_intervention
     from tokenprune.registry import register_method as register_method
     from tokenprune.registry import register_model as register_model
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
 _public = {
     "Adapter": "tokenprune.interfaces.adapter",
     "Budget": "tokenprune.interfaces.budget",
+    "CachePolicy": "tokenprune.interfaces.cache_policy",
     "Handle": "tokenprune.handle",
     "Intervention": "tokenprune.interfaces.intervention",
     "MethodName": "tokenprune.registry",
@@ -66,9 +70,11 @@ _public = {
     "apply": "tokenprune.calls",
     "clip_relevance": "tokenprune.relevance",
     "frame_scores": "tokenprune.frame_questions",
+    "list_cache_policies": "tokenprune.registry",
     "list_interventions": "tokenprune.registry",
     "list_methods": "tokenprune.registry",
     "list_models": "tokenprune.registry",
+    "register_cache_policy": "tokenprune.registry",
     "register_intervention": "tokenprune.registry",
     "register_method": "tokenprune.registry",
     "register_model": "tokenprune.registry",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
 
 from tokenprune.handle import Handle
+from tokenprune.interfaces.cache_policy import CachePolicy
 from tokenprune.interfaces.intervention import Intervention
 from tokenprune.interfaces.pruner import Pruner
 from tokenprune.registry import MethodName
@@ -18,7 +19,7 @@ _Keep: TypeAlias = int | float | str | None
 _Average: TypeAlias = int | float | None
 _Theirs: TypeAlias = (
     MethodName | Path | Mapping[str, Any] | list[Any] | tuple[Any, ...]
-    | Pruner | Intervention
+    | Pruner | Intervention | CachePolicy
 )
 
 @overload
@@ -112,7 +113,11 @@ def apply(model: Any, method: Literal["var"], keep: None = None, average: None =
 @overload
 def apply(model: Any, method: Literal["zerotuning"], keep: None = None, average: None = None, outputs: _Outputs = "auto", verify: bool = True, *, layers: Sequence[int] | None = ..., gamma: float | Sequence[float] = ..., heads: Sequence[int] | None = ..., calibration: str | None = ...) -> Handle: ...
 @overload
-def apply(model: Any, method: MethodName | Path | Mapping[str, Any] | list[Any] | tuple[Any, ...] | Pruner | Intervention, keep: _Keep = None, average: _Average = None, outputs: _Outputs = "auto", verify: bool = True, **options: Any) -> Handle: ...
+def apply(model: Any, method: Literal["a_vl"], keep: None = None, average: None = None, outputs: _Outputs = "auto", verify: bool = True, *, layers: Sequence[int] | None = ..., secondary: float = ..., core: float = ..., refresh: int = ..., text: float = ..., heavy: float = ..., least_text: int = ...) -> Handle: ...
+@overload
+def apply(model: Any, method: Literal["press"], keep: None = None, average: None = None, outputs: _Outputs = "auto", verify: bool = True, *, layers: Sequence[int] | None = ..., press: Any = ..., ratio: float | None = ...) -> Handle: ...
+@overload
+def apply(model: Any, method: MethodName | Path | Mapping[str, Any] | list[Any] | tuple[Any, ...] | Pruner | Intervention | CachePolicy, keep: _Keep = None, average: _Average = None, outputs: _Outputs = "auto", verify: bool = True, **options: Any) -> Handle: ...
 @overload
 def apply(model: Any, method: str, *, outputs: _Outputs = "auto", verify: bool = True) -> Handle: ...
 @overload
@@ -206,6 +211,10 @@ def applied(model: Any, method: Literal["var"], keep: None = None, average: None
 @overload
 def applied(model: Any, method: Literal["zerotuning"], keep: None = None, average: None = None, outputs: _Outputs = "auto", verify: bool = True, *, layers: Sequence[int] | None = ..., gamma: float | Sequence[float] = ..., heads: Sequence[int] | None = ..., calibration: str | None = ...) -> AbstractContextManager[Handle]: ...
 @overload
-def applied(model: Any, method: MethodName | Path | Mapping[str, Any] | list[Any] | tuple[Any, ...] | Pruner | Intervention, keep: _Keep = None, average: _Average = None, outputs: _Outputs = "auto", verify: bool = True, **options: Any) -> AbstractContextManager[Handle]: ...
+def applied(model: Any, method: Literal["a_vl"], keep: None = None, average: None = None, outputs: _Outputs = "auto", verify: bool = True, *, layers: Sequence[int] | None = ..., secondary: float = ..., core: float = ..., refresh: int = ..., text: float = ..., heavy: float = ..., least_text: int = ...) -> AbstractContextManager[Handle]: ...
+@overload
+def applied(model: Any, method: Literal["press"], keep: None = None, average: None = None, outputs: _Outputs = "auto", verify: bool = True, *, layers: Sequence[int] | None = ..., press: Any = ..., ratio: float | None = ...) -> AbstractContextManager[Handle]: ...
+@overload
+def applied(model: Any, method: MethodName | Path | Mapping[str, Any] | list[Any] | tuple[Any, ...] | Pruner | Intervention | CachePolicy, keep: _Keep = None, average: _Average = None, outputs: _Outputs = "auto", verify: bool = True, **options: Any) -> AbstractContextManager[Handle]: ...
 @overload
 def applied(model: Any, method: str, *, outputs: _Outputs = "auto", verify: bool = True) -> AbstractContextManager[Handle]: ...

@@ -1,11 +1,12 @@
-"""Names to classes: one registry each for methods, interventions and model families.
+"""Names to classes: one registry each for methods, interventions, cache policies and model families.
 
 A built-in is a file: `methods/NAME.py` is the method NAME, and it is imported the first time it is asked for, so that
 listing names costs no import of torch. A user's own class joins with the decorator `register_method("name")`,
-`register_intervention("name")` or `register_model("name")`; that of an installed package with an entry point
-`name = "module"` in the group `tokenprune.methods`, `tokenprune.interventions` or `tokenprune.adapters`, and is then
-known to the command line too. A package that cannot be imported switches itself off with a warning, and nothing else.
-The command line and the processes that it starts import one's own files by `--import FILE.py`, see `user_files`.
+`register_intervention("name")`, `register_cache_policy("name")` or `register_model("name")`; that of an installed
+package with an entry point `name = "module"` in the group `tokenprune.methods`, `tokenprune.interventions`,
+`tokenprune.cache_policies` or `tokenprune.adapters`, and is then known to the command line too. A package that cannot
+be imported switches itself off with a warning, and nothing else. The command line and the processes that it starts
+import one's own files by `--import FILE.py`, see `user_files`.
 """
 
 from __future__ import annotations
@@ -217,10 +218,12 @@ class UnknownName(KeyError):
 
 METHODS = Registry("method", "tokenprune.methods", "tokenprune.interfaces.pruner:Pruner")
 INTERVENTIONS = Registry("intervention", "tokenprune.interventions", "tokenprune.interfaces.intervention:Intervention")
+CACHE_POLICIES = Registry("cache policy", "tokenprune.cache_policies", "tokenprune.interfaces.cache_policy:CachePolicy")
 MODELS = Registry("model family", "tokenprune.adapters", "tokenprune.interfaces.adapter:Adapter")
 
 register_method = METHODS.register
 register_intervention = INTERVENTIONS.register
+register_cache_policy = CACHE_POLICIES.register
 register_model = MODELS.register
 
 
@@ -232,6 +235,17 @@ def list_methods() -> list[MethodName]:
 def list_interventions() -> list[MethodName]:
     """Names of changes of attention that `apply(model, name)` takes, alone or together with a method."""
     return [MethodName(name) for name in INTERVENTIONS.names()]
+
+
+def list_cache_policies() -> list[MethodName]:
+    """Names of what stays in the KV cache that `apply(model, name)` takes, alone or together with a method."""
+    return [MethodName(name) for name in CACHE_POLICIES.names()]
+
+
+def beside_methods() -> dict[str, Registry]:
+    """What a method may be written together with, and takes no budget: names of interventions and cache policies, and
+    the registry of each."""
+    return {name: registry for registry in (INTERVENTIONS, CACHE_POLICIES) for name in registry.names()}
 
 
 def list_models() -> list[str]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 needs_vllm()
 
-from _served import CLASSES, prompt, save  # noqa: E402
+from _served_classes import CLASSES, prompt, save  # noqa: E402
 
 from tokenprune.vllm.families import FAMILIES  # noqa: E402
 

@@ -94,13 +94,25 @@ def check_plan(stages: Sequence[Stage], depths: ModelDepths) -> tuple[Stage, ...
         if stage.place == "layer" and not depths.first_cut <= stage.depth < depths.decoder:
             raise ValueError(
                 f"{stage.site!r} is not a place to cut in this model: K goes from {depths.first_cut} to "
-                f"{depths.decoder - 1} (cut before the first layer with the site 'input')."
+                f"{depths.decoder - 1} (cut before the first layer with the site 'input'). {_why_not(stage, depths)}"
             )
     _check_one_policy(ordered)
     shrinks = ordered[0].place == "pixels" and ordered[0].after_block is None
     if shrinks and any(stage.place == "vision" for stage in ordered):
         raise ValueError("A picture that 'pixels' shrank cannot be cut again inside the vision tower.")
     return ordered
+
+
+def _why_not(stage: Stage, depths: ModelDepths) -> str:
+    """Why a stage cannot cut before its layer."""
+    if stage.depth >= depths.decoder:
+        return f"The decoder has {depths.decoder} layers."
+    if stage.depth < 1:
+        return "Before the first layer no layer has run that a stage at 'layer' could read."
+    return (
+        f"Layers before {depths.first_cut} get features of the vision tower added to their visual tokens, at places of "
+        "the whole row, so none may leave between them."
+    )
 
 
 def _check_one_policy(stages: Sequence[Stage]) -> None:

@@ -12,7 +12,7 @@ import tokenprune
 from tokenprune.evals.evaluation.fingerprint import NO_ANSWER, code_fingerprint, deciding_files
 
 ASKING = ("evals.evaluation.evaluate", "evals.evaluation.applied_method", "evals.tasks.load", "evals.models.load")
-PLUG_INS = ("methods.", "interventions.", "adapters.", "kernels.", "evals.tasks.")
+PLUG_INS = ("methods.", "interventions.", "cache_policies.", "adapters.", "kernels.", "evals.tasks.")
 BESIDE = {
     # what a point is: it stands in the key of each row
     "evals.config.grid", "evals.config.measure", "evals.config.points", "evals.config.run_config",
