@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("evals.profiling",),
     ("evals.results",),
     ("evals.report",),
-    ("evals.single_image", "evals.lmms", "evals.sweep", "evals.diagnose"),
+    ("evals.single_image", "evals.lmms", "evals.sweep", "evals.diagnose", "server"),
     ("evals.pocket_training", "evals.tuning", "evals.learned"),
     ("commands",),
     ("cli",),

@@ -25,27 +25,26 @@ _origin: dict[str, str] = {}
 
 
 def on_config(config: Any) -> Any:
-    """Entries such as `methods/*` of the navigation become the pages made, `guides/*` those not named there."""
-    made = dict(generated())
-    named = set(re.findall(r"guides/\w+\.md", str(config["nav"])))
-    others = [
-        path for path in (f"guides/{file.name}" for file in sorted((DOCS / "guides").glob("*.md"))) if path not in named
-    ]
-    made |= dict.fromkeys(others, "")
+    """Entries such as `methods/*` of the navigation become the pages made, `guides/*` and `*` written ones of that
+    folder that are named nowhere: who adds a guide need not touch the menu."""
+    made = generated()
+    named = set(re.findall(r"[\w/]+\.md", str(config["nav"])))
     for section in config["nav"]:
         for title, entries in section.items():
             if isinstance(entries, list):
-                section[title] = [page for entry in entries for page in _expanded(entry, made)]
+                section[title] = [page for entry in entries for page in _expanded(entry, made, named)]
     return config
 
 
-def _expanded(entry: Any, made: dict[str, str]) -> list[Any]:
-    if not (isinstance(entry, str) and entry.endswith("/*")):
+def _expanded(entry: Any, made: dict[str, str], named: set[str]) -> list[Any]:
+    if not (isinstance(entry, str) and entry.endswith("*")):
         return [entry]
-    pages = [path for path in made if path.startswith(entry[:-1])]
+    pages = [path for path in made if path.startswith(entry[:-1]) and "/" in path]
+    if not pages or entry == "*":  # written ones: their own headings are their titles
+        files = sorted((DOCS / entry).parent.glob("*.md"))
+        return [path for path in (file.relative_to(DOCS).as_posix() for file in files) if path not in named]
     index = [path for path in pages if path.endswith("/index.md")]
-    written = entry.startswith("guides/")  # their own headings are their titles
-    return index + [path if written else {_stem(path): path} for path in pages if path not in index]
+    return index + [{_stem(path): path} for path in pages if path not in index]
 
 
 def _stem(path: str) -> str:

@@ -17,9 +17,9 @@ SIZES = {"desktop": (1280, 860), "phone": (390, 844)}
 PICTURES = (
     ("home", "index.html", "desktop", "light"),
     ("how-it-works-dark", "how_it_works.html", "desktop", "dark"),
-    ("method", "methods/holov.html", "desktop", "light"),
-    ("choosing-phone", "choosing.html", "phone", "light"),
-    ("method-phone-dark", "methods/vtc_cls.html", "phone", "dark"),
+    ("method", "methods/tops.html#how-it-works", "desktop", "light"),
+    ("choosing-phone", "choosing.html#by-model-and-budget", "phone", "light"),
+    ("method-phone-dark", "methods/vtc_cls.html#how-it-works", "phone", "dark"),
 )
 
 
@@ -36,19 +36,19 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-def opened(chromium: Any, file: Path, size: str, scheme: str) -> Any:
-    """A page in a window of that size, in light or dark."""
+def opened(chromium: Any, site: Path, path: str, size: str, scheme: str) -> Any:
+    """A page, at an anchor if `path` has one, in a window of that size, in light or dark."""
     wide, high = SIZES[size]
     context = chromium.new_context(viewport={"width": wide, "height": high}, color_scheme=scheme)
     page = context.new_page()
-    page.goto(file.resolve().as_uri())
+    page.goto(f"{site.resolve().as_uri()}/{path}")
     page.wait_for_load_state("load")
     return page
 
 
 def too_wide(chromium: Any, site: Path) -> list[str]:
     """Pages that a phone would have to scroll sideways."""
-    page = opened(chromium, site / "index.html", "phone", "light")
+    page = opened(chromium, site, "index.html", "phone", "light")
     found = []
     for file in sorted(site.rglob("*.html")):
         page.goto(file.resolve().as_uri())
@@ -61,7 +61,7 @@ def too_wide(chromium: Any, site: Path) -> list[str]:
 
 def found_by_search(chromium: Any, site: Path, words: str) -> list[str]:
     """Titles that the search of the site gives, opened from file://."""
-    page = opened(chromium, site / "index.html", "desktop", "light")
+    page = opened(chromium, site, "index.html", "desktop", "light")
     page.click(".md-search__input")
     page.type(".md-search__input", words)  # the search listens to keys
     page.wait_for_selector(".md-search-result__item h1", timeout=20_000)
@@ -70,14 +70,23 @@ def found_by_search(chromium: Any, site: Path, words: str) -> list[str]:
     return titles
 
 
+def _shrink(file: Path) -> None:
+    """The same picture with 96 colours: a third of the bytes."""
+    from PIL import Image
+
+    Image.open(file).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(file, optimize=True)
+
+
 def main() -> int:
     """Write the pictures; 1 where a page is too wide."""
     site, target = Path(sys.argv[1]), Path(sys.argv[2])
     target.mkdir(parents=True, exist_ok=True)
     with browser() as chromium:
         for name, path, size, scheme in PICTURES:
-            page = opened(chromium, site / path, size, scheme)
+            page = opened(chromium, site, path, size, scheme)
+            page.wait_for_timeout(500)  # the menu fades in
             page.screenshot(path=target / f"{name}.png")
+            _shrink(target / f"{name}.png")
             page.context.close()
         print("The search finds:", ", ".join(found_by_search(chromium, site, "farthest point")))
         wide = too_wide(chromium, site)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,7 +166,7 @@ def method_of_file(path: str) -> Mapping[str, Any]:
         FileNotFoundError, ValueError: no such file, it is no YAML, or it holds none.
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise FileNotFoundError(f"There is no method file {path}.")
     loaded = read_yaml(file)
     if not isinstance(loaded, Mapping) or not isinstance(loaded.get("method"), str):
@@ -216,6 +217,9 @@ def read_entry(entry: Any, budgets: list[Any]) -> list[MethodEntry]:
         hint = f" Did you write {keys[0]!r} for 'method'?" if keys else ""
         raise ValueError(f"An entry of methods is a name or a mapping with the key 'method', got {entry!r}.{hint}")
     rest = dict(entry)
+    for key in rest:
+        if not isinstance(key, str):
+            raise ValueError(f"The keys of an entry of methods are texts, got {key!r} in {entry!r}.")
     name, own, grid = str(rest.pop("method")), rest.pop("keep", None), rest.pop("grid", {})
     shown = _checked_name(rest.pop("as", None), name, grid)
     pruners = pruner_parts(name)

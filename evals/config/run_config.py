@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from tokenprune.evals.config.engines import TRANSFORMERS, VLLM, check_engine
 from tokenprune.evals.config.grid import Listed, expand, read_point
 from tokenprune.evals.config.measure import Measure, Overlays
 from tokenprune.evals.config.points import NONE, MethodEntry, Point, check_method_name, compile_method, read_entry
@@ -39,7 +40,7 @@ class RunConfig:
         keep: budgets: ints are tokens per image, floats are kept fractions.
         limit: samples per task, None for all.
         seed: of methods that draw, and of the bootstrap.
-        batch_size: prompts generated together; does not change what is measured.
+        batch_size: prompts generated together, see `prompts_together`; does not change what is measured.
         dtype: float32, bfloat16 or float16.
         device: torch device; None takes a GPU where there is one.
         max_new_tokens: length of an answer; None leaves it to the task.
@@ -52,6 +53,8 @@ class RunConfig:
         seeds: each method that draws is run once with each of these, in place of `seed`.
         listed: points beside the grid, or in its place, see `grid.read_point`. In a sweep file the key is `points`.
         targets: published numbers to compare with, see `parity`.
+        engine: who answers: "transformers", or "vllm" (`evaluation.vllm_engine`).
+        engine_options: arguments of `vllm.LLM`, such as `max_model_len`.
     """
 
     name: str
@@ -61,7 +64,7 @@ class RunConfig:
     keep: list[Any] = field(default_factory=list)
     limit: int | None = None
     seed: int = 0
-    batch_size: int = 8
+    batch_size: int | None = None
     dtype: str = "float32"
     device: str | None = None
     max_new_tokens: int | None = None
@@ -73,6 +76,14 @@ class RunConfig:
     seeds: list[int] = field(default_factory=list)
     listed: list[Any] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
+    engine: str = TRANSFORMERS
+    engine_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompts_together(self) -> int:
+        """How many prompts an engine is given at once: 8, and 256 of vLLM, which deals them out itself, where the
+        settings do not say."""
+        return self.batch_size or (256 if self.engine == VLLM else 8)
 
     @property
     def folder(self) -> Path:
@@ -129,8 +140,7 @@ class RunConfig:
         for name in ("model", "tasks", "methods"):
             if not getattr(self, name) and (self.methods or not self.listed):
                 raise ValueError(f"{name} must name at least one entry, got {getattr(self, name)!r}.")
-        _positive("batch_size", self.batch_size)
-        for name in ("limit", "max_new_tokens"):
+        for name in ("batch_size", "limit", "max_new_tokens"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
         for name in ("samples", "repeats"):
@@ -146,6 +156,7 @@ class RunConfig:
         check_seed(self.seed)
         _check_seeds(self.seeds)
         check_dtype(self.dtype)
+        check_engine(self.engine, self.engine_options, self.device)
         for model in self.models:
             model_source(model)
         for task in self.all_tasks:

@@ -27,7 +27,7 @@ const aboutOf = panel => {
 };
 
 // explanations that a pointer gets by resting on them, by a tap where there is no pointer
-const bubble = make("div", { class: "tip bubble", hidden: "", role: "status" });
+const bubble = make("div", { class: "bubble", hidden: "", role: "status" });
 document.body.append(bubble);
 document.addEventListener("click", event => {
   const node = event.target.closest("[title]");

@@ -173,7 +173,8 @@ def _tests(record: ResultRecord) -> list[Cell]:
 
 def _costs(record: ResultRecord) -> list[Cell]:
     costs, times = flat_costs(record), record.get("times") or {}
-    decoder = None if costs["gflops_prefill"] is None else costs["gflops_prefill"] + costs["gflops_selection"]
+    parts = (costs["gflops_prefill"], costs["gflops_selection"])
+    decoder = None if None in parts else sum(parts)
     kv = None if costs["kv_bytes"] is None else costs["kv_bytes"] / 1024
     return [
         Cell(number(costs["gflops_total"], ".4g"), costs["gflops_total"]),

@@ -120,7 +120,8 @@ def _data(records: list[ResultRecord], merged: Merged, room: Room) -> Drawn:
 def _point(record: ResultRecord) -> Drawn:
     scores, costs = record["overall"], flat_costs(record)
     fair = cast("dict[str, float]", record.get("equal_cost", {}).get("tokens", {}).get("random") or {})
-    decoder = None if costs["gflops_prefill"] is None else costs["gflops_prefill"] + costs["gflops_selection"]
+    parts = (costs["gflops_prefill"], costs["gflops_selection"])
+    decoder = None if None in parts else sum(parts)
     point = {
         "label": record["label"], "series": name_of(record), "budget": budget_of(record), "n": scores["n"],
         "accuracy": scores["accuracy"], "low": scores["ci_low"], "high": scores["ci_high"],

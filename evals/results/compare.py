@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tokenprune.evals.config.points import NONE
 from tokenprune.evals.io.rows import AnsweredRow, SampleRow
@@ -103,10 +103,10 @@ def _example(rows: dict[str, AnsweredRow]) -> str:
 
 def _read(text: str) -> tuple[FinishedRun, str | None]:
     """`runs/x` or `runs/x:holov@64`, to the run and the label."""
-    if Path(text).is_dir():
+    if os.path.isdir(text):
         return read_run(text), None
     folder, colon, label = text.rpartition(":")
-    while colon and not Path(folder).is_dir():  # a label may hold colons: {at: layer:9}
+    while colon and not os.path.isdir(folder):  # a label may hold colons: {at: layer:9}
         folder, colon, more = folder.rpartition(":")
         label = f"{more}:{label}"
     if not colon:

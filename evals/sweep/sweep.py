@@ -8,8 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tokenprune.evals.config.engines import VLLM
 from tokenprune.evals.config.run_config import RunConfig
-from tokenprune.evals.errors import as_user_error
+from tokenprune.evals.errors import UserError, as_user_error
 from tokenprune.evals.evaluation.evaluate import SAMPLE_KEY
 from tokenprune.evals.io.atomic_files import replace_file
 from tokenprune.evals.io.folder_lock import lock_folder
@@ -70,6 +71,11 @@ def run(
             check_earlier(config)
         tasks = {name: load_task(name) for name in config.all_tasks}
         config.folder.mkdir(parents=True, exist_ok=True)
+    if config.engine == VLLM and (executor is not None or launched()):
+        raise UserError(
+            "engine: vllm deals its own work out: start one process without a launcher or --executor, and say "
+            "engine_options: {tensor_parallel_size: N} for N GPUs."
+        )
     executor = executor or (Processes() if launched() else Local())
     if not executor.first:
         console = Console(quiet=True)

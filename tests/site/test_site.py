@@ -27,7 +27,7 @@ def makers(monkeypatch):
 def test_the_site_builds_strictly_and_every_link_leads_somewhere(tmp_path):
     from check_links import complaints
 
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -98,6 +98,23 @@ def test_code_of_the_pages_of_methods_and_interventions_can_be_applied():
 
 def _stem(path: str) -> str:
     return path.rpartition("/")[2].removesuffix(".md")
+
+
+def test_calls_that_the_migration_guide_gives_run():
+    from _tiny import prompts, tiny_llava
+
+    import tokenprune
+
+    text = (ROOT / "docs" / "guides" / "migration.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if block.startswith("# here")]
+    assert len(blocks) == 3
+    for block in blocks:
+        model, inputs = tiny_llava(layers=6), {**prompts([1]), "max_new_tokens": 2}
+        names: dict = {"tokenprune": tokenprune, "model": model, "inputs": inputs}
+        exec(compile(block, "migration.md", "exec"), names)
+        if "handle" in names:
+            model.generate(**inputs)
+            names["handle"].remove()
 
 
 @pytest.mark.pocket

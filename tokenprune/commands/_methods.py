@@ -170,7 +170,11 @@ def read_signals(cls: Any) -> list[str]:
         sys.modules[base.__module__] for base in cls.__mro__ if base.__module__.startswith(METHODS.package + ".")
     ]
     modules += [] if modules else [sys.modules[cls.__module__]]
-    named = [name for module in modules for name in vars(module) if name in known]
+    named: list[str] = []
+    for name, value in [pair for module in modules for pair in vars(module).items()]:
+        helps = inspect.isfunction(value) and value.__module__ == signals.__name__  # of the tower
+        named += value.__code__.co_names if helps else [name]
+    named = [name for name in named if name in known]
     return [known[name] for name in dict.fromkeys(named)]
 
 

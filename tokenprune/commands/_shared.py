@@ -25,7 +25,7 @@ def budget_argument(text: str) -> int | float | str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def parse_options(pairs: list[str]) -> dict[str, Any]:
+def parse_options(pairs: list[str], option: str = "--set") -> dict[str, Any]:
     """`["variant=official", "layers=[1, 2]"]` to a mapping; values are read as YAML.
 
     Raises:
@@ -35,10 +35,10 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise ValueError(f"--set takes OPTION=VALUE, got {pair!r}.")
+            raise ValueError(f"{option} takes OPTION=VALUE, got {pair!r}.")
         if name in options:
-            raise ValueError(f"--set {name} was given twice.")
-        options[name] = yaml_value(value, f"The value in --set {pair}")
+            raise ValueError(f"{option} {name} was given twice.")
+        options[name] = yaml_value(value, f"The value in {option} {pair}")
     return options
 
 

@@ -37,7 +37,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the method")
     evaluate.add_argument("--limit", type=int, help="samples per task; all by default")
     evaluate.add_argument("--seed", type=int, default=0, help="of methods that draw, and of intervals (%(default)s)")
-    evaluate.add_argument("--batch-size", type=int, default=8, help="prompts generated together (%(default)s)")
+    evaluate.add_argument("--batch-size", type=int, help="prompts given to the engine together (8; 256 with vllm)")
+    evaluate.add_argument("--engine", default="transformers", help="who answers: transformers or vllm (%(default)s)")
+    evaluate.add_argument(
+        "--engine-set", action="append", default=[], metavar="NAME=VALUE", help="vllm: an argument of vllm.LLM"
+    )
     evaluate.add_argument("--max-new-tokens", type=int, help="length of an answer; the task's own by default")
     evaluate.add_argument("--no-references", action="store_true", help="run nothing but what was asked for")
     evaluate.add_argument("--no-timing", action="store_true", help="measure no times")
@@ -64,8 +68,9 @@ def _apart(args: argparse.Namespace, tasks: list[str], options: dict[str, Any]) 
     from tokenprune.evals.tasks.load import default_task
 
     settings = {"options": options, "tasks": tasks, "limit": args.limit, "seed": args.seed, "dtype": args.dtype}
-    settings["max_new_tokens"] = args.max_new_tokens
+    settings |= {"max_new_tokens": args.max_new_tokens, "engine": args.engine, "engine_set": args.engine_set}
     usual = {"options": {}, "tasks": [default_task(args.model)], "limit": None, "seed": 0, "dtype": "float32"}
+    usual |= {"engine": "transformers", "engine_set": []}
     other = {name: value for name, value in settings.items() if value != usual.get(name)}
     return f"-{digest(other)[:6]}" if other else ""
 
@@ -114,4 +119,6 @@ def _eval_config(args: argparse.Namespace) -> Any:
         references=not args.no_references,
         output=args.output,
         measure=Measure(times=not args.no_timing),
+        engine=args.engine,
+        engine_options=parse_options(args.engine_set, "--engine-set"),
     )

@@ -185,7 +185,7 @@ class Pruner:
     def select(self, view: View) -> Selection:
         """Keep the `view.budget` tokens with the highest score; ties go to the lower raster index."""
         scores = self.score(view)
-        wanted = tuple(view.features.shape[:2])
+        wanted = (view.num_images, view.num_tokens)
         if not isinstance(scores, Tensor) or tuple(scores.shape) != wanted:
             came = f"a tensor {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
             raise TypeError(

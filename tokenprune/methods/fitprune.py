@@ -34,6 +34,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -119,8 +120,8 @@ def schedule_file(schedule: str) -> Path:
 
     name = f"fitprune_{schedule.replace('-', '_')}"
     shipped = [Path(place) / "configs" / "learned" / name / FILE for place in tokenprune.__path__]
-    for file in (Path(schedule).expanduser(), *shipped):
-        if file.is_file():
+    for file in (Path(os.path.expanduser(schedule)), *shipped):
+        if os.path.isfile(file):
             return file
     raise ValueError(
         f"schedule={schedule!r} is neither a file nor a model whose schedule ships with the package. Make one with "

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,8 +103,8 @@ def student_folder(student: str) -> Path:
     shipped = [
         Path(place) / "configs" / "learned" / f"gtc_{student.replace('-', '_')}" for place in tokenprune.__path__
     ]
-    for folder in (Path(student).expanduser(), *shipped):
-        if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
+    for folder in (Path(os.path.expanduser(student)), *shipped):
+        if os.path.isfile(folder / WEIGHTS) and os.path.isfile(folder / CONFIG):
             return folder
     raise ValueError(
         f"student={student!r} is neither a folder with {WEIGHTS} and {CONFIG} nor a model whose student ships with the "

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -53,8 +54,8 @@ def branch_config(branch: str) -> dict[str, Any]:
     Raises:
         ValueError: there is none.
     """
-    file = Path(branch).expanduser() / "config.json"
-    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file = Path(os.path.expanduser(branch)) / "config.json"
+    said = json.loads(file.read_text(encoding="utf-8")) if os.path.isfile(file) else {}
     if not {"layer", "layers"} <= said.keys():
         raise ValueError(f"branch={branch!r} is no folder of a branch of sd_rpn. Make one with `{COMMAND}`.")
     return said
@@ -98,7 +99,7 @@ class SdRpn(Pruner):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return () if self.branch == OWN_LAYERS else (Path(str(self.branch)).expanduser() / WEIGHTS,)
+        return () if self.branch == OWN_LAYERS else (Path(os.path.expanduser(str(self.branch))) / WEIGHTS,)
 
     def place(self, depths: ModelDepths) -> tuple[int, int]:
         """K and T on a decoder."""

@@ -4,6 +4,8 @@ Paper: "TransPrune: Token Transition Pruning for Efficient Large Vision-Language
 https://arxiv.org/abs/2507.20630 (main text read; its supplement was not available).
 Official code: liaolea/TransPrune at c9e8284 (23 Feb 2026).
 Licence: MIT upstream; this file was written from the formulas, no code was copied.
+Published: LLaVA-1.5-7B, High and Low: GQA 61.4 and 60.0 of 61.9, POPE 85.0 and 85.1 of 85.9, TextVQA 57.8 and 56.5
+of 58.2, MME-P 1540 and 1491 of 1506, at 1.56 and 1.19 of 3.82 TFLOPs (paper).
 
 What a branch (attention or MLP) of a layer does to a token is m, the length of its output over that of its input, and
 c, their cosine; input is what the branch's norm gives, output is taken before the residual is added. Token transition

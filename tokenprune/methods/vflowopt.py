@@ -4,6 +4,8 @@ Paper: "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flo
 ICCV 2025, https://arxiv.org/abs/2508.05211.
 Official code: sihany077/VFlowOpt at 129eeef (29 Aug 2025), which implements LLaVA-OneVision only.
 Licence: CC BY-NC 4.0 upstream; this file was written from the formulas, no code was copied.
+Published: LLaVA-OneVision-7B, mean 50 / 25 / 10 percent of the tokens: POPE 89.4 / 89.1 / 85.2 of 89.1, GQA 62.4 /
+61.2 / 57.3 of 62.2, TextVQA 75.1 / 72.5 / 60.2 of 76.0, average over ten benchmarks 99.9 / 96.3 / 85.5 percent (paper).
 
 The map: of the attention of one vision block, mean over heads, the patches are taken that receive more than t times the
 mean; I is the mean of the attention rows of these (code; paper: their sum), plus alpha times the softmax over the

@@ -10,10 +10,10 @@ from pathlib import Path
 from pages.formula import block
 
 SOURCE = re.compile(
-    r"(Papers?|Source|Official code|Licence|Paper, official code and licence)(?=[:.])[:.] (.*)", re.DOTALL
+    r"(Papers?|Source|Official code|Licence|Published|Paper, official code and licence)(?=[:.])[:.] (.*)", re.DOTALL
 )
 HEADING = re.compile(r"([A-Z][^:.|]{3,70}):$")
-ADDRESS = re.compile(r"(?<![(<])\bhttps?://[^\s,;)]+[^\s,;.:)]")
+ADDRESS = re.compile(r"\bhttps?://[^\s,;)]+[^\s,;.:)]")
 ARXIV = re.compile(r"\barXiv (\d{4}\.\d{4,5}(?:v\d+)?)")
 REPO = re.compile(r"\b((?!arXiv)[A-Za-z0-9-]{3,}/[A-Za-z0-9_.-]*[A-Za-z0-9])(?= at [0-9a-f]{7})")
 
@@ -24,7 +24,7 @@ class Described:
 
     Attributes:
         does: its first line.
-        sources: (what, text) of the lines on paper, code and licence.
+        sources: (what, text) of the lines on paper, code, licence and published numbers.
         how: the paragraphs up to the first heading, as Markdown.
         notes: (heading, Markdown) of what follows.
     """
@@ -66,7 +66,9 @@ def described(doc: str) -> Described:
 
 def _sources(paragraph: str) -> tuple[list[tuple[str, str]], str]:
     """Entries `Paper: ...` of a paragraph that begins with one, and what of it follows behind `Licence: ...`."""
-    entries = re.split(r"\n(?=(?:Papers?|Source|Official code|Licence|Deviations?|Evidence)(?: |:))", paragraph)
+    entries = re.split(
+        r"\n(?=(?:Papers?|Source|Official code|Licence|Published|Deviations?|Evidence)(?: |:))", paragraph
+    )
     found: list[tuple[str, str]] = []
     for number, entry in enumerate(entries):
         match = SOURCE.match(entry)

@@ -130,8 +130,9 @@ def page(name: str) -> str:
     for heading, body in parts.notes:
         lines += [f"### {escaped(heading)}", "", body, ""]
     lines += ["## Options", "", option_table(details["options"]), ""]
-    lines += ["## Source", "", *(f"- {kind}: {text}" for kind, text in parts.sources), ""]
-    lines += _published(name, details) + _own(name)
+    said = [text for kind, text in parts.sources if kind == "Published"]
+    lines += ["## Source", "", *(f"- {kind}: {text}" for kind, text in parts.sources if kind != "Published"), ""]
+    lines += _published(name, details, said) + _own(name)
     lines += ["## Where it runs", "", _runs(name), ""]
     return "\n".join(lines)
 
@@ -173,14 +174,16 @@ def cell(text: str) -> str:
     return escaped(text).replace("|", "\\|")
 
 
-def _published(name: str, details: dict[str, Any]) -> list[str]:
+def _published(name: str, details: dict[str, Any], said: list[str]) -> list[str]:
     lines = ["## Published numbers", ""]
     if details["reproduces"]:
         lines += [f"The number that it should give: {escaped(details['reproduces'])}.", ""]
+    for text in said:
+        lines += [text, ""]
     tables = published.of_method(name)
     if tables:
         lines += [tables, ""]
-    if not tables and not details["reproduces"]:
+    if not (tables or said or details["reproduces"]):
         return [*lines, "None is known to us for this method.", ""]
     return [*lines, "None of these was run again here: that needs a GPU and the checkpoints.", ""]
 

@@ -107,3 +107,13 @@ def test_a_name_of_ones_own(tmp_path):
     labels = [point.label for point in read_config(file).points()]
     assert "vflowopt_pocket_llava@0.1962" in labels and "F@64" in labels
     assert named_by_file(str(TUNED))["as"] == "vflowopt_pocket_llava"
+
+
+def test_eighty_columns_keep_the_interval(run):
+    """An accuracy without its interval says little; what goes is what costs least to look up."""
+    (table,) = result_tables(read_run(run).records, 80)
+    heads = [str(column.header) for column in table.columns]
+    assert heads[:4] == ["method", "tokens", "accuracy %", "95 % interval"]
+    wide = sum(max(len(str(column.header)), *map(len, column.cells)) + 2 for column in table.columns)
+    assert wide <= 82, "as wide as the terminal"
+    assert "576" in list(table.columns[1].cells) and not any(cell.endswith(".0") for cell in table.columns[1].cells)
