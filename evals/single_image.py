@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def run_single(
     from transformers.utils import logging
 
     with as_user_error():
-        if image is not None and not Path(image).is_file():
+        if image is not None and not os.path.isfile(image):
             raise FileNotFoundError(f"There is no picture {image}.")
         pruners = [METHODS.get(split_name(part)[0]) for part in pruner_parts(method)]
         if image is not None and any("boxes" in pruner.hints for pruner in pruners):

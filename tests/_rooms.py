@@ -9,6 +9,7 @@ from pathlib import Path
 from _imports import imports, sources
 
 FLOORS: tuple[tuple[str, ...], ...] = (
+    ("user_files", "_siblings"),
     ("kernels", "hooks", "seams", "registry", "cost", "relevance", "evals.statistics", "evals.errors"),
     ("wrappers", "interfaces"),
     ("state", "plan", "adapters", "methods", "interventions", "cache_policies"),
@@ -19,6 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("prompt_view",),
     ("handle",),
     ("api",),
+    ("calls",),
     ("frame_questions", "regions", "model_check"),
     ("evals.io",),
     ("evals.models", "evals.pocket"),
@@ -28,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("evals.profiling",),
     ("evals.results",),
     ("evals.report",),
-    ("evals.single_image", "evals.lmms", "evals.sweep", "evals.diagnose"),
+    ("evals.single_image", "evals.lmms", "evals.sweep", "evals.diagnose", "server"),
     ("evals.pocket_training", "evals.tuning", "evals.learned"),
     ("commands",),
     ("cli",),

@@ -212,8 +212,9 @@ class Intervention:
         calls it is asked about all rows. By default text after a visual token.
 
         Args:
-            visual, attended: `[B, S]` bool on the CPU, as laid out, before any cut. Visual rows may have left by the
-                time of a layer, so text rows alone can be named.
+            visual: `[B, S]` bool on the CPU, as laid out, before any cut. Visual rows may have left by the time of a
+                layer, so text rows alone can be named.
+            attended: `[B, S]` bool on the CPU, likewise: what is no padding.
             before: `[B]` bool on the CPU, whether the cache has visual tokens from earlier turns.
         """
         return attended & ~visual & ((visual.cumsum(1) > 0) | before[:, None])

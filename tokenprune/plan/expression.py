@@ -83,6 +83,10 @@ def yaml_value(text: str, where: str) -> Any:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
         raise ValueError(f"{where} is no YAML{place}: {' '.join(str(problem).split())}.") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply to be read.") from None
+    except (ValueError, OverflowError) as error:  # a date of a 13th month, a number of thousands of digits
+        raise ValueError(f"{where} has a value that is none: {error}.") from None
 
 
 def read_yaml(path: Path) -> Any:

@@ -17,6 +17,8 @@ BESIDE = {
     # what a point is: it stands in the key of each row
     "evals.config.grid", "evals.config.measure", "evals.config.points", "evals.config.run_config",
     "evals.config.targets",
+    # who answers: what of it decides is in the digest of the settings
+    "evals.config.engines",
     # how rows are kept, and what is said when something fails
     "evals.errors", "evals.io.atomic_files", "evals.io.digest", "evals.io.row_store", "evals.io.rows",
     # what a prompt cost, and how a caller looks at it
