@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tokenprune.evals.config.points import NONE
 from tokenprune.evals.io.rows import AnsweredRow, SampleRow
 from tokenprune.evals.results.records import ResultRecord
-from tokenprune.evals.results.run_folder import FinishedRun, read_run
+from tokenprune.evals.results.run_folder import FinishedRun, point_of, read_run
 from tokenprune.evals.results.scores import answered
 from tokenprune.evals.statistics.significance import Comparison, compare_paired, holm
 from tokenprune.registry import near
@@ -114,6 +114,8 @@ def _read(text: str) -> tuple[FinishedRun, str | None]:
     run = read_run(folder)
     labels = list(dict.fromkeys(record["label"] for record in _points(run)))
     label = NONE if label == "unpruned" else label
+    # as it is called, or with all of its options
+    label = next((r["label"] for r in _points(run) if label == point_of(r).written), label)
     if label not in labels:
         raise ValueError(f"{folder} has no point {label!r}.{near(label, labels)} It has: {', '.join(labels)}.")
     return run, label

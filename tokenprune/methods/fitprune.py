@@ -10,6 +10,9 @@ with the largest value over heads (code); self is the mean over the visual's tok
 sum over the text behind. Position ids are kept (code). The schedule, N_l for each layer, is found once from a few
 samples, see `tokenprune.evals.tuning.deletions`; the official ones for LLaVA-1.5 are not here.
 
+    s_j = self_j cross_j
+    self_j = mean_{i in V} max_h A_h[i, j],  cross_j = sum_{t in T} max_h A_h[t, j]
+
 Budget (our choice): `keep` is how many tokens are left before the last layer, and `average=` solves for the mean over
 the layers, as with every method. The file has one schedule for each share of FLOPs that was asked for. Two whose ends
 lie on both sides of `keep` are interpolated; below the lowest and above the highest, or with one schedule alone,

@@ -10,6 +10,8 @@ tokens that a row sees, mean over heads and over the text behind the visual toke
 enter the decoder, in their order. The net ("student") is trained offline on a gradient x attention rollout, see
 `tokenprune.evals.learned.rollout`; one for each model.
 
+    A0_j = mean over heads h and text rows t of A_h[t, j],  s = net(log(A0 / mean A0))
+
 Evidence: sites, A0, depth and channels of the net, label and loss come from the note (unverified against the paper).
 Our choices, where it says nothing: kernel 3 with zero padding, GELU behind each block, no norm, a last 1 x 1
 convolution, mean over heads; the logarithm of A0, scaled to mean 1 over the visual tokens, in place of A0 (a few tokens

@@ -9,6 +9,8 @@ norm and the projections of queries and keys are used. The logit of a visual tok
 query of the prompt's last token over sqrt(d), mean over heads (code). Trained on labels that the model's own attention
 gives, see `tokenprune.evals.learned.sd_rpn`.
 
+    s_j = (1 / H) sum_h q_{h,last} k_{h,j} / sqrt(d)
+
 The paper crops the picture where these logits are high, encodes the crops and runs the prompt again with both; that is
 `tokenprune.regions.zoomed`. Keeping the tokens of the highest logits at layer K, in the same pass, is our extension.
 

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenprune.registry import INTERVENTIONS
+from tokenprune.registry import beside_methods
 
 
 def split_outside(text: str, mark: str) -> list[str]:
@@ -104,4 +104,5 @@ def read_yaml(path: Path) -> Any:
 
 def pruner_parts(text: str) -> list[str]:
     """Of `vtc_cls@64+var(p=0.4)`, the parts that prune: `["vtc_cls@64"]`."""
-    return [part for part in split_outside(text, "+") if split_name(part)[0] not in INTERVENTIONS.names()]
+    beside = beside_methods()
+    return [part for part in split_outside(text, "+") if split_name(part)[0] not in beside]
