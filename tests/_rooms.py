@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("evals.profiling",),
     ("evals.results",),
     ("evals.report",),
+    ("evals.one_prompt",),
     ("evals.single_image", "evals.lmms", "evals.sweep", "evals.diagnose"),
     ("evals.pocket_training", "evals.tuning", "evals.learned"),
     ("commands",),
