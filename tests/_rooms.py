@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("evals.results",),
     ("evals.report",),
     ("evals.one_prompt",),
-    ("evals.single_image", "evals.lmms", "evals.sweep", "evals.diagnose"),
+    ("evals.single_image", "evals.ui", "evals.lmms", "evals.sweep", "evals.diagnose"),
     ("evals.pocket_training", "evals.tuning", "evals.learned"),
     ("commands",),
     ("cli",),
