@@ -10,6 +10,8 @@ LOWEST := .venv-lowest
 VLLM := .venv-vllm
 # How many questions each method is asked inside vLLM, per pocket model.
 QUESTIONS ?= 6
+# CLASSES=docs/guides/serving_vllm.md writes what works on which of vLLM's classes into its table.
+CLASSES ?=
 # What a release of torch or transformers can break, and what its torchvision makes possible; of the masked-model
 # cells of each family and method one, drawn by name.
 VERSION_TESTS ?= tests/adapters/test_seams.py tests/adapters/test_families.py tests/adapters/test_generation_families.py \
@@ -19,13 +21,13 @@ VERSION_TESTS ?= tests/adapters/test_seams.py tests/adapters/test_families.py te
 	tests/evals/models/test_videos.py
 # SUPPORT=docs/support.md writes what was found into its tables.
 SUPPORT ?=
-PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal \
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal --durations=25 \
 	$(if $(SUPPORT),--support=$(SUPPORT) --versions=$(2)) $(3)
 SAMPLED = --sampled $(VERSION_TESTS)
 PYTHON_CHECK = import sys; sys.exit(None if sys.version_info >= (3, 10) else "tokenprune needs Python 3.10 or newer, %s is %d.%d; try make PYTHON=python3.12" % (sys.executable, *sys.version_info[:2]))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-newest test-lowest test-lmms test-vllm bench lint format clean
+.PHONY: help demo test test-all test-newest test-lowest test-lmms test-vllm bench site soak fuzz lint format clean
 
 help:
 	@echo "make demo    run the demo sweep: table, plot and report under runs/"
@@ -36,6 +38,8 @@ help:
 	@echo "make test-lmms  install lmms-eval (940 MB) and test both ways against it"
 	@echo "make test-vllm  install vLLM for CPUs (4 GB) and test tokenprune inside it; QUESTIONS=60 asks more"
 	@echo "make bench   time pruned prefill against the unpruned and the ideal one; needs a quiet machine"
+	@echo "make site    build the documentation into site/ and check its links; open site/index.html"
+	@echo "make soak    2,000 cycles of apply and remove, 200 requests at once; make fuzz: 100,000 wrong inputs (docs/trust.md)"
 	@echo "make lint    ruff and pyright only"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove the environments and every cache (runs/ stays)"
@@ -45,7 +49,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c '$(PYTHON_CHECK)'
 	@echo "Making $(VENV); torch is the big part, the rest takes a minute or two."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,pocket]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,pocket,docs]'
 	@touch $@
 
 demo: $(STAMP)
@@ -95,10 +99,23 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt .ci/torchvision_operator
 	@touch $@
 
 test-vllm: $(VLLM)/.installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QUESTIONS=$(QUESTIONS) $(VLLM)/bin/python -m pytest tests/serving tests/core/vllm
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QUESTIONS=$(QUESTIONS) $(VLLM)/bin/python -m pytest tests/serving tests/core/vllm $(if $(CLASSES),--classes=$(CLASSES))
 
 bench: $(STAMP)
 	$(BIN)/python -m tokenprune.evals.bench.prefill
+
+# Strict: a link, an anchor or a page that is missing ends it. Nothing is fetched, by the build or by the pages.
+site: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python docs/site/check_links.py site
+
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/trust/soak.py --cycles 2000 --requests 200
+
+# CASES=2000 for a quick one
+CASES ?= 100000
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/trust/fuzz.py --cases $(CASES) --minutes 600
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -110,5 +127,5 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(LOWEST) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(LOWEST) $(VLLM) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find tokenprune adapters kernels evals configs tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,7 +5,9 @@ little more. It finds the module that merges text and pictures, the decoder in i
 visuals stand, and in which grid, it reads behind the tower off the features that the model made. Nothing is taken for
 granted: `tokenprune.engine.decoder_probe` tries the decoder when a method is applied, the first prompt is held against
 the features, and what does not agree is refused. Signals of the tower are read where `tokenprune.engine.tower_probe`
-finds out which of its patches make each token; nothing can leave inside it.
+finds out which of its patches make each token; whole cells of them leave inside it where `engine/tower_cut_probe.py`
+showed that taking them out of a block is hiding them. A class whose parts have names like a Q-Former's or a perceiver's
+is taken to make latents: its tower is neither read nor cut.
 """
 
 from __future__ import annotations
@@ -106,8 +108,8 @@ class Generic(Adapter):
         )
         tower = next((getattr(self.entry, name) for name in _TOWERS if hasattr(self.entry, name)), None)
         cost, self._projector_cost = tower_and_projector(self.entry, tower, self.language_model, config)
-        self._mixes = mixes_places(self.entry, self.language_model)
-        self.vision = UnreadTower(tower, facts, cost) if self._mixes else tower_of(tower, config, facts, cost)
+        self.latents = mixing_module(self.entry, self.language_model)
+        self.vision = UnreadTower(tower, facts, cost) if self.latents else tower_of(tower, config, facts, cost)
         added = getattr(vision, "deepstack_visual_indexes", None) or ()
         self.first_cut = max(1, len(added))
 
@@ -123,7 +125,7 @@ class Generic(Adapter):
     def visuals_behind(self, kind: str, call: Mapping[str, Any], output: Any) -> list[Visual]:
         rows = self.feature_rows(output)
         lengths = [len(own) for own in rows]
-        grids = None if self._mixes else self._grids(kind, call, len(rows))
+        grids = None if self.latents else self._grids(kind, call, len(rows))
         return visuals_of(kind, lengths, grids, scattered=kind == "video")
 
     def feature_rows(self, output: Any) -> list[Tensor]:
@@ -181,12 +183,12 @@ def merging_module(model: Any, features: str = "get_image_features") -> nn.Modul
     return found[-1]
 
 
-def mixes_places(entry: Any, decoder: Any) -> bool:
-    """Whether visual tokens are latents, made outside of the decoder, that look at all of a picture: they have no
-    grid."""
+def mixing_module(entry: Any, decoder: Any) -> str:
+    """The class of a module outside of the decoder that makes latents which look at all of a picture; "" if there is
+    none. Visual tokens have no grid then, and no patches of their own in the tower."""
     inside = set(decoder.modules())
-    names = {type(module).__name__ for module in entry.modules() if module not in inside}
-    return any(word in name for name in names for word in _LATENTS)
+    names = [type(module).__name__ for module in entry.modules() if module not in inside]
+    return next((name for name in names if any(word in name for word in _LATENTS)), "")
 
 
 def decoder_in(entry: Any, paths: Sequence[str] = _DECODERS) -> nn.Module:

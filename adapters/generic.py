@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from tokenprune.adapters._generic import Generic
+from tokenprune.adapters._not_applicable import FAILS_THE_TRIAL, NOT_APPLICABLE
 from tokenprune.registry import register_model
+
+MISSING = {**NOT_APPLICABLE, **FAILS_THE_TRIAL}
+"""Image-text classes of transformers that cannot be pruned, and why: the end of a sentence."""
 
 
 @register_model("generic")

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenprune.adapters._anyres import anyres_visual, split_crops
+from tokenprune.adapters._anyres import split_crops
 from tokenprune.adapters._cost import vit_sizes
 from tokenprune.adapters._generic import Generic
 from tokenprune.adapters._read_tower import raster_places
@@ -26,6 +26,7 @@ from tokenprune.adapters._vit import feature_block, vit_facts
 from tokenprune.adapters._vit_cells import CellVit
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import submodule
+from tokenprune.interfaces.crops import anyres_visual
 from tokenprune.interfaces.visual import Visual
 from tokenprune.registry import register_model
 

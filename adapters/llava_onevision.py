@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenprune.adapters._anyres import anyres_visual, pooled_video, split_crops
+from tokenprune.adapters._anyres import pooled_video, split_crops
 from tokenprune.adapters._cost import llava_shape, read_off
 from tokenprune.adapters._vit import Vit, feature_block, vit_facts
 from tokenprune.cost import ModelShape
 from tokenprune.interfaces.adapter import Adapter, submodule
+from tokenprune.interfaces.crops import anyres_visual
 from tokenprune.interfaces.visual import Visual
 from tokenprune.registry import register_model
 

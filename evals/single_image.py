@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def run_single(
 def _asked(model: str, spec: Spec | None, image: str | None, question: str | None, sample: int | None) -> Sample:
     if image is None:
         return suite_sample(model, sample)[1]
-    if not Path(image).is_file():
+    if not os.path.isfile(image):
         raise FileNotFoundError(f"There is no picture {image}.")
     for entry in () if spec is None else spec.entries:
         if "boxes" in entry.pruner.hints:

@@ -1,4 +1,4 @@
-"""The four capabilities of every class that tests run, from the outcomes of their cells: `adapters/capabilities.yaml`,
+"""The five capabilities of every class that tests run, from the outcomes of their cells: `adapters/capabilities.yaml`,
 which `tokenprune ls models` reads, and the table of docs/support.md."""
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from _zoo import made
 from _zoo_all import CELLS, FAMILIES, LACKS
 from _zoo_timm import NAMES as TOWERS_OF_TIMM
 
+from tokenprune.adapters.generic import MISSING
 from tokenprune.interfaces.capability import CAPABILITIES
 from tokenprune.registry import MODELS
 
@@ -21,7 +22,7 @@ FILE = ROOT / "adapters" / "capabilities.yaml"
 _HEAD = (
     "# What tests prove of each class, written by `make test-all SUPPORT=docs/support.md`, for `tokenprune ls models`\n"
 )
-_IN_FAMILIES = {"layer_2": "fastv"}  # which cell of a family with a file shows the same
+_IN_FAMILIES = {"layer_2": "fastv", "vision_0": "flowcut"}  # which cell of a family with a file shows the same
 
 Outcomes = Mapping[tuple[str, str], str]
 
@@ -57,6 +58,7 @@ def capabilities(outcomes: Outcomes) -> dict[str, dict[str, str]]:
             "yes" if all(has("layer_2")) else "no",
             "yes" if all(read) else "some layers" if any(read) else "no",
             "yes" if all(has("vtc_cls")) else "no",
+            "yes" if all(has("vision_0")) else "no",
         )
         for cls in classes:
             rows.setdefault(cls, dict(zip(CAPABILITIES, values)))  # the file of a family says more than any model
@@ -83,6 +85,12 @@ def as_table(rows: Mapping[str, Mapping[str, str]]) -> str:
         "|---|" + "---|" * len(CAPABILITIES),
         *(f"| `{cls}` | {' | '.join(row[name] for name in CAPABILITIES)} |" for cls, row in rows.items()),
     ]
+    return "\n".join(lines)
+
+
+def missing_table() -> str:
+    """Markdown: a row a class that is missing."""
+    lines = ["| class | why not |", "|---|---|", *(f"| `{name}` | {why} |" for name, why in sorted(MISSING.items()))]
     return "\n".join(lines)
 
 

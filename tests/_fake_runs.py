@@ -15,13 +15,15 @@ from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.results.summary import provenance, summarise, write_results
 
 FAMILIES = ("count", "read", "global")
-SKILL = {NONE: 0.9, "random": 0.45, "uniform": 0.5, "downsample": 0.4, "holov": 0.75, "vtc_cls": 0.85, "oracle": 0.9}
+SKILL = {NONE: 0.9, "random": 0.45, "uniform": 0.5, "downsample": 0.4, "holov": 0.75, "vtc_cls": 0.85, "oracle": 0.9,
+         "vflowopt": 0.8}  # fmt: skip
+ALL = (NONE, "random", "uniform", "downsample", "holov", "vtc_cls", "oracle")
 GRID = 24
 
 
 def fake_run(
     folder: Path,
-    methods: tuple[str, ...] = tuple(SKILL),
+    methods: tuple[str, ...] = ALL,
     keeps: tuple[Any, ...] = (192, 64),
     samples: int = 60,
     pictured: int = 6,
@@ -29,12 +31,17 @@ def fake_run(
     task: str = "pocket",
     seed: int = 0,
     name: str | None = None,
+    files: tuple[str, ...] = (),
 ) -> Path:
-    """Write a run: `samples` questions, `pictured` of them with a picture of 24 x 24 tokens."""
+    """Write a run: `samples` questions, `pictured` of them with a picture of 24 x 24 tokens.
+
+    Args:
+        files: method files that run beside the methods.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    asked: list[Any] = [method for method in methods if method != NONE]
+    asked: list[Any] = [*(method for method in methods if method != NONE), *files]
     config = RunConfig(name or folder.name, model, [task], asked, list(keeps), limit=samples, output=str(folder))
-    points = [replace(point, reference=False) for point in config.points() if point.method in methods]
+    points = [replace(point, reference=False) for point in config.points() if point.method in methods or point.shown]
     difficulty = np.random.default_rng(99).random(samples)  # what is hard is hard for all of them
     rows = {point.key: _rows(point, difficulty, pictured, seed) for point in points}
     measures = {point.key: _measures(point) for point in points}
@@ -46,7 +53,7 @@ def fake_run(
 
 def _rows(point: Point, difficulty: np.ndarray, pictured: int, seed: int) -> list[dict]:
     rng = np.random.default_rng([seed, *point.label.encode()])
-    kept = int(point.keep) if isinstance(point.keep, int) else GRID * GRID
+    kept = _kept(point)
     skill = SKILL[point.method] * (1.0 if kept > 64 else 0.9)
     rows = []
     for i, hard in enumerate(difficulty):
@@ -63,8 +70,14 @@ def _rows(point: Point, difficulty: np.ndarray, pictured: int, seed: int) -> lis
     return rows
 
 
+def _kept(point: Point) -> int:
+    if isinstance(point.keep, float):
+        return round(point.keep * GRID * GRID)
+    return int(point.keep) if isinstance(point.keep, int) else GRID * GRID
+
+
 def _measures(point: Point) -> dict:
-    kept = int(point.keep) if isinstance(point.keep, int) else GRID * GRID
+    kept = _kept(point)
     tower = 4.7e9 * (kept / GRID**2 if point.method == "downsample" else 1.0)
     parts = {"vision": tower, "projector": 1.3e8, "selection": 1e6, "prefill": 1.1e7 * kept, "decode": 1.1e7}
     parts["total"] = parts["vision"] + parts["projector"] + parts["selection"] + parts["prefill"]

@@ -18,7 +18,7 @@ from tokenprune.engine.layer_check import hooked
 
 def pixels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a features call takes of a batch."""
-    return {name: value for name, value in batch.items() if name.startswith(("pixel", "image", "spatial"))}
+    return {name: value for name, value in batch.items() if name.startswith(("pixel", "high_res", "image", "spatial"))}
 
 
 def features(adapter: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -46,7 +46,7 @@ def patches_of_tokens(adapter: Any, block: Any, batch: dict[str, Tensor]) -> lis
             for token in features(adapter, batch).isnan().any(dim=-1).nonzero()[:, 0].tolist():
                 found.setdefault(token, []).append(patch)
             patch += 1
-    return [found[token] for token in range(len(found))]
+    return [found[row] for row in sorted(found)]  # row ends are of no patch
 
 
 @contextlib.contextmanager

@@ -9,9 +9,10 @@ from pathlib import Path
 from _imports import imports, sources
 
 FLOORS: tuple[tuple[str, ...], ...] = (
+    ("user_files", "_siblings"),
     ("kernels", "hooks", "seams", "registry", "cost", "relevance", "evals.statistics", "evals.errors"),
     ("wrappers", "interfaces"),
-    ("state", "plan", "adapters", "methods", "interventions"),
+    ("state", "plan", "adapters", "methods", "interventions", "cache_policies"),
     ("capture",),
     ("engine",),
     ("vllm",),
@@ -19,6 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("prompt_view",),
     ("handle",),
     ("api",),
+    ("calls",),
     ("frame_questions", "regions", "model_check"),
     ("evals.io",),
     ("evals.models", "evals.pocket"),
@@ -29,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("evals.results",),
     ("evals.report",),
     ("evals.one_prompt",),
-    ("evals.single_image", "evals.ui", "evals.lmms", "evals.sweep", "evals.diagnose"),
+    ("evals.single_image", "evals.ui", "evals.lmms", "evals.sweep", "evals.diagnose", "server"),
     ("evals.pocket_training", "evals.tuning", "evals.learned"),
     ("commands",),
     ("cli",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import os
 from collections.abc import Sequence
@@ -78,11 +79,27 @@ def request(
     return made
 
 
+@functools.cache
+def register_classes() -> None:
+    """Register our classes themselves, behind the plug-in, which registers them by name: vLLM looks at a class that it
+    knows by name in a process of its own, half a minute each."""
+    from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    from tokenprune.vllm.plugin import MODELS
+
+    load_general_plugins()
+    for name, where in MODELS.items():
+        module, _, ours = where.partition(":")
+        ModelRegistry.register_model(name, getattr(importlib.import_module(module), ours))
+
+
 def engine(source: str, setting: str | None, **options: Any) -> Any:
     """A small engine in this process."""
     small_engines()
     from vllm import LLM
 
+    register_classes()
     given = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -107,11 +124,32 @@ class Answers(list):
     cached: list[int]
 
 
-def ask(llm: Any, requests: Sequence[Any], one_by_one: bool = False, tokens: int = TOKENS) -> Answers:
-    """Greedy answers."""
+def runnable(source: str, family: Any, keep: str) -> list[str]:
+    """Methods that vLLM can run on a model, as an engine's setting names them."""
+    from transformers import AutoConfig
+
+    from tokenprune.registry import list_methods
+    from tokenprune.vllm.settings import read_setting
+
+    facts, found = family.facts(AutoConfig.from_pretrained(source)), []
+    for name in list_methods():
+        for text in (name, f"{name}(positions=compact)", f"{name}(key_bias=false)"):
+            try:
+                read_setting(f"{text}@{keep}", facts)
+            except ValueError:
+                continue
+            found.append(text)
+            break
+    return found
+
+
+def ask(
+    llm: Any, requests: Sequence[Any], one_by_one: bool = False, tokens: int = TOKENS, ignore_eos: bool = False
+) -> Answers:
+    """Greedy answers; `ignore_eos`: of models that transformers is not told to stop."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, logprobs=0)
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, logprobs=0, ignore_eos=ignore_eos)
     given = [[one] for one in requests] if one_by_one else [list(requests)]
     outputs = [output for part in given for output in llm.generate(part, sampling, use_tqdm=False)]
     found = Answers(list(output.outputs[0].token_ids) for output in outputs)

@@ -10,6 +10,7 @@ import _zoo_masks  # noqa: F401
 import _zoo_merging  # noqa: F401
 import _zoo_patches  # noqa: F401
 import _zoo_pictures  # noqa: F401
+import _zoo_rare  # noqa: F401
 import _zoo_timm  # noqa: F401
 from _zoo import FAMILIES, zoo_batch, zoo_model
 
@@ -22,12 +23,16 @@ PLANS: dict[str, Any] = {
     "fastv": "fastv",
     "pyramiddrop": "pyramiddrop",
     "vtc_cls": "vtc_cls",
+    "vision_0": {"at": "vision:0", "prune": "random", "keep": 2},
 }
+PICTURES = {"vision_0": [1, 1]}
+"""Pictures of each row, where a cell is dear: the masked tower is run once for each of its patches."""
 CELLS = [(name, plan) for name in FAMILIES for plan in PLANS]
 _SIGNALS, _CUTS, _GRID = "has no decoder signals", "has no layer cuts", "works on a grid"
+_WHOLE = "this family's tower cannot be cut"
+_HIDES = "has no tower cuts of this image"
 LACKS: dict[tuple[str, str], str] = {
     **dict.fromkeys([(name, "uniform") for name in ("aria", "deepseek_ocr2", "idefics2", "molmo2")], _GRID),
-    ("perception_lm", "uniform"): _GRID,
     **dict.fromkeys([(name, "uniform") for name in ("gemma4", "gemma4_window", "gemma4_moe", "gemma4_unified")], _GRID),
     **dict.fromkeys([(name, "fastv") for name in ("kimi_k25", "hunyuan_vl", "step3p7", "mistral_large4")], _SIGNALS),
     **dict.fromkeys(
@@ -39,7 +44,9 @@ LACKS: dict[tuple[str, str], str] = {
         ],
         _SIGNALS,
     ),
-    ("mistral_large4", "layer_2"): _CUTS,
+    **dict.fromkeys([("hy_v4_vl", plan) for plan in ("fastv", "pyramiddrop")], _SIGNALS),
+    **dict.fromkeys([(name, "layer_2") for name in ("mistral_large4", "hy_v4_vl")], _CUTS),
+    ("apertus1p5", "vtc_cls"): "has no tower signals",
     **dict.fromkeys([("llama4", plan) for plan in ("fastv", "pyramiddrop")], _SIGNALS),
     **dict.fromkeys([("gemma3n", plan) for plan in ("layer_2", "pyramiddrop")], _CUTS),
     ("gemma3n", "fastv"): _SIGNALS,
@@ -69,10 +76,30 @@ LACKS: dict[tuple[str, str], str] = {
         ],
         "has no tower signals",
     ),
+    **dict.fromkeys(
+        [
+            (name, "vision_0")
+            for name in (
+                "apertus1p5", "aria", "chameleon", "emu3", "fast_vlm", "fuyu", "gemma3n", "gemma4_unified", "got_ocr2",
+                "granite4_vision", "idefics2", "lfm3_vl", "perception_lm", "video_llava",
+            )
+        ],
+        _WHOLE,
+    ),
+    **dict.fromkeys(
+        [
+            (name, "vision_0")
+            for name in (
+                "deepseek_ocr2", "gemma4", "gemma4_window", "gemma4_moe", "llama4", "minicpmv4_6", "minicpmv4_7",
+                "minicpm_ocr", "molmo2", "muse_glimmer", "muse_spark", "step3p7",
+            )
+        ],
+        _HIDES,
+    ),
 }  # fmt: skip
 """By family and plan, what is said of a plan that the family cannot take: latents without a grid, keys from a latent,
 layers without rotation, queries that are normalised once they are turned, keys that a layer takes over from another,
 layers without attention, attention logits that are capped, rotation by complex numbers; towers that pool patches by
 their places or by attention, mix them in convolutions, have neighbourhoods, or are two."""
 
-__all__ = ["CELLS", "FAMILIES", "KEEP", "LACKS", "PLANS", "zoo_batch", "zoo_model"]
+__all__ = ["CELLS", "FAMILIES", "KEEP", "LACKS", "PICTURES", "PLANS", "zoo_batch", "zoo_model"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from _zoo import BREAK, IMAGE, START, TEXT, Batch, Rows, fixed, zoo
@@ -51,9 +52,13 @@ def emu3() -> Made:
 
 def _patches_in_rows(rows: Rows) -> Batch:
     """Patches of all pictures in one tensor; each row of them ends in an id, and another stands behind a picture."""
+    from transformers import FuyuModel
+
+    older = "pixel_values" not in inspect.signature(FuyuModel.forward).parameters  # before 5.23
     grids = rows.grids()
     batch = rows.write([([IMAGE] * wide + [BREAK]) * high + [START] for high, wide in grids])
-    return {**batch, "pixel_values": rows.pixels(sum(high * wide for high, wide in grids), 48)}
+    patches = rows.pixels(sum(high * wide for high, wide in grids), 48)
+    return {**batch, "image_patches" if older else "pixel_values": patches}
 
 
 @zoo(_patches_in_rows)

@@ -24,9 +24,10 @@ def fast_vlm() -> Made:
 
 
 def _crops(rows: Rows) -> Batch:
-    """Each picture is one crop, as in a batch of one-crop pictures (Perception LM)."""
-    batch = fixed(9, 24)(rows)
-    return {**batch, "pixel_values": batch["pixel_values"][:, None]}
+    """Each picture is one crop, or a thumbnail and two tiles; all of a batch are alike in that (Perception LM)."""
+    tiles = 1 + 2 * rows.below(2)
+    batch = fixed(9 * tiles, 24)(rows)
+    return {**batch, "pixel_values": rows.pixels(rows.total, tiles, 3, 24, 24)}
 
 
 @zoo(_crops)

@@ -105,10 +105,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     if versions in (None, "constraints"):
         text = between(text, "cells", table(found, len(cells)))
         if read_off and found:
-            from _capabilities import FILE, as_table, as_yaml, capabilities, elsewhere, outcomes_of
+            from _capabilities import FILE, as_table, as_yaml, capabilities, elsewhere, missing_table, outcomes_of
 
             classes = capabilities({**elsewhere(), **outcomes_of(everywhere)})
             text = between(text, "classes", as_table(classes))
+            text = between(text, "missing", missing_table())
             FILE.write_text(as_yaml(classes), encoding="utf-8")
     if versions is not None:
         rows = re.search(r"<!-- versions:begin -->\n(.*?)<!-- versions:end -->", text, re.DOTALL)

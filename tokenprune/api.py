@@ -33,7 +33,7 @@ def adapter_for(model: Any) -> Adapter:
         ImportError: the installed torch or transformers lacks what the library needs of it.
     """
     names = [cls.__name__ for cls in type(model).__mro__]
-    families = {name: MODELS.get(name) for name in MODELS.names()}
+    families = MODELS.loaded()
     for family in families.values():
         if any(name in family.classes for name in names) and family.covers(model):
             check_seams(model)

@@ -35,16 +35,28 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in NAMES:
         import_module(f"tokenprune.commands.{name}").add(commands)
+    for subcommand in commands.choices.values():  # each takes methods by name, or reads results of them
+        subcommand.add_argument(
+            "--import", dest="imports", action="append", default=[], metavar="FILE.py",
+            help="a Python file that registers a method, intervention or family of your own; several times for several",
+        )  # fmt: skip
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status. What the user got wrong is one sentence on stderr and status 2."""
     args = _parser().parse_args(argv)
-    from tokenprune.evals.errors import UserError
+    from contextlib import ExitStack
 
+    from tokenprune.evals.errors import UserError, as_user_error
+    from tokenprune.user_files import importing
+
+    imports = args.__dict__.pop("imports", [])  # no setting of a command
     try:
-        status = args.handler(args)
+        with ExitStack() as stack:
+            with as_user_error():
+                stack.enter_context(importing(imports))
+            status = args.handler(args)
         sys.stdout.flush()  # here, so that a closed pipe is met below and not while the interpreter ends
         return status
     except BrokenPipeError:  # `tokenprune ls methods | head`: who reads has seen enough

@@ -1,4 +1,4 @@
-"""What a checkpoint can do, found out of the loaded model: the four capabilities, and how far a pruned prompt is from
+"""What a checkpoint can do, found out of the loaded model: the five capabilities, and how far a pruned prompt is from
 the same prompt in which the dropped tokens are hidden by a mask."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tokenprune.engine.decoder_probe import hide, passed_by, removal_error
 from tokenprune.engine.layer_check import hooked, undisturbed, unread_layers
 from tokenprune.engine.whole_masks import RECURRENT
 from tokenprune.interfaces.adapter import Adapter
-from tokenprune.interfaces.capability import DECODER_SIGNALS, INPUT_CUTS, LAYER_CUTS, TOWER_SIGNALS
+from tokenprune.interfaces.capability import DECODER_SIGNALS, INPUT_CUTS, LAYER_CUTS, TOWER_CUTS, TOWER_SIGNALS
 
 
 @dataclass(frozen=True)
@@ -53,23 +53,54 @@ def capabilities_of(adapter: Adapter, inputs: Mapping[str, Any] | None = None) -
         _cuts(adapter, LAYER_CUTS, (middle,)),
         Finding(DECODER_SIGNALS, len(unread) < layers, reads),
         _tower(adapter, inputs),
+        _tower_cuts(adapter, inputs),
     ]
 
 
 def _tower(adapter: Adapter, inputs: Mapping[str, Any] | None) -> Finding:
     signals = ", ".join(adapter.vision.signals)
     if not signals:
-        return Finding(TOWER_SIGNALS, False, "a family file would have to say where they are")
+        return Finding(TOWER_SIGNALS, False, _unread(adapter))
     if not adapter.behind_tower:
         return Finding(TOWER_SIGNALS, True, signals)
     if inputs is None:
         return Finding(TOWER_SIGNALS, True, f"{signals}; they are tried at the first picture")
+    says = _refused_at_a_picture(adapter, inputs, "vtc_cls", 0.25)
+    return Finding(TOWER_SIGNALS, not says, says or signals)
+
+
+def _unread(adapter: Adapter) -> str:
+    """Why a tower without a file is not read."""
+    latents = adapter.latents
+    if latents:
+        return (
+            f"{latents} makes visual tokens that look at all of a picture, so which patches are a token's cannot be "
+            "said, and the tower is not read"
+        )
+    return "a family file would have to say where they are"
+
+
+def _tower_cuts(adapter: Adapter, inputs: Mapping[str, Any] | None) -> Finding:
+    if not adapter.vision.can_cut:
+        return Finding(TOWER_CUTS, False, _unread(adapter) if not adapter.vision.signals else "its adapter says so")
+    last = adapter.tower.feature_layer
+    where = f"after blocks 0 to {last - 1}"
+    if not adapter.behind_tower:
+        return Finding(TOWER_CUTS, True, where)
+    if inputs is None:
+        return Finding(TOWER_CUTS, True, f"{where}; they are tried at the first picture")
+    says = _refused_at_a_picture(adapter, inputs, {"at": "vision:0", "prune": "random", "keep": 0.25}, None)
+    return Finding(TOWER_CUTS, not says, says or where)
+
+
+def _refused_at_a_picture(adapter: Adapter, inputs: Mapping[str, Any], method: Any, keep: float | None) -> str:
+    """What is said of a method at the first picture; "" if it runs and what is tried of the tower verifies."""
     try:
-        with torch.no_grad(), prepare(adapter.model, "vtc_cls", 0.25, adapter=adapter, verify=False).applied():
+        with torch.no_grad(), prepare(adapter.model, method, keep, adapter=adapter).applied():
             adapter.model(**inputs)
     except ValueError as raised:
-        return Finding(TOWER_SIGNALS, False, str(raised))
-    return Finding(TOWER_SIGNALS, True, signals)
+        return str(raised)
+    return ""
 
 
 def _cuts(adapter: Adapter, name: str, layers: tuple[int, ...]) -> Finding:

@@ -1,25 +1,32 @@
-"""Names to classes: one registry each for methods, interventions and model families.
+"""Names to classes: one registry each for methods, interventions, cache policies and model families.
 
 A built-in is a file: `methods/NAME.py` is the method NAME, and it is imported the first time it is asked for, so that
 listing names costs no import of torch. A user's own class joins with the decorator `register_method("name")`,
-`register_intervention("name")` or `register_model("name")`; that of an installed package with an entry point
-`name = "module"` in the group `tokenprune.methods`, `tokenprune.interventions` or `tokenprune.adapters`, and is then
-known to the command line too.
+`register_intervention("name")`, `register_cache_policy("name")` or `register_model("name")`; that of an installed
+package with an entry point `name = "module"` in the group `tokenprune.methods`, `tokenprune.interventions`,
+`tokenprune.cache_policies` or `tokenprune.adapters`, and is then known to the command line too. A package that cannot
+be imported switches itself off with a warning, and nothing else. The command line and the processes that it starts
+import one's own files by `--import FILE.py`, see `user_files`.
 """
 
 from __future__ import annotations
 
 import ast
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TypeVar
+from typing import NewType, TypeVar
+
+from tokenprune.user_files import import_named_files
 
 T = TypeVar("T", bound=type)
+MethodName = NewType("MethodName", str)
+"""A name that type checkers take as it is, while they spell ours: `apply(model, MethodName("my_own"), keep=64)`."""
 
 
 def near(name: str, known: Sequence[str]) -> str:
@@ -48,6 +55,7 @@ class Registry:
         self.package = package
         self._base = base
         self._classes: dict[str, type] = {}
+        self._broken: dict[str, str] = {}
 
     def _files(self) -> dict[str, Path]:
         files: dict[str, Path] = {}
@@ -58,12 +66,41 @@ class Registry:
         return files
 
     def _plugins(self) -> dict[str, EntryPoint]:
-        """What installed packages offer; a built-in of the same name wins."""
-        return {entry.name: entry for entry in _installed(self.package) if entry.name not in self._files()}
+        """What installed packages offer; a built-in of the same name wins, and what is broken is left out."""
+        taken = {*self._files(), *self._broken}
+        return {entry.name: entry for entry in _installed(self.package) if entry.name not in taken}
 
     def names(self) -> list[str]:
-        """Every known name, sorted; imports nothing."""
+        """Every known name, sorted; imports nothing but the files that the command line named."""
+        import_named_files()
         return sorted({*self._files(), *self._plugins(), *self._classes})
+
+    def loaded(self) -> dict[str, type]:
+        """Every class by name, all of them imported; packages that cannot be are left out, with a warning each."""
+        for name, plugin in self._plugins().items():
+            if name not in self._classes:
+                self._load_plugin(name, plugin)
+        return {name: self.get(name) for name in self.names()}
+
+    def _load_plugin(self, name: str, plugin: EntryPoint) -> None:
+        """Import what an installed package offers; where that fails, switch it off and warn."""
+        before = set(self._classes)
+        try:
+            import_module(plugin.module)
+        except Exception as error:
+            why = f"{plugin.module} cannot be imported ({type(error).__name__}: {error})"
+        else:
+            if name in self._classes:
+                return
+            others = ", ".join(sorted(set(self._classes) - before))
+            why = f"{plugin.module} registers no {self.kind} of that name" + (f", but {others}" if others else "")
+        self._broken[name] = f"{why}; its package is {plugin.dist.name if plugin.dist else 'unknown'}"
+        warnings.warn(
+            f"The installed {self.kind} {name!r} is switched off: {self._broken[name]}. Mend it or uninstall it; "
+            "everything else works.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator: make the class known as `name` (lower snake case).
@@ -114,16 +151,21 @@ class Registry:
             KeyError: no such name; the message lists the near matches and all known names.
         """
         if name not in self._classes:
+            plugin = self._plugins().get(name)
+            if plugin is not None:
+                self._load_plugin(name, plugin)
+            if name in self._broken:
+                raise UnknownName(f"The installed {self.kind} {name!r} is switched off: {self._broken[name]}.")
             if name not in self.names():
                 raise UnknownName(
                     f"There is no {self.kind} called {name!r}.{near(name, self.names())} "
                     f"Known: {', '.join(self.names())}."
                 )
-            plugin = self._plugins().get(name)
-            module = f"{self.package}.{name}" if plugin is None else plugin.module
-            import_module(module)
             if name not in self._classes:
-                raise ValueError(f"{module} registers no {self.kind} called {name!r}.")
+                module = f"{self.package}.{name}"
+                import_module(module)
+                if name not in self._classes:
+                    raise ValueError(f"{module} registers no {self.kind} called {name!r}.")
         return self._classes[name]
 
     def registered(self, name: str) -> type | None:
@@ -133,6 +175,28 @@ class Registry:
     def file_of(self, name: str) -> Path | None:
         """The file of a built-in; None for what a user or an installed package registers."""
         return self._files().get(name)
+
+    def class_name(self, name: str) -> str:
+        """What the class of a built-in is called, read from its source."""
+        file = self._files()[name]
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            calls = [call for call in getattr(node, "decorator_list", []) if isinstance(call, ast.Call)]
+            if any(isinstance(arg, ast.Constant) and arg.value == name for call in calls for arg in call.args):
+                return node.name  # type: ignore[attr-defined]
+        raise ValueError(f"{file} registers no {self.kind} called {name!r}.")
+
+    def class_called(self, name: str) -> type:
+        """The built-in class called `name`, for `from tokenprune.methods import HoloV`; imports its file alone.
+
+        Raises:
+            AttributeError: there is none.
+        """
+        files = {} if name.startswith("_") else self._files()
+        module = next((each for each in files if self.class_name(each) == name), None)
+        if module is None:
+            known = [self.class_name(each) for each in files]
+            raise AttributeError(f"module {self.package!r} has no attribute {name!r}.{near(name, known)}")
+        return self.get(module)
 
     def describe(self, name: str) -> str:
         """The first line of the docstring, read from the source: nothing is imported."""
@@ -154,21 +218,34 @@ class UnknownName(KeyError):
 
 METHODS = Registry("method", "tokenprune.methods", "tokenprune.interfaces.pruner:Pruner")
 INTERVENTIONS = Registry("intervention", "tokenprune.interventions", "tokenprune.interfaces.intervention:Intervention")
+CACHE_POLICIES = Registry("cache policy", "tokenprune.cache_policies", "tokenprune.interfaces.cache_policy:CachePolicy")
 MODELS = Registry("model family", "tokenprune.adapters", "tokenprune.interfaces.adapter:Adapter")
 
 register_method = METHODS.register
 register_intervention = INTERVENTIONS.register
+register_cache_policy = CACHE_POLICIES.register
 register_model = MODELS.register
 
 
-def list_methods() -> list[str]:
+def list_methods() -> list[MethodName]:
     """Names that `apply(model, name)` takes."""
-    return METHODS.names()
+    return [MethodName(name) for name in METHODS.names()]
 
 
-def list_interventions() -> list[str]:
+def list_interventions() -> list[MethodName]:
     """Names of changes of attention that `apply(model, name)` takes, alone or together with a method."""
-    return INTERVENTIONS.names()
+    return [MethodName(name) for name in INTERVENTIONS.names()]
+
+
+def list_cache_policies() -> list[MethodName]:
+    """Names of what stays in the KV cache that `apply(model, name)` takes, alone or together with a method."""
+    return [MethodName(name) for name in CACHE_POLICIES.names()]
+
+
+def beside_methods() -> dict[str, Registry]:
+    """What a method may be written together with, and takes no budget: names of interventions and cache policies, and
+    the registry of each."""
+    return {name: registry for registry in (INTERVENTIONS, CACHE_POLICIES) for name in registry.names()}
 
 
 def list_models() -> list[str]:

@@ -126,6 +126,8 @@ def make_report(
     itemsize = adapter.model.dtype.itemsize
     kept = by_layer[-1][0]
     flops = _flops(adapter, shape, prompt.tower, [rows for _, rows in by_layer], prompt.flops)
+    if prompt.held:
+        flops = dataclasses.replace(flops, decode=_decode(shape, _stored(prompt, by_layer, 0)))
     by_depth = map(cost.total, zip(*(cost.layer_flops(shape, row) for row in _by_row(by_layer))))
     added = prompt.attention_flops  # by layer, what interventions compute anew or save
     return Report(
@@ -148,7 +150,7 @@ def make_report(
         flops=dataclasses.replace(flops, prefill=cost.total([flops.prefill, *added.values()])),
         flops_unpruned=_flops(adapter, plain_shape, plain, [lengths] * shape.layers, 0),
         flops_by_layer=tuple(cost.total([flops, added.get(layer, 0)]) for layer, flops in enumerate(by_depth)),
-        kv_bytes=_kv_bytes(shape, [rows for _, rows in by_layer], itemsize),
+        kv_bytes=_kv_bytes(shape, _stored(prompt, by_layer, 1), itemsize),
         kv_bytes_unpruned=_kv_bytes(shape, [lengths] * shape.layers, itemsize),
         interventions=attending.summaries(prompt),
         merged_tokens=round(sum(float(merged) for merged in prompt.merged)),
@@ -198,6 +200,16 @@ def _by_layer(prompt: Prompt, lengths: list[int], layers: int) -> list[tuple[int
     return by_layer
 
 
+def _stored(prompt: Prompt, by_layer: Sequence[tuple[int, list[int]]], which: int) -> list[list[int]]:
+    """Keys of each row in every decoder layer behind the prompt: those that a step reads (0), or all that stay (1)."""
+    return [prompt.held[layer][which] if layer in prompt.held else rows for layer, (_, rows) in enumerate(by_layer)]
+
+
+def _decode(shape: cost.ModelShape, layers: Sequence[Sequence[int]]) -> int | None:
+    samples = range(len(layers[0]))
+    return cost.total(cost.decode_flops(shape, [rows[sample] + 1 for rows in layers]) for sample in samples)
+
+
 def _by_row(by_layer: Sequence[tuple[int, list[int]]]) -> list[list[int]]:
     """For each row of the batch, its length in every layer."""
     return [list(lengths) for lengths in zip(*(rows for _, rows in by_layer))]
@@ -222,5 +234,5 @@ def _flops(
         projector=cost.total(cost.projector_flops(shape, work.left) for work in tower),
         selection=selection,
         prefill=cost.total(cost.prefill_flops(shape, [rows[sample] for rows in layers]) for sample in samples),
-        decode=cost.total(cost.decode_flops(shape, [rows[sample] + 1 for rows in layers]) for sample in samples),
+        decode=_decode(shape, layers),
     )

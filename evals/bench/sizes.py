@@ -91,8 +91,13 @@ def _qwen(vision: dict[str, Any], text: dict[str, Any], tied: bool = False) -> d
             "tie_word_embeddings": tied}  # fmt: skip
 
 
+def _vip(vision: dict[str, Any], text: dict[str, Any], blocks: list[int]) -> dict[str, Any]:
+    return _llava(vision, text) | {"model_type": "vipllava", "vision_feature_layers": blocks}
+
+
 SIZES: dict[str, Size] = {
     "llava-1.5-7b": Size(_llava(_CLIP, _VICUNA), (336, 336), (192, 128, 64)),
+    "vip-llava-7b": Size(_vip(_CLIP, _VICUNA, [-2, -5, -8, -11, 6]), (336, 336), (192, 128, 64)),
     "llava-next-7b": Size(_next(_CLIP, _VICUNA, _GRID), (672, 672), (640, 320, 160)),
     "qwen2.5-vl-7b": Size(_qwen(_QWEN_VISION, _QWEN_TEXT), (1008, 1008), (0.333, 0.222, 0.111)),
     "llava-1.5-0.5b": Size(_llava(_CLIP, {"model_type": "qwen2", **_QWEN_HALF}, tied=True), (336, 336), (192, 128, 64)),
@@ -101,6 +106,7 @@ SIZES: dict[str, Size] = {
     ),
     "qwen2.5-vl-0.5b": Size(_qwen(_QWEN_BASE_VISION, _QWEN_HALF_TEXT, tied=True), (1008, 1008), (0.333, 0.222, 0.111)),
     "tiny-llava-1.5": Size(_llava(_TINY_CLIP, _TINY_LLAMA), (56, 56), (8, 4)),
+    "tiny-vip-llava": Size(_vip(_TINY_CLIP, _TINY_LLAMA, [-2, -3]), (56, 56), (8, 4)),
     "tiny-llava-next": Size(_next(_TINY_CLIP, _TINY_LLAMA, [[112, 112]]), (112, 112), (16, 8)),
     "tiny-qwen2.5-vl": Size(_qwen(_TINY_QWEN_VISION, _TINY_QWEN_TEXT), (168, 168), (0.333, 0.111)),
 }
@@ -216,5 +222,5 @@ def _qwen_pixels(size: Size, pictures: int, frames: int, clips: int, generator: 
 
 
 _PIXELS: dict[str, Callable[..., tuple[int, dict[str, Any]]]] = {
-    "llava": _llava_pixels, "llava_next": _next_pixels, "qwen2_5_vl": _qwen_pixels,
+    "llava": _llava_pixels, "vipllava": _llava_pixels, "llava_next": _next_pixels, "qwen2_5_vl": _qwen_pixels,
 }  # fmt: skip

@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _batch(config: Path) -> int:
     from tokenprune.plan.expression import read_yaml
 
-    return int(read_yaml(config).get("batch_size", 8))
+    return int(read_yaml(config).get("batch_size") or 8)
 
 
 if __name__ == "__main__":

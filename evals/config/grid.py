@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tokenprune.evals.config.points import NONE, MethodEntry, Point, compile_method, read_entry
 from tokenprune.registry import near
 
-POINT_KEYS = ("model", "task", "method", "keep", "options")
+POINT_KEYS = ("model", "task", "method", "keep", "options", "as")
 """What an entry of `points` may hold."""
 
 
@@ -28,7 +28,7 @@ class Listed:
 
 
 def read_point(number: int, entry: Any, models: Sequence[str], tasks: Sequence[str]) -> Listed:
-    """An entry of `points`: a mapping with `method`, and optionally `model`, `task`, `keep` and `options`.
+    """An entry of `points`: a mapping with `method`, and optionally `model`, `task`, `keep`, `options` and `as`.
 
     Args:
         number: its place in the list, for messages.
@@ -50,7 +50,7 @@ def read_point(number: int, entry: Any, models: Sequence[str], tasks: Sequence[s
     options = entry.get("options") or {}
     if "method" not in entry or not isinstance(options, Mapping):
         raise ValueError(f"{where} needs a method, and a mapping where it has options, got {entry!r}.")
-    for key in ("method", "keep", "grid"):
+    for key in ("method", "keep", "grid", "as"):
         if key in options:
             raise ValueError(f"{where} has {key!r} under options; a point is one setting, and {key} stands beside it.")
     found = {
@@ -59,7 +59,7 @@ def read_point(number: int, entry: Any, models: Sequence[str], tasks: Sequence[s
     for key, names in found.items():
         if not names:
             raise ValueError(f"{where} names no {key}, and the file has none either.")
-    method = {"method": entry["method"], **({"keep": entry["keep"]} if "keep" in entry else {}), **options}
+    method = {"method": entry["method"], **{key: entry[key] for key in ("keep", "as") if key in entry}, **options}
     (read,) = read_entry(method, [])
     return Listed(found["model"], found["task"], read)
 
@@ -108,9 +108,10 @@ def _cell(model: str, task: str, entries: Sequence[MethodEntry], seeds: Sequence
         own: Sequence[int | None] = seeds if seeds and draws(entry) else [None]
         for keep in keeps:
             for seed in own:
-                point = Point(model, task, entry.method, keep, entry.options, seed=seed)
+                point = Point(model, task, entry.method, keep, entry.options, seed=seed, shown=entry.shown)
                 if asked.setdefault(point.key, point) != point:
-                    raise ValueError(f"Two settings that differ are both written {point.label!r}; give one of them.")
+                    raise ValueError(f"Two settings that differ are both written {point.written!r}; give one of them.")
+    _check_labels(asked.values())
     points: dict[str, Point] = {}
     if references and any(point.method != NONE for point in asked.values()):
         budgets = dict.fromkeys(point.keep for point in asked.values() if point.keep is not None)
@@ -120,6 +121,18 @@ def _cell(model: str, task: str, entries: Sequence[MethodEntry], seeds: Sequence
     # an asked point takes the place of its reference, so the order stays: what is compared with comes first
     points.update(asked)
     return list(points.values())
+
+
+def _check_labels(points: Iterable[Point]) -> None:
+    """Raise ValueError where two points would look the same to a reader."""
+    seen: dict[str, Point] = {}
+    for point in points:
+        other = seen.setdefault(point.label, point)
+        if other.key != point.key:
+            raise ValueError(
+                f"Two settings that differ would both be called {point.label!r} in tables and plots: {other.written} "
+                f"and {point.written}. Rename one of the files, or give one a name with as: NAME."
+            )
 
 
 def draws(entry: MethodEntry) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.interfaces.budget import read_budget
+from tokenprune.interfaces.budget import budget_text, read_budget
 from tokenprune.plan.expression import pruner_parts, read_yaml, split_name, split_outside
-from tokenprune.registry import INTERVENTIONS, METHODS, UnknownName, near
+from tokenprune.registry import METHODS, UnknownName, beside_methods, near
 
 if TYPE_CHECKING:
     from tokenprune.plan.parse import Spec
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 NONE = "none"
 """The method name of the unpruned model."""
 
-ENTRY_KEYS = ("method", "keep", "grid")
+ENTRY_KEYS = ("method", "keep", "grid", "as")
 """What an entry of `methods` may hold beside the method's options."""
 
 
@@ -34,6 +35,8 @@ class Point:
         options: the method's options that were set, as a sorted tuple of pairs.
         reference: run only so that others can be compared with it.
         seed: of a method that draws, where a run has several seeds; None leaves it to the run.
+        shown: what tables, plots and pages call method and options: the stem of the file that they came from, or what
+            `as` says; None: what they are. Says nothing about what runs.
     """
 
     model: str
@@ -43,21 +46,28 @@ class Point:
     options: tuple[tuple[str, Any], ...] = ()
     reference: bool = False
     seed: int | None = None
+    shown: str | None = field(default=None, compare=False)
 
     @property
     def label(self) -> str:
-        """`holov@64`, `holov(variant=official)@64`, `random@64 seed 1`, `none`."""
-        return self._seeded(self._configured if self.keep is None else f"{self._configured}@{self.keep}")
+        """What a reader knows it by: `holov@64`, `holov(variant=official)@64`, `vflowopt-25@0.1983` (a tuned file),
+        `random@64 seed 1`, `none`."""
+        return self._seeded(self._shown if self.keep is None else f"{self._shown}@{budget_text(self.keep)}")
 
     @property
     def series(self) -> str:
         """The label without its budget: what a line in a plot is called."""
-        return self._seeded(self._configured)
+        return self._seeded(self._shown)
 
     @property
-    def _configured(self) -> str:
-        options = ",".join(f"{key}={value}" for key, value in self.options)
-        return f"{self.method}({options})" if options else self.method
+    def _shown(self) -> str:
+        return self.shown or _configured(self.method, ((key, _short(value)) for key, value in self.options))
+
+    @property
+    def written(self) -> str:
+        """The label with every option and every digit: what a setting is, whatever it is called."""
+        configured = _configured(self.method, self.options)
+        return self._seeded(configured if self.keep is None else f"{configured}@{self.keep}")
 
     def _seeded(self, text: str) -> str:
         return text if self.seed is None else f"{text} seed {self.seed}"
@@ -69,7 +79,16 @@ class Point:
     @property
     def key(self) -> str:
         """Unique within a run folder."""
-        return f"{self.model}|{self.task}|{self.label}"
+        return f"{self.model}|{self.task}|{self.written}"
+
+
+def _configured(method: str, options: Iterable[tuple[str, Any]]) -> str:
+    inner = ",".join(f"{key}={value}" for key, value in options)
+    return f"{method}({inner})" if inner else method
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) and len(repr(value)) > 8 else value
 
 
 @dataclass(frozen=True)
@@ -79,11 +98,13 @@ class MethodEntry:
     Attributes:
         method, options: see `Point`.
         keeps: its budgets; (None,) where nothing is left to be said, () where one is missing.
+        shown: see `Point`.
     """
 
     method: str
     options: tuple[tuple[str, Any], ...]
     keeps: tuple[Any, ...]
+    shown: str | None = None
 
     def check_keys(self) -> None:
         """Raise ValueError for an option that is a misspelt key of an entry; other wrong options are the method's to
@@ -101,7 +122,7 @@ class MethodEntry:
 def check_method_name(method: str) -> None:
     """Raise UnknownName if a part of `method` is neither registered nor `none`; imports nothing heavy."""
     parts = split_outside(method, "+")
-    known = [*METHODS.names(), *INTERVENTIONS.names()] + [NONE] * (len(parts) == 1)
+    known = [*METHODS.names(), *beside_methods()] + [NONE] * (len(parts) == 1)
     for part in parts:
         name = split_name(part)[0]
         if name not in known:
@@ -145,7 +166,7 @@ def method_of_file(path: str) -> Mapping[str, Any]:
         FileNotFoundError, ValueError: no such file, it is no YAML, or it holds none.
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise FileNotFoundError(f"There is no method file {path}.")
     loaded = read_yaml(file)
     if not isinstance(loaded, Mapping) or not isinstance(loaded.get("method"), str):
@@ -153,19 +174,42 @@ def method_of_file(path: str) -> Mapping[str, Any]:
     return loaded
 
 
+def named_by_file(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file, and the file's stem for a name (`as`) where the mapping has options: those that a
+    search found are no name that anybody could read. A file that is called like a method keeps its suffix."""
+    entry = dict(method_of_file(path))
+    if set(entry) - set(ENTRY_KEYS) and "grid" not in entry:
+        file = Path(path)
+        taken = file.stem in METHODS.names() or file.stem == NONE
+        entry.setdefault("as", file.name if taken else file.stem)
+    return entry
+
+
+def _checked_name(shown: Any, method: str, grid: Any) -> str | None:
+    if shown is None:
+        return None
+    if not isinstance(shown, str) or not shown.strip() or "@" in shown or "|" in shown:
+        raise ValueError(f"as is what tables call {method!r}: a text without @ and |, got {shown!r}.")
+    if grid:
+        raise ValueError(f"as: {shown} names one setting of {method!r}, and its grid has several; leave one out.")
+    if shown in (*METHODS.names(), NONE) and shown != method:
+        raise ValueError(f"as: {shown} is the name of another method; call this setting of {method!r} something else.")
+    return shown
+
+
 def read_entry(entry: Any, budgets: list[Any]) -> list[MethodEntry]:
     """What an entry of `methods` stands for: one setting of a method, or with `grid` the product of several.
 
     Args:
-        entry: a name, the path of a method file, or a mapping with `method`, optionally `keep` and `grid` (by option, a
-            list of values), and the method's options.
+        entry: a name, the path of a method file, or a mapping with `method`, optionally `keep`, `grid` (by option, a
+            list of values) and `as` (what tables and plots call it), and the method's options.
         budgets: those of an entry that names none.
 
     Raises:
         ValueError: it is none of these, or a grid that is no mapping of options to lists.
     """
     if isinstance(entry, str) and entry.endswith((".yaml", ".yml")):
-        entry = method_of_file(entry)
+        entry = named_by_file(entry)
     if isinstance(entry, str):
         entry = {"method": entry}
     if not isinstance(entry, Mapping) or "method" not in entry:
@@ -173,7 +217,11 @@ def read_entry(entry: Any, budgets: list[Any]) -> list[MethodEntry]:
         hint = f" Did you write {keys[0]!r} for 'method'?" if keys else ""
         raise ValueError(f"An entry of methods is a name or a mapping with the key 'method', got {entry!r}.{hint}")
     rest = dict(entry)
+    for key in rest:
+        if not isinstance(key, str):
+            raise ValueError(f"The keys of an entry of methods are texts, got {key!r} in {entry!r}.")
     name, own, grid = str(rest.pop("method")), rest.pop("keep", None), rest.pop("grid", {})
+    shown = _checked_name(rest.pop("as", None), name, grid)
     pruners = pruner_parts(name)
     if len(pruners) == 1 and pruners[0] == name:
         name, written, budget = split_name(name)
@@ -190,7 +238,7 @@ def read_entry(entry: Any, budgets: list[Any]) -> list[MethodEntry]:
     keeps = tuple(own) if isinstance(own, list) else (own,)
     found = []
     for chosen in _product(name, grid, rest):
-        found.append(MethodEntry(name, tuple(sorted({**rest, **chosen}.items())), keeps))
+        found.append(MethodEntry(name, tuple(sorted({**rest, **chosen}.items())), keeps, shown))
     return found
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from tokenprune.evals.config.engines import TRANSFORMERS, VLLM, check_engine
 from tokenprune.evals.config.grid import Listed, expand, read_point
 from tokenprune.evals.config.measure import Measure, Overlays
 from tokenprune.evals.config.points import NONE, MethodEntry, Point, check_method_name, compile_method, read_entry
@@ -34,12 +35,12 @@ class RunConfig:
         model: pocket name, folder or hub id, or a list of them.
         tasks: task names or task files.
         methods: names, several joined by plus signs ("vtc_cls+var"), or mappings with `method`, optionally `keep`
-            (its own budgets), `grid` (lists of values by option) and the method's options, or the paths of YAML files
-            with such a mapping.
+            (its own budgets), `grid` (lists of values by option), `as` (its name in tables and plots) and the method's
+            options, or the paths of YAML files with such a mapping, which are named by their files.
         keep: budgets: ints are tokens per image, floats are kept fractions.
         limit: samples per task, None for all.
         seed: of methods that draw, and of the bootstrap.
-        batch_size: prompts generated together; does not change what is measured.
+        batch_size: prompts generated together, see `prompts_together`; does not change what is measured.
         dtype: float32, bfloat16 or float16.
         device: torch device; None takes a GPU where there is one.
         max_new_tokens: length of an answer; None leaves it to the task.
@@ -52,6 +53,8 @@ class RunConfig:
         seeds: each method that draws is run once with each of these, in place of `seed`.
         listed: points beside the grid, or in its place, see `grid.read_point`. In a sweep file the key is `points`.
         targets: published numbers to compare with, see `parity`.
+        engine: who answers: "transformers", or "vllm" (`evaluation.vllm_engine`).
+        engine_options: arguments of `vllm.LLM`, such as `max_model_len`.
     """
 
     name: str
@@ -61,7 +64,7 @@ class RunConfig:
     keep: list[Any] = field(default_factory=list)
     limit: int | None = None
     seed: int = 0
-    batch_size: int = 8
+    batch_size: int | None = None
     dtype: str = "float32"
     device: str | None = None
     max_new_tokens: int | None = None
@@ -73,6 +76,14 @@ class RunConfig:
     seeds: list[int] = field(default_factory=list)
     listed: list[Any] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
+    engine: str = TRANSFORMERS
+    engine_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompts_together(self) -> int:
+        """How many prompts an engine is given at once: 8, and 256 of vLLM, which deals them out itself, where the
+        settings do not say."""
+        return self.batch_size or (256 if self.engine == VLLM else 8)
 
     @property
     def folder(self) -> Path:
@@ -119,6 +130,7 @@ class RunConfig:
         for name, value in (("name", self.name), ("device", self.device), ("output", self.output)):
             if not isinstance(value, str) and (value is not None or name == "name"):
                 raise ValueError(f"{name} must be a text, got {value!r}.")
+        _check_name(self.name)
         for name, value in (("model", self.model), ("tasks", self.tasks)):
             for one in value if isinstance(value, list) else [value]:
                 if not isinstance(one, str):
@@ -128,8 +140,7 @@ class RunConfig:
         for name in ("model", "tasks", "methods"):
             if not getattr(self, name) and (self.methods or not self.listed):
                 raise ValueError(f"{name} must name at least one entry, got {getattr(self, name)!r}.")
-        _positive("batch_size", self.batch_size)
-        for name in ("limit", "max_new_tokens"):
+        for name in ("batch_size", "limit", "max_new_tokens"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
         for name in ("samples", "repeats"):
@@ -145,6 +156,7 @@ class RunConfig:
         check_seed(self.seed)
         _check_seeds(self.seeds)
         check_dtype(self.dtype)
+        check_engine(self.engine, self.engine_options, self.device)
         for model in self.models:
             model_source(model)
         for task in self.all_tasks:
@@ -173,6 +185,16 @@ class RunConfig:
         """Plain data, for result files; a sweep file of the same run may hold it."""
         data = dataclasses.asdict(self)
         return {ALIASES.get(key, key): value for key, value in data.items()}
+
+
+def _check_name(name: str) -> None:
+    """Raise ValueError unless `runs/NAME` is a folder below `runs`."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if not parts or ".." in parts or parts[0] == "/" or ":" in parts[0] or not name.isprintable():
+        raise ValueError(
+            f"name is the run's folder below runs/, so it cannot lead out of there, got {name!r}; where results go is "
+            "said with output."
+        )
 
 
 def _positive(name: str, value: Any, least: int = 1) -> None:

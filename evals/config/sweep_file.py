@@ -8,6 +8,7 @@ everything else, lists too, is replaced as a whole.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,8 @@ def read_settings(file: Path, includers: tuple[Path, ...] = ()) -> dict[str, Any
 
 def _included(file: Path, name: str, includers: tuple[Path, ...]) -> Path:
     target = file.parent / name
-    if not target.is_file():
-        there = sorted(other.name for other in target.parent.glob("*.y*ml")) if target.parent.is_dir() else []
+    if not os.path.isfile(target):
+        there = sorted(other.name for other in target.parent.glob("*.y*ml")) if os.path.isdir(target.parent) else []
         raise FileNotFoundError(
             f"{file.name} includes {name}, and there is no file {target}.{near(target.name, there)}"
         )
@@ -139,10 +140,10 @@ def find_config(path: str | Path) -> Path:
     Raises:
         FileNotFoundError: none of them is there; near matches are named.
     """
-    if Path(path).is_file():
+    if os.path.isfile(path):
         return Path(path)
     written = Path(path) / "config.yaml"
-    if written.is_file():
+    if os.path.isfile(written):
         return written
     packaged = packaged_configs()
     name = str(path).removeprefix("configs/").removesuffix(".yaml")

@@ -85,6 +85,9 @@ def read_target(number: int, entry: Any) -> Target:
         missing = given is None and key == "unpruned"
         if not missing and (isinstance(given, bool) or not isinstance(given, (int, float))):
             raise ValueError(f"{key} of {where} must be a number, got {given!r}.")
+    for key in ("task", "method", "source", "unit", "family", "evidence", "note", "model"):
+        if key in entry and not isinstance(entry[key], str) and (entry[key] is not None or key != "model"):
+            raise ValueError(f"{key} of {where} must be a text, got {entry[key]!r}.")
     target = Target(**entry)
     if target.unit not in UNITS:
         hint = near(str(target.unit), list(UNITS))

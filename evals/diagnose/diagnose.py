@@ -27,6 +27,7 @@ from tokenprune.evals.diagnose.sink_channels import Channels, decoder_info, sink
 from tokenprune.evals.errors import as_user_error
 from tokenprune.evals.evaluation.batching import read_batch
 from tokenprune.evals.io.atomic_files import replace_file
+from tokenprune.evals.io.outputs import check_folder
 from tokenprune.evals.models.load import LoadedModel, check_device, check_dtype, load_model, model_source
 from tokenprune.evals.profiling.hardware import hardware
 from tokenprune.evals.tasks.load import check_task, load_task
@@ -71,6 +72,7 @@ class DiagnoseConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        check_folder(self.out, "--out")
         check_dtype(self.dtype)
         check_device(self.device)
         model_source(self.model)

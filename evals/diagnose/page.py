@@ -13,11 +13,14 @@ from tokenprune.evals.diagnose.measures import stage_layers
 from tokenprune.evals.diagnose.prompt_tokens import GROUPS
 from tokenprune.evals.diagnose.samples import Shown
 from tokenprune.evals.diagnose.words import FOOT
-from tokenprune.evals.io.atomic_files import replace_file
 from tokenprune.evals.report import html
 
 HERE = Path(__file__).parent
 REPORT = Path(html.__file__).parent
+LINKS = {
+    "dominance": "text dominance", "image": "image", "heads": "heads", "lookback": "lookback", "sinks": "sinks",
+    "flow": "flow", "pictures": "pictures",
+}  # fmt: skip
 SAID = {
     "writing": "rows that write the answer", "generated": "rows of the answer's tokens",
 }  # fmt: skip
@@ -38,23 +41,22 @@ def write_page(path: Path, found: Mapping[str, Any], pictures: Mapping[str, Sequ
         ("flow", "Information flow", _flow(runs)),
         ("pictures", "Where the first token is looked up", _pictures(pictures)),
     )
+    key = "".join(f'<span><i class="{_look(i)}"></i>{escape(name)}</span>' for i, name in enumerate(runs))
+    cards = f'<div class="cards">{"".join(_card(name, run) for name, run in runs.items())}</div>'
     parts = {
-        "title": escape(f"{found['model']} on {found['task']}: what it looks at"),
         "style": (REPORT / "page.css").read_text("utf-8") + (HERE / "diagnosis.css").read_text("utf-8"),
         "lead": _lead(found),
-        "notes": "".join(f'<div class="note">{escape(note)}</div>' for note in _notes(found)),
-        "key": "".join(f'<span><i class="{_look(i)}"></i>{escape(name)}</span>' for i, name in enumerate(runs)),
-        "cards": f'<div class="cards">{"".join(_card(name, run) for name, run in runs.items())}</div>',
-        "blocks": "".join(
+        "bar": f'  <div class="key">{key}</div>',
+        "main": cards
+        + "".join(
             f'<div class="block" id="{name}"><div class="head"><h3>{title}</h3></div>{body}</div>'
             for name, title, body in blocks
         ),
         "origin": _origin(found),
         "script": (REPORT / "table.js").read_text("utf-8") + (HERE / "diagnosis.js").read_text("utf-8"),
     }
-    # split first, so that nothing inside a part is taken for a mark
-    pieces = (HERE / "diagnosis.html").read_text("utf-8").split("@@")
-    return replace_file(path, "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces)))
+    title = f"{found['model']} on {found['task']}: what it looks at"
+    return html.write_framed(path, title, _notes(found), LINKS, parts)
 
 
 def _lead(found: Mapping[str, Any]) -> str:

@@ -6,12 +6,13 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from tokenprune import cost
 from tokenprune.api import Prepared, prepare
+from tokenprune.evals.config.engines import engine_made_of
 from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.evaluation.batching import read_batch
@@ -27,9 +28,15 @@ from tokenprune.interfaces.signals import VISION_SIGNALS, Signal, TowerInfo
 from tokenprune.plan.parse import Spec
 
 
-def settings_digest(config: RunConfig, loaded: LoadedModel, task: str) -> str:
-    """Changes with whatever besides the point could change an answer or its score: weights, code, dtype, seed, answer
-    length, files of weights that methods of the run read, and the task.
+class Fingerprinted(Protocol):
+    """A model of any engine."""
+
+    fingerprint: str
+
+
+def settings_digest(config: RunConfig, loaded: Fingerprinted, task: str) -> str:
+    """Changes with whatever besides the point could change an answer or its score: weights, code, engine, dtype, seed,
+    answer length, files of weights that methods of the run read, and the task.
 
     Args:
         task: its fingerprint, which the digest ends in; "" gives what the digests of all tasks begin with.
@@ -40,6 +47,7 @@ def settings_digest(config: RunConfig, loaded: LoadedModel, task: str) -> str:
     files = {file for spec in specs for entry in spec.entries for file in entry.pruner.files}
     files |= {file for spec in specs for one in spec.interventions for file in one.files}
     parts += [file_digest(file) for file in sorted(files)]
+    parts += engine_made_of(config.engine, config.engine_options)
     return f"{digest(parts)}.{task}"
 
 

@@ -18,7 +18,9 @@ from tokenprune.evals.config.points import Point
 from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.evaluation.applied_method import SharedTower, answer_batch, settings_digest, visual_tokens
 from tokenprune.evals.evaluation.batching import WHOLE, Share, batches
-from tokenprune.evals.evaluation.retry import Failure, failure_of, retry_in_halves
+from tokenprune.evals.evaluation.retry import Failure, retry_in_halves
+from tokenprune.evals.evaluation.scored import scored
+from tokenprune.evals.evaluation.vllm_engine import VllmAsking, VllmModel
 from tokenprune.evals.io.row_store import RowStore
 from tokenprune.evals.io.rows import SampleRow
 from tokenprune.evals.models.load import LoadedModel
@@ -45,7 +47,7 @@ class AskedSamples:
 class _Asking:
     """Answers of one batch after another; the inputs of a batch are made once for all points."""
 
-    def __init__(self, config: RunConfig, loaded: LoadedModel, task: Task, points: list[Point]) -> None:
+    def __init__(self, loaded: LoadedModel, config: RunConfig, task: Task, points: list[Point]) -> None:
         self._loaded, self._seed = loaded, config.seed
         self._task, self._max_new_tokens = task, config.max_new_tokens or task.max_new_tokens
         shared = SharedTower(loaded, points, config.seed) if config.share_tower and len(points) > 1 else None
@@ -75,16 +77,16 @@ class _Asking:
         texts, counts, kept = answer_batch(self._loaded, point, samples, given, self._seed, self._max_new_tokens)
         before = visual_tokens(self._loaded, raw)
         return [
-            {"prediction": text, **self._score(text, sample), "visual_tokens": before[i], "kept_tokens": counts[i],
-             "kept": kept[i], "batch": len(samples)}
+            {
+                "prediction": text,
+                **scored(self._task, sample, text),
+                "visual_tokens": before[i],
+                "kept_tokens": counts[i],
+                "kept": kept[i],
+                "batch": len(samples),
+            }
             for i, (sample, text) in enumerate(zip(samples, texts, strict=True))
-        ]  # fmt: skip
-
-    def _score(self, text: str, sample: Sample) -> dict[str, Any]:
-        try:
-            return {"correct": self._task.mark(sample, text)}
-        except Exception as error:
-            return {"correct": None, **failure_of(error).as_dict()}
+        ]
 
 
 _NOTHING = {"prediction": None, "correct": None, "visual_tokens": None, "kept_tokens": None, "kept": None, "batch": 1}
@@ -92,7 +94,7 @@ _NOTHING = {"prediction": None, "correct": None, "visual_tokens": None, "kept_to
 
 def evaluate(
     config: RunConfig,
-    loaded: LoadedModel,
+    loaded: LoadedModel | VllmModel,
     task: Task,
     points: list[Point],
     store: RowStore[SampleRow],
@@ -115,8 +117,9 @@ def evaluate(
     """
     answered = AskedSamples(settings_digest(config, loaded, task.fingerprint))
     drawn = set(drawn_samples(task, config.overlays.samples, config.limit))
-    asking = _Asking(config, loaded, task, points)
-    for batch in batches(task, config.limit, config.batch_size, share):
+    given = (config, task, points)
+    asking = VllmAsking(loaded, *given) if isinstance(loaded, VllmModel) else _Asking(loaded, *given)
+    for batch in batches(task, config.limit, config.prompts_together, share):
         answered.ids.update(batch.ids)
         drawn_ids = {batch.ids[place] for place in drawn & set(batch.ids)}
         asking.start(batch.samples)
@@ -149,7 +152,7 @@ def evaluate(
 
 
 def outdated_answers(
-    config: RunConfig, loaded: LoadedModel, task: Task, points: list[Point], store: RowStore[SampleRow]
+    config: RunConfig, loaded: LoadedModel | VllmModel, task: Task, points: list[Point], store: RowStore[SampleRow]
 ) -> str:
     """Why answers that a run folder holds of these points are not used again, as a sentence; "" where all are."""
     settings, keys = settings_digest(config, loaded, task.fingerprint), {point.key for point in points}

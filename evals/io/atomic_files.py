@@ -67,5 +67,20 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file. Only a newline ends one: `splitlines` would cut a text at U+2028 or U+0085."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    """The objects of a JSON-lines file. Only a newline ends one: `splitlines` would cut a text at U+2028 or U+0085.
+
+    Raises:
+        ValueError: a line that is none; the message says which.
+    """
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            said = json.loads(line)
+        except (ValueError, RecursionError):
+            said = None
+        if not isinstance(said, dict):
+            raise ValueError(f"Line {number} of {path} is no JSON object. The file is not as it was written.")
+        found.append(said)
+    return found

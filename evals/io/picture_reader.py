@@ -88,6 +88,8 @@ def read_frames(source: Any, name: str | None = None) -> list[Image.Image]:
     for frame in source:
         with _naming(name or _name(frame)):
             frames.append(_raw(frame))
+    if not frames:
+        raise BadPicture(f"{name or 'A video'} has no frames, so there is nothing to ask about.")
     with _naming(called):
         return _scaled(frames)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenprune.evals.io.atomic_files import replace_file
 from tokenprune.evals.io.digest import digest
+from tokenprune.evals.io.outputs import check_folder
 from tokenprune.evals.models.load import check_device, check_dtype, model_source
 from tokenprune.evals.pocket.catalog import SUITES, refuse_test_only
 from tokenprune.evals.tasks.load import check_task
@@ -65,6 +66,7 @@ class TrainConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
         if not self.rate > 0:
             raise ValueError(f"--rate must be above 0, got {self.rate!r}.")
+        check_folder(self.folder)
         check_dtype(self.dtype)
         check_device(self.device)
         model_source(self.model)

@@ -15,7 +15,7 @@ from tokenprune.evals.models.load import check_dtype, model_source
 from tokenprune.interfaces.budget import read_budget
 from tokenprune.plan.expression import pruner_parts, split_name, split_outside, yaml_value
 from tokenprune.plan.parse import Spec
-from tokenprune.registry import INTERVENTIONS, METHODS, UnknownName, near
+from tokenprune.registry import METHODS, UnknownName, beside_methods, near
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _options(method: str) -> list[str]:
     if method == NONE or _is_file(method) or len(parts) > 1:
         return []
     name = split_name(parts[0])[0]
-    cls: Any = (METHODS if pruner_parts(method) else INTERVENTIONS).get(name)
+    cls: Any = (METHODS if pruner_parts(method) else beside_methods()[name]).get(name)
     return [field.name for field in dataclasses.fields(cls)]
 
 

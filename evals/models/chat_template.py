@@ -83,7 +83,7 @@ def pack(processor: Any, conversations: list[list[Message]]) -> Any:
     videos = [[read_frames(clip) for clip in of_prompt] for of_prompt in by_prompt]
     # as with pictures; older transformers' SmolVLM processor takes nothing but a list a prompt
     videos = videos if all(videos) else [clip for of_prompt in videos for clip in of_prompt]
-    metadata = [_metadata(len(clip), getattr(clip, "fps", FPS)) for clip in clips]
+    metadata = [frames_metadata(len(clip), getattr(clip, "fps", FPS)) for clip in clips]
     given = {
         "text": [prompt_text(processor, messages) for messages in conversations],
         "padding": True,
@@ -102,7 +102,8 @@ def pack(processor: Any, conversations: list[list[Message]]) -> Any:
     return packed
 
 
-def _metadata(frames: int, fps: float) -> dict[str, Any]:
+def frames_metadata(frames: int, fps: float) -> dict[str, Any]:
+    """What processors are told of a video whose frames are all used."""
     return {"fps": fps, "total_num_frames": frames, "duration": frames / fps, "frames_indices": list(range(frames))}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -54,7 +55,14 @@ class LoadedModel:
         return self.pack([one_turn(question, image) for question, image in zip(questions, images, strict=True)])
 
     def pack(self, conversations: list[list[Message]]) -> Any:
-        """Processor output for a batch of conversations; as `inputs` gives it."""
+        """Processor output for a batch of conversations; as `inputs` gives it.
+
+        Raises:
+            BadPicture: a picture that cannot be read, or a video without frames.
+            ValueError: what the processor does not take, in its words.
+        """
+        from tokenprune.evals.io.picture_reader import BadPicture
+
         clips = [
             part["video"] for turns in conversations for turn in turns for part in turn["content"] if "video" in part
         ]
@@ -62,7 +70,17 @@ class LoadedModel:
             raise ValueError(
                 f"{self.name} takes pictures, and one of its samples is a video of {len(clips[0])} frames."
             )
-        return pack(self.processor, conversations).to(self.model.device, dtype=self.model.dtype)
+        try:
+            packed = pack(self.processor, conversations)
+        except BadPicture:
+            raise
+        except (
+            ValueError,
+            TypeError,
+            IndexError,
+        ) as error:  # more marks of pictures in a text than pictures, and so on
+            raise ValueError(f"The processor of {self.name} does not take this prompt: {error}") from error
+        return packed.to(self.model.device, dtype=self.model.dtype)
 
     def decode(self, tokens: Any) -> list[str]:
         """Generated ids `[B, T]`, prompt not included, as text."""
@@ -83,9 +101,9 @@ def model_source(name: str) -> str:
     """
     if name in pocket_names():
         return str(POCKET / name)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
+    folder = Path(os.path.expanduser(name))  # as Path's own, but for names that nobody has
+    if os.path.isdir(folder):
+        if not os.path.isfile(folder / "config.json"):
             raise ValueError(f"The folder {name!r} holds no config.json, so it is no model that transformers can load.")
         return str(folder)
     parts = name.split("/")

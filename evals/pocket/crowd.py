@@ -16,7 +16,6 @@ objects, so what is measured is not what was learned here, and nothing may be tu
 
 from __future__ import annotations
 
-import argparse
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ import pyarrow.parquet as pq
 
 from tokenprune.evals.pocket import questions
 from tokenprune.evals.pocket.catalog import suite_file
-from tokenprune.evals.pocket.mixed_suite import grown, row_of, write_rows
+from tokenprune.evals.pocket.mixed_suite import draw_files, grown, row_of, write_rows
 from tokenprune.evals.pocket.questions import SIDES, Question
 from tokenprune.evals.pocket.scenes import PATCH, SPLIT_SEED, Scene, make_scene
 from tokenprune.evals.pocket.suite import png
@@ -96,13 +95,7 @@ def build(suite: str, path: Path) -> None:
 
 def main() -> None:
     """Command line: draw both files."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, help="a folder for them (default: where the package has them)")
-    args = parser.parse_args()
-    for suite in CROWDS:
-        path = suite_file(suite) if args.out is None else args.out / suite_file(suite).name
-        build(suite, path)
-        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    draw_files(CROWDS, build, main.__doc__)
 
 
 if __name__ == "__main__":

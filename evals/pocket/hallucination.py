@@ -21,7 +21,6 @@ A test split only. ``python -m tokenprune.evals.pocket.hallucination`` draws the
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -29,12 +28,11 @@ from functools import cache
 from itertools import combinations
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokenprune.evals.pocket import questions, scenes
 from tokenprune.evals.pocket.catalog import suite_file
-from tokenprune.evals.pocket.mixed_suite import SIZES, grown, row_of
+from tokenprune.evals.pocket.mixed_suite import SIZES, draw_files, grown, row_of, write_rows
 from tokenprune.evals.pocket.questions import Question
 from tokenprune.evals.pocket.scenes import COLOURS, PATCH, SHAPES, SPLIT_SEED, Scene, Thing, make_scene
 from tokenprune.evals.pocket.suite import png
@@ -186,23 +184,12 @@ def draw_rows(suite: str, count: int | None = None) -> list[dict]:
 def build(suite: str, path: Path) -> None:
     """Draw a suite and write it; equal pictures are stored once."""
     rows = draw_rows(suite)
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    boxes = pa.array(columns["boxes"], pa.list_(pa.list_(pa.float32())))
-    pq.write_table(
-        pa.table({**columns, "boxes": boxes}), path, use_dictionary=True, dictionary_pagesize_limit=1 << 27,
-        row_group_size=len(rows), compression="zstd",
-    )  # fmt: skip
+    write_rows(rows, path, tuple(rows[0]))
 
 
 def main() -> None:
     """Command line: draw both files, and say what the training scenes hold."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, help="a folder for them (default: where the package has them)")
-    args = parser.parse_args()
-    for suite in DRAWINGS:
-        path = suite_file(suite) if args.out is None else args.out / suite_file(suite).name
-        build(suite, path)
-        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    draw_files(DRAWINGS, build, main.__doc__)
     known = statistics()
     alone = [known.alone[kind] / known.scenes for kind in KINDS]
     print(f"{known.scenes} training scenes: a kind stands in {min(alone):.3f} to {max(alone):.3f} of them")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import random
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from tokenprune.evals.io.picture_reader import read_frames
+from tokenprune.evals.pocket.catalog import suite_file
 from tokenprune.evals.pocket.clips import SCALE, ask_clip, make_clip
 from tokenprune.evals.pocket.easy_vqa import easy_split
 from tokenprune.evals.pocket.questions import FAMILIES, Question, ask
@@ -59,9 +61,9 @@ def build(path: Path = TEST_FILE) -> None:
     write_rows(_scene_rows("test", TEST_SCENES, TEST_CLIPS, TEST_EASY), path)
 
 
-def write_rows(rows: list[dict], path: Path) -> None:
-    """Write rows with the columns of `COLUMNS`; equal pictures are stored once."""
-    columns = {name: [row[name] for row in rows] for name in COLUMNS}
+def write_rows(rows: list[dict], path: Path, names: Sequence[str] = COLUMNS) -> None:
+    """Write these columns of rows; equal pictures are stored once."""
+    columns = {name: [row[name] for row in rows] for name in names}
     table = pa.table({**columns, "boxes": pa.array(columns["boxes"], pa.list_(pa.list_(pa.float32())))})
     pq.write_table(
         table, path, use_dictionary=True, dictionary_pagesize_limit=1 << 27, row_group_size=len(rows),
@@ -120,6 +122,21 @@ def animation(frames: list[np.ndarray]) -> bytes:
 def grown(image: np.ndarray, scale: int = SCALE) -> np.ndarray:
     """``image`` [H, W, 3], ``scale`` times as large."""
     return image.repeat(scale, 0).repeat(scale, 1)
+
+
+def draw_files(suites: Iterable[str], build: Callable[[str, Path], None], description: str | None) -> None:
+    """The command line of a module that draws test splits: every suite into its file.
+
+    Args:
+        build: draws a suite and writes it to a path.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, help="a folder for them (default: where the package has them)")
+    args = parser.parse_args()
+    for suite in suites:
+        path = suite_file(suite) if args.out is None else args.out / suite_file(suite).name
+        build(suite, path)
+        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 
 
 def main() -> None:

@@ -70,14 +70,26 @@ class Estimate:
 
 
 def outline(name: str) -> Outline:
-    """The model called `name`, from its config and processor on this machine.
+    """The model called `name`, from its config and processor on this machine, and a prompt of it.
 
     Raises:
-        OSError: they are not here: the hub is not asked.
+        OSError, TypeError, ValueError: see `unloaded` and `of_prompt`.
+    """
+    from PIL import Image
+
+    asked, adapter = unloaded(name)
+    inputs = dict(asked.inputs([QUESTION], [Image.new("RGB", PICTURE)]))
+    return of_prompt(adapter, inputs, asked.fingerprint)
+
+
+def unloaded(name: str) -> tuple[LoadedModel, Adapter]:
+    """The model called `name` without weights: what makes its prompts, and how it is laid out.
+
+    Raises:
+        OSError: its config or processor is not on this machine: the hub is not asked.
         TypeError, ValueError: no adapter covers the model.
     """
     import torch
-    from PIL import Image
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.utils import logging
     from transformers.utils.hub import cached_file
@@ -96,8 +108,7 @@ def outline(name: str) -> Outline:
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(source))
     adapter = adapter_for(model)
     real = SimpleNamespace(device="cpu", dtype=torch.float32)  # where the prompt goes: the model is on no device
-    asked = LoadedModel(name, real, ready_processor(source), made_of)
-    return of_prompt(adapter, dict(asked.inputs([QUESTION], [Image.new("RGB", PICTURE)])), made_of)
+    return LoadedModel(name, real, ready_processor(source), made_of), adapter
 
 
 def of_prompt(adapter: Adapter, inputs: Mapping[str, Any], made_of: str = "") -> Outline:

@@ -197,7 +197,7 @@ def measure_flops(
         _add(analytic, report.flops.as_dict(), len(samples))
         paper = plus(paper, cost.paper_flops(shape, report.tokens_by_layer), len(samples))
     result: FlopsCosts = {
-        "analytic": _with_total(analytic), "unpruned": _with_total(unpruned), "paper": paper, "measured": None,
+        "analytic": with_total(analytic), "unpruned": with_total(unpruned), "paper": paper, "measured": None,
         "difference": None, "agree": None,
     }  # fmt: skip
     if not counting:
@@ -212,7 +212,7 @@ def measure_flops(
         warnings.warn(text, stacklevel=2)
     return {
         **result,
-        "measured": cast("dict[str, float]", _with_total(measured)),
+        "measured": cast("dict[str, float]", with_total(measured)),
         "difference": difference,
         "agree": agree,
     }
@@ -245,7 +245,8 @@ def plus(total: float | None, counted: float | None, over: int) -> float | None:
     return None if total is None or counted is None else total + counted / over
 
 
-def _with_total(parts: dict[str, float | None]) -> dict[str, float | None]:
+def with_total(parts: dict[str, float | None]) -> dict[str, float | None]:
+    """FLOPs by part with their sum up to the first token; None where a part is not modelled."""
     summed = [value for part, value in parts.items() if part != "decode"]
     return {**parts, "total": None if None in summed else sum(value for value in summed if value is not None)}
 

@@ -62,7 +62,7 @@ def measure(
             failure = None
             try:
                 if samples is None:
-                    samples, unread = _pictured(task, config.measure.samples)
+                    samples, unread = pictured(task, config.measure.samples)
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always", UserWarning)
                     if samples:
@@ -82,7 +82,7 @@ def measure(
     return machine
 
 
-def _pictured(task: Task, wanted: int) -> tuple[list[Sample], int]:
+def pictured(task: Task, wanted: int) -> tuple[list[Sample], int]:
     """The first samples that can be read and have a picture (a text alone costs the same pruned), and how many could
     not be read on the way."""
     pictured: list[Sample] = []

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
+
+from tokenprune.evals.io.atomic_files import replace_file
+
+HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,31 @@ def table(columns: Sequence[Column], rows: Sequence[tuple[str, Sequence[Cell]]],
     )
     element = f'<table class="sort {kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
     return f'<div class="scroll">{element}</div>'
+
+
+def filled(file: str, parts: Mapping[str, str]) -> str:
+    """A file of this folder with its `@@marks@@` filled; split first, so that nothing in a part is taken for one."""
+    pieces = (HERE / file).read_text(encoding="utf-8").split("@@")
+    return "".join(parts[piece] if place % 2 else piece for place, piece in enumerate(pieces))
+
+
+def write_framed(
+    path: Path, title: str, notes: Sequence[str], links: Mapping[str, str], parts: Mapping[str, str]
+) -> Path:
+    """Write a page in the frame that all pages of ours have: one file that opens from disk.
+
+    Args:
+        title: of the page, first in the browser's tab.
+        notes: sentences that a reader must know.
+        links: text by what it leads to, in the bar that stays.
+        parts: HTML of `lead`, `bar`, `main` and `origin`; `style`, `script`, and where there is any `data`.
+    """
+    head = {
+        "data": "", "title": escape(title),
+        "notes": "".join(f'<div class="note">{escape(note)}</div>' for note in notes),
+        "links": "".join(f'<a data-to="{to}">{escape(text)}</a>' for to, text in links.items()),
+    }  # fmt: skip
+    return replace_file(path, filled("frame.html", {**head, **parts}))
 
 
 def percent(value: float | None, digits: int = 1, sign: bool = False) -> str:

@@ -17,7 +17,8 @@ from tokenprune.interfaces.budget import budget_size
 
 GROUPS = (("g-acc", "Accuracy"), ("g-test", "Tests"), ("g-cost", "Cost"), ("g-time", "Times"))
 COLUMNS = (
-    Column("method", "grey dot: a control; ring: a reference that is told where the answer is"),
+    Column("method", "press a name for what it is and how to apply it; grey dot: a control; ring: a reference that is "
+           "told where the answer is"),
     Column("tokens", "visual tokens that the decoder sees, averaged over its layers and the samples"),
     Column("asked", "the budget that was asked for; a method that cuts inside the decoder holds more on average"),
     Column("accuracy, %", "with its 95 percent bootstrap interval over samples"),
@@ -83,7 +84,8 @@ def leaderboard(records: list[ResultRecord]) -> str:
 
 
 def _name(name: str, kind: str) -> Cell:
-    return Cell(f'<i class="dot {kind}" data-series="{escape(name)}"></i>{escape(name)}', name)
+    button = f'<button type="button" class="name" aria-haspopup="dialog">{escape(name)}</button>'
+    return Cell(f'<i class="dot {kind}" data-series="{escape(name)}"></i>{button}', name)
 
 
 def _accuracy(record: ResultRecord, unpruned: float | None, asked: str) -> list[Cell]:
@@ -171,7 +173,8 @@ def _tests(record: ResultRecord) -> list[Cell]:
 
 def _costs(record: ResultRecord) -> list[Cell]:
     costs, times = flat_costs(record), record.get("times") or {}
-    decoder = None if costs["gflops_prefill"] is None else costs["gflops_prefill"] + costs["gflops_selection"]
+    parts = (costs["gflops_prefill"], costs["gflops_selection"])
+    decoder = None if None in parts else sum(parts)
     kv = None if costs["kv_bytes"] is None else costs["kv_bytes"] / 1024
     return [
         Cell(number(costs["gflops_total"], ".4g"), costs["gflops_total"]),

@@ -37,6 +37,7 @@ for (const panel of panels) {
   };
   panel.root.querySelectorAll("table.sort").forEach(sortable);
   leaderboard(panel);
+  aboutOf(panel);
   plotOf(panel);
   familiesOf(panel);
   agreementOf(panel);
@@ -50,3 +51,7 @@ document.querySelectorAll(".links a").forEach(link => link.addEventListener("cli
 document.querySelector(".theme").addEventListener("click", () => { setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"); repaint(); });
 dark.addEventListener("change", () => { setTheme(dark.matches ? "dark" : "light"); repaint(); });
 showPanel(0);
+restoreState();
+// after whoever handles the event itself
+for (const event of ["click", "change", "input"]) document.addEventListener(event, () => setTimeout(writeState, 0));
+addEventListener("hashchange", restoreState);

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
+from tokenprune.evals.config.points import Point
 from tokenprune.evals.io.rows import Costs, SampleRow
 from tokenprune.evals.profiling.measure import COSTS
 from tokenprune.evals.results.equal_cost import compare_at_equal_cost
@@ -73,7 +74,7 @@ def merge(runs: Sequence[FinishedRun]) -> Merged:
         for task, sizes in counts.items()
         if len(sizes) > 1
     ]
-    points = [point_of(record) for record in records.values()]
+    points = _told_apart({key: point_of(record) for key, record in records.items()}, owners)
     measures = {
         # the name of a task goes the way of its costs
         key: cast(Costs, {name: value for name, value in record.items() if name in (*COSTS, "task_name")})
@@ -85,6 +86,18 @@ def merge(runs: Sequence[FinishedRun]) -> Merged:
     order = {"none": 0, "random": 1}
     points.sort(key=lambda point: (point.model, point.task, order.get(point.method, 2)))
     return Merged(title, runs, summarise(points, rows, measures, seed), rows, notes)
+
+
+def _told_apart(points: dict[str, Point], owners: dict[str, FinishedRun]) -> list[Point]:
+    """The points of all runs; where files of one name hold different settings in two runs, the later one's name says
+    which run it is of."""
+    called: dict[tuple[str, str, str], str] = {}
+    told: list[Point] = []
+    for key, point in points.items():
+        if called.setdefault((point.model, point.task, point.label), key) != key:
+            point = replace(point, shown=f"{point.series} of {owners[key].name}")
+        told.append(point)
+    return told
 
 
 def _tasks(records: dict[str, ResultRecord]) -> list[str]:

@@ -12,11 +12,12 @@ from html import escape
 from pathlib import Path
 from typing import cast
 
-from tokenprune.evals.io.atomic_files import replace_file
+from tokenprune.evals.report.about import about
 from tokenprune.evals.report.agreement import agreement
 from tokenprune.evals.report.details import family_table, flops_table
 from tokenprune.evals.report.explorer import Drawn, Room, explorer
 from tokenprune.evals.report.findings import findings
+from tokenprune.evals.report.html import filled, write_framed
 from tokenprune.evals.report.leaderboard import GROUPS, leaderboard
 from tokenprune.evals.report.merge import Merged, merge
 from tokenprune.evals.report.series import budget_of, budget_title, budgets, name_of, series_styles
@@ -26,7 +27,13 @@ from tokenprune.evals.results.run_folder import FinishedRun
 from tokenprune.evals.results.summary import flat_costs, title_of
 
 HERE = Path(__file__).parent
-SCRIPTS = ("common.js", "table.js", "plot.js", "families.js", "agreement.js", "explorer.js", "main.js")
+SCRIPTS = (
+    "common.js", "table.js", "about.js", "plot.js", "families.js", "agreement.js", "explorer.js", "state.js", "main.js",
+)  # fmt: skip
+LINKS = {name: name for name in ("plot", "board", "families", "samples", "agreement")} | {"board": "leaderboard"}
+BAR = """  <div class="tabs" role="group" aria-label="model and task"></div>
+  <div class="budget"><span class="soft">budget</span>
+    <div class="switch budgets" role="group" aria-label="budget"></div></div>"""
 
 
 def write_report(path: Path, runs: Sequence[FinishedRun]) -> Path:
@@ -42,21 +49,18 @@ def write_report(path: Path, runs: Sequence[FinishedRun]) -> Path:
         panel = [record for record in merged.records if (record["model"], record["task"]) == (model, task)]
         panels.append(_panel(number, panel, merged))
         data.append(_data(panel, merged, room))
-    page = (HERE / "page.html").read_text(encoding="utf-8")
+    # "</" would end the script element
+    drawn = json.dumps({"panels": data}, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
     parts = {
-        "title": escape(merged.title),
         "style": (HERE / "page.css").read_text(encoding="utf-8"),
         "lead": _lead(merged),
-        "notes": "".join(f'<div class="note">{escape(note)}</div>' for note in merged.notes),
-        "panels": "\n".join(panels),
+        "bar": BAR,
+        "main": "\n".join(panels),
         "origin": _origin(merged),
-        # "</" would end the script element
-        "data": json.dumps({"panels": data}, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/"),
+        "data": f'<script type="application/json" id="data">{drawn}</script>',
         "script": "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS),
     }
-    # split first, so that nothing inside a part is taken for a mark
-    pieces = page.split("@@")
-    return replace_file(path, "".join(parts[piece] if place % 2 else piece for place, piece in enumerate(pieces)))
+    return write_framed(path, merged.title, merged.notes, LINKS, parts)
 
 
 def _lead(merged: Merged) -> str:
@@ -94,8 +98,7 @@ def _panel(number: int, records: list[ResultRecord], merged: Merged) -> str:
         "families": family_table(records),
         "more": more,
     }
-    pieces = (HERE / "panel.html").read_text(encoding="utf-8").split("@@")
-    return "".join(parts[piece] if place % 2 else piece for place, piece in enumerate(pieces))
+    return filled("panel.html", parts)
 
 
 def _data(records: list[ResultRecord], merged: Merged, room: Room) -> Drawn:
@@ -108,6 +111,7 @@ def _data(records: list[ResultRecord], merged: Merged, room: Room) -> Drawn:
         "first": first,
         "series": series_styles(records),
         "points": [_point(record) for record in records],
+        "about": {record["label"]: about(record) for record in records},
         "agreement": agreement(records, merged.rows),
         "explorer": explorer(records, merged.rows, merged.runs, room),
     }
@@ -116,7 +120,8 @@ def _data(records: list[ResultRecord], merged: Merged, room: Room) -> Drawn:
 def _point(record: ResultRecord) -> Drawn:
     scores, costs = record["overall"], flat_costs(record)
     fair = cast("dict[str, float]", record.get("equal_cost", {}).get("tokens", {}).get("random") or {})
-    decoder = None if costs["gflops_prefill"] is None else costs["gflops_prefill"] + costs["gflops_selection"]
+    parts = (costs["gflops_prefill"], costs["gflops_selection"])
+    decoder = None if None in parts else sum(parts)
     point = {
         "label": record["label"], "series": name_of(record), "budget": budget_of(record), "n": scores["n"],
         "accuracy": scores["accuracy"], "low": scores["ci_low"], "high": scores["ci_high"],

@@ -49,9 +49,11 @@ const spread = (points, series, at, room) => {
 const plotOf = panel => {
   const box = panel.find(".plot"), legend = panel.find(".legend"), axisBox = panel.find(".axis");
   const hidden = new Set();
+  panel.hidden = hidden;
   const names = panel.series.map(series => series.name);
   for (const option of [...axisBox.options]) option.disabled = !panel.points.some(point => point[option.value] !== null);
   if (axisBox.selectedOptions[0].disabled) axisBox.value = "tokens";
+  panel.usualAxis = axisBox.value;
   const tip = make("div", { class: "tip", hidden: "" });
 
   const say = (point, x, y) => {
@@ -109,6 +111,7 @@ const plotOf = panel => {
       const front = frontOf(shown.filter(point => panel.looks[point.series].kind !== "reference"), axis);
       svg.append(draw("path", { class: "front", d: "M" + front.map(point => `${place.get(point)} ${Y(point.accuracy)}`).join("L") }));
     }
+    const moved = [];
     for (const series of panel.series) {
       const own = shown.filter(point => point.series === series.name).sort((a, b) => a[axis] - b[axis]);
       if (!own.length) continue;
@@ -117,6 +120,10 @@ const plotOf = panel => {
       group.append(draw("path", { class: "line", d: "M" + own.map(point => `${place.get(point)} ${Y(point.accuracy)}`).join("L") }));
       for (const point of own) {
         const [x, y] = [place.get(point), Y(point.accuracy)];
+        if (Math.abs(x - X(point[axis])) >= 1.5) {
+          group.append(draw("line", { class: "moved", x1: X(point[axis]), x2: x, y1: y, y2: y }));
+          moved.push(Math.abs(x - X(point[axis])));
+        }
         if (panel.find(".tools .bars").checked) group.append(draw("line", { class: "interval", x1: x, x2: x, y1: Y(point.low), y2: Y(point.high) }));
         const mark = draw("path", { class: "mark", d: SHAPES[series.marker], transform: `translate(${x} ${y})`, "data-point": point.label });
         mark.addEventListener("mouseenter", () => { say(point, x, y); panel.focus(series.name); });
@@ -127,6 +134,7 @@ const plotOf = panel => {
       svg.append(group);
     }
     box.append(svg);
+    panel.find(".moved-note").textContent = moved.length ? `${moved.length} of ${shown.length} points would hide each other and stand beside their cost, the farthest by ${Math.round(100 * Math.max(...moved) / (width - left - right))} percent of the axis; a thin line leads to it.` : "Every point stands at its cost.";
   };
 
   const keys = panel.series.map(series => {
@@ -145,6 +153,7 @@ const plotOf = panel => {
     keys.forEach(key => { key.setAttribute("aria-pressed", !hidden.has(key.dataset.name)); key.style.setProperty("--c", panel.colour(key.dataset.name)); });
     all.textContent = hidden.size ? "show all" : "hide all";
     paint();
+    panel.changed?.();
   };
   panel.on("focus", name => {
     const svg = box.querySelector("svg");

@@ -78,7 +78,7 @@ def plot_pareto(records: list[ResultRecord], path: Path) -> Path:
     )
     for (model, task), (left, right) in zip(panels, axes, strict=True):
         whole = [r for r in records if (r["model"], r["task"]) == (model, task)]
-        counted = [record for record in whole if _has(record, "prefill")]
+        counted = [record for record in whole if _has(record, "prefill") and _has(record, "selection")]
         in_all = [record for record in whole if _has(record, "total")]
         _panel(left, counted, flops_decoder, spread=0.022)
         _panel(right, in_all, flops_total, spread=0.0)

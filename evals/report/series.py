@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tokenprune.evals.config.points import NONE
 from tokenprune.evals.results.records import ResultRecord
-from tokenprune.interfaces.budget import budget_size
+from tokenprune.interfaces.budget import budget_size, budget_text
 from tokenprune.plan.expression import pruner_parts, split_name
 from tokenprune.registry import METHODS, UnknownName
 
@@ -41,7 +41,7 @@ def name_of(record: ResultRecord) -> str:
 
 def budget_of(record: ResultRecord) -> str:
     """The budget of a record as text; "" for the unpruned model."""
-    return "" if record["keep"] is None else str(record["keep"])
+    return "" if record["keep"] is None else budget_text(record["keep"])
 
 
 def off_budget(record: ResultRecord, panel: Sequence[ResultRecord]) -> str:

@@ -45,5 +45,15 @@ const leaderboard = panel => {
     row.addEventListener("mouseenter", () => panel.focus(series[row.dataset.point]));
     row.addEventListener("mouseleave", () => panel.focus(null));
   });
+  panel.find(".csv").addEventListener("click", () => {
+    const columns = ["label", "series", "budget", "n", "accuracy", "low", "high", "vs_random", "vs_random_low", "vs_random_high", "holm", "verdict", "tokens", "flops", "decoder", "flops_share", "kv", "kv_share", "prefill"];
+    const cell = value => { const text = value === null || value === undefined ? "" : String(value); return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text; };
+    const shownRows = new Set(rows.filter(row => !row.hidden).map(row => row.dataset.point));
+    const lines = panel.points.filter(point => shownRows.has(point.label)).map(point => columns.map(name => cell(point[name])).join(","));
+    const file = new Blob([[columns.join(","), ...lines].join("\n") + "\n"], { type: "text/csv" });
+    const link = make("a", { href: URL.createObjectURL(file), download: document.querySelector("h1").textContent.replace(/[^\w.-]+/g, "-") + ".csv" });
+    link.click();
+    URL.revokeObjectURL(link.href);
+  });
   panel.on("focus", name => rows.forEach(row => row.classList.toggle("lit", name !== null && series[row.dataset.point] === name)));
 };

@@ -12,11 +12,11 @@ from tokenprune.evals.results.summary import flat_costs, metric_names, title_of
 
 _HEADS = ("method", "tokens", "accuracy %", "95 % interval", "of unpruned %", "vs random*", "verdict*", "hard %",
           "headroom %", "GFLOPs", "KV KiB", "prefill ms", "select ms", "decode ms", "/ ideal", "failed")  # fmt: skip
-# columns that a narrow terminal goes without, in this order
+# columns that a narrow terminal goes without, in this order; never the interval, without which an accuracy says little
 _DISPENSABLE = tuple(
     _HEADS.index(name)
-    for name in ("decode ms", "select ms", "95 % interval", "KV KiB", "headroom %", "of unpruned %", "hard %",
-                 "/ ideal")
+    for name in ("decode ms", "select ms", "KV KiB", "headroom %", "of unpruned %", "hard %", "/ ideal", "prefill ms",
+                 "vs random*", "GFLOPs", "verdict*")
 )  # fmt: skip
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tokenprune.evals.config.points import NONE
 from tokenprune.evals.io.rows import AnsweredRow, SampleRow
 from tokenprune.evals.results.records import ResultRecord
-from tokenprune.evals.results.run_folder import FinishedRun, read_run
+from tokenprune.evals.results.run_folder import FinishedRun, point_of, read_run
 from tokenprune.evals.results.scores import answered
 from tokenprune.evals.statistics.significance import Comparison, compare_paired, holm
 from tokenprune.registry import near
@@ -103,10 +103,10 @@ def _example(rows: dict[str, AnsweredRow]) -> str:
 
 def _read(text: str) -> tuple[FinishedRun, str | None]:
     """`runs/x` or `runs/x:holov@64`, to the run and the label."""
-    if Path(text).is_dir():
+    if os.path.isdir(text):
         return read_run(text), None
     folder, colon, label = text.rpartition(":")
-    while colon and not Path(folder).is_dir():  # a label may hold colons: {at: layer:9}
+    while colon and not os.path.isdir(folder):  # a label may hold colons: {at: layer:9}
         folder, colon, more = folder.rpartition(":")
         label = f"{more}:{label}"
     if not colon:
@@ -114,6 +114,8 @@ def _read(text: str) -> tuple[FinishedRun, str | None]:
     run = read_run(folder)
     labels = list(dict.fromkeys(record["label"] for record in _points(run)))
     label = NONE if label == "unpruned" else label
+    # as it is called, or with all of its options
+    label = next((r["label"] for r in _points(run) if label == point_of(r).written), label)
     if label not in labels:
         raise ValueError(f"{folder} has no point {label!r}.{near(label, labels)} It has: {', '.join(labels)}.")
     return run, label

@@ -11,6 +11,7 @@ from rich.table import Table
 from tokenprune.evals.io.atomic_files import write_csv
 from tokenprune.evals.results.records import ResultRecord, TableRow
 from tokenprune.evals.results.summary import task_name
+from tokenprune.interfaces.budget import budget_text
 
 
 def over_seeds(records: list[ResultRecord]) -> list[TableRow]:
@@ -38,6 +39,7 @@ def over_seeds(records: list[ResultRecord]) -> list[TableRow]:
         rows.append(
             {
                 **{name: first[name] for name in ("model", "task", "method", "keep")},
+                "shown": first.get("shown") or "",
                 "options": ",".join(f"{key}={value}" for key, value in first["options"].items()),
                 "seeds": " ".join(str(record["seed"]) for record in group),
                 "n": first["overall"]["n"],
@@ -71,9 +73,9 @@ def seed_tables(records: list[ResultRecord]) -> list[Table]:
         table.add_column(name, justify="left" if name in ("model", "task", "method") else "right", no_wrap=True)
     names = {record["task"]: task_name(record) for record in records}
     for row in rows:
-        method = row["method"] + (f"({row['options']})" if row["options"] else "")
+        method = row["shown"] or row["method"] + (f"({row['options']})" if row["options"] else "")
         numbers = [f"{100 * row[name]:.1f}" for name in ("mean", "sd", "least", "greatest")]
         beside = "" if row["vs_random"] is None else f"{100 * row['vs_random']:+.1f}"
-        label = method if row["keep"] is None else f"{method}@{row['keep']}"
+        label = method if row["keep"] is None else f"{method}@{budget_text(row['keep'])}"
         table.add_row(Path(row["model"]).name, names[row["task"]], label, row["seeds"], *numbers, beside)
     return [table]

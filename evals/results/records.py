@@ -100,7 +100,7 @@ AreaUnderCurve = TypedDict(
 
 class _Summarised(TypedDict):
     point: str
-    """Key of the point, `model|task|label`."""
+    """Key of the point, `model|task|method(options)@keep`."""
     model: str
     task: str
     """As the sweep file names it; `all` for the samples of all tasks."""
@@ -112,6 +112,8 @@ class _Summarised(TypedDict):
     seed: int | None
     """Of a method that draws, where the run has several."""
     options: dict[str, Any]
+    shown: str | None
+    """What its file or `as` calls method and options; None: what they are. Older runs lack it."""
     label: str
     """`holov(variant=official)@64`."""
     series: str

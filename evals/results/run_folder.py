@@ -10,6 +10,7 @@ from typing import cast
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.io.atomic_files import read_lines
 from tokenprune.evals.io.rows import SampleRow
+from tokenprune.evals.io.shapes import check_shape
 from tokenprune.evals.results.records import Picture, Provenance, ResultRecord
 
 PICTURES, PICTURE_INDEX = "pictures", "index.json"
@@ -44,10 +45,8 @@ def read_run(folder: str | Path) -> FinishedRun:
 
     Raises:
         FileNotFoundError: it has no results.jsonl or samples.parquet; a run writes both when it ends.
-        ValueError: its results.jsonl is empty.
+        ValueError: its results.jsonl is empty, or one of its files is not as a run writes it.
     """
-    import pyarrow.parquet as pq
-
     folder = Path(folder)
     for name in ("results.jsonl", "samples.parquet"):
         if not (folder / name).is_file():
@@ -59,7 +58,7 @@ def read_run(folder: str | Path) -> FinishedRun:
     for record in records:
         record.pop("provenance", None)
     rows: dict[str, list[SampleRow]] = {}
-    for row in pq.read_table(folder / "samples.parquet").to_pylist():
+    for row in _read_rows(folder / "samples.parquet"):
         rows.setdefault(row["point"], []).append(row)
     return FinishedRun(folder, records, rows, read_pictures(folder), origin)
 
@@ -76,7 +75,23 @@ def read_records(path: Path) -> list[ResultRecord]:
     records = cast(list[ResultRecord], read_lines(path))
     if not records:
         raise ValueError(f"{path} holds no result.")
+    for number, record in enumerate(records, start=1):
+        check_shape(record, ResultRecord, f"Record {number} of {path}")
     return records
+
+
+def _read_rows(path: Path) -> list[SampleRow]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read: {why}. The file is not as it was written.") from None
+    for number, row in enumerate(rows, start=1):
+        check_shape(row, SampleRow, f"Row {number} of {path}")
+    return rows
 
 
 def point_of(record: ResultRecord) -> Point:
@@ -86,6 +101,17 @@ def point_of(record: ResultRecord) -> Point:
 
 
 def read_pictures(folder: Path) -> list[Picture]:
-    """The index of a run folder; [] where there is none."""
+    """The index of a run folder; [] where there is none.
+
+    Raises:
+        ValueError: it is not as a run writes it.
+    """
     index = folder / PICTURES / PICTURE_INDEX
-    return json.loads(index.read_text(encoding="utf-8")) if index.is_file() else []
+    if not index.is_file():
+        return []
+    try:
+        pictures = json.loads(index.read_bytes())
+    except (ValueError, RecursionError):
+        raise ValueError(f"{index} is no JSON. The file is not as it was written.") from None
+    check_shape(pictures, list[Picture], str(index))
+    return pictures

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers.utils import logging
 
+from tokenprune.evals.config.engines import VLLM
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.errors import as_user_error
 from tokenprune.evals.evaluation.applied_method import check_points
 from tokenprune.evals.evaluation.batching import WHOLE, Share
 from tokenprune.evals.evaluation.evaluate import SAMPLE_KEY, AskedSamples, evaluate, outdated_answers
+from tokenprune.evals.evaluation.vllm_engine import VllmModel, start
+from tokenprune.evals.io.progress import show_progress, waiting
 from tokenprune.evals.io.row_store import folder_store
-from tokenprune.evals.models.load import load_model
+from tokenprune.evals.models.load import LoadedModel, load_model
+from tokenprune.evals.profiling.from_sizes import count_from_sizes
 from tokenprune.evals.profiling.measure import MEASURE_KEY, measure
 from tokenprune.evals.report.pictures import save_pictures
 from tokenprune.evals.tasks.load import load_task
@@ -63,20 +64,6 @@ class Executor(Protocol):
         ...
 
 
-@contextmanager
-def show_progress(console: Console) -> Iterator[Progress]:
-    """A progress bar with what is done, how long it took and how long it will take."""
-    columns = (
-        TextColumn("{task.description:<34}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        yield progress
-
-
 class ModelWorker:
     """One model, loaded, and the points of a run that use it. Every method was tried on it once.
 
@@ -96,11 +83,25 @@ class ModelWorker:
         self.points = {name: of_task for name, of_task in self.points.items() if of_task}
         logging.disable_progress_bar()
         torch.manual_seed(config.seed)
-        with as_user_error():
+        self.served: VllmModel | None = None
+        loading = f"Loading {model} and trying {sum(map(len, self.points.values()))} points on it"
+        with as_user_error(), waiting(console, loading):
             self.tasks = {name: (tasks or {}).get(name) or load_task(name) for name in self.points}
+            if config.engine == VLLM:
+                self.served = start(config, model, [point for of_task in self.points.values() for point in of_task])
+                return
             self.loaded = load_model(model, config.dtype, config.device)
             for name, of_task in self.points.items():
                 check_points(self.loaded, self.tasks[name], of_task, config.seed)
+
+    @property
+    def _asked(self) -> LoadedModel | VllmModel:
+        return self.served or self.loaded
+
+    def close(self) -> None:
+        """Give back what an engine of its own holds."""
+        if self.served is not None:
+            self.served.shut_down()
 
     def answer(self, share: Share = WHOLE, writer: str = "") -> dict[tuple[str, str], AskedSamples]:
         """Answer the samples of a share at all points, into the rows of `writer`."""
@@ -110,19 +111,19 @@ class ModelWorker:
             task = self.tasks[name]
             count = task.count(self.config.limit)
             limited = f", the first {count} of {task.size} samples" if self.config.limit else ""
-            self.console.print(f"{self.loaded.name} on {task.name}: {len(of_task)} points{limited}", markup=False)
-            if outdated := outdated_answers(self.config, self.loaded, task, of_task, store):
+            self.console.print(f"{self.model} on {task.name}: {len(of_task)} points{limited}", markup=False)
+            if outdated := outdated_answers(self.config, self._asked, task, of_task, store):
                 self.console.print(outdated, markup=False)
             with show_progress(self.console) as progress:
                 places = range(count)
-                size = self.config.batch_size
+                size = self.config.prompts_together
                 mine = sum(1 for place in places if place // size % share.of == share.rank)
                 bar = progress.add_task("answers", total=mine * len(of_task))
 
                 def advance(done: int, label: str) -> None:
                     progress.update(bar, advance=done, description=f"answers  {label}")  # noqa: B023
 
-                answered[self.model, name] = evaluate(self.config, self.loaded, task, of_task, store, advance, share)
+                answered[self.model, name] = evaluate(self.config, self._asked, task, of_task, store, advance, share)
                 progress.update(bar, description="answers")
         return answered
 
@@ -142,6 +143,10 @@ class ModelWorker:
                 def advance(label: str) -> None:
                     progress.update(bar, advance=1, description=f"times and FLOPs  {label}")  # noqa: B023
 
+                if self.served is not None:
+                    given = (self.config, self.model, task, of_task, costs, asked.settings, advance)
+                    worked.machines[self.model] = count_from_sizes(*given)
+                    continue
                 machine = measure(self.config, self.loaded, task, of_task, costs, asked.settings, advance)
                 worked.machines[self.model] = machine
                 progress.update(bar, description="times and FLOPs")

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tokenprune.evals.config.engines import VLLM
 from tokenprune.evals.config.run_config import RunConfig
-from tokenprune.evals.errors import as_user_error
+from tokenprune.evals.errors import UserError, as_user_error
 from tokenprune.evals.evaluation.evaluate import SAMPLE_KEY
 from tokenprune.evals.io.atomic_files import replace_file
 from tokenprune.evals.io.folder_lock import lock_folder
+from tokenprune.evals.io.outputs import check_folder
 from tokenprune.evals.io.row_store import folder_store
 from tokenprune.evals.profiling.measure import MEASURE_KEY, read_costs
 from tokenprune.evals.results.complete_samples import count_rows
@@ -20,6 +22,7 @@ from tokenprune.evals.results.over_seeds import write_seeds
 from tokenprune.evals.results.over_tasks import pool_costs, pool_tasks
 from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.summary import provenance, summarise, write_results
+from tokenprune.evals.sweep.earlier_run import check_earlier, left_out
 from tokenprune.evals.sweep.executors.distributed import Processes, launched
 from tokenprune.evals.sweep.executors.local import Local
 from tokenprune.evals.sweep.model_worker import Executor, Worked
@@ -45,22 +48,34 @@ class Run:
     warnings: list[str]
 
 
-def run(config: RunConfig, console: Console | None = None, executor: Executor | None = None) -> Run:
+def run(
+    config: RunConfig, console: Console | None = None, executor: Executor | None = None, force: bool = False
+) -> Run:
     """Evaluate, measure and write. Every name and number is checked before a model is loaded or a sample is asked.
 
     Args:
         executor: who does the work, see `model_worker.Executor`; by default this process, or all of those that
             `accelerate launch` or torchrun started.
+        force: whether finished results of other settings in the folder may be replaced.
 
     Raises:
-        UserError: what was asked for cannot be run, another process is writing to the folder, or the disk is full.
+        UserError: what was asked for cannot be run, another process is writing to the folder, it holds finished results
+            of other settings, or the disk is full.
     """
     console = console or Console()
     begin = time.perf_counter()
     with as_user_error():
         config.check()
+        check_folder(config.folder)
+        if not force:
+            check_earlier(config)
         tasks = {name: load_task(name) for name in config.all_tasks}
         config.folder.mkdir(parents=True, exist_ok=True)
+    if config.engine == VLLM and (executor is not None or launched()):
+        raise UserError(
+            "engine: vllm deals its own work out: start one process without a launcher or --executor, and say "
+            "engine_options: {tensor_parallel_size: N} for N GPUs."
+        )
     executor = executor or (Processes() if launched() else Local())
     if not executor.first:
         console = Console(quiet=True)
@@ -78,10 +93,11 @@ def _write(config: RunConfig, worked: Worked, tasks: dict[str, Task], begin: flo
     from tokenprune.evals.results.run_folder import read_run
 
     folder = config.folder
-    counted = count_rows(folder_store(folder, "samples", SAMPLE_KEY), config.points(), worked.answered)
+    answers = folder_store(folder, "samples", SAMPLE_KEY)
+    counted = count_rows(answers, config.points(), worked.answered)
     costs = folder_store(folder, "measures", MEASURE_KEY)
     measures, said = read_costs(config, counted.points, worked.answered, costs, worked.machines)
-    notes = [*worked.notes, *counted.notes, *said]
+    notes = [*worked.notes, *counted.notes, *said, *left_out(config, answers.rows())]
     pooled, pooled_rows = pool_tasks(counted.points, counted.rows)
     for point in pooled:
         parts = [replace(point, task=task).key for task in tasks]

@@ -8,6 +8,7 @@ A task is a `Task`. `pocket`, `pocket-mixed` (pictures of several sizes and shor
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -88,7 +89,7 @@ def count_samples(name: str) -> int | None:
 
     path = Path(name)
     source = path.parent / str(read_spec(path)["data"])
-    if not source.is_file():
+    if not os.path.isfile(source):
         return None
     if source.suffix == ".parquet":
         return pq.read_metadata(source).num_rows
@@ -125,5 +126,5 @@ def task_needs(name: str) -> list[str]:
         from tokenprune.evals.tasks.yaml_task import read_spec
 
         data = str(read_spec(Path(name))["data"])
-        return [] if (Path(name).parent / data).is_file() else [f"hub data {data}"]
+        return [] if os.path.isfile(Path(name).parent / data) else [f"hub data {data}"]
     return []

@@ -23,6 +23,7 @@ each person left out once.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -89,7 +90,7 @@ def read_spec(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: no such file, an unknown key (with near matches) or a value that cannot work.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no task file {path}.")
     spec = read_yaml(path)
     if not isinstance(spec, dict) or "data" not in spec:
@@ -117,7 +118,7 @@ def read_spec(path: Path) -> dict[str, Any]:
     length = spec.get("max_new_tokens", 16)
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ValueError(f"max_new_tokens in {path} must be an integer of at least 1, got {length!r}.")
-    if (path.parent / str(spec["data"])).is_file():
+    if os.path.isfile(path.parent / str(spec["data"])):
         for key in ("subset", "split"):
             if spec.get(key) is not None:
                 raise ValueError(f"{key} in {path} is {spec[key]!r}, and a single file has none; leave {key} out.")
@@ -206,7 +207,7 @@ def fingerprint_of(path: Path, spec: dict[str, Any]) -> str | None:
     """What answers to the task depend on: its settings and the bytes of its data file. None where the data are no
     single file, so that only loading them would tell. Pictures that the file names by their paths are not looked at."""
     source = path.parent / str(spec["data"])
-    return _fingerprint(spec, file_digest(source)) if source.is_file() else None
+    return _fingerprint(spec, file_digest(source)) if os.path.isfile(source) else None
 
 
 def _fingerprint(spec: dict[str, Any], data: str) -> str:
@@ -219,10 +220,10 @@ def _load(path: Path, spec: dict[str, Any]) -> Any:
     from datasets import load_dataset
 
     source = path.parent / str(spec["data"])
-    if source.is_file():
+    if os.path.isfile(source):
         kind = "parquet" if source.suffix == ".parquet" else "json"
         return load_dataset(kind, data_files=str(source), split="train")
-    name = str(source) if source.is_dir() else str(spec["data"])
+    name = str(source) if os.path.isdir(source) else str(spec["data"])
     return load_dataset(name, spec.get("subset"), split=spec.get("split", "test"))
 
 
@@ -230,12 +231,12 @@ def _beside(data: Any, column: str, source: Path) -> Any:
     """`data` whose relative paths of pictures are looked for beside their data file first."""
     from datasets import Value
 
-    if not source.is_file() or data.features[column] != Value("string"):
+    if not os.path.isfile(source) or data.features[column] != Value("string"):
         return data
 
     def found(name: str | None) -> str | None:
         beside = source.parent / (name or "")
-        return str(beside) if name and beside.is_file() else name
+        return str(beside) if name and os.path.isfile(beside) else name
 
     names = [found(name) for name in data[column]]
     return data.remove_columns(column).add_column(column, names)

@@ -13,6 +13,7 @@ import torch
 from tokenprune import __version__
 from tokenprune.evals.errors import as_user_error
 from tokenprune.evals.io.atomic_files import replace_file
+from tokenprune.evals.io.outputs import check_file
 from tokenprune.evals.models.load import LoadedModel, check_device, check_dtype, load_model, model_source
 from tokenprune.evals.tasks.unlabelled import check_data, draw_samples
 from tokenprune.evals.tuning import contributions, deletions, first_key
@@ -64,6 +65,7 @@ class CalibrateConfig:
             raise ValueError(f"--samples must be at least 1, got {self.samples}.")
         if Path(self.output).expanduser().suffix != ".json":
             raise ValueError(f"--output is a JSON file like fitprune.json, got {self.output!r}.")
+        check_file(Path(self.output).expanduser())
         check_dtype(self.dtype)
         check_device(self.device)
         model_source(self.model)

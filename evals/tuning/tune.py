@@ -23,6 +23,8 @@ from tokenprune.evals.config.points import NONE, check_method_name
 from tokenprune.evals.errors import UserError, as_user_error
 from tokenprune.evals.io.atomic_files import replace_file, write_csv
 from tokenprune.evals.io.digest import digest
+from tokenprune.evals.io.outputs import check_folder
+from tokenprune.evals.io.progress import show_progress, waiting
 from tokenprune.evals.models.load import LoadedModel, check_dtype, load_model, model_source
 from tokenprune.evals.tasks.unlabelled import SelectionRequest, check_data, draw_samples
 from tokenprune.registry import METHODS
@@ -83,6 +85,7 @@ class TuneConfig:
         for name in ("samples", "held_out", "trials", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        check_folder(self.folder)
         check_dtype(self.dtype)
         model_source(self.model)
         check_data(self.data)
@@ -181,7 +184,7 @@ def _search_space(config: TuneConfig, depths: Any) -> dict[str, Any]:
     cls = METHODS.get(config.method)
     space = {name: part for name, part in cls.search_space(config.budget, depths).items() if name not in config.options}
     if not space:
-        able = [name for name in METHODS.names() if METHODS.get(name).search_space(config.budget, depths)]
+        able = [name for name, cls in METHODS.loaded().items() if cls.search_space(config.budget, depths)]
         raise ValueError(
             f"{config.method} declares nothing to search{' beside --set' if config.options else ''}. Methods that do: "
             f"{', '.join(able)}. To tune another, write its search_space()."
@@ -244,11 +247,10 @@ def tune(config: TuneConfig, console: Console | None = None) -> Tuned:
     import optuna
 
     from tokenprune.evals.evaluation.fingerprint import code_fingerprint
-    from tokenprune.evals.sweep.model_worker import show_progress
 
     logging.disable_progress_bar()
     cls = METHODS.get(config.method)
-    with as_user_error():
+    with as_user_error(), waiting(console, f"Loading {config.model} and the samples"):
         loaded = load_model(config.model, config.dtype, config.device)
         depths = loaded.adapter.depths
         space = _search_space(config, depths)
@@ -267,7 +269,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> Tuned:
         "options": json.loads(json.dumps(fixed)), "samples": digest([[s.sample_id, s.question] for s in first]),
     }  # fmt: skip
     config.folder.mkdir(parents=True, exist_ok=True)
-    with as_user_error():
+    with as_user_error(), waiting(console, "Reading what the unpruned model says"):
         study = _open_study(config, space, made_of)
         objective = Discrepancy(loaded, first, config.batch_size)
         objective(shipped)  # a method that this model cannot take is refused here
@@ -299,15 +301,17 @@ def tune(config: TuneConfig, console: Console | None = None) -> Tuned:
         study.optimize(score, n_trials=left, callbacks=[on_trial])
     if not any(trial.value is not None for trial in study.trials):
         raise UserError(f"No trial of {config.method} could hold a mean of {config.budget} of the visual tokens.")
-    held_out = Discrepancy(loaded, others, config.batch_size)
+    with waiting(console, "Reading what the unpruned model says of the held-out samples"):
+        held_out = Discrepancy(loaded, others, config.batch_size)
 
     def check(method: dict[str, Any]) -> Check:
         tuned_on, _ = objective(method)
         each, retention = held_out(method)
         return Check(method, sum(tuned_on) / len(tuned_on), sum(each) / len(each), each, retention)
 
-    best = check(json.loads(study.best_trial.user_attrs["method"]))
-    return _write(config, study, best, check(shipped), time.perf_counter() - begin)
+    with waiting(console, "Checking the best setting and the shipped one on the held-out samples"):
+        best, as_shipped = check(json.loads(study.best_trial.user_attrs["method"])), check(shipped)
+    return _write(config, study, best, as_shipped, time.perf_counter() - begin)
 
 
 def _known_to_processor(cls: Any, processor: Any) -> dict[str, Any]:

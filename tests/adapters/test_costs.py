@@ -27,6 +27,7 @@ INSIDE = ({"at": "vision:0", "prune": "random", "keep": KEEP}, None)
 """A cut inside the tower, of which one family of each form of tower is counted."""
 TOWER, PROJECTOR, DECODER = "vision", "projector", ("prefill", "decode")
 UNMODELLED: dict[str, tuple[str, ...]] = {
+    "apertus1p5": (TOWER, PROJECTOR),  # an encoder of convolutions
     "aria": (PROJECTOR,),  # cross-attention with learnt queries
     "chameleon": (TOWER, PROJECTOR, *DECODER),  # the decoder holds the encoder of pictures
     "deepseek_ocr2": (TOWER, PROJECTOR),  # SAM, and an encoder of queries
@@ -44,6 +45,7 @@ UNMODELLED: dict[str, tuple[str, ...]] = {
     "got_ocr2": (TOWER, PROJECTOR),  # SAM
     "granite4_vision": (PROJECTOR,),  # several Q-Formers
     "granite_docling": (TOWER, PROJECTOR),  # a connector in the tower
+    "hy_v4_vl": (TOWER, PROJECTOR, *DECODER),  # convolutions in the tower; several states a token
     "hunyuan_vl": (TOWER, PROJECTOR),  # convolutions in the tower
     "idefics2": (TOWER, PROJECTOR),  # pictures filled up; a perceiver
     "lfm2_vl": (TOWER, PROJECTOR),  # a tower for pictures of any size
@@ -62,7 +64,9 @@ UNMODELLED: dict[str, tuple[str, ...]] = {
     "video_llava": (TOWER, PROJECTOR),  # two towers
 }
 """Parts by family, and why. All others are modelled, in all families."""
-CELLS = [(name, plan) for name in FAMILIES for plan in PLANS if (name, plan) not in LACKS]
+CELLS = [
+    (name, plan) for name in FAMILIES for plan in PLANS if (name, plan) not in LACKS and plan != "vision_0"
+]  # towers that are cut: `INSIDE`
 
 
 @functools.cache

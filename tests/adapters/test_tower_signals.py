@@ -30,6 +30,8 @@ KINDS = {
     "cohere2_vision": 1,  # pixel shuffle
     "qianfan_ocr": 1,  # [CLS], pixel shuffle
     "mistral3": 2,  # Pixtral: pictures of any size, in one row under one mask
+    "llava_siglip": 1,  # LLaVA's own class with another tower
+    "llava_pixtral": 2,
     "lfm2_vl": 2,  # SigLIP 2: pictures filled up
     "qwen3_vl_moe": 2,  # patches by cell, in one row
     "glm4v": 2,

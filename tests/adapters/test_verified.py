@@ -4,6 +4,7 @@ decoder is tried, the first prompt is held against the features, and what is not
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 from _capabilities import FILE, as_yaml, capabilities, expected
-from _decoders import llava_with
+from _decoders import DECODERS, llava_with
 from _tiny import TEXT
 from _zoo_all import FAMILIES, zoo_batch, zoo_model
 
@@ -21,6 +22,7 @@ from tokenprune.adapters._not_applicable import NOT_APPLICABLE
 from tokenprune.api import adapter_for, prepare
 from tokenprune.engine import decoder_probe
 from tokenprune.engine.decoder_probe import removal_error
+from tokenprune.engine.layer_sample import only, sampled_layers
 from tokenprune.engine.prompt_reader import prompt_visuals
 from tokenprune.interfaces.capability import CAPABILITIES
 
@@ -142,6 +144,55 @@ def test_a_decoder_is_tried_once_and_only_if_no_test_knows_it(monkeypatch: pytes
     assert tried == [(), (2,), ()]
 
 
+@pytest.mark.parametrize(
+    ("decoder", "cuts", "runs"),
+    [
+        ("phi3", (), [0, 11]),
+        ("phi3", (5,), [0, 5, 11]),
+        ("cohere2", (), [0, 1, 2, 11]),  # two kinds in turn
+        ("lfm2", (7,), [0, 1, 2, 7, 11]),
+    ],
+)
+def test_of_layers_that_are_alike_a_few_are_tried(
+    decoder: str, cuts: tuple[int, ...], runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, more = DECODERS[decoder]
+    many = {"num_hidden_layers": 12} | {k: v * 3 for k, v in more.items() if k == "layer_types"}
+    monkeypatch.setitem(DECODERS, decoder, (kind, {**more, **many}))
+    model = llava_with(decoder)
+    adapter, ran = adapter_for(model), []
+    assert sampled_layers(adapter, cuts) == runs
+    for number, layer in enumerate(adapter.layers):
+        layer.forward = functools.partial(_counted, ran, number, layer.forward)
+    assert sampled_layers(adapter, cuts) == runs
+    with only(adapter, sampled_layers(adapter, cuts)):
+        assert removal_error(adapter, cuts) < 1e-4
+    assert sorted({*ran}) == runs
+    adapter.layers[9].own_setting = 1
+    assert sampled_layers(adapter, cuts) == sorted({*runs, 9}), "one that differs is one more kind"
+
+
+def _counted(ran: list[int], number: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    ran.append(number)
+    return forward(*args, **kwargs)
+
+
+def test_a_decoder_of_other_code_is_tried_in_every_layer() -> None:
+    model = llava_with("phi3")
+    decoder = model.model.language_model
+    decoder.__class__ = type("Mine", (type(decoder),), {"__module__": "my_package"})
+    assert sampled_layers(adapter_for(model)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [(1, "Layers before 2 get features of the vision tower added"), (9, "The decoder has 4 layers")],
+)
+def test_a_layer_that_is_no_place_to_cut_is_refused_with_the_reason(layer: int, why: str) -> None:
+    with pytest.raises(ValueError, match=f"K goes from 2 to 3 .*{why}"):
+        tokenprune.apply(zoo_model("cosmos3_omni"), {"at": f"layer:{layer}", "prune": "random", "keep": 4})
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_passes(dtype: torch.dtype) -> None:
     for name in ("mistral3", "qwen3_vl_moe"):
@@ -222,7 +273,7 @@ def test_a_subclass_and_a_tower_of_another_kind_are_covered() -> None:
     assert {"ernie4_5_vl_moe", "hunyuan_vl", "idefics2", "video_llava"} <= {
         adapter_for(zoo_model(name)).name for name in FAMILIES
     }
-    assert len(CAPABILITIES) == 4
+    assert len(CAPABILITIES) == 5
 
 
 def test_the_table_of_classes_says_what_the_cells_come_to() -> None:

@@ -54,8 +54,22 @@ def test_json_holds_the_same(capsys):
 def test_one_method_shows_its_options_and_its_source(capsys):
     main(["ls", "methods", "todre"])
     out = capsys.readouterr().out
-    for words in ("arXiv 2505.18757", "no published number is known", "tau = 0.1", "0.1 in the paper", "Our choices"):
+    for words in (
+        "site         input",
+        "signals      ",
+        "arXiv 2505.18757",
+        "no published number is known",
+        "tau = 0.1",
+        "0.1 in the paper",
+        "Our choices",
+    ):
         assert words in out
+
+
+def test_a_method_says_which_signals_its_sources_name():
+    assert method_details("uniform")["signals"] == []
+    assert method_details("fastv")["signals"] == ["last_attention"]
+    assert "cls_attention" in method_details("vtc_cls")["signals"]
 
 
 @pytest.mark.parametrize(

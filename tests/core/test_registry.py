@@ -9,9 +9,10 @@ import sys
 import pytest
 
 from tokenprune.interfaces.adapter import Adapter
+from tokenprune.interfaces.cache_policy import CachePolicy
 from tokenprune.interfaces.intervention import Intervention
 from tokenprune.interfaces.pruner import Pruner
-from tokenprune.registry import INTERVENTIONS, METHODS, MODELS, Registry, UnknownName
+from tokenprune.registry import CACHE_POLICIES, INTERVENTIONS, METHODS, MODELS, Registry, UnknownName
 
 
 def test_names_come_from_files_and_importing_them_is_lazy():
@@ -47,7 +48,10 @@ def test_registry_refuses_bad_and_taken_names():
         registry.register("mine")(Twin)
 
 
-@pytest.mark.parametrize(("registry", "base"), [(METHODS, Pruner), (INTERVENTIONS, Intervention), (MODELS, Adapter)])
+@pytest.mark.parametrize(
+    ("registry", "base"),
+    [(METHODS, Pruner), (INTERVENTIONS, Intervention), (CACHE_POLICIES, CachePolicy), (MODELS, Adapter)],
+)
 def test_a_registry_takes_only_what_derives_from_its_base_class(registry, base):
     before = registry.names()
     message = f"The {registry.kind} 'stranger' must be a class that derives from tokenprune.{base.__name__}, got "

@@ -157,6 +157,22 @@ STOCK = {
         {3: "<|IMAGE_START|>", 4: "<|IMAGE_END|>", 5: "<|IMAGE_PLACEHOLDER|>"},
         named={"image_token": "<|IMAGE_PLACEHOLDER|>"},
     ),
+    "ernie4_5_vl_moe": Stock(
+        "Ernie4_5_VLMoeProcessor", "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
+        {
+            "image_processor_type": "Ernie4_5_VLMoeImageProcessor", **STEPS, **CLIP, **_LIMITS, "patch_size": 4,
+            "temporal_patch_size": 1, "merge_size": 2,
+        },
+        {
+            3: "<|IMAGE_START|>", 4: "<|IMAGE_END|>", 5: "<|IMAGE_PLACEHOLDER|>", 6: "<|VIDEO_PLACEHOLDER|>",
+            7: "<|VIDEO_START|>", 2: "<|VIDEO_END|>",
+        },
+        named={
+            "image_token": "<|IMAGE_PLACEHOLDER|>", "image_start_token": "<|IMAGE_START|>",
+            "image_end_token": "<|IMAGE_END|>", "video_token": "<|VIDEO_PLACEHOLDER|>",
+            "video_start_token": "<|VIDEO_START|>", "video_end_token": "<|VIDEO_END|>",
+        },
+    ),
     "kimi_k25": Stock(
         "Kimi_K25Processor", "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>",
         {

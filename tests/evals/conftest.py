@@ -9,44 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-WORDS = ["what", "is", "this", "where", "who", "red", "blue", "one", "two", "three", "yes", "no", "USER:", "ASSISTANT:"]
+from _tiny import tiny_llava
+from _tiny_processor import WORDS, tiny_processor, word_tokenizer
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """One token a word, the ids of `_tiny`."""
-    from _tiny import IMAGE
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    names = ["<pad>", "</s>", "<s>", "<unk>", "<spare>", "<image>", *WORDS]
-    assert names[IMAGE] == "<image>"
-    names += [f"w{number}" for number in range(64 - len(names))]
-    core = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-    )
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> str:
-    from _tiny import tiny_llava
-    from transformers import CLIPImageProcessor, LlavaProcessor
-
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    image = CLIPImageProcessor(size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42})
-    processor = LlavaProcessor(
-        image_processor=image, tokenizer=tiny_tokenizer, patch_size=7, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )  # fmt: skip
     tiny_llava().save_pretrained(folder)
-    processor.save_pretrained(folder)
+    tiny_processor(tiny_tokenizer).save_pretrained(folder)
     return str(folder)
 
 

@@ -125,27 +125,57 @@ def open_attention(adapter: Any, batch: dict[str, Tensor], layers: Sequence[int]
             handle.remove()
 
 
-def generated(found: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Logits `[T, B, V]` of three greedy tokens."""
+def generated(found: Any, batch: dict[str, Tensor], tokens: int = 3) -> Tensor:
+    """Logits `[T, B, V]` of so many greedy tokens."""
     with torch.no_grad():
         out = found.generate(
-            **batch, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
+            **batch, max_new_tokens=tokens, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
     return torch.stack(out.logits)
 
 
-def second_turn(found: Any, method: Any, images: int, layers: Sequence[int], rule: Rule, tolerance: float) -> None:
-    """Compare a second turn, with so many images in each of two rows, with the whole conversation at once."""
+@dataclass
+class Turns:
+    """A conversation of two turns, of two rows with 1 and 2 images in the first.
+
+    Attributes:
+        adapter: of the model that ran it.
+        whole: the conversation as one prompt.
+        kept: visual tokens that stayed, by row and image.
+        tokens: `[B, T]` that were decoded behind it, and their logits `[B, T, V]`.
+        first: places of the first turn.
+    """
+
+    adapter: Any
+    whole: dict[str, Tensor]
+    kept: list[list[Tensor]]
+    tokens: Tensor
+    logits: Tensor
+    first: int
+
+
+def two_turns(
+    found: Any,
+    method: Any,
+    images: int,
+    tokens: int = 3,
+    between: Callable[[Any, dict[str, Tensor]], None] | None = None,
+) -> Turns:
+    """Run two turns, with so many images in each row of the second; `between` is given the cache of the first turn and
+    what the second will be."""
     first, second = prompts([1, 2]), prompts([images, images], seed=9)
     both = {name: torch.cat([first[name], second[name]], 1) for name in ("input_ids", "attention_mask")}
     pixels = {"pixel_values": second["pixel_values"]} if images else {}
+    length = first["input_ids"].shape[1]
     with tokenprune.applied(found, method) as handle, torch.no_grad():
         mask = first["attention_mask"]
         cache = cache_in(found(**first, position_ids=(mask.cumsum(1) - 1).clamp(min=0)))
         kept = handle.kept
+        if between is not None:
+            between(cache, second)
         out = found.generate(
             input_ids=both["input_ids"], attention_mask=both["attention_mask"], **cache_argument(cache), **pixels,
-            max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True,
+            max_new_tokens=tokens, do_sample=False, output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
         if images:
             kept = [old + new for old, new in zip(kept, handle.kept)]
@@ -154,7 +184,13 @@ def second_turn(found: Any, method: Any, images: int, layers: Sequence[int], rul
     if images:
         values = [values[0], second["pixel_values"][:1], values[1], second["pixel_values"][1:]]
     whole = {**both, "pixel_values": torch.cat(values)}
-    tokens = out.sequences[:, both["input_ids"].shape[1] :]
-    with open_attention(adapter, whole, layers, rule):
-        scores = masked_by(adapter, whole, kept, "compact").continuation(tokens)
-    assert relative_error(torch.stack(out.logits, 1), scores) < tolerance
+    decoded = out.sequences[:, both["input_ids"].shape[1] :]
+    return Turns(adapter, whole, kept, decoded, torch.stack(out.logits, 1), length)
+
+
+def second_turn(found: Any, method: Any, images: int, layers: Sequence[int], rule: Rule, tolerance: float) -> None:
+    """Compare a second turn, with so many images in each of two rows, with the whole conversation at once."""
+    turns = two_turns(found, method, images)
+    with open_attention(turns.adapter, turns.whole, layers, rule):
+        scores = masked_by(turns.adapter, turns.whole, turns.kept, "compact").continuation(turns.tokens)
+    assert relative_error(turns.logits, scores) < tolerance

@@ -9,6 +9,7 @@ import torch
 from _families import BUILDERS, batch_of, family
 from _tiny import prompts, tiny_llava
 from interventions.explicit import Explicit, explicit_var
+from interventions.open_attention import two_turns
 from masked_reference import MaskedModel, compare, masked_by, relative_error, run_pruned
 
 import tokenprune
@@ -144,40 +145,25 @@ def test_beam_search(before):
 @pytest.mark.parametrize("before", [[], ["vtc_cls@9"]])
 @pytest.mark.parametrize("images", [0, 1])
 def test_a_second_turn_and_cropping(images, before):
-    first, second = prompts([1, 2]), prompts([images, images], seed=9)
-    both = {name: torch.cat([first[name], second[name]], 1) for name in ("input_ids", "attention_mask")}
-    pixels = {"pixel_values": second["pixel_values"]} if images else {}
     rule = usual(tau=2.2)
-    with tokenprune.applied(model(), [*before, options(rule)]) as handle, torch.no_grad():
-        mask = first["attention_mask"]
-        opening = model()(**first, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
-        cache, kept = cache_in(opening), handle.kept
+
+    def taken_back(cache, second):
+        """A few tokens that are taken back leave no trace."""
+        mask = prompts([1, 2])["attention_mask"]
         assert cache.get_seq_length() == mask.shape[1]
-        # a few tokens that are taken back leave no trace
-        length = mask.shape[1]
         more = torch.cat([mask, torch.ones(2, 3, dtype=torch.long)], 1)
         model()(input_ids=second["input_ids"][:, -3:], attention_mask=more, **cache_argument(cache))
         cache.crop(-3)
-        assert cache.get_seq_length() == length
-        found = model().generate(
-            input_ids=both["input_ids"], attention_mask=both["attention_mask"], **cache_argument(cache), **pixels,
-            max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
-        if images:
-            kept = [old + new for old, new in zip(kept, handle.kept)]
-        adapter = handle.adapter
-    values = [first["pixel_values"][:1], first["pixel_values"][1:]]
-    if images:
-        values = [values[0], second["pixel_values"][:1], values[1], second["pixel_values"][1:]]
-    whole = {**both, "pixel_values": torch.cat(values)}
-    tokens = found.sequences[:, both["input_ids"].shape[1] :]
-    detect = torch.zeros_like(both["attention_mask"], dtype=torch.bool)
-    detect[:, : first["input_ids"].shape[1]] = True
-    detect[:, first["input_ids"].shape[1] :] = bool(images)  # words of a later text-only turn are no sinks
-    with explicit_var(adapter, whole, rule, detect):
-        scores = masked_by(adapter, whole, kept, "compact").continuation(tokens)
-    assert relative_error(torch.stack(found.logits, 1), scores) < TOLERANCE
-    assert torch.equal(scores.argmax(-1), tokens)
+        assert cache.get_seq_length() == mask.shape[1]
+
+    turns = two_turns(model(), [*before, options(rule)], images, 4, taken_back)
+    detect = torch.zeros_like(turns.whole["attention_mask"], dtype=torch.bool)
+    detect[:, : turns.first] = True
+    detect[:, turns.first :] = bool(images)  # words of a later text-only turn are no sinks
+    with explicit_var(turns.adapter, turns.whole, rule, detect):
+        scores = masked_by(turns.adapter, turns.whole, turns.kept, "compact").continuation(turns.tokens)
+    assert relative_error(turns.logits, scores) < TOLERANCE
+    assert torch.equal(scores.argmax(-1), turns.tokens)
     assert 0 < rule.changed < rule.pairs
 
 

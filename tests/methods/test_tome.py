@@ -10,6 +10,7 @@ import torch
 from _families import batch_of, family, layouts
 from _tiny import prompts, tiny_llava
 from _views import TOWER, make_view
+from _zoo_all import zoo_batch, zoo_model
 from masked_reference import compare, run_pruned
 
 import tokenprune
@@ -154,6 +155,54 @@ def test_the_tower_goes_on_with_what_was_merged() -> None:
         bias = bias_of(run["cache"])[0]
         torch.testing.assert_close(bias[0, at : at + 9].exp(), torch.tensor(sizes))
     assert checked > 3
+
+
+def siglip_by_hand(model: Any, pixels: torch.Tensor, budgets: list[int]) -> tuple[torch.Tensor, list[float]]:
+    """As `tower_by_hand`, of a tower without a file: SigLIP without [CLS], all of its blocks."""
+    tower = model.model.vision_tower
+    tower = getattr(tower, "vision_model", tower)
+    hidden = tower.embeddings(pixels)
+    sizes = [1.0] * hidden.shape[1]
+    for block, layer in enumerate(tower.encoder.layers):
+        keys = layer.self_attn.k_proj(layer.layer_norm1(hidden))[0]
+        output = layer(hidden, attention_mask=None)
+        hidden = output[0] if isinstance(output, tuple) else output
+        if block < len(budgets):
+            mean = keys.double().view(len(keys), layer.self_attn.num_heads, -1).mean(1).tolist()
+            _, states, sizes = by_hand(hidden[0].double().tolist(), mean, sizes, budgets[block])
+            hidden = torch.tensor(states)[None]
+    return model.model.multi_modal_projector(tower.post_layernorm(hidden))[0], sizes
+
+
+def test_a_tower_without_a_file_goes_on_with_what_was_merged() -> None:
+    model, checked = zoo_model("paligemma"), 0
+    for seed in range(8):
+        batch = zoo_batch("paligemma", f"merged {seed}", [1])
+        whole = int((batch["input_ids"] == 5).sum())
+        with torch.no_grad():
+            run = run_pruned(model, "tome", 9, batch, tokens=2, key_bias=True)
+            budgets = [len(alive[0]) for _, alive in run["tower"][0][1].cuts]
+            try:
+                truth, sizes = siglip_by_hand(model, batch["pixel_values"], budgets)
+            except Close:
+                continue
+        checked += 1
+        at = int((batch["input_ids"][0] == 5).nonzero()[0])
+        scale = model.config.text_config.hidden_size**0.5
+        fed = run["fed"][0, at : at + 9]
+        assert any(torch.allclose(fed, truth * factor, rtol=1e-4, atol=1e-5) for factor in (1.0, scale, 1 / scale))
+        assert run["sizes"][-1][0].tolist() == pytest.approx(sizes) and sum(sizes) == pytest.approx(whole)
+    assert checked > 3
+
+
+def test_a_tower_without_a_file_of_several_patches_a_token_takes_no_merged_states() -> None:
+    model = zoo_model("gemma3")
+    with (
+        tokenprune.applied(model, "tome", keep=2),
+        torch.no_grad(),
+        pytest.raises(ValueError, match="Merge at 'input'"),
+    ):
+        model(**zoo_batch("gemma3"))
 
 
 @pytest.mark.parametrize("name", ["llava_next", "internvl", "qwen2_vl", "qwen2_5_vl", "smolvlm"])

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from importlib import metadata
@@ -166,6 +167,28 @@ def test_wheel_holds_every_tracked_file_of_the_library_and_no_other(wheel: Path)
 
 def test_wheel_carries_its_licence(wheel: Path) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
+
+
+def test_wheel_says_who_it_is_and_leads_to_its_command(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (info,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
+    said = archive.read(f"{info}/METADATA").decode()
+    assert "Name: tokenprune-vlm\n" in said and "License-Expression: Apache-2.0\n" in said
+    assert "Description-Content-Type: text/markdown" in said and "## Install" in said
+    assert "tokenprune = tokenprune.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+
+
+def test_sdist_holds_what_is_needed_to_test_it(wheel: Path) -> None:
+    (sdist,) = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    folders = (*LIBRARY, "tests", "typings", ".ci")
+    # what a folder says of itself is for readers of the repository; setuptools would put it into the wheel as well
+    wanted = {name.as_posix() for name in tracked() if name.parts[0] in folders and name.name != "README.md"}
+    wanted |= {name.as_posix() for name in tracked() if name.parts[0] == "docs" and name.suffix == ".md"}
+    wanted |= {"Makefile", "CITATION.cff", "CHANGELOG.md", "LICENSE", "README.md", "Dockerfile", ".dockerignore"}
+    wanted |= {"constraints.txt", "constraints-lowest.txt", "constraints-vllm.txt", "pyproject.toml"}
+    assert sorted(wanted - packed) == [], "left out of the sdist; see MANIFEST.in"
 
 
 def test_every_folder_of_modules_is_a_listed_package() -> None:

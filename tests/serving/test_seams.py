@@ -60,6 +60,25 @@ def test_a_setting_that_nothing_would_act_on_is_refused(monkeypatch, wrong):
         assert registry.create_processor(ours) == "made"
 
 
+def test_every_other_class_of_pictures_is_refused(monkeypatch, record_property):
+    from vllm.model_executor.models.registry import _MULTIMODAL_MODELS
+    from vllm.multimodal.registry import MultiModalRegistry
+
+    monkeypatch.setattr(MultiModalRegistry, "create_processor", lambda self, model_config: "made")
+    plugin._refuse_others("")
+    others = sorted(set(_MULTIMODAL_MODELS) - set(plugin.MODELS))
+    for name in others:
+        with pytest.raises(ValueError, match=f"tokenprune was given for {name}, which it does not cover inside vLLM"):
+            MultiModalRegistry().create_processor(Config(name, {"tokenprune": "divprune@64"}))
+    record_property("refused", str(len(others)))
+
+
+def test_what_is_covered_is_said_twice_alike():
+    from tokenprune.vllm.families import FAMILIES
+
+    assert set(plugin.MODELS) == set(FAMILIES)
+
+
 def test_what_is_registered_is_a_subclass_of_vllms_own():
     from importlib import import_module
 

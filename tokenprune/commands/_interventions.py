@@ -1,4 +1,4 @@
-"""What `tokenprune ls interventions` knows of each change of attention."""
+"""What `tokenprune ls interventions` knows of each change of attention and each cache policy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import sys
 
 from tokenprune.commands._methods import described
-from tokenprune.registry import INTERVENTIONS
+from tokenprune.registry import INTERVENTIONS, beside_methods
 
 HEADS = ("intervention", "rows", "text alone", "source", "what it does")
 
@@ -15,10 +15,10 @@ HEADS = ("intervention", "rows", "text alone", "source", "what it does")
 def intervention_lines() -> list[str]:
     """The table, a line an intervention."""
     rows: list[tuple[str, ...]] = [HEADS]
-    for name in INTERVENTIONS.names():
-        cls = INTERVENTIONS.get(name)
+    for name, registry in beside_methods().items():
+        cls = registry.get(name)
         rows.append(
-            (name, cls.acts_on, "stock" if cls.visual_only else "changed", cls.published, INTERVENTIONS.describe(name))
+            (name, cls.acts_on, "stock" if cls.visual_only else "changed", cls.published, registry.describe(name))
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADS))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
@@ -30,7 +30,7 @@ def intervention_details(name: str) -> list[str]:
     Raises:
         UnknownName: no such intervention; the message has the near matches.
     """
-    cls = INTERVENTIONS.get(name)
+    cls = beside_methods().get(name, INTERVENTIONS).get(name)
     doc = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or cls.__doc__ or "")
     said = {key: text for base in reversed(cls.__mro__) for key, text in described(base.__doc__ or "").items()}
     lines = [

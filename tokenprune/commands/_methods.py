@@ -151,9 +151,31 @@ def method_details(name: str) -> dict[str, Any]:
         options.append({"name": field.name, "default": default, "means": said.get(field.name, "")})
     variants = [str(one) for one in getattr(module, "VARIANTS", ())]
     return {
-        "name": name, "does": doc.partition("\n")[0], **facts(name), "options": options, "variants": variants,
+        "name": name, "does": doc.partition("\n")[0], **facts(name), "signals": read_signals(cls), "options": options,
+        "variants": variants,
         "notes": doc.partition("\n")[2].strip(),
     }  # fmt: skip
+
+
+def read_signals(cls: Any) -> list[str]:
+    """Signals that the sources of a method name: which of them it asks for depends on its options, cut and tower."""
+    from tokenprune.interfaces import signals
+
+    known = {
+        name: value
+        for name, value in vars(signals).items()
+        if name.isupper() and isinstance(value, str) and value != signals.OWN_LAYERS
+    }
+    modules = [
+        sys.modules[base.__module__] for base in cls.__mro__ if base.__module__.startswith(METHODS.package + ".")
+    ]
+    modules += [] if modules else [sys.modules[cls.__module__]]
+    named: list[str] = []
+    for name, value in [pair for module in modules for pair in vars(module).items()]:
+        helps = inspect.isfunction(value) and value.__module__ == signals.__name__  # of the tower
+        named += value.__code__.co_names if helps else [name]
+    named = [name for name in named if name in known]
+    return [known[name] for name in dict.fromkeys(named)]
 
 
 def described(doc: str) -> dict[str, str]:
@@ -186,6 +208,7 @@ def detail_lines(details: dict[str, Any]) -> list[str]:
         f"positions    {details['published_positions']}",
         f"budget       {budget_words(details['adaptive'])}",
         f"merges       {yes[details['merges']]}",
+        f"signals      {', '.join(details['signals']) or 'none: what the embeddings say'}",
     ]
     if details["variants"]:
         lines.append(f"variants     {', '.join(details['variants'])}")

@@ -25,7 +25,7 @@ def budget_argument(text: str) -> int | float | str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def parse_options(pairs: list[str]) -> dict[str, Any]:
+def parse_options(pairs: list[str], option: str = "--set") -> dict[str, Any]:
     """`["variant=official", "layers=[1, 2]"]` to a mapping; values are read as YAML.
 
     Raises:
@@ -35,10 +35,10 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise ValueError(f"--set takes OPTION=VALUE, got {pair!r}.")
+            raise ValueError(f"{option} takes OPTION=VALUE, got {pair!r}.")
         if name in options:
-            raise ValueError(f"--set {name} was given twice.")
-        options[name] = yaml_value(value, f"The value in --set {pair}")
+            raise ValueError(f"{option} {name} was given twice.")
+        options[name] = yaml_value(value, f"The value in {option} {pair}")
     return options
 
 
@@ -56,16 +56,26 @@ def check_keep(method: str, keep: Any) -> None:
         raise ValueError(f"{method} changes attention and keeps every token; leave --keep out.")
 
 
-def execute(config: Any, executor: Any = None) -> int:
+def force_argument(parser: argparse.ArgumentParser) -> None:
+    """--force."""
+    parser.add_argument(
+        "--force", action="store_true", help="replace finished results of other settings that the folder holds"
+    )
+
+
+def execute(config: Any, executor: Any = None, force: bool = False) -> int:
     """Run a grid and print its tables; the exit status.
 
     Args:
         executor: who does the work, see `evals/sweep/executors/`.
+        force: see `sweep.run`.
     """
     from tokenprune.evals.errors import as_user_error
+    from tokenprune.evals.io.outputs import check_folder
 
     with as_user_error():
         config.check()
+        check_folder(config.folder)
     from rich.console import Console
 
     from tokenprune.evals.report.tables import result_tables
@@ -74,7 +84,7 @@ def execute(config: Any, executor: Any = None) -> int:
     from tokenprune.evals.tasks.load import cut_short
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    done = run(config, console, executor)
+    done = run(config, console, executor, force)
     if not done.files:
         return 0  # one of several processes, not the one that writes
     for table in [*result_tables(done.records, console.width), *seed_tables(done.records)]:

@@ -7,7 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tokenprune.commands._shared import budget_argument, check_keep, execute, model_arguments, parse_options
+from tokenprune.commands._shared import (
+    budget_argument,
+    check_keep,
+    execute,
+    force_argument,
+    model_arguments,
+    parse_options,
+)
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -30,7 +37,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the method")
     evaluate.add_argument("--limit", type=int, help="samples per task; all by default")
     evaluate.add_argument("--seed", type=int, default=0, help="of methods that draw, and of intervals (%(default)s)")
-    evaluate.add_argument("--batch-size", type=int, default=8, help="prompts generated together (%(default)s)")
+    evaluate.add_argument("--batch-size", type=int, help="prompts given to the engine together (8; 256 with vllm)")
+    evaluate.add_argument("--engine", default="transformers", help="who answers: transformers or vllm (%(default)s)")
+    evaluate.add_argument(
+        "--engine-set", action="append", default=[], metavar="NAME=VALUE", help="vllm: an argument of vllm.LLM"
+    )
     evaluate.add_argument("--max-new-tokens", type=int, help="length of an answer; the task's own by default")
     evaluate.add_argument("--no-references", action="store_true", help="run nothing but what was asked for")
     evaluate.add_argument("--no-timing", action="store_true", help="measure no times")
@@ -38,6 +49,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--output",
         help="folder of the results; runs/MODEL-METHOD-KEEP by default, with a digest of what else is not the default",
     )
+    force_argument(evaluate)
     evaluate.set_defaults(handler=_eval)
 
 
@@ -46,7 +58,7 @@ def _eval(args: argparse.Namespace) -> int:
 
     with as_user_error():
         config = _eval_config(args)
-    return execute(config)
+    return execute(config, force=args.force)
 
 
 def _apart(args: argparse.Namespace, tasks: list[str], options: dict[str, Any]) -> str:
@@ -56,15 +68,16 @@ def _apart(args: argparse.Namespace, tasks: list[str], options: dict[str, Any]) 
     from tokenprune.evals.tasks.load import default_task
 
     settings = {"options": options, "tasks": tasks, "limit": args.limit, "seed": args.seed, "dtype": args.dtype}
-    settings["max_new_tokens"] = args.max_new_tokens
+    settings |= {"max_new_tokens": args.max_new_tokens, "engine": args.engine, "engine_set": args.engine_set}
     usual = {"options": {}, "tasks": [default_task(args.model)], "limit": None, "seed": 0, "dtype": "float32"}
+    usual |= {"engine": "transformers", "engine_set": []}
     other = {name: value for name, value in settings.items() if value != usual.get(name)}
     return f"-{digest(other)[:6]}" if other else ""
 
 
 def _eval_config(args: argparse.Namespace) -> Any:
     from tokenprune.evals.config.measure import Measure
-    from tokenprune.evals.config.points import NONE, check_method_name, method_of_file
+    from tokenprune.evals.config.points import NONE, check_method_name, named_by_file
     from tokenprune.evals.config.run_config import RunConfig
     from tokenprune.evals.tasks.load import default_task
 
@@ -78,7 +91,7 @@ def _eval_config(args: argparse.Namespace) -> Any:
         raise ValueError("The unpruned model keeps every token; leave --keep out with --method none.")
     entry: Any = args.method
     if entry.endswith((".yaml", ".yml")):
-        entry = {**method_of_file(entry), **options}
+        entry = {**named_by_file(entry), **options}
         if args.keep is not None:
             entry["keep"] = args.keep
         method, wanted = Path(args.method).stem, str(entry["method"])
@@ -106,4 +119,6 @@ def _eval_config(args: argparse.Namespace) -> Any:
         references=not args.no_references,
         output=args.output,
         measure=Measure(times=not args.no_timing),
+        engine=args.engine,
+        engine_options=parse_options(args.engine_set, "--engine-set"),
     )

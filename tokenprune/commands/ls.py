@@ -11,6 +11,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     ls = commands.add_parser("ls", help="list methods, interventions, models, tasks or sweeps")
     ls.add_argument("what", choices=("methods", "interventions", "models", "tasks", "sweeps"))
     ls.add_argument("name", nargs="?", help="with methods and interventions: all of one, its options, source and notes")
+    ls.add_argument("--missing", action="store_true", help="with models: the classes that cannot be pruned, and why")
     ls.add_argument("--json", action="store_true", help="with methods: as JSON, for other programs")
     ls.set_defaults(handler=_ls)
 
@@ -22,6 +23,8 @@ def _ls(args: argparse.Namespace) -> int:
 
     if what != "methods" and (args.json or (args.name is not None and what != "interventions")):
         raise UserError(f"A name and --json go with `ls methods`, not with `ls {what}`.")
+    if what != "models" and args.missing:
+        raise UserError(f"--missing goes with `ls models`, not with `ls {what}`.")
     if what == "methods":
         _methods(args.name, args.json)
     elif what == "interventions":
@@ -30,6 +33,11 @@ def _ls(args: argparse.Namespace) -> int:
 
         with as_user_error():
             print("\n".join(intervention_lines() if args.name is None else intervention_details(args.name)))
+    elif args.missing:
+        from tokenprune.adapters.generic import MISSING
+
+        for name, why in sorted(MISSING.items()):
+            print(f"{name}: {why}")
     elif what == "models":
         from tokenprune.evals.models.load import pocket_names
 

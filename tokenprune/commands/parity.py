@@ -22,10 +22,12 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _parity(args: argparse.Namespace) -> int:
     from tokenprune.evals.errors import as_user_error
+    from tokenprune.evals.io.outputs import check_file
     from tokenprune.evals.results.parity import compare, read_run, read_targets
 
     with as_user_error():
         records, targets = read_run(args.run)
+        check_file(Path(args.run) / "parity.csv", "the run's folder")
         if args.targets:
             targets = read_targets(args.targets)
         if not targets:

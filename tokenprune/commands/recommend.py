@@ -53,10 +53,13 @@ def _recommend(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from tokenprune.evals.tuning.recommend.output import sentences, table, write
-    from tokenprune.evals.tuning.recommend.search import recommend
+    from tokenprune.evals.io.progress import waiting
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
+    with waiting(console, "Getting ready"):
+        from tokenprune.evals.tuning.recommend.output import sentences, table, write
+        from tokenprune.evals.tuning.recommend.search import recommend
+
     recommendation = recommend(config, console)
     files = write(config, recommendation)
     console.print(table(config, recommendation))

@@ -26,13 +26,14 @@ def _report(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from tokenprune.evals.errors import as_user_error
+    from tokenprune.evals.io.outputs import check_file
     from tokenprune.evals.report.markdown import write_markdown
     from tokenprune.evals.report.page import write_report
     from tokenprune.evals.results.run_folder import read_run
 
     with as_user_error():
+        path = check_file(Path(args.output) if args.output else Path(args.runs[0]) / "report.html")
         runs = [read_run(folder) for folder in args.runs]
-        path = Path(args.output) if args.output else runs[0].folder / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".md":
             write_markdown(path, runs)

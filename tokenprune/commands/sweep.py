@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from tokenprune.commands._shared import execute
+from tokenprune.commands._shared import execute, force_argument
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -33,6 +33,7 @@ def sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan, its estimated FLOPs and what is done; run nothing"
     )
+    force_argument(parser)
     parser.set_defaults(handler=_sweep)
 
 
@@ -45,10 +46,10 @@ def _sweep(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _show_plan(config)
     if getattr(args, "executor", "local") == "local":
-        return execute(config)
+        return execute(config, force=args.force)
     from tokenprune.evals.sweep.executors.ray import RayCluster
 
-    return execute(config, RayCluster(args.gpus_per_point, args.cpus_per_point))
+    return execute(config, RayCluster(args.gpus_per_point, args.cpus_per_point), args.force)
 
 
 def _show_plan(config: Any) -> int:

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.engine.cache_policies import CachePolicies
 from tokenprune.engine.key_bias import KeyBias, check_wider
 from tokenprune.engine.key_facts import AttentionCall, KeyFacts, Rows
 from tokenprune.engine.query_rows import put, seen_keys, take
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.bypass import Bypass
+from tokenprune.interfaces.cache_policy import CachePolicy
 from tokenprune.interfaces.intervention import Attended, DecoderInfo, Facts, Intervention
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.signals import VISION_SIGNALS, Signal
@@ -58,6 +60,7 @@ class AttentionInterventions:
         cuts = [stage.depth for stage in stages if stage.place == "layer"]
         self.layers: dict[int, int] = {}  # which intervention acts in which layer
         self.bypasses: list[tuple[Bypass, tuple[int, ...]]] = []  # and those that change no attention
+        policies: list[tuple[CachePolicy, tuple[int, ...]]] = []
         for number, one in enumerate(self.interventions):
             layers = one.prepare(decoder)
             if layers:
@@ -66,6 +69,9 @@ class AttentionInterventions:
                     check_wider(config, kind, one.name, "use another intervention")
             if isinstance(one, Bypass):
                 self.bypasses.append((one, layers))
+                continue
+            if isinstance(one, CachePolicy):
+                policies.append((one, layers))
                 continue
             for layer in layers:
                 if layer in self.layers:
@@ -78,14 +84,19 @@ class AttentionInterventions:
         self.signals = self._signals_of_tower(stages)  # what they read of the vision tower
         self._facts = KeyFacts(self.interventions, self.layers)
         self._bias = KeyBias(stages, config, len(adapter.layers), kind)
-        if self.layers and any(word in kind for word in ("flex", "paged")):
+        changed = {
+            **self._bias.layers,
+            **{layer: self.interventions[number].name for layer, number in self.layers.items()},
+        }
+        self.policies = CachePolicies(adapter, policies, calls, changed)
+        if (self.layers or self.policies) and any(word in kind for word in ("flex", "paged")):
             raise ValueError(
                 f"Interventions read the mask of a layer, and {kind!r} has none that can be read. Load the model with "
                 "attn_implementation='sdpa', 'eager' or a flash attention."
             )
         self._places: dict[Any, int] = {
             unwrap(adapter.attention(adapter.layers[layer])): layer
-            for layer in sorted({*self.layers, *self._bias.layers})
+            for layer in sorted({*self.layers, *self._bias.layers, *self.policies.layers})
         }
         self._stock: dict[int, tuple[Any, Any]] = {}  # the layer's own config, and its eager function
         self._run_again: set[int] = set()  # layers in which checkpoint wrappers run attention a second time
@@ -127,6 +138,8 @@ class AttentionInterventions:
 
     def _who(self, layer: int) -> str:
         """What acts in a layer, for messages."""
+        if self.policies.policy is not None and layer not in self.layers:
+            return self.policies.policy.name
         return self.interventions[self.layers[layer]].name if layer in self.layers else self._bias.layers[layer]
 
     def install(self, ledger: Ledger) -> None:
@@ -135,6 +148,7 @@ class AttentionInterventions:
             return
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+        self.policies.install(ledger)
         self._interfaces, name = ALL_ATTENTION_FUNCTIONS, f"tokenprune_{id(self):x}"
         ALL_ATTENTION_FUNCTIONS[name] = opaque(_weakly(self))
         ledger.add(lambda: ALL_ATTENTION_FUNCTIONS.pop(name) and None)
@@ -245,6 +259,8 @@ class AttentionInterventions:
         """A line for each intervention: name, layers, what it found in `prompt`."""
         lines = []
         bypassed = {id(one): layers for one, layers in self.bypasses}
+        if self.policies.policy is not None:
+            bypassed[id(self.policies.policy)] = self.policies.layers
         for number, one in enumerate(self.interventions):
             layers = bypassed.get(id(one)) or [layer for layer, owner in self.layers.items() if owner == number]
             noted = prompt.noted[number] if prompt.noted else {}
@@ -280,12 +296,18 @@ class AttentionInterventions:
         layer, width = self._places[module], value.shape[-1]
         held = key.shape[2] - query.shape[2]
         kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        bias = self.bias(layer, held, query.transpose(1, 2))
+        bias = self.bias(layer, held, query.transpose(1, 2)) if self._bias.layers else None
         if bias is not None and self._call is not None:
             self._call.bias.layers[layer] = bias
             query, value = biased_query(query), biased_value(value)
             key = biased_key(key, bias, kwargs["scaling"])
-        output, weights = self._changed(module, layer, held, query, key, value, attention_mask, **kwargs)
+
+        def own() -> tuple[Tensor, Any]:
+            return self._changed(module, layer, held, query, key, value, attention_mask, **kwargs)
+
+        if self.policies:
+            return self.policies.attended(layer, query, key, value, attention_mask, kwargs["scaling"], own)
+        output, weights = own()
         return output[..., :width], weights
 
     def _changed(
@@ -337,6 +359,7 @@ class AttentionInterventions:
                 drafted=0 if call.prompt is None else call.prompt.drafted,
                 carried=self._facts.carried(call, layer, query.device),
                 stock=lambda *changed: stock(*changed)[0].transpose(1, 2),
+                made={} if facts is None else facts.made,
             )
 
         if measures:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.interfaces.budget import split_budget
-from tokenprune.interfaces.pruner import Stage
+from tokenprune.interfaces.pruner import Pruner, Stage
 from tokenprune.interfaces.selection import Selection
 from tokenprune.interfaces.signals import Signal, TowerInfo
 from tokenprune.interfaces.view import View
@@ -186,6 +186,16 @@ def check_placed(stage: Stage, rasters: Sequence[Raster]) -> None:
         )
 
 
+def _checked(pruner: Pruner, selection: Any) -> Selection:
+    """Raise TypeError unless a method returned what it has to: methods of users' own go through here."""
+    if not isinstance(selection, Selection):
+        raise TypeError(
+            f"{type(pruner).__name__}.select must return a tokenprune.Selection, and it returned a "
+            f"{type(selection).__name__}: write Selection(indices), indices being [images, k] int64, increasing."
+        )
+    return selection
+
+
 def part_key(pixel_key: Tensor, image: int, begin: int) -> Tensor:
     """`[]` int64, a part's number for random methods: of its visual's pixels, of the visual's place among those of its
     prompt, and of where the part begins."""
@@ -248,7 +258,7 @@ def choose(
         items = [asked[member] for member in members]
         view = make_view(stage, tower, items)
         least = 0 if stage.place == "layer" else 1
-        selection = pruner.select(view).validate(len(items), view.num_tokens, least)
+        selection = _checked(pruner, pruner.select(view)).validate(len(items), view.num_tokens, least)
         width = view.features.shape[-1]
         flops += pruner.flops(len(items), view.num_tokens, width, selection.indices.shape[1], tower)
         if pruner.biases_keys and selection.features is not None and selection.sizes is None:

@@ -3,7 +3,8 @@
 A few random embeddings in two rows, one of them padded, go through the decoder twice: shortened by the engine at the
 places that a plan cuts at, with a KV cache and one token after them, and at full length with the same tokens hidden by
 masks. Both must say the same of every token that stays. A decoder in which a token's place counts beyond its position
-id (convolutions, distances in the row) differs here, and is refused. It says nothing of what only long rows do.
+id (convolutions, distances in the row) differs here, and is refused. It says nothing of what only long rows do. Of many
+layers that are alike a few run (`layer_sample.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from tokenprune.engine.engine import Engine
 from tokenprune.engine.layer_check import hooked, there, undisturbed
+from tokenprune.engine.layer_sample import only, sampled_layers
 from tokenprune.engine.whole_masks import RECURRENT
 from tokenprune.hooks import Ledger
 from tokenprune.interfaces.adapter import Adapter
@@ -66,8 +68,8 @@ def to_be_tried(adapter: Adapter) -> bool:
 def check_removal(adapter: Adapter, stages: Sequence[Stage]) -> None:
     """Try the decoder at the places where a plan cuts.
 
-    It takes two passes of a few tokens, once for each decoder and plan; weights that are not here (on the meta device,
-    sharded, split over processes) are not tried.
+    It takes three passes of a few tokens, once for each decoder and plan, of a few layers of each kind; weights that
+    are not here (on the meta device, sharded, split over processes) are not tried.
 
     Raises:
         ValueError: what is left differs from what hiding gives; the message says which cuts the model lacks.
@@ -78,23 +80,31 @@ def check_removal(adapter: Adapter, stages: Sequence[Stage]) -> None:
     split = getattr(adapter.model, "_tp_size", None) or getattr(adapter.model, "tp_size", None) or 1
     if layers in known or split > 1 or not there(decoder):
         return
-    for cuts, lacks in (((), INPUT_CUTS), (layers, LAYER_CUTS)):
-        if cuts not in known:
-            _checked(adapter, cuts, lacks)
-            known.add(cuts)
+    says = _differs(adapter, layers)  # cut at the input too
+    known |= {(), layers} if not says else set()
+    if says and layers and () not in known:
+        _refuse(adapter, INPUT_CUTS, _differs(adapter, ()))
+        known.add(())
+    _refuse(adapter, LAYER_CUTS if layers else INPUT_CUTS, says)
 
 
-def _checked(adapter: Adapter, layers: tuple[int, ...], lacks: str) -> None:
-    decoder, works = adapter.language_model, ""
+def _differs(adapter: Adapter, layers: tuple[int, ...]) -> str:
+    """In what removing differs from hiding; "" if it does not."""
+    decoder = adapter.language_model
     try:
-        with undisturbed(decoder):
+        with undisturbed(decoder), only(adapter, sampled_layers(adapter, layers)):
             error = removal_error(adapter, layers)
-        bound = max(1e-3, 16 * torch.finfo(decoder.dtype).eps)
-        if error < bound:
-            return
-        says = f"what stays differs by {error:.1e}, and at most {bound:.1e} is rounding"
     except Exception as raised:  # whatever a decoder of an unknown kind raises when it is called in this way
-        says = str(raised).partition("\n")[0].rstrip(".")
+        return str(raised).partition("\n")[0].rstrip(".") or type(raised).__name__
+    bound = max(1e-3, 16 * torch.finfo(decoder.dtype).eps)
+    return "" if error < bound else f"what stays differs by {error:.1e}, and at most {bound:.1e} is rounding"
+
+
+def _refuse(adapter: Adapter, lacks: str, says: str) -> None:
+    """Raise ValueError if there is something to say."""
+    decoder, works = adapter.language_model, ""
+    if not says:
+        return
     if lacks == LAYER_CUTS:
         works = " Methods that cut at 'input' or before it work (random, divprune)."
     raise ValueError(

@@ -229,6 +229,7 @@ class Engine:
         if call.waiting is not None:
             self._lay_out(call, call.waiting)
             self._hold_against_features(call.prompt, self.adapter.rows_seen(kwargs, inputs.embeds))
+        self.attending.policies.begin(inputs, call.prompt)
         prompt, before = call.prompt, pruned_prompt(inputs.cache)
         if prompt is None and inputs.past == 0:
             self._remember(Prompt(Layout((), inputs.batch_size, inputs.length)))
@@ -288,12 +289,11 @@ class Engine:
         self._serve(call, None)
         cache = cache_in(output)
         self.attending.finish(cache)
-        if current is None:
-            return
-        after = current.result()
+        after = None if current is None else current.result()
         if after is not None and cache is not None:
             mark_pruned(cache, after)
-        if not current.moves:
+        self.attending.policies.finish(cache, call.prompt, bool(self._layers))
+        if current is None or not current.moves:
             return
         if call.labels is not None:
             strike_out(call.labels, current.moves[-1][1])

@@ -213,6 +213,8 @@ class Adapter:
         mrope: whether positions are 3-D ids of which gaps are no counts of tokens.
         behind_tower: whether visuals are laid out once the tower has run, by the features that it made
             (`visuals_behind`), rather than before it (`visuals`).
+        latents: the class of a module that makes latents of whole pictures before the decoder, so that its tower is
+            neither read nor cut; "" where there is none, or its file says what is a token's.
         verified: whether its classes are tested one by one; else the loaded model is tried when a method is applied.
         limits_whole_videos: whether the limits in pixels that its video processor is given are for all frames of a
             video together, not for each.
@@ -225,6 +227,7 @@ class Adapter:
     pixels: Mapping[str, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
     mrope: bool = False
     behind_tower: ClassVar[bool] = False
+    latents: str = ""
     verified: ClassVar[bool] = True
     limits_whole_videos: ClassVar[bool] = False
     decoder_path: ClassVar[str] = "model.language_model"

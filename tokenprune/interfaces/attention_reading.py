@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 _ATTENTION = ("self_attn", "attention", "self_attention")
 _MLP = ("mlp", "block_sparse_moe", "feed_forward")
-_INPUT_NORM = ("input_layernorm",)
+_INPUT_NORM = ("input_layernorm", "attention_layernorm")
 _HEAD_NORMS = ("{}_norm", "{}_layernorm")
 _OUTPUT = ("o_proj", "dense", "out_proj")
 _HEAD_WIDTH = ("head_dim", "head_size")

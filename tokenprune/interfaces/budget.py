@@ -108,3 +108,11 @@ def budget_size(keep: int | float | str) -> float:
     """A number to sort budgets by."""
     average = average_of(keep)
     return float(keep if average is None else average)
+
+
+def budget_text(keep: int | float | str) -> str:
+    """A budget as people read it: a fraction that a search found has 17 digits, of which four say what it is."""
+    if isinstance(keep, float):
+        return f"{keep:.4g}"
+    average = average_of(keep)
+    return f"{AVERAGE}{average:.4g}" if isinstance(average, float) else str(keep)

@@ -1,4 +1,4 @@
-"""The four things that a model can have or lack, and that are found out of the loaded model: what a refusal names."""
+"""The five things that a model can have or lack, and that are found out of the loaded model: what a refusal names."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ TOWER_SIGNALS = "tower signals"
 TOWER_CUTS = "tower cuts"
 """Tokens can be taken out of the rows between two blocks of its vision tower."""
 
-CAPABILITIES = (INPUT_CUTS, LAYER_CUTS, DECODER_SIGNALS, TOWER_SIGNALS)
+CAPABILITIES = (INPUT_CUTS, LAYER_CUTS, DECODER_SIGNALS, TOWER_SIGNALS, TOWER_CUTS)

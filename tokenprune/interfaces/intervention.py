@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -107,6 +107,8 @@ class Attended:
         allowed: `[B or 1, R, K]` bool, True where a row sees a key; None: every row sees all keys.
         scale: what the dot products are multiplied by.
         facts: what was noted on the first P <= K keys of this layer.
+        made: a place for tables made of `facts` alone: they are there again in later calls, for as long as the facts
+            stay what they are.
         real: `[B, R]` bool, False at padding, and at places filled up because samples differ in their number of rows;
             None: all are real. A row that is not real may see no key, and what it gets must be finite.
         prompt: whether the rows are of a prompt that facts were noted on in this call; False for decoded tokens and
@@ -133,6 +135,7 @@ class Attended:
     drafted: int
     carried: Carried
     stock: Callable[[Tensor, Tensor, Tensor], Tensor]
+    made: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -209,8 +212,9 @@ class Intervention:
         calls it is asked about all rows. By default text after a visual token.
 
         Args:
-            visual, attended: `[B, S]` bool on the CPU, as laid out, before any cut. Visual rows may have left by the
-                time of a layer, so text rows alone can be named.
+            visual: `[B, S]` bool on the CPU, as laid out, before any cut. Visual rows may have left by the time of a
+                layer, so text rows alone can be named.
+            attended: `[B, S]` bool on the CPU, likewise: what is no padding.
             before: `[B]` bool on the CPU, whether the cache has visual tokens from earlier turns.
         """
         return attended & ~visual & ((visual.cumsum(1) > 0) | before[:, None])

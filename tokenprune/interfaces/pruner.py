@@ -184,7 +184,15 @@ class Pruner:
 
     def select(self, view: View) -> Selection:
         """Keep the `view.budget` tokens with the highest score; ties go to the lower raster index."""
-        return Selection(topk_indices(self.score(view), view.budget))
+        scores = self.score(view)
+        wanted = (view.num_images, view.num_tokens)
+        if not isinstance(scores, Tensor) or tuple(scores.shape) != wanted:
+            came = f"a tensor {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            raise TypeError(
+                f"{type(self).__name__}.score must return one number for each visual token, a tensor {wanted} (images, "
+                f"tokens); it returned {came}."
+            )
+        return Selection(topk_indices(scores, view.budget))
 
     def target_grid(self, grid: tuple[int, int], budget: int) -> tuple[int, int]:
         """Only at the site "pixels": (rows, cols) of the visual tokens that the tower shall make of a picture that

@@ -50,6 +50,11 @@ def in_the_open(given: Attended, change: Callable[[Tensor, slice], Tensor]) -> T
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
+def writable(values: Tensor) -> Tensor:
+    """The same numbers where they may be written over: a copy where they are needed for gradients."""
+    return values.clone() if values.requires_grad else values
+
+
 def of_heads(given: Attended, heads: Sequence[int]) -> Attended:
     """The same of some query heads, each with a key head of its own."""
     group = given.query.shape[1] // given.key.shape[1]

@@ -33,10 +33,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from tokenprune.interfaces.intervention import Attended, DecoderInfo, Facts, Intervention
-from tokenprune.interventions._rows import blocks, check_heads, in_the_open, logits, of_heads
+from tokenprune.interventions._rows import blocks, check_heads, in_the_open, logits, of_heads, writable
 from tokenprune.registry import register_intervention
 
 _LEAST_ROWS = 8
@@ -110,25 +109,29 @@ class ACT(Intervention):
         return facts["sinks"].flatten(1).any(1)
 
     def attend(self, given: Attended) -> Tensor | None:
-        sinks = given.facts["sinks"].transpose(1, 2)[:, :, None].float()  # [B, H, 1, P]
+        if "act" not in given.made:
+            sinks = given.facts["sinks"].transpose(1, 2)[:, :, None].float()  # [B, H, 1, P]
+            given.made["act"] = sinks if self.heads is None else sinks[:, list(self.heads)]
+        sinks = given.made["act"]
         if self.heads is None:
             return self._calibrated(given, sinks)
         out = given.stock(given.query, given.key, given.value).clone()
-        out[:, list(self.heads)] = self._calibrated(of_heads(given, self.heads), sinks[:, list(self.heads)]).to(
-            out.dtype
-        )
+        out[:, list(self.heads)] = self._calibrated(of_heads(given, self.heads), sinks).to(out.dtype)
         return out
 
     def _calibrated(self, given: Attended, sinks: Tensor) -> Tensor:
         known = sinks.shape[3]
 
         def change(scores: Tensor, part: slice) -> Tensor:
-            weights = scores.softmax(-1)
-            mass = (weights[..., :known] * sinks).sum(-1, keepdim=True)
-            rest = (1 - mass).clamp(min=torch.finfo(mass.dtype).tiny)
-            gain = (1 - self.beta * mass) / rest
-            factor = torch.where(pad(sinks, (0, weights.shape[-1] - known)) > 0, self.beta, gain)
-            return torch.where(1 - mass > 1e-6, weights * factor, weights)
+            weights = writable(scores.softmax(-1))
+            seen = weights[..., :known]
+            mass = (seen * sinks).sum(-1, keepdim=True)
+            rest = 1 - mass
+            gain = torch.where(rest > 1e-6, (1 - self.beta * mass) / rest, 1.0)
+            stays = torch.where(rest > 1e-6, self.beta - gain, 0.0)
+            seen *= torch.addcmul(gain, sinks, stays)
+            weights[..., known:] *= gain
+            return weights
 
         return in_the_open(given, change)
 

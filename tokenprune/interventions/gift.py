@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.interfaces.intervention import Attended, DecoderInfo, Entering, Facts, Intervention
-from tokenprune.interventions._rows import blocks, in_the_open, logits
+from tokenprune.interventions._rows import blocks, in_the_open, logits, writable
 from tokenprune.registry import register_intervention
 
 _PUBLISHED = {("llava", 32): (11, range(12, 23), 5.0), ("llava", 40): (10, range(14, 21), 5.0)}
@@ -147,27 +147,42 @@ class GIFT(Intervention):
     def attend(self, given: Attended) -> Tensor | None:
         if given.layer == self._measured:
             return None
-        known = given.facts["image"].shape[1]
-        image = given.facts["image"][:, None, None].float()
-        question = given.facts["question"][:, None, None].float()
-        gain = (self._alpha * given.facts["saliency"])[:, None, None].exp()
+        sums, gains = self._tables(given)
+        known = sums.shape[1]
 
         def change(scores: Tensor, part: slice) -> Tensor:
             weights = scores.softmax(-1)
-            seen = weights[..., :known]
-            looks, asks = (seen * image).sum(-1), (seen * question).sum(-1)  # [B, H, R]
-            looking, asking = most(looks)[..., None], most(asks)[..., None]
-            raised = torch.where(looking, torch.where(image > 0, seen * gain, seen), seen)
-            before = (looks * looking[..., 0]).sum(1, keepdim=True)
-            after = ((raised * image).sum(-1) * looking[..., 0]).sum(1, keepdim=True)
-            ratio = torch.where(before > 0, after / before, 1.0)[..., None]
-            ratio = ratio if self.cap is None else ratio.clamp(max=self.cap)
-            raised = torch.where(asking & (question > 0), raised * (self.beta * ratio), raised)
-            whole = torch.cat([raised, weights[..., known:]], dim=-1)
-            changed = looking | asking
-            return torch.where(changed, whole / whole.sum(-1, keepdim=True), weights)
+            batch, heads, rows, _ = weights.shape
+            masses = torch.bmm(weights[..., :known].flatten(1, 2), sums).view(batch, heads, rows, 3)
+            picked = most(masses[..., :2])  # [B, H, R, 2]
+            looking, asking = picked.unbind(-1)
+            looks, asks, raised = masses.unbind(-1)
+            before, after = (looks * looking).sum(1, keepdim=True), (raised * looking).sum(1, keepdim=True)
+            ratio = torch.where(before > 0, after / before, 1.0)
+            more = self.beta * (ratio if self.cap is None else ratio.clamp(max=self.cap)) - 1  # [B, 1, R]
+            asking = asking * more
+            factors = torch.bmm(torch.stack([looking, asking], dim=-1).flatten(1, 2), gains) + 1
+            total = 1 + looking * (raised - looks) + asking * asks  # what the row sums to then
+            weights = writable(weights)
+            weights[..., :known] *= factors.view(batch, heads, rows, known)
+            return weights.div_(total[..., None])
 
         return in_the_open(given, change)
+
+    def _tables(self, given: Attended) -> tuple[Tensor, Tensor]:
+        """`[B, P, 3]`, by which weights are summed over image, question and the raised image, and `[B, 2, P]`, by how
+        much more a head has of the image and of the question."""
+        if "gift" not in given.made:
+            image, question = given.facts["image"].float(), given.facts["question"].float()
+            gain = (self._alpha * given.facts["saliency"]).exp()
+            sums = torch.stack([image, question, image * gain], dim=-1)
+            given.made["gift"] = sums, torch.stack([image * (gain - 1), question], dim=1)
+        return given.made["gift"]
+
+    def flops(self, given: Attended) -> int:
+        batch, heads, rows, _ = given.query.shape
+        # three sums over the keys whose facts are known, and two gains for each
+        return super().flops(given) + 10 * batch * heads * rows * given.facts["image"].shape[1]
 
     def summary(self, noted: Mapping[int, Facts]) -> str:
         said = f"alpha {self._alpha:g}, beta {self.beta:g}, measured in layer {self._measured}"
@@ -183,10 +198,9 @@ class GIFT(Intervention):
 
 
 def most(mass: Tensor) -> Tensor:
-    """`[B, H, R]` bool: the half of the heads with the most, the earlier of equals first."""
-    heads = mass.shape[1]
-    ranks = mass.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return ranks < max(heads // 2, 1)
+    """Of `[B, H, ...]` the half of the heads with the most, 1 there and 0 elsewhere; the earlier of equals first."""
+    best = mass.argsort(dim=1, descending=True, stable=True)[:, : max(mass.shape[1] // 2, 1)]
+    return torch.zeros_like(mass).scatter_(1, best, 1.0)
 
 
 def scaled(mean: Tensor, image: Tensor) -> Tensor:

@@ -118,9 +118,10 @@ class Imbalance(Intervention):
     def attend(self, given: Attended) -> Tensor | None:
         groups = given.facts["groups"]
         known = groups.shape[1]
-        strength = torch.where(groups == LOCAL, self.alpha, torch.where(groups == SUMMARY, self.beta, 0.0))
-        strength = strength[:, None, None].float()  # [B, 1, 1, P]
-        image = given.facts["image"][:, None, None].float()
+        if "imbalance" not in given.made:
+            strength = torch.where(groups == LOCAL, self.alpha, torch.where(groups == SUMMARY, self.beta, 0.0))
+            given.made["imbalance"] = strength[:, None, None].float(), given.facts["image"][:, None, None].float()
+        strength, image = given.made["imbalance"]  # [B, 1, 1, P]
 
         def change(scores: Tensor, part: slice) -> Tensor:
             raised = strength
@@ -129,7 +130,7 @@ class Imbalance(Intervention):
                 mean = looks.mean(1, keepdim=True).clamp(min=torch.finfo(looks.dtype).tiny)
                 raised = strength * (looks / mean).clamp(0.5, 1.5)
             own = scores[..., :known]
-            if given.allowed is None:
+            if given.allowed is None and not own.requires_grad:
                 own.addcmul_(raised.expand_as(own), own.abs())
                 return scores.softmax(-1)
             hidden = own == torch.finfo(scores.dtype).min  # a key that a row does not see stays so

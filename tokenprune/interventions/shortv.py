@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,8 @@ def _file(calibration: str) -> Path:
 
     name = f"shortv_{calibration.replace('-', '_')}"
     shipped = [Path(place) / "configs" / "learned" / name / "contributions.json" for place in tokenprune.__path__]
-    for file in (Path(calibration).expanduser(), *shipped):
-        if file.is_file():
+    for file in (Path(os.path.expanduser(calibration)), *shipped):
+        if os.path.isfile(file):
             return file
     raise ValueError(
         f"calibration={calibration!r} is neither a file nor a model whose calibration ships with the package. Make one "

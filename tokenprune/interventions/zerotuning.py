@@ -120,7 +120,10 @@ class ZeroTuning(Intervention):
         if given.whole and given.query.shape[2] > _FEW:
             query, key, value = self._widened(given, first)
             return given.stock(query, key, value)[..., : given.value.shape[-1]]
-        bias = self._by_head(given.query.device)[None, :, None, None] * first[:, None, None].float()
+        if "zerotuning" not in given.made:
+            bias = self._by_head(given.query.device)[None, :, None, None] * first[:, None, None].float()
+            given.made["zerotuning"] = bias  # [B, H, 1, P]
+        bias = given.made["zerotuning"]
 
         def change(scores: Tensor, part: slice) -> Tensor:
             scores[..., : first.shape[1]] += bias

@@ -9,6 +9,9 @@ The kernel is r_i cos(x_i, x_j) r_j over the tokens as the decoder gets them; r 
 extremes. The set is the greedy maximum of its determinant: again and again the token whose vector has the largest part
 outside of what the chosen ones span (Chen et al., 2018).
 
+    L_ij = r_i cos(x_i, x_j) r_j
+    S = argmax det L_S  over sets of k tokens, greedily
+
 Relevance, by the option `relevance`:
 - "embedding": cosine of each token with the mean embedding of the text behind the last visual token, from the
   decoder's table of embeddings. An extension of ours, for models without a text tower in the space of the pictures.

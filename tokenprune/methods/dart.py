@@ -12,6 +12,9 @@ of the visual tokens that are neither pivots nor taken, those with the lowest co
 enter layer K, as the norm behind the model's last layer makes them (code). Visual pivots and what was taken stay, text
 pivots are not counted. Position ids are kept (code). No attention is read.
 
+    s_j = |k_j|_1,  pivots: the 4 visual and the 4 text tokens with the largest s
+    pivot p takes the tokens with the lowest cos(h_p, h_j)
+
 `variant` says how many each pivot takes. "exact" (our choice): the budget without the visual pivots, shared evenly, and
 what is left over one each to the first pivots, so that exactly the budget stays. "official": an eighth of the budget,
 rounded down, so that 4 + 8 (keep // 8) stay: 132 for 128. `keep` is the official `max_num_trunction`, a fraction its

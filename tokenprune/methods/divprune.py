@@ -8,6 +8,9 @@ Licence: CC BY-NC 4.0 upstream; this file was written from the formulas, no code
 Distance is 1 - cosine between the embeddings that the LLM would get. The first token is the one whose nearest neighbour
 is farthest; then, again and again, the token with the largest distance to its nearest chosen one (code).
 
+    d_ij = 1 - cos(x_i, x_j)
+    s_1 = argmax_i min_{j != i} d_ij,  s_{t+1} = argmax_i min_{j in S_t} d_ij
+
 Deviations:
 - The running minimum is updated in place, k steps of O(N); the official loop gathers rows anew. Same result.
 - fp32 throughout: the official half-precision Gram product gives ties and negative distances near 0 (our choice).

@@ -7,6 +7,8 @@ This file was written from the formulas, no code was copied.
 A token's score is 1 - its cosine with the token at the same place of the frame before; those of the first frame come
 before all others. The highest k stay, ties in the order of the video. Kept tokens keep their positions.
 
+    s_{t,p} = 1 - cos(x_{t,p}, x_{t-1,p}),  frame t, place p
+
 Deviations:
 - The budget is exact. vLLM keeps at least the tokens of one frame; here a smaller budget keeps the first of them.
 - A token whose place in the frame before is empty, because an earlier cut took it, comes first as well.

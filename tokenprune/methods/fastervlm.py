@@ -8,6 +8,8 @@ Licence: Apache-2.0 upstream; this file was written from the formulas, no code w
 The score is [CLS]'s attention in the feature layer (LLaVA-1.5: block 22 of 0..23), mean over heads, softmax over [CLS]
 and patches (code): the first part of VisionZip, and `vtc_cls` with one layer.
 
+    s_j = (1 / H) sum_h A_h[CLS, j]
+
 Deviations:
 - Selection happens after the projector, on tokens that are the same up to float error.
 - Ties go to the lower raster index. Crops and frames are ranked each on its own, with their share of the budget.

@@ -9,6 +9,8 @@ Entering decoder layer K, visual tokens are ranked by the attention that the las
 softmax over all tokens, mean over heads (code; the paper speaks of the average attention received, which the authors'
 threads settle as the last row). The kept ones keep their position ids (code).
 
+    s_j = (1 / H) sum_h A_{K-1,h}[last, j]
+
 Deviations:
 - Each image or video has its own budget; the official code ranks one hard-coded span of one image.
 - The row is computed from layer K - 1's own projections of its input, so that the model keeps its fast attention; the

@@ -10,6 +10,9 @@ with the largest value over heads (code); self is the mean over the visual's tok
 sum over the text behind. Position ids are kept (code). The schedule, N_l for each layer, is found once from a few
 samples, see `tokenprune.evals.tuning.deletions`; the official ones for LLaVA-1.5 are not here.
 
+    s_j = self_j cross_j
+    self_j = mean_{i in V} max_h A_h[i, j],  cross_j = sum_{t in T} max_h A_h[t, j]
+
 Budget (our choice): `keep` is how many tokens are left before the last layer, and `average=` solves for the mean over
 the layers, as with every method. The file has one schedule for each share of FLOPs that was asked for. Two whose ends
 lie on both sides of `keep` are interpolated; below the lowest and above the highest, or with one schedule alone,
@@ -31,6 +34,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -116,8 +120,8 @@ def schedule_file(schedule: str) -> Path:
 
     name = f"fitprune_{schedule.replace('-', '_')}"
     shipped = [Path(place) / "configs" / "learned" / name / FILE for place in tokenprune.__path__]
-    for file in (Path(schedule).expanduser(), *shipped):
-        if file.is_file():
+    for file in (Path(os.path.expanduser(schedule)), *shipped):
+        if os.path.isfile(file):
             return file
     raise ValueError(
         f"schedule={schedule!r} is neither a file nor a model whose schedule ships with the package. Make one with "

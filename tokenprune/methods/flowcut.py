@@ -12,6 +12,9 @@ blocks left before the one that must be short (R = F - 1 - block, F the feature 
 P = round((N - T) / sqrt(R) * (1 - r^2)) of them, r being the entropy of a over ln N; at R = 0 all but T (code). The
 block that follows runs on what is left, so the tower itself gets cheaper.
 
+    S_j = (a_j + m_j) d_j,  C = 0.5 C + 0.5 S
+    P = round((N - T) / sqrt(R) * (1 - r^2)),  r = entropy(a) / ln N
+
 Models of many visual tokens (LLaVA-NeXT, Qwen2-VL) get a second cut (code). The tower keeps more: T / 2 rounded down
 of each crop where an image comes in several, else 2 T. Decoder layers 0 and 1 see those that are left, and behind layer
 1 the T with the highest S stay, if there are more: a and m are the softmax, over the visual tokens alone, of the last

@@ -10,6 +10,10 @@ sum of phi, the highest first. Scan: again and again the token whose nearest kep
 are kept. Refine: of the tokens that leave, kappa for each scanned one are absorbed, those most like some scanned one,
 each by that one, with phi for weights; focus tokens stay as they are.
 
+    phi_j = relevance_j^alpha * saliency_j^beta
+    focus: the fewest tokens with sum phi >= rho * sum of all phi
+    scan: s = argmin_i max_{j in S} cos(x_i, x_j)
+
 Our choices, and deviations:
 - Relevance by the option `relevance`: "embedding" (an extension, labelled in reports), "hint" (published: CLIP's text
   tower, `tokenprune.clip_relevance`), or "none", as published for Qwen2.5-VL. The text says cosine and cites CDPruner,

@@ -10,6 +10,8 @@ tokens that a row sees, mean over heads and over the text behind the visual toke
 enter the decoder, in their order. The net ("student") is trained offline on a gradient x attention rollout, see
 `tokenprune.evals.learned.rollout`; one for each model.
 
+    A0_j = mean over heads h and text rows t of A_h[t, j],  s = net(log(A0 / mean A0))
+
 Evidence: sites, A0, depth and channels of the net, label and loss come from the note (unverified against the paper).
 Our choices, where it says nothing: kernel 3 with zero padding, GELU behind each block, no norm, a last 1 x 1
 convolution, mean over heads; the logarithm of A0, scaled to mean 1 over the visual tokens, in place of A0 (a few tokens
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +103,8 @@ def student_folder(student: str) -> Path:
     shipped = [
         Path(place) / "configs" / "learned" / f"gtc_{student.replace('-', '_')}" for place in tokenprune.__path__
     ]
-    for folder in (Path(student).expanduser(), *shipped):
-        if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
+    for folder in (Path(os.path.expanduser(student)), *shipped):
+        if os.path.isfile(folder / WEIGHTS) and os.path.isfile(folder / CONFIG):
             return folder
     raise ValueError(
         f"student={student!r} is neither a folder with {WEIGHTS} and {CONFIG} nor a model whose student ships with the "

@@ -11,6 +11,9 @@ V_i = sum_j (S_ij - mu_i)^2 / (m - 1), where j runs over the zeroed diagonal too
 the block that gives the features (code), head-mean, the holistic score is H = A + gamma V, with gamma = mean A / mean V
 in the strip. Strips get quotas in proportion to (mean H)^power, and each keeps its best tokens.
 
+    H_i = A_i + gamma V_i,  gamma = mean A / mean V
+    quota_c = k (mean H_c)^power / sum_c (mean H_c)^power
+
 | | variant="paper" | variant="official" |
 |---|---|---|
 | strips | [1024 / k]; rounded to the nearest, our choice | 16 (LLaVA, hard-coded beside a budget of 64) |

@@ -12,6 +12,9 @@ like its prediction; the first one always stays. Neighbours are the picture's ow
 would have there (anchored): a cell's own pixels where it stays, its prediction where it left, so that what is dropped
 is never further than tau from what it is taken for. At tau = 0 the two are one.
 
+    p = B if |C - A| <= tau < |C - B|, else A
+    the cell stays where |g - p| > tau
+
 The tower then runs on the cells that stay, each with the position that it had, and so does the decoder.
 
 The method decides by picture how many stay: all of a photo, few of a screenshot. Our choices:

@@ -10,6 +10,9 @@ number kept by `count="outliers"` is floor(N x share of patches above Q3 + 1.5 I
 budget, as tables at equal cost need it. To each kept token are added the 32 with the most similar keys of that block,
 weighted by their attention, which is not brought to sum 1 (code).
 
+    x_i' = x_i + sum_{j in near(i)} a_j x_j
+    count = floor(N * share of j with a_j > Q3 + 1.5 (Q3 - Q1))
+
 Deviations:
 - Merging is of the tokens as the decoder gets them; the official code merges before the projector. Behind a linear
   projector the two are the same but for its bias.

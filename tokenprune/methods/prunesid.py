@@ -14,6 +14,8 @@ Licence: Apache-2.0 upstream; this file was written from the formulas, no code w
    suppressed (cumulative rounding), within the bounds; what is then left goes to the groups with most of that.
 4. A group gives its unsuppressed tokens first, then the suppressed ones, each by importance.
 
+    group_j = argmax_m |v_mj|,  theta = k / 32 * mean_{i,j} cos(x_i, x_j)
+
 On towers with [CLS] states are those behind the feature layer and importance is [CLS]'s attention there (code for
 LLaVA). Without [CLS] (code for Qwen2-VL) states are the tokens as the decoder gets them, importance is the magnitude in
 the vector of the group, there are at least 4 groups, and theta is max(18 k / N, 1) times the sum of the cosines of the

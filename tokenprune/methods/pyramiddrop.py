@@ -10,6 +10,9 @@ rounded down, with r = 1/2 (code). The score is the attention of the last prompt
 layer before which tokens leave, on the hidden states that would enter it, softmax over all tokens in fp32, mean over
 heads (code). Positions are closed up at every stage (code).
 
+    N_s = floor(N r^s),  s = 1, 2, 3
+    score_j = (1 / H) sum_h A_h[last, j]
+
 Deviations:
 - `keep` counts the tokens after the last stage and sets r = (keep / N)^(1 / stages): 72 of 576 is the official
   schedule 288, 144, 72, an average of 270. A fraction is of N at every stage, each count rounded down and at least 1:

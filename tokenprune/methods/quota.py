@@ -13,6 +13,8 @@ A frame of score p has the share p^2 / sum p^2 of the budget k, n tokens; s = fl
   reading.
 Merging (v4 and v5 of the code) is not here; "tome" merges frames.
 
+    n_f = k p_f^2 / sum_f p_f^2,  s = floor(sqrt(n_f))
+
 Scores: hint "frame_scores", `handle.set_hints(frame_scores=[...])`, one list a video; `tokenprune.frame_scores` asks a
 model for them as the paper does. What stands for a picture is not looked at (None will do): a picture is one frame of
 weight 1, its crops share by size. `scores="uniform"` needs no hint and gives every frame the same.

@@ -9,6 +9,8 @@ Again and again the token with the highest gain x a^alpha is taken: a is [CLS]'s
 gain is what the token adds to the coverage of all tokens of its picture, by cosine of the hidden states behind that
 layer.
 
+    next = argmax_i a_i^alpha sum_j max(0, cos(x_i, x_j) - c_j),  c_j = max_{s in S} cos(x_s, x_j)
+
 Deviations:
 - Lazy greedy, with the same choices (our exact speed-up), in fp32; the official code works in half precision.
 - Once nothing is gained by saliency times coverage, tokens come by coverage, then by saliency (our choice); in the

@@ -9,6 +9,8 @@ norm and the projections of queries and keys are used. The logit of a visual tok
 query of the prompt's last token over sqrt(d), mean over heads (code). Trained on labels that the model's own attention
 gives, see `tokenprune.evals.learned.sd_rpn`.
 
+    s_j = (1 / H) sum_h q_{h,last} k_{h,j} / sqrt(d)
+
 The paper crops the picture where these logits are high, encodes the crops and runs the prompt again with both; that is
 `tokenprune.regions.zoomed`. Keeping the tokens of the highest logits at layer K, in the same pass, is our extension.
 
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,8 +54,8 @@ def branch_config(branch: str) -> dict[str, Any]:
     Raises:
         ValueError: there is none.
     """
-    file = Path(branch).expanduser() / "config.json"
-    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file = Path(os.path.expanduser(branch)) / "config.json"
+    said = json.loads(file.read_text(encoding="utf-8")) if os.path.isfile(file) else {}
     if not {"layer", "layers"} <= said.keys():
         raise ValueError(f"branch={branch!r} is no folder of a branch of sd_rpn. Make one with `{COMMAND}`.")
     return said
@@ -96,7 +99,7 @@ class SdRpn(Pruner):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return () if self.branch == OWN_LAYERS else (Path(str(self.branch)).expanduser() / WEIGHTS,)
+        return () if self.branch == OWN_LAYERS else (Path(os.path.expanduser(str(self.branch))) / WEIGHTS,)
 
     def place(self, depths: ModelDepths) -> tuple[int, int]:
         """K and T on a decoder."""

@@ -5,11 +5,15 @@ https://arxiv.org/abs/2505.18757. v1 had another title, "ToDRE: Visual Token Pru
 for Efficient Large Vision-Language Models".
 Official code: none found; everything follows the text of v2, with which no code could be compared.
 Licence: unknown, there is no code; this file was written from the formulas.
+Published: LLaVA-NeXT-7B, of 2880 tokens 720 / 288: GQA 63.3 / 59.4 of 64.2, POPE 87.5 / 85.0 of 87.7, MME 1504.3 /
+1464.4 of 1519.6, average over eight benchmarks 98.2 / 95.0 percent (paper; its ablation has other numbers for 288).
 
 Stage 1, before the decoder, is diversity. The pivot is the token with the most [CLS] attention in the last encoder
 layer (paper). Embeddings are normalised, and then, k - 1 times, the token with the smallest summed cosine similarity to
 the chosen ones joins them (paper, v2). The abstract of v1 speaks of "greedy k-center", which minimises the largest
 similarity instead; that its formula differed is unverified, and `objective="k_center"` is our reading of the name.
+
+    s_{t+1} = argmin_i sum_{j in S_t} cos(x_i, x_j)
 
 Stage 2 (`fade`), at one deep layer: with the layer's attention, mean over heads, it takes the share of the text rows'
 attention that goes to visual tokens, and the share of the visual rows' attention that goes to text. Where both are

@@ -8,6 +8,9 @@ lambda coverage, each term divided by its mean over the tokens that are left (ap
 `scale`). Distance is 1 - the largest cosine to a kept token, coverage what the token adds to the coverage of those not
 kept. Relevance at the input is [CLS]'s attention in the feature layer, in the decoder the attention of the text.
 
+    next = argmax_i (rel_i / mean rel + alpha d_i / mean d + lambda c_i / mean c)
+    d_i = 1 - max_{j in S} cos(x_i, x_j)
+
 With keep = T there are 2 T at the input, T from layer 12 and T / 4 from layer 24 of 32 (paper); other depths in
 proportion. Decoders of 28 layers (Qwen2.5-VL-7B) cut at 12 and 16, as published, to 281/256 T and 77/256 T. The mean
 over the layers is 1.19 T of 32 layers and 1.14 T of 28, so published rows are not at the cost of one cut to T: write

@@ -4,6 +4,8 @@ Paper: "TransPrune: Token Transition Pruning for Efficient Large Vision-Language
 https://arxiv.org/abs/2507.20630 (main text read; its supplement was not available).
 Official code: liaolea/TransPrune at c9e8284 (23 Feb 2026).
 Licence: MIT upstream; this file was written from the formulas, no code was copied.
+Published: LLaVA-1.5-7B, High and Low: GQA 61.4 and 60.0 of 61.9, POPE 85.0 and 85.1 of 85.9, TextVQA 57.8 and 56.5
+of 58.2, MME-P 1540 and 1491 of 1506, at 1.56 and 1.19 of 3.82 TFLOPs (paper).
 
 What a branch (attention or MLP) of a layer does to a token is m, the length of its output over that of its input, and
 c, their cosine; input is what the branch's norm gives, output is taken before the residual is added. Token transition
@@ -12,6 +14,9 @@ one before the first cut on: 7 to 12, counted from 1. Instruction-guided attenti
 text behind the visual tokens, of the attention to each visual token, by the projections of the layer before which
 tokens leave, on what would enter it, softmax over all keys. Tokens leave before layers 7, 9 and 12, counted from 0
 ("after layers 7, 9 and 12"); the score is alpha TTV + (1 - alpha) IGA.
+
+    m = |f(x)| / |x|,  c = cos(f(x), x),  w = softmax(1 - c)
+    TTV = sum w m  over branches and layers,  score = alpha TTV + (1 - alpha) IGA
 
 Paper and code differ, `variant` chooses. "official": w is over all positions of the prompt, TTV and IGA are each
 brought to sum 1 over the visual tokens, alpha is the even sum. "paper": the direction term is 1 - |c|, w is over the

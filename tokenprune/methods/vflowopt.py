@@ -4,6 +4,8 @@ Paper: "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flo
 ICCV 2025, https://arxiv.org/abs/2508.05211.
 Official code: sihany077/VFlowOpt at 129eeef (29 Aug 2025), which implements LLaVA-OneVision only.
 Licence: CC BY-NC 4.0 upstream; this file was written from the formulas, no code was copied.
+Published: LLaVA-OneVision-7B, mean 50 / 25 / 10 percent of the tokens: POPE 89.4 / 89.1 / 85.2 of 89.1, GQA 62.4 /
+61.2 / 57.3 of 62.2, TextVQA 75.1 / 72.5 / 60.2 of 76.0, average over ten benchmarks 99.9 / 96.3 / 85.5 percent (paper).
 
 The map: of the attention of one vision block, mean over heads, the patches are taken that receive more than t times the
 mean; I is the mean of the attention rows of these (code; paper: their sum), plus alpha times the softmax over the
@@ -11,6 +13,8 @@ picture's patches of the entropy of their grey levels. Stage 1, before the decod
 each cell of the grid (side a, a real number; thumbnail and mosaic apart) those are merged into one, with I for weights,
 which stands where the highest of them stood. Stages 2 and 3, at one and two thirds of the decoder's depth, prune by the
 same map and merge nothing. Ratios of a stage are of the tokens that the stage before it left.
+
+    I_j = mean_{i in D} A[i, j] + alpha softmax_j(E),  D: patches that receive more than t times the mean
 
 The knobs are found offline: `tokenprune tune vflowopt` searches R1, R2, t, a and alpha, and R3 follows from the budget
 (`third_ratio`). The shipped ones (`SHIPPED`) have alpha = 0: entropy is off (code).

@@ -10,6 +10,9 @@ centre is the sum of exp(-|x - c|^2 / 2 a) over a = 1/8, 1/4, 1/2, 1, 2. A frame
 unlike the mean of all; a softmax of that at temperature 0.01 shifts its rate r (1 + p - mean p), at most 1. In each
 frame the tokens least like the mean of all and the mean of their frame stay (code).
 
+    K(x, c) = sum_a exp(-|x - c|^2 / 2 a),  a = 1/8, 1/4, 1/2, 1, 2
+    r_f = min(1, r (1 + p_f - mean p))
+
 `total="exact"` (ours) deals the budget so that the counts are nearest to those rates and add up to it, at least one a
 frame; `total="official"` rounds each frame by itself, so that the total is about the budget.
 

@@ -10,6 +10,9 @@ raster order, every floor(n / c)-th is a target, c of them; each other one goes 
 (cosine of keys of that layer, averaged over heads). A contextual token is its target plus the mean of what goes to it
 (code: a sum of two, about twice as long; `merge="mean"` takes the mean of all).
 
+    dominant: the largest sum_h A_h[CLS, j]
+    x_t' = x_t + mean x_j  over the tokens j whose keys are most like that of target t
+
 Deviations:
 - The official count of dominant tokens includes [CLS], which is no token here: all of k are patches (our choice). The
   share of contextual ones is the official 10 of 64, also in its 20 of 128 and 30 of 192.

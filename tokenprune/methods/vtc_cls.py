@@ -4,9 +4,13 @@ Paper: "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs", 
 https://arxiv.org/abs/2412.05819. Only the abstract could be read; what follows is the official code's behaviour.
 Official code: THU-MIG/VTC-CLS at e41ac9b (23 Apr 2025).
 Licence: Apache-2.0 upstream; this file was written from the formulas, no code was copied.
+Published: LLaVA-1.5-7B, of 576 tokens 256 / 128 / 64: GQA 60.3 / 58.2 / 55.7 of 62.0, POPE 86.2 / 84.0 / 78.8 of 85.9,
+TextVQA 57.7 / 56.8 / 55.5 of 58.3 (a picture of a table in the official README; its start layer is unverified).
 
 For LLaVA-1.5, whose tokens leave CLIP after block 22 of 0..23, the score of a patch is the plain sum over the blocks
 16..22 of the head-mean attention that [CLS] pays to it (code). Block 23 is left out: its output is unused (code).
+
+    s_j = sum_{l=16}^{22} (1 / H) sum_h A_{l,h}[CLS, j]
 
 Deviations:
 - Selection happens after the projector, not before it. The projector works on each token alone, so the kept tokens

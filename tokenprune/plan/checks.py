@@ -94,13 +94,25 @@ def check_plan(stages: Sequence[Stage], depths: ModelDepths) -> tuple[Stage, ...
         if stage.place == "layer" and not depths.first_cut <= stage.depth < depths.decoder:
             raise ValueError(
                 f"{stage.site!r} is not a place to cut in this model: K goes from {depths.first_cut} to "
-                f"{depths.decoder - 1} (cut before the first layer with the site 'input')."
+                f"{depths.decoder - 1} (cut before the first layer with the site 'input'). {_why_not(stage, depths)}"
             )
     _check_one_policy(ordered)
     shrinks = ordered[0].place == "pixels" and ordered[0].after_block is None
     if shrinks and any(stage.place == "vision" for stage in ordered):
         raise ValueError("A picture that 'pixels' shrank cannot be cut again inside the vision tower.")
     return ordered
+
+
+def _why_not(stage: Stage, depths: ModelDepths) -> str:
+    """Why a stage cannot cut before its layer."""
+    if stage.depth >= depths.decoder:
+        return f"The decoder has {depths.decoder} layers."
+    if stage.depth < 1:
+        return "Before the first layer no layer has run that a stage at 'layer' could read."
+    return (
+        f"Layers before {depths.first_cut} get features of the vision tower added to their visual tokens, at places of "
+        "the whole row, so none may leave between them."
+    )
 
 
 def _check_one_policy(stages: Sequence[Stage]) -> None:
@@ -132,7 +144,9 @@ def visual_lengths(stages: Sequence[Stage], num_tokens: int, layers: int) -> lis
     return lengths
 
 
-def solve_average(name: str, mean: Callable[[int], float], average: float, num_tokens: int) -> int:
+def solve_average(
+    name: str, mean: Callable[[int], float], average: float, num_tokens: int, as_share: bool = False
+) -> int:
     """The `keep` (tokens after the last cut) with which a method has `average` visual tokens on average over all
     layers.
 
@@ -142,15 +156,20 @@ def solve_average(name: str, mean: Callable[[int], float], average: float, num_t
         name: of the method, for the message.
         mean: from keep to the mean over the layers; grows with keep.
         num_tokens: N.
+        as_share: whether the user asked for a share of the tokens, for the message.
 
     Raises:
         ValueError: the method cannot reach it at its layers; the message says what it can.
     """
     least, most = mean(1), mean(num_tokens)
     if not least - 0.5 <= average <= most:
+        wanted, reach = f"{average:g} tokens of {num_tokens}", f"from {least:.1f} to {most:.1f}"
+        if as_share:  # then num_tokens is a scale of our own, which no picture has
+            wanted = f"{average / num_tokens:.4g} of the visual tokens"
+            reach = f"from {least / num_tokens:.3f} to {most / num_tokens:.3f} of them"
         raise ValueError(
-            f"{name} cannot hold an average of {average:g} tokens of {num_tokens}: with its layers the average over "
-            f"all layers goes from {least:.1f} to {most:.1f}. Cut at lower layers, or add a stage at 'input'."
+            f"{name} cannot hold an average of {wanted}: with its layers the average over all layers goes {reach}. Cut "
+            "at lower layers, or add a stage at 'input'."
         )
     low, high = 1, num_tokens
     while high - low > 1:

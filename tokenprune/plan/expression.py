@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenprune.registry import INTERVENTIONS
+from tokenprune.registry import beside_methods
 
 
 def split_outside(text: str, mark: str) -> list[str]:
@@ -83,6 +83,10 @@ def yaml_value(text: str, where: str) -> Any:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
         raise ValueError(f"{where} is no YAML{place}: {' '.join(str(problem).split())}.") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply to be read.") from None
+    except (ValueError, OverflowError) as error:  # a date of a 13th month, a number of thousands of digits
+        raise ValueError(f"{where} has a value that is none: {error}.") from None
 
 
 def read_yaml(path: Path) -> Any:
@@ -100,4 +104,5 @@ def read_yaml(path: Path) -> Any:
 
 def pruner_parts(text: str) -> list[str]:
     """Of `vtc_cls@64+var(p=0.4)`, the parts that prune: `["vtc_cls@64"]`."""
-    return [part for part in split_outside(text, "+") if split_name(part)[0] not in INTERVENTIONS.names()]
+    beside = beside_methods()
+    return [part for part in split_outside(text, "+") if split_name(part)[0] not in beside]

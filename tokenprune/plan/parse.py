@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from tokenprune.interfaces.budget import Budget, average_of, read_budget
+from tokenprune.interfaces.budget import AVERAGE, Budget, average_of, budget_text, read_budget
+from tokenprune.interfaces.cache_policy import CachePolicy
 from tokenprune.interfaces.intervention import Intervention
 from tokenprune.interfaces.pruner import ModelDepths, Pruner, Stage
 from tokenprune.plan.checks import check_plan, check_site, solve_average, visual_lengths, with_positions
 from tokenprune.plan.expression import read_yaml, split_name, split_outside
-from tokenprune.registry import INTERVENTIONS, METHODS, near
+from tokenprune.plan.options import check_kind
+from tokenprune.registry import CACHE_POLICIES, INTERVENTIONS, METHODS, beside_methods, near
 
 
 def make_method(name: str, **options: Any) -> Pruner:
@@ -30,8 +32,11 @@ def make_method(name: str, **options: Any) -> Pruner:
 
 
 def make_intervention(name: str, **options: Any) -> Intervention:
-    """A new intervention by registered name; raises as `make_method` does."""
-    return _make("Intervention", INTERVENTIONS.get(name), name, options)
+    """A new intervention or cache policy by registered name; raises as `make_method` does."""
+    kind, registry = (
+        ("Cache policy", CACHE_POLICIES) if name in CACHE_POLICIES.names() else ("Intervention", INTERVENTIONS)
+    )
+    return _make(kind, registry.get(name), name, options)
 
 
 def _make(kind: str, cls: Any, name: str, options: Mapping[str, Any]) -> Any:
@@ -43,25 +48,8 @@ def _make(kind: str, cls: Any, name: str, options: Mapping[str, Any]) -> Any:
             )
     for field in dataclasses.fields(cls):
         if field.name in options:
-            _check_kind(name, field, options[field.name])
+            check_kind(name, field, options[field.name])
     return cls(**options)
-
-
-_KINDS = {"int": (Integral, "an integer"), "float": (Real, "a number"), "bool": (bool, "true or false"),
-          "str": (str, "a text")}  # fmt: skip
-
-
-def _check_kind(name: str, field: dataclasses.Field[Any], value: Any) -> None:
-    """Raise TypeError unless a value is what the field's annotation says; annotations of other kinds say nothing."""
-    wanted = [part.strip() for part in str(field.type).split("|")]
-    kinds = [_KINDS[part] for part in wanted if part in _KINDS]
-    if len(kinds) < len(set(wanted) - {"None"}) or (value is None and "None" in wanted):
-        return
-    classes = tuple(cls for cls, _ in kinds)
-    # True is an int to Python, and to nobody who writes an option
-    if not isinstance(value, classes) or (isinstance(value, bool) and bool not in classes):
-        expected = " or ".join(dict.fromkeys(text for _, text in kinds))
-        raise TypeError(f"{field.name} of {name} must be {expected}, got {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -99,7 +87,7 @@ class Spec:
         """`vtc_cls@64`, `todre@288 + random@64 at layer:9`, `vtc_cls@64 + var(p=0.4)`."""
         parts = []
         for entry in self.entries:
-            keep = f"avg{self.average}" if entry.keep is None else f"{entry.keep}"
+            keep = budget_text(f"{AVERAGE}{self.average}" if entry.keep is None else entry.keep)
             parts.append(f"{entry.pruner.name}@{keep}" + (f" at {entry.site}" if entry.site else ""))
         return " + ".join([*parts, *map(_intervention_label, self.interventions)])
 
@@ -153,7 +141,7 @@ class Spec:
             return sum(lengths) / len(lengths)
 
         wanted = average if isinstance(average, int) else average * nominal
-        keep = solve_average(pruner.name, mean, wanted, nominal)
+        keep = solve_average(pruner.name, mean, wanted, nominal, as_share=isinstance(average, float))
         return keep if isinstance(average, int) else keep / nominal
 
 
@@ -249,6 +237,9 @@ def _read_entry(method: Any, keep: Any, options: Mapping[str, Any]) -> tuple[Ent
                 f"A method mapping needs the key 'method', got {sorted(map(str, entry))}.{_near_any(entry, 'method')}"
             )
         method, budget, site = entry.pop(key), entry.pop("keep", None), entry.pop("at", None)
+        unnamed = next((key for key in entry if not isinstance(key, str)), None)
+        if unnamed is not None or None in entry:
+            raise TypeError(f"An option of {method!r} must have a name that is a text, got {unnamed!r}.")
         options = {**entry, **options}
     if isinstance(method, str):
         method, written, text = split_name(method)
@@ -264,7 +255,7 @@ def _read_entry(method: Any, keep: Any, options: Mapping[str, Any]) -> tuple[Ent
         if budget is not None and budget != keep:
             raise ValueError(f"Two budgets were given, {budget} and keep={keep}; give one.")
         budget = keep
-    if isinstance(method, Intervention) or (isinstance(method, str) and method in INTERVENTIONS.names()):
+    if isinstance(method, Intervention) or (isinstance(method, str) and method in beside_methods()):
         return _read_intervention(method, budget, site, options), None
     average = average_of(budget)
     if average is not None:
@@ -300,7 +291,12 @@ def _check_beside_site(pruner: Pruner, site: str) -> None:
 def _read_intervention(method: Any, budget: Any, site: Any, options: Mapping[str, Any]) -> Intervention:
     name = method if isinstance(method, str) else method.name
     if budget is not None:
-        raise ValueError(f"{name} changes attention and keeps every token, so it takes no budget, got {budget}.")
+        does = (
+            "thins the KV cache"
+            if isinstance(method, CachePolicy) or name in CACHE_POLICIES.names()
+            else "changes attention"
+        )
+        raise ValueError(f"{name} {does} and keeps every token, so it takes no budget, got {budget}.")
     if site is not None:
         raise ValueError(f"{name} acts in decoder layers; say which with layers=[...], not with at={site!r}.")
     if isinstance(method, str):
@@ -316,7 +312,7 @@ def _near_any(entry: Mapping[Any, Any], wanted: str) -> str:
 
 
 def _read_yaml(path: Path) -> Any:
-    if not path.is_file():
+    if not os.path.isfile(path):  # and not Path.is_file, which raises for names that no file can have
         raise FileNotFoundError(f"There is no file {path}.")
     loaded = read_yaml(path)
     if not isinstance(loaded, (Mapping, list)):

@@ -43,6 +43,8 @@ class ForwardCall:
         branch: what entered a layer's attention, and what came out, until its MLP has run.
         attention: what interventions know of this call.
         bypass: the same of layers that visual tokens pass by.
+        policy: what a cache policy knows of this call.
+        given: what the decoder was given in it.
         served: the pruned KV cache that this call may add keys to.
         labels: a copy of the caller's labels `[B, S]`, for the loss; None if there are none.
         learning: whether it holds the lock under which interventions learn from prompts.
@@ -66,6 +68,8 @@ class ForwardCall:
     branch: tuple[Tensor, Tensor] | None = None
     attention: Any = None
     bypass: Any = None
+    policy: Any = None
+    given: Any = None  # CallInputs
     served: Any = None
     labels: Tensor | None = None
     learning: bool = False
@@ -73,7 +77,7 @@ class ForwardCall:
     def clear(self) -> None:
         """Let go of all that is needed only while the module that merges text and pictures is at work."""
         self.prompt, self.masks, self.decoder, self.branch, self.attention = None, None, None, None, None
-        self.waiting, self.bypass = None, None
+        self.waiting, self.bypass, self.policy, self.given = None, None, None, None
         self.layer_inputs, self.read, self.laid_out, self.recordings, self.transitions = {}, {}, {}, {}, {}
         self.learning = False
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.state.policy_state import PolicyState
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -95,12 +97,14 @@ class LayerFacts:
         values: by name, `[B, P]`, of the first P physical keys; later keys are later tokens.
         applies: `[B]` bool, samples whose attention is changed in this layer.
         some, every: whether it is changed in any and in every sample, known on the host; `some` may be too cautious.
+        made: what was made of `values` alone, to be made once for all tokens to come; a changed copy begins with none.
     """
 
     values: Mapping[str, Tensor]
     applies: Tensor
     some: bool = True
     every: bool = False
+    made: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def rows(self, index: Tensor) -> LayerFacts:
         """The same for the rows in `index`, in that order."""
@@ -145,6 +149,7 @@ class PrunedCacheMixin:
 
     tokenprune: PrunedPrompt | None = None
     tokenprune_facts: KeyAnnotations | None = None
+    tokenprune_policy: PolicyState | None = None
     tokenprune_active: bool = False
     """Whether a model that knows of the pruning is at work on it."""
     tokenprune_whole: bool = False
@@ -204,14 +209,21 @@ class PrunedCacheMixin:
             self.tokenprune = self.tokenprune.rows(index)
         if self.tokenprune_facts is not None:
             self.tokenprune_facts = self.tokenprune_facts.rows(index)
+        if self.tokenprune_policy is not None:
+            self.tokenprune_policy = self.tokenprune_policy.rows(index)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens (negative: that many; positive: down to that logical length).
 
         Raises:
             ValueError: the cut would reach a place of the prompt where the rows of the batch no longer line up with it:
-                a pruned picture or padding.
+                a pruned picture or padding; or a cache policy has let go of keys by what later tokens looked at.
         """
+        if self.tokenprune_policy is not None:
+            raise ValueError(
+                f"{self.tokenprune_policy.name} has thinned this cache by what its last tokens looked at, so they "
+                "cannot be taken back. Decode without drafts (no assistant_model, no prompt_lookup_num_tokens)."
+            )
         prompt, logical = self.tokenprune, self.get_seq_length()
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(logical - tokens_to_remove, 0)
         inside = 0 if prompt is None else removed - (logical - prompt.length)
@@ -241,7 +253,7 @@ class PrunedCacheMixin:
         """Empty the cache; it is an ordinary one again."""
         super().reset()  # type: ignore[misc]
         self.__class__ = type(self).__mro__[2]
-        for name in ("tokenprune", "tokenprune_facts", "tokenprune_active", "tokenprune_whole"):
+        for name in ("tokenprune", "tokenprune_facts", "tokenprune_policy", "tokenprune_active", "tokenprune_whole"):
             vars(self).pop(name, None)
 
 

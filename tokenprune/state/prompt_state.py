@@ -76,6 +76,8 @@ class Prompt:
         noted: for each intervention, what it noted on keys, by layer.
         attention_flops: by decoder layer, matrix products of interventions beside the layer's own attention; below 0
             where they save some; None where that is not modelled.
+        held: by decoder layer, where a cache policy acts or something else took keys out of the cache: keys of each row
+            that the next step reads, and that are stored.
         drafted: tokens at the end of each row that a draft proposed.
         raters: for each span, `[T]` bool, which tokens of the text behind the row's last visual token rate it; empty
             where no stage asks.
@@ -94,6 +96,7 @@ class Prompt:
     tower: list[TowerWork] = field(default_factory=list)
     noted: list[dict[int, Facts]] = field(default_factory=list)
     attention_flops: dict[int, int | None] = field(default_factory=dict)
+    held: dict[int, tuple[list[int], list[int]]] = field(default_factory=dict)
     drafted: int = 0
     raters: list[Tensor] = field(default_factory=list)
 

@@ -1,4 +1,5 @@
-"""LLaVA-1.5 inside vLLM: 1-D positions, which vLLM counts over the tokens that are there (the policy "compact")."""
+"""LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision inside vLLM: 1-D positions, which vLLM counts over the tokens that are
+there (the policy "compact")."""
 
 # vLLM is not there where types are checked
 # pyright: reportMissingImports=false
@@ -8,17 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.model_executor.models import llava as stock
+from vllm.model_executor.models import llava_next, llava_onevision
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from tokenprune.interfaces.adapter import VisionTower
-from tokenprune.vllm.families import LlavaFamily
+from tokenprune.vllm.families import FAMILIES
 from tokenprune.vllm.processing import PruningInfo, PruningProcessor
 from tokenprune.vllm.settings import ModelFacts, engine_text
 from tokenprune.vllm.towers import BatchTower
 from tokenprune.vllm.worker import PrunedModel
 
-FAMILY = LlavaFamily()
+FAMILY, NEXT, ONEVISION = (FAMILIES[f"Llava{name}ForConditionalGeneration"] for name in ("", "Next", "Onevision"))
 
 TOWER_NAMES = WeightsMapper(
     orig_to_new_prefix={
@@ -75,3 +77,62 @@ class PrunedLlava(PrunedModel, stock.LlavaForConditionalGeneration):
         own = super()._process_image_input
         found = self.pruned("image", image_input, [] if pixels is None else list(pixels), lambda: own(image_input))
         return own(image_input) if found is None else [kept.embeddings for kept in found]
+
+
+class PrunedCrops(PrunedModel):
+    """What LLaVA-NeXT and LLaVA-OneVision share."""
+
+    vision_tower: Any
+
+    def tower(self, facts: ModelFacts) -> VisionTower:
+        module = self.vision_tower
+        blocks = module.vision_model.encoder.layers
+        return BatchTower(module, blocks, lambda b: b.self_attn.attn, facts.tower, self.config.vision_config.patch_size)
+
+    def _process_image_input(self, image_input: Any) -> Any:
+        pixels = image_input.get("pixel_values")
+        own = super()._process_image_input  # type: ignore[misc]
+        found = self.pruned("image", image_input, [] if pixels is None else list(pixels), lambda: own(image_input))
+        return own(image_input) if found is None else [kept.embeddings for kept in found]
+
+
+class InfoNext(PruningInfo, llava_next.LlavaNextProcessingInfo):
+    """What vLLM asks of the processor of LLaVA-NeXT."""
+
+    family = NEXT
+
+
+class ProcessorNext(PruningProcessor, llava_next.LlavaNextMultiModalProcessor):
+    """From a prompt and its pictures to placeholders and pixels."""
+
+    family = NEXT
+
+
+@MULTIMODAL_REGISTRY.register_processor(ProcessorNext, info=InfoNext, dummy_inputs=stock.LlavaDummyInputsBuilder)
+class PrunedLlavaNext(PrunedCrops, llava_next.LlavaNextForConditionalGeneration):
+    """vLLM's own class, whose pictures are cut behind the packing of their crops."""
+
+    family = NEXT
+    hf_to_vllm_mapper = TOWER_NAMES | llava_next.LlavaNextForConditionalGeneration.hf_to_vllm_mapper
+
+
+class InfoOnevision(PruningInfo, llava_onevision.LlavaOnevisionProcessingInfo):
+    """What vLLM asks of the processor of LLaVA-OneVision."""
+
+    family = ONEVISION
+
+
+class ProcessorOnevision(PruningProcessor, llava_onevision.LlavaOnevisionMultiModalProcessor):
+    """From a prompt and its pictures to placeholders and pixels."""
+
+    family = ONEVISION
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    ProcessorOnevision, info=InfoOnevision, dummy_inputs=llava_onevision.LlavaOnevisionDummyInputsBuilder
+)
+class PrunedLlavaOnevision(PrunedCrops, llava_onevision.LlavaOnevisionForConditionalGeneration):
+    """vLLM's own class, whose pictures are cut behind the packing of their crops."""
+
+    family = ONEVISION
+    hf_to_vllm_mapper = TOWER_NAMES | llava_onevision.LlavaOnevisionForConditionalGeneration.hf_to_vllm_mapper

@@ -11,8 +11,13 @@ from tokenprune.vllm.seams import check_release
 from tokenprune.vllm.settings import KEY, engine_text
 
 MODELS = {
+    "InternVLForConditionalGeneration": "tokenprune.vllm.internvl:PrunedInternVL",
     "LlavaForConditionalGeneration": "tokenprune.vllm.llava:PrunedLlava",
+    "LlavaNextForConditionalGeneration": "tokenprune.vllm.llava:PrunedLlavaNext",
+    "LlavaOnevisionForConditionalGeneration": "tokenprune.vllm.llava:PrunedLlavaOnevision",
+    "Qwen2VLForConditionalGeneration": "tokenprune.vllm.qwen:PrunedQwen2VL",
     "Qwen2_5_VLForConditionalGeneration": "tokenprune.vllm.qwen:PrunedQwen25VL",
+    "Qwen3VLForConditionalGeneration": "tokenprune.vllm.qwen:PrunedQwen3VL",
 }
 """By vLLM's class, ours: a subclass of it that is vLLM's own in all it does until an engine names a method."""
 

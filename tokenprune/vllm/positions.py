@@ -16,6 +16,8 @@ from torch import Tensor
 CHANNELS = 6
 """Columns behind the embeddings: (time, row, column), each as a high and a low digit to base 256, exact in bf16."""
 _BASE = 256
+MOST_IDS = _BASE**2
+"""Ids that two digits can say."""
 
 
 def grid_positions(frames: int, rows: int, cols: int, step: float = 1.0) -> Tensor:
@@ -33,8 +35,8 @@ def pack(embeddings: Tensor, positions: Tensor) -> Tensor:
     Raises:
         ValueError: an id takes more than two digits.
     """
-    if positions.numel() and int(positions.max()) >= _BASE**2:
-        raise ValueError(f"A visual token stands at {int(positions.max())}; ids go to {_BASE**2 - 1}.")
+    if positions.numel() and int(positions.max()) >= MOST_IDS:
+        raise ValueError(f"A visual token stands at {int(positions.max())}; ids go to {MOST_IDS - 1}.")
     digits = torch.cat([positions // _BASE, positions % _BASE]).T
     return torch.cat([embeddings, digits.to(embeddings)], dim=1)
 

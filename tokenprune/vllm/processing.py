@@ -58,6 +58,21 @@ class PruningInfo:
         config = ctx.model_config.hf_config
         self.setting = None if text is None else read_setting(text, self.family.facts(config))
 
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """As the model's own; of an engine with a setting, no videos where they are not covered."""
+        limits = super().get_supported_mm_limits()  # type: ignore[misc]
+        if self.setting is None:
+            return limits
+        return {kind: limit if kind in self.family.kinds else 0 for kind, limit in limits.items()}
+
+    def validate_num_items(self, modality: str, num_items: int) -> None:
+        """As vLLM's own, with a sentence on videos that are not covered."""
+        if self.setting is not None and modality == "video" and self.family.no_videos and num_items:
+            raise ValueError(
+                f"An engine with {KEY} takes no videos on this model: {self.family.no_videos}. Ask one without it."
+            )
+        super().validate_num_items(modality, num_items)  # type: ignore[misc]
+
 
 class PruningProcessor:
     """Mixin before a model's own `BaseMultiModalProcessor`."""

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL inside vLLM: kept tokens keep their 3-D ids, see `positions`."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL inside vLLM: kept tokens keep their 3-D ids, see `positions`."""
 
 # vLLM is not there where types are checked
 # pyright: reportMissingImports=false
@@ -6,29 +6,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.model_executor.models import qwen2_5_vl
+from vllm.model_executor.models import qwen2_5_vl, qwen2_vl, qwen3_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from tokenprune.interfaces.adapter import VisionTower
-from tokenprune.vllm.families import QwenFamily
+from tokenprune.vllm.families import Qwen3Family, QwenFamily
 from tokenprune.vllm.positions import grid_positions, pack, place_visuals, prompt_positions, unpack
 from tokenprune.vllm.processing import PruningInfo, PruningProcessor
 from tokenprune.vllm.settings import ModelFacts
 from tokenprune.vllm.towers import PackedTower
 from tokenprune.vllm.worker import PrunedModel
 
-FAMILY = QwenFamily()
+FAMILY2 = FAMILY25 = QwenFamily()
+FAMILY3 = Qwen3Family()
 
 
 class PrunedQwen(PrunedModel):
     """What is not a matter of one class of the family."""
 
-    family = FAMILY
+    family: ClassVar[QwenFamily]
     visual: Any
     multimodal_config: Any
     iter_mm_grid_thw: Any
@@ -38,6 +39,8 @@ class PrunedQwen(PrunedModel):
         if self._selector is not None:
             # vLLM's own cutting of videos, which would act behind ours; `check_config` has refused both at once
             self.is_multimodal_pruning_enabled = False
+            # asked of an object, so that the class says of itself what vLLM's says
+            self.supports_multimodal_pruning = True
 
     def tower(self, facts: ModelFacts) -> VisionTower:
         vision = self.config.vision_config
@@ -78,18 +81,16 @@ class PrunedQwen(PrunedModel):
         packed = []
         for index, kept in enumerate(found):
             frames, rows, cols = inputs[f"{kind}_grid_thw"][index].tolist()
-            ids = grid_positions(frames, rows // merge, cols // merge, self._step(kind, inputs, index))
+            ids = grid_positions(
+                frames, rows // merge, cols // merge, self.family.step(self.config, kind, inputs, index)
+            )
             own = ids if kept.tokens is None else ids[:, kept.tokens.cpu()]
             packed.append(pack(kept.embeddings, own.to(kept.embeddings.device)))
         return packed
 
-    def _step(self, kind: str, inputs: Any, index: int) -> float:
-        """Ids between the frames of a video, as `iter_mm_grid_thw` has it."""
-        if kind == "image":
-            return 1.0
-        seconds = inputs.get("second_per_grid_ts")
-        rate = getattr(self.config.vision_config, "tokens_per_second", 1.0)
-        return rate * (1.0 if seconds is None else float(seconds[index]))
+    def grids(self, mm_features: list[Any]) -> Iterator[tuple[int, int, int, int, float]]:
+        """Where each visual begins, its (frames, rows, cols) and the ids between frames."""
+        return self.iter_mm_grid_thw(mm_features)
 
     # --- positions --------------------------------------------------------------------------------------------------
 
@@ -100,7 +101,7 @@ class PrunedQwen(PrunedModel):
         lengths = {feature.mm_position.offset: feature.mm_position.length for feature in mm_features}
         visuals = [
             (offset, lengths[offset], grid_positions(frames, rows, cols, step))
-            for offset, frames, rows, cols, step in self.iter_mm_grid_thw(mm_features)
+            for offset, frames, rows, cols, step in self.grids(mm_features)
         ]
         return prompt_positions(len(input_tokens), visuals)
 
@@ -120,18 +121,65 @@ class PrunedQwen(PrunedModel):
         return [embeddings for embeddings, _ in parts], placed, delta
 
 
+class Info2(PruningInfo, qwen2_vl.Qwen2VLProcessingInfo):
+    """What vLLM asks of the processor of Qwen2-VL."""
+
+    family = FAMILY2
+
+
+class Processor2(PruningProcessor, qwen2_vl.Qwen2VLMultiModalProcessor):
+    """From a prompt and its pictures to placeholders and pixels."""
+
+    family = FAMILY2
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor2, info=Info2, dummy_inputs=qwen2_vl.Qwen2VLDummyInputsBuilder)
+class PrunedQwen2VL(PrunedQwen, qwen2_vl.Qwen2VLForConditionalGeneration):
+    """vLLM's own class, whose pictures and videos are cut behind the merger."""
+
+    family = FAMILY2
+
+
 class Info25(PruningInfo, qwen2_5_vl.Qwen2_5_VLProcessingInfo):
     """What vLLM asks of the processor of Qwen2.5-VL."""
 
-    family = FAMILY
+    family = FAMILY25
 
 
 class Processor25(PruningProcessor, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
     """From a prompt and its pictures to placeholders and pixels."""
 
-    family = FAMILY
+    family = FAMILY25
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor25, info=Info25, dummy_inputs=qwen2_5_vl.Qwen2_5_VLDummyInputsBuilder)
 class PrunedQwen25VL(PrunedQwen, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
     """vLLM's own class, whose pictures and videos are cut behind the merger."""
+
+    family = FAMILY25
+
+
+class Info3(PruningInfo, qwen3_vl.Qwen3VLProcessingInfo):
+    """What vLLM asks of the processor of Qwen3-VL."""
+
+    family = FAMILY3
+
+
+class Processor3(PruningProcessor, qwen3_vl.Qwen3VLMultiModalProcessor):
+    """From a prompt and its pictures to placeholders and pixels."""
+
+    family = FAMILY3
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor3, info=Info3, dummy_inputs=qwen3_vl.Qwen3VLDummyInputsBuilder)
+class PrunedQwen3VL(PrunedQwen, qwen3_vl.Qwen3VLForConditionalGeneration):
+    """vLLM's own class, whose pictures are cut behind the merger: a token's DeepStack features stand behind its own, in
+    one row, and go where it goes."""
+
+    family = FAMILY3
+
+    def grids(self, mm_features: list[Any]) -> Iterator[tuple[int, int, int, int, float]]:
+        merge = self.config.vision_config.spatial_merge_size
+        for feature in sorted(mm_features, key=lambda one: one.mm_position.offset):
+            _, rows, cols = feature.data["image_grid_thw"].data.tolist()
+            yield feature.mm_position.offset, 1, rows // merge, cols // merge, 1.0

@@ -24,21 +24,36 @@ _PROCESSING = "vllm.multimodal.processing.processor:BaseMultiModalProcessor"
 _MODELS = "vllm.model_executor.models."
 _FRONT, _SIZES = "every prompt with pictures", "the layout of pictures"
 _SIGNALS, _IDS, _QWEN = "a signal of the tower", "positions of kept tokens", "Qwen-VL"
-_GRIDS = ("config", "visual", "iter_mm_grid_thw")
+_ITER = ("iter_mm_grid_thw",)
 _QKV = ("query", "key", "value")
 
 
-def _qwen(module: str, model: str, tower: str, attention: str) -> list[Seam]:
-    where = f"{_MODELS}{module}"
+def _qwen(module: str, name: str, tower: str, attention: str, grids: tuple[str, ...]) -> list[Seam]:
+    where, model = f"{_MODELS}{module}", f"{name}ForConditionalGeneration"
     return [
-        Seam(f"{where}:{model}", _QWEN, _GRIDS),
+        Seam(f"{where}:{model}", _QWEN, ("config", "visual", *grids)),
+        Seam(f"{where}:{name}ProcessingInfo.get_supported_mm_limits", _QWEN),
+        Seam(f"{where}:{name}MultiModalProcessor", _QWEN),
+        Seam(f"{where}:{name}DummyInputsBuilder", _QWEN),
         Seam(f"{where}:{model}._process_image_input", _QWEN, ("image_input",)),
         Seam(f"{where}:{model}._process_video_input", _QWEN, ("video_input",)),
         Seam(f"{where}:{model}.embed_multimodal", _QWEN),
         Seam(f"{where}:{model}.get_mrope_input_positions", _IDS, ("input_tokens", "mm_features")),
         Seam(f"{where}:{model}.get_encoder_cudagraph_config", _QWEN),
-        Seam(f"{where}:{tower}", _SIGNALS, ("blocks",)),
-        Seam(f"{where}:{attention}", _SIGNALS, ("attn",)),
+        Seam(f"{where}:{tower}", _SIGNALS, ("blocks", "merger")),
+        Seam(f"{_MODELS}{attention}", _SIGNALS, ("attn",)),
+    ]
+
+
+def _crops(module: str, name: str) -> list[Seam]:
+    where, model = f"{_MODELS}{module}", f"{name}ForConditionalGeneration"
+    return [
+        Seam(f"{where}:{model}", name, ("vision_tower", "config", "hf_to_vllm_mapper")),
+        Seam(f"{where}:{model}._process_image_input", name, ("image_input",)),
+        Seam(f"{where}:{model}._merge_image_patch_embeddings", name),
+        Seam(f"{where}:{model}.embed_multimodal", name),
+        Seam(f"{where}:{name}ProcessingInfo.get_supported_mm_limits", name),
+        Seam(f"{where}:{name}MultiModalProcessor", name),
     ]
 
 
@@ -48,6 +63,11 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_PROCESSING}.get_dummy_inputs", "measuring memory"),
     Seam(f"{_PROCESSING}._get_mm_fields_config", _FRONT, ("hf_inputs", "hf_processor_mm_kwargs")),
     Seam(f"{_PROCESSING}._get_prompt_updates", _FRONT, ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs")),
+    Seam(
+        "vllm.multimodal.processing:BaseProcessingInfo.validate_num_items",
+        "the refusal of videos",
+        ("modality", "num_items"),
+    ),
     Seam("vllm.multimodal.processing:InputProcessingContext.get_merged_mm_kwargs", _FRONT, ("kwargs",)),
     Seam("vllm.multimodal.processing:PromptUpdateDetails", _FRONT, ("full", "is_embed")),
     Seam("vllm.multimodal.processing:PromptReplacement", _FRONT, ("modality", "replacement")),
@@ -82,7 +102,21 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_MODELS}llava:_build_llava_or_pixtral_hf_processor", "LLaVA", ("info", "dummy_inputs")),
     Seam(f"{_MODELS}clip:CLIPAttention", _SIGNALS, ("attn", "num_heads_per_partition")),
     Seam(f"{_MODELS}clip:CLIPEncoder", _SIGNALS, ("layers",)),
-    *_qwen("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VisionTransformer", "Qwen2_5_VisionAttention"),
+    *_crops("llava_next", "LlavaNext"),
+    *_crops("llava_onevision", "LlavaOnevision"),
+    Seam(f"{_MODELS}llava_onevision:LlavaOnevisionDummyInputsBuilder", "LlavaOnevision"),
+    *_qwen("qwen2_vl", "Qwen2VL", "Qwen2VisionTransformer", "qwen2_vl:Qwen2VisionAttention", _ITER),
+    *_qwen("qwen2_5_vl", "Qwen2_5_VL", "Qwen2_5_VisionTransformer", "qwen2_5_vl:Qwen2_5_VisionAttention", _ITER),
+    *_qwen("qwen3_vl", "Qwen3VL", "Qwen3_VisionTransformer", "qwen2_5_vl:Qwen2_5_VisionAttention", ()),
+    Seam(f"{_MODELS}interns1:InternS1ForConditionalGeneration", "InternVL", ("vision_tower", "downsample_ratio")),
+    Seam(f"{_MODELS}interns1:InternS1ForConditionalGeneration._process_vision_input", "InternVL", ("image_input",)),
+    Seam(f"{_MODELS}interns1:InternS1ForConditionalGeneration.pixel_shuffle", "InternVL", ("x", "scale_factor")),
+    Seam(f"{_MODELS}interns1:InternS1ForConditionalGeneration.embed_multimodal", "InternVL"),
+    Seam(f"{_MODELS}interns1:InternS1ProcessingInfo.get_supported_mm_limits", "InternVL"),
+    Seam(f"{_MODELS}interns1:InternS1MultiModalProcessor", "InternVL"),
+    Seam(f"{_MODELS}interns1:InternS1DummyInputsBuilder", "InternVL"),
+    Seam(f"{_MODELS}interns1_vit:InternSdpaAttention", _SIGNALS, ("attn",)),
+    Seam(f"{_MODELS}interns1_vit:InternS1VisionEncoder", _SIGNALS, ("layer",)),
     Seam(f"{_MODELS}qwen2_5_vl:Qwen2_5_VisionTransformer.get_window_index_thw", _SIGNALS),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor
 from tokenprune.engine.batched_selection import (
     Part,
     SelectionRequest,
+    SelectionResult,
     choose,
     exact_count,
     join_parts,
@@ -26,6 +28,8 @@ from tokenprune.interfaces.signals import ATTENTION_BY_HEAD, PIXEL_SIGNALS, TOWE
 from tokenprune.interfaces.visual import Visual
 from tokenprune.state.tower_recording import Recording
 from tokenprune.vllm.settings import Setting
+
+LOGGER = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
@@ -128,13 +132,32 @@ class Selector:
             mine = [index for index, row in enumerate(rows) if row.method == number]
             for index, kept in self._select(stage, mine, rows, features, recording, width):
                 found[index] = kept
-        for row, kept in zip(rows, found):
+        for index, (row, kept) in enumerate(zip(rows, found)):
             if kept.embeddings.shape[0] != row.length:
-                raise RuntimeError(
-                    f"{self.setting.names[row.method]} kept {kept.embeddings.shape[0]} tokens of a picture that has "
-                    f"{row.length} placeholders: it does not keep the number that it says beforehand (exact_tokens)."
-                )
+                LOGGER.error(
+                    "%s kept %d tokens of a picture that has %d placeholders: it does not keep the number that it says "
+                    "beforehand (exact_tokens). Evenly spread tokens of this picture stay in their place.",
+                    self.setting.names[row.method], kept.embeddings.shape[0], row.length,
+                )  # fmt: skip
+                own = self._tokens(recording.visuals[index], features[index])
+                tokens = spread(own.shape[0], row.length).to(own.device)
+                found[index] = Kept(own[tokens], tokens)
         return found
+
+    def try_all(self, features: Sequence[Tensor], recording: Recording, width: int) -> None:
+        """Ask every method about visuals and drop its answers: while memory is measured, so that what methods need is
+        in it, and so that one that fails on this device fails when the engine starts."""
+        for number, stage in enumerate(self.setting.stages):
+            # of a batch that is measured all are alike; as many at a time as requests may bring together
+            counts = [visual.num_tokens for visual in recording.visuals]
+            budgets = [min(stage.budget.tokens(count), max(1, count // 2)) for count in counts]
+            rows = [Row(0, budget, number, 0) for budget in budgets]
+            self._select(stage, range(len(rows)), rows, features, recording, width, choose_at_start)
+
+    @staticmethod
+    def _tokens(visual: Visual, features: Tensor) -> Tensor:
+        """`[N, D']` of `[P, D']`: separators left out."""
+        return features if visual.offsets is None else features[visual.offsets.to(features.device)]
 
     def _select(
         self,
@@ -144,6 +167,7 @@ class Selector:
         features: Sequence[Tensor],
         recording: Recording,
         width: int,
+        ask: Callable[..., list[Any]] | None = None,
     ) -> list[tuple[int, Kept]]:
         tokens: dict[int, Tensor] = {}
         asked: list[SelectionRequest] = []
@@ -151,10 +175,9 @@ class Selector:
             visual = recording.visuals[index]
             if rows[index].budget >= visual.num_tokens:
                 continue
-            offsets = visual.offsets
-            tokens[index] = features[index] if offsets is None else features[index][offsets.to(features[index].device)]
+            tokens[index] = self._tokens(visual, features[index])
             asked += self._ask(stage, index, rows[index].budget, tokens[index][:, :width], recording)
-        answers, _ = choose(stage, self.tower.facts, asked)
+        answers = (ask or choose_always)(stage, self.tower.facts, asked)
         parts: dict[int, list[Any]] = {}
         for item, answer in zip(asked, answers):
             parts.setdefault(item.owner, []).append((item, answer))
@@ -193,6 +216,31 @@ class Selector:
             )
 
         return [one(part) for part in parts_of(stage, visual.rasters, visual.num_tokens, budget, cut_before=False)]
+
+
+def choose_at_start(stage: Stage, tower: TowerInfo, asked: Sequence[SelectionRequest]) -> list[Any]:
+    """What a method answers; an error is one."""
+    return choose(stage, tower, asked)[0]
+
+
+def choose_always(stage: Stage, tower: TowerInfo, asked: Sequence[SelectionRequest]) -> list[Any]:
+    """What a method answers. vLLM cannot refuse a request any more where its worker has begun, and an error there ends
+    the engine for all others; so a picture that a method cannot choose in (features that are no finite numbers) keeps
+    as many evenly spread tokens, and the log says so."""
+    try:
+        return choose(stage, tower, asked)[0]
+    except ValueError as error:
+        if len(asked) > 1:
+            return [answer for item in asked for answer in choose_always(stage, tower, [item])]
+        (item,) = asked
+        LOGGER.error("%s: evenly spread tokens of one picture stay, because: %s", stage.pruner.name, error)
+        count = stage.pruner.exact_tokens(item.rasters, item.budget)
+        return [SelectionResult(spread(item.count, count).to(item.features().device), None, {})]
+
+
+def spread(count: int, kept: int) -> Tensor:
+    """`[kept]` int64 of `count`, at equal distances."""
+    return torch.arange(kept) * count // kept
 
 
 def _no_hint(name: str) -> Any:

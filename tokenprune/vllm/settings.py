@@ -217,7 +217,17 @@ def _check_place(pruner: Pruner, stages: tuple[Stage, ...]) -> None:
     sites = [stage.site for stage in stages]
     if sites == ["input"]:
         return
-    where = {"layer": "inside the decoder", "vision": "inside the vision tower", "pixels": "at the pixels"}
+    if "pixels" in [stage.place for stage in stages]:
+        shrinks = stages[0].after_block is None
+        why = (
+            "vLLM's processors resize pictures themselves and its towers take no other sizes. On the Qwen-VL classes "
+            'ask for fewer pixels there, like {"max_pixels": 100352} in mm_processor_kwargs'
+            if shrinks
+            else "cells would leave before the tower's first block, and vLLM's towers take whole pictures. Use a "
+            "method with one cut at 'input', such as divprune"
+        )
+        raise ValueError(f"{pruner.name} cuts at the pixels, before the vision tower: {why}.")
+    where = {"layer": "inside the decoder", "vision": "inside the vision tower"}
     places = " and ".join(dict.fromkeys(where.get(stage.place, "before the decoder") for stage in stages))
     raise ValueError(
         f"{pruner.name} cuts {places} (at {', '.join(map(repr, sites))}); inside vLLM tokens leave once, between the "

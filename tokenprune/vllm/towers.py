@@ -119,6 +119,32 @@ class BatchTower(VllmTower):
         return patches.permute(0, 2, 3, 1, 4, 5).flatten(4).flatten(1, 2)  # [m, r * c, C, p * p]
 
 
+class TiledTower(BatchTower):
+    """A tower of tiles of which a pixel shuffle joins patches to each visual token.
+
+    Args:
+        cells: `[cells, g]` int64, the patches of each token.
+    """
+
+    def __init__(self, module: Any, blocks: Any, attention: Any, facts: TowerInfo, patch: int, cells: Tensor) -> None:
+        super().__init__(module, blocks, attention, facts, patch)
+        self._cells, self.patches_per_cell = cells.cpu(), cells.shape[1]
+
+    def read(self, run: Any, pictures: Sequence[int], count: int, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        order = torch.cat([torch.arange(self._before), self._before + self._cells.flatten()])
+        found = super().read(run, pictures, count, parts)
+        return tuple(part.index_select(2, order.to(part.device)) for part in found)
+
+    def states(self, run: Any, args: Any, pictures: Sequence[int], count: int) -> Tensor:
+        return self.by_cell(super().states(run, args, pictures, count)[:, self._cells.flatten()])
+
+    def by_cell(self, values: Tensor) -> Tensor:
+        return values.unflatten(1, (-1, self.patches_per_cell)).mean(dim=2)
+
+    def patch_pixels(self, pixels: Tensor, pictures: int) -> Tensor:
+        return super().patch_pixels(pixels, pictures)[:, self._cells.flatten().to(pixels.device)]
+
+
 class PackedTower(VllmTower):
     """A tower that has the patches of all pictures in one row, by cells of merge x merge patches.
 
@@ -149,7 +175,8 @@ class PackedTower(VllmTower):
         """Read what the norm behind a block is given: vLLM calls the blocks themselves past the hooks of modules,
         because it may compile them."""
         last = block + 1 == len(self.blocks)
-        norm = self.module.merger.ln_q if last else self.blocks[block + 1].norm1
+        merger = self.module.merger
+        norm = (merger.norm if hasattr(merger, "norm") else merger.ln_q) if last else self.blocks[block + 1].norm1
         return [norm.register_forward_pre_hook(lambda module, args: done(args[0].detach()))]
 
     def start(self, grids: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

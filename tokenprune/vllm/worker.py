@@ -26,6 +26,7 @@ class PrunedModel:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._selector: Selector | None = None
         self._rows: dict[str, list[Row]] = {}
+        self._tried = False
         text = engine_text(vllm_config.model_config.get_multimodal_config().mm_processor_kwargs)
         if text is None:
             return
@@ -72,4 +73,8 @@ class PrunedModel:
         if rows is None:  # pictures that did not come through our processor: memory is being measured
             rows = [Row(visual.length, visual.num_tokens, 0, visual.length) for visual in visuals]
         width = self.config.get_text_config().hidden_size
+        measuring = all(row.budget >= visual.num_tokens for row, visual in zip(rows, visuals))
+        if measuring and not self._tried:  # memory is measured with whole pictures, once, before any request
+            self._selector.try_all(list(features), recording, width)
+        self._tried = True
         return self._selector.select(rows, list(features), recording, width)

@@ -23,4 +23,5 @@ class Local:
             worker = ModelWorker(config, model, points, console, tasks)
             worked.answered.update(worker.answer())
             worked.take(worker.measure(worked.answered))
+            worker.close()
         return worked

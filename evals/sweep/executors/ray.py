@@ -21,8 +21,10 @@ from tokenprune.evals.errors import UserError
 from tokenprune.evals.evaluation.evaluate import AskedSamples
 from tokenprune.evals.io.digest import digest
 from tokenprune.evals.io.folder_lock import holder_file, lock_folder
-from tokenprune.evals.sweep.model_worker import ModelWorker, Worked, show_progress
+from tokenprune.evals.io.progress import show_progress
+from tokenprune.evals.sweep.model_worker import ModelWorker, Worked
 from tokenprune.evals.tasks.task import Task
+from tokenprune.user_files import VARIABLE
 
 RETRIES = 3
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "120"}
@@ -73,7 +75,8 @@ class RayCluster:
         from ray.exceptions import WorkerCrashedError
 
         needs: Any = self._resources(ray.cluster_resources())
-        here = os.getcwd()
+        # workers of a cluster that runs already know nothing of our environment
+        here = (os.getcwd(), os.environ.get(VARIABLE, ""))
         answering: Any = ray.remote(**needs, max_retries=RETRIES)(_answer)
         running = {answering.remote(config, point, here): point for point in points}
         worked = Worked()
@@ -108,8 +111,9 @@ class RayCluster:
         return {"num_gpus": gpus, "num_cpus": self.cpus}
 
 
-def _start(config: RunConfig, folder: str) -> None:
-    """Relative paths are meant from where the run was started."""
+def _start(config: RunConfig, here: tuple[str, str]) -> None:
+    """Relative paths are meant from where the run was started, and files that it imported are imported."""
+    folder, os.environ[VARIABLE] = here
     if not Path(folder).is_dir():
         raise UserError(f"{os.uname().nodename} has no folder {folder}; run from one that all machines share.")
     os.chdir(folder)
@@ -120,9 +124,9 @@ def _start(config: RunConfig, folder: str) -> None:
         )
 
 
-def _answer(config: RunConfig, point: Point, folder: str) -> dict[tuple[str, str], AskedSamples]:
+def _answer(config: RunConfig, point: Point, here: tuple[str, str]) -> dict[tuple[str, str], AskedSamples]:
     """In a worker: one point, into files that no other worker writes."""
-    _start(config, folder)
+    _start(config, here)
     writer = f"ray-{digest(point.key)[:8]}"
     # a worker that Ray takes for dead may take a moment to die
     with lock_folder(config.folder, writer, wait=30.0):
@@ -130,10 +134,14 @@ def _answer(config: RunConfig, point: Point, folder: str) -> dict[tuple[str, str
 
 
 def _measure(
-    config: RunConfig, model: str, points: list[Point], answered: dict[tuple[str, str], AskedSamples], folder: str
+    config: RunConfig,
+    model: str,
+    points: list[Point],
+    answered: dict[tuple[str, str], AskedSamples],
+    here: tuple[str, str],
 ) -> Worked:
     """In a worker: times, FLOPs and pictures of one model."""
-    _start(config, folder)
+    _start(config, here)
     writer = f"ray-{digest(model)[:8]}"
     with lock_folder(config.folder, writer, wait=30.0):
         return ModelWorker(config, model, points, Console(quiet=True)).measure(answered, writer)

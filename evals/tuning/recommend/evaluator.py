@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -24,6 +24,10 @@ from tokenprune.registry import METHODS
 
 COST_PROMPTS = 2
 """Prompts on which a setting's cost is taken, the same for all settings."""
+
+
+OnAnswers = Callable[[int, str, bool], None]
+"""Called with a number of answers, the label of their setting, and whether they were given now."""
 
 
 class Bench(Protocol):
@@ -46,11 +50,14 @@ class Bench(Protocol):
         """What can be tried."""
         ...
 
-    def cost(self, setting: Point) -> float:
-        """As a share of the unpruned model's. Raises ValueError where the model cannot take the setting."""
+    def cost(self, setting: Point) -> tuple[float, bool]:
+        """As a share of the unpruned model's, and whether it was taken now. Raises ValueError where the model cannot
+        take the setting."""
         ...
 
-    def scores(self, settings: Sequence[Point | None], samples: Sequence[int]) -> list[list[float]]:
+    def scores(
+        self, settings: Sequence[Point | None], samples: Sequence[int], on_answers: OnAnswers
+    ) -> list[list[float]]:
         """Score of each sample by setting, in the orders given; None is the unpruned model."""
         ...
 
@@ -117,7 +124,7 @@ class ModelBench:
     def settings(self) -> list[Point]:
         """Methods x budgets; without --methods, those that need no hints such as boxes."""
 
-        names = self._config.methods or [name for name in METHODS.names() if not METHODS.get(name).hints]
+        names = self._config.methods or [name for name, cls in METHODS.loaded().items() if not cls.hints]
         blind = [name for name in names if METHODS.get(name).hints]
         if blind:
             needs = ", ".join(METHODS.get(blind[0]).hints)
@@ -125,7 +132,7 @@ class ModelBench:
         budgets = self._config.budgets or default_budgets(self._loaded.adapter.num_tokens)
         return [Point(self._config.model, self._config.data, name, keep) for name in names for keep in budgets]
 
-    def cost(self, setting: Point) -> float:
+    def cost(self, setting: Point) -> tuple[float, bool]:
         """See `Bench`; measured once, and kept."""
         from tokenprune.evals.evaluation.applied_method import settings_digest
 
@@ -134,10 +141,11 @@ class ModelBench:
         if self._config.cost == "latency":
             measure += f" on {self._machine()}"
         row = self._costs.get((settings, setting.key, measure))
-        if row is None:
-            row = {"settings": settings, "point": setting.key, "measure": measure, "cost": self._measure(setting)}
-            self._costs.append([row])
-        return row["cost"]
+        if row is not None:
+            return row["cost"], False
+        row = {"settings": settings, "point": setting.key, "measure": measure, "cost": self._measure(setting)}
+        self._costs.append([row])
+        return row["cost"], True
 
     def _measure(self, setting: Point) -> float:
         from tokenprune.evals.profiling.flops import measure_flops
@@ -162,19 +170,22 @@ class ModelBench:
             )
         return found
 
-    def scores(self, settings: Sequence[Point | None], samples: Sequence[int]) -> list[list[float]]:
+    def scores(
+        self, settings: Sequence[Point | None], samples: Sequence[int], on_answers: OnAnswers
+    ) -> list[list[float]]:
         """See `Bench`; only what was not answered before is asked."""
         from tokenprune.evals.evaluation.evaluate import evaluate
-        from tokenprune.evals.sweep.model_worker import show_progress
 
         points = [self._unpruned if setting is None else setting for setting in settings]
-        with show_progress(self._console) as progress:
-            bar = progress.add_task("answers", total=len(points) * len(samples))
+        there = len(self._answers)
 
-            def on_progress(done: int, label: str) -> None:
-                progress.update(bar, advance=done, description=f"answers  {label}")
+        def on_progress(done: int, label: str) -> None:
+            nonlocal there
+            now = len(self._answers)
+            on_answers(done, label, now > there)
+            there = now
 
-            asked = evaluate(self._run, self._loaded, self._only(samples), points, self._answers, on_progress)
+        asked = evaluate(self._run, self._loaded, self._only(samples), points, self._answers, on_progress)
         keys = [[(asked.settings, point.key, asked.ids[i]) for i in range(len(samples))] for point in points]
         rows = [[self._answers.get(key) or {} for key in of_point] for of_point in keys]
         failed = [row for of_point in rows for row in of_point if row.get("correct") is None]

@@ -12,6 +12,7 @@ from rich.table import Table
 from tokenprune.evals.statistics.drop_bounds import Drop
 from tokenprune.evals.tuning.recommend.search import Recommendation, Tried
 from tokenprune.evals.tuning.recommend.settings import COSTS, RecommendConfig
+from tokenprune.user_files import imported_files
 
 YAML = "recommended.yaml"
 
@@ -25,7 +26,7 @@ def command(config: RecommendConfig) -> str:
     for name in ("methods", "budgets"):
         value = getattr(config, name)
         parts += [f"--{name} {','.join(map(str, value))}"] if value else []
-    return " ".join(parts)
+    return " ".join([*parts, *(f"--import {file}" for file in imported_files())])
 
 
 def sentences(config: RecommendConfig, result: Recommendation) -> list[str]:

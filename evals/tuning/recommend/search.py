@@ -17,12 +17,15 @@ from typing import Any
 
 from rich.console import Console
 
-from tokenprune.evals.config.points import Point
+from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.errors import UserError, as_user_error
+from tokenprune.evals.io.progress import waiting
 from tokenprune.evals.statistics.drop_bounds import Answers, Drop, Pairs, exact_bound, samples_needed, smallest_sample
 from tokenprune.evals.tuning.recommend.evaluator import Bench, ModelBench, split
+from tokenprune.evals.tuning.recommend.progress import SearchProgress, answers_at_most
 from tokenprune.evals.tuning.recommend.settings import RecommendConfig
 
+_UNPRUNED = NONE  # what the unpruned model is called on the bar
 _CERTAIN = 1.645  # standard errors by which a drop must be above the bound to be refuted in the search
 
 
@@ -90,18 +93,42 @@ def recommend(
     begin = time.perf_counter()
     with as_user_error():
         config.check()
-        asked = bench or ModelBench(config, console)
-    from tokenprune.evals.tuning.recommend.halving import Study
-
+        with waiting(console, f"Reading the samples of {config.data}"):
+            asked = bench or ModelBench(config, console)
     search, held_out = split(asked.pictures, config.seed)
     at_best = _enough(config, len(asked.pictures), len(held_out))
     console.print(
         f"{len(search)} samples to search on, {len(held_out)} held out, no picture in both. With no answer lost at all "
         f"the held-out half shows a drop of at most {at_best:.2%} at 95 percent confidence."
     )
-    asked.open()
+    with waiting(console, f"Loading {config.model}"):
+        asked.open()
+    with SearchProgress(console) as watch:
+        return _found(config, asked, watch, (search, held_out), at_best, begin, keep_study)
+
+
+def _found(
+    config: RecommendConfig,
+    asked: Bench,
+    watch: SearchProgress,
+    halves: tuple[list[int], list[int]],
+    at_best: float,
+    begin: float,
+    keep_study: bool,
+) -> Recommendation:
+    """From a model that is ready to what was found, under one bar."""
+    from tokenprune.evals.tuning.recommend.halving import Study, rungs
+
+    search, held_out = halves
     with as_user_error():
-        settings, left_out = _settings(config, asked, console)
+        wanted = _wanted(config, asked)
+    first = rungs(len(search))[0]
+    ahead = answers_at_most(len(wanted), rungs(len(search)), 0, config.finalists, len(held_out))
+    watch.begin("timing the unpruned model", ahead, costs=len(wanted))
+    _answers(asked, [], search[:first], watch, 0)
+    watch.say(watch.estimate())
+    with as_user_error():
+        settings, left_out = _settings(config, asked, wanted, watch, ahead - first)
     made_of = {
         **asked.made_of, "--max-drop": config.max_drop, "--cost": config.cost,
         "list of settings": [point.label for point, _ in settings],
@@ -110,12 +137,12 @@ def recommend(
         config.results.mkdir(parents=True, exist_ok=True)
     with as_user_error():
         study = Study(config.results / "study.db" if keep_study else None, made_of, config.finalists)
-    searched = _search(config, asked, study, settings, search, begin)
-    tested = _confirm(config, asked, _sequence(searched, config), held_out)
+    searched = _search(config, asked, study, settings, halves, begin, watch)
+    tested = _confirm(config, asked, _sequence(searched, config), held_out, watch)
     closest = min(tested, key=lambda tried: _bound(tried))
     holding = [tried for tried in tested if _bound(tried) <= config.max_drop]
     needed = None if closest.held_out is None else samples_needed(closest.held_out, config.max_drop)
-    (unpruned,) = asked.scores([None], held_out)
+    (unpruned,) = asked.scores([None], held_out, lambda done, label, fresh: None)
     return Recommendation(
         chosen=holding[-1] if holding else None, tested=tested, closest=closest,
         needed=None if needed is None else 2 * needed, at_best=at_best, accuracy=sum(unpruned) / len(unpruned),
@@ -138,25 +165,32 @@ def _enough(config: RecommendConfig, samples: int, held_out: int) -> float:
     return at_best
 
 
-def _settings(
-    config: RecommendConfig, bench: Bench, console: Console
-) -> tuple[list[tuple[Point, float]], dict[str, str]]:
-    """What is tried, with its cost, cheap first; and why the rest is not."""
+def _wanted(config: RecommendConfig, bench: Bench) -> list[Point]:
     wanted = bench.settings()
     if config.trials is not None and config.trials < len(wanted):
         wanted = random.Random(config.seed).sample(wanted, config.trials)
+    return wanted
+
+
+def _settings(
+    config: RecommendConfig, bench: Bench, wanted: Sequence[Point], watch: SearchProgress, ahead: int
+) -> tuple[list[tuple[Point, float]], dict[str, str]]:
+    """What is tried, with its cost, cheap first; and why the rest is not."""
     costed: list[tuple[Point, float]] = []
     left_out: dict[str, str] = {}
-    for number, point in enumerate(wanted, start=1):
-        if console.is_terminal:
-            console.print(f"cost of {point.label} ({number} of {len(wanted)})".ljust(console.width - 1), end="\r")
+    watch.begin("taking costs", ahead)
+    for number, point in enumerate(wanted):
+        watch.cost_of(point.label)
+        fresh = True
         try:
-            cost = bench.cost(point)
+            cost, fresh = bench.cost(point)
         except (ValueError, TypeError) as error:
             if config.methods:
                 raise
             left_out[point.label] = str(error)
             continue
+        finally:
+            watch.costs(number + 1, fresh)
         if cost >= 1:
             left_out[point.label] = f"costs {cost:.1%} of the unpruned model"
         else:
@@ -171,8 +205,9 @@ def _search(
     bench: Bench,
     study: Any,
     settings: Sequence[tuple[Point, float]],
-    samples: Sequence[int],
+    halves: tuple[Sequence[int], Sequence[int]],
     begin: float,
+    watch: SearchProgress,
 ) -> list[Tried]:
     """The settings that went through the halving, each on all samples of the search that it answered."""
     from tokenprune.evals.tuning.recommend.halving import rungs
@@ -180,11 +215,17 @@ def _search(
     trials = study.begin(settings)
     alive = [(point, cost) for point, cost in settings if point.key in trials]
     answered = 0
-    for rung in rungs(len(samples)):
+    samples, held_out = halves
+    sizes = rungs(len(samples))
+    for number, rung in enumerate(sizes):
         late = config.minutes is not None and time.perf_counter() - begin > 60 * config.minutes
         if not alive or (late and answered):
             break
-        measured = [answers.pairs() for answers in _answers(bench, [point for point, _ in alive], samples[:rung])]
+        ahead = answers_at_most(len(alive), sizes[number:], answered, config.finalists, len(held_out))
+        what = f"round {number + 1} of {len(sizes)}: {len(alive)} settings x {rung} samples"
+        watch.begin(what, ahead - (0 if answered else rung))  # the first samples were answered unpruned to time them
+        of_rung = _answers(bench, [point for point, _ in alive], samples[:rung], watch, answered, answered or rung)
+        measured = [answers.pairs() for answers in of_rung]
         gone = study.leaves(
             [trials[point.key] for point, _ in alive],
             [pairs.value for pairs in measured],
@@ -196,7 +237,8 @@ def _search(
     complete = answered == len(samples) or not alive
     done = [pair for pair in settings if pair in alive or (complete and pair[0].label in study.finished)]
     on = samples if complete else samples[:answered]
-    drops = [answers.drop(config.seed) for answers in _answers(bench, [point for point, _ in done], on)]
+    all_answers = _answers(bench, [point for point, _ in done], on, watch, len(on), len(on))
+    drops = [answers.drop(config.seed) for answers in all_answers]
     if complete:
         for (point, _), drop in zip(done, drops):
             if point.label not in study.finished:
@@ -204,8 +246,20 @@ def _search(
     return [Tried(point, cost, drop) for (point, cost), drop in zip(done, drops)]
 
 
-def _answers(bench: Bench, settings: Sequence[Point], samples: Sequence[int]) -> list[Answers]:
-    unpruned, *scores = bench.scores([None, *settings], samples)
+def _answers(
+    bench: Bench,
+    settings: Sequence[Point],
+    samples: Sequence[int],
+    watch: SearchProgress,
+    counted: int,
+    unpruned_counted: int | None = None,
+) -> list[Answers]:
+    """Answers of settings beside the unpruned model's; `counted` of each (and of the unpruned model) were on the bar
+    before."""
+    watch.skip(_UNPRUNED, counted if unpruned_counted is None else unpruned_counted)
+    for point in settings:
+        watch.skip(point.label, counted)
+    unpruned, *scores = bench.scores([None, *settings], samples, watch.answers)
     pictures = [bench.pictures[sample] for sample in samples]
     return [Answers(unpruned, of_point, pictures) for of_point in scores]
 
@@ -231,11 +285,14 @@ def _sequence(searched: Sequence[Tried], config: RecommendConfig) -> list[Tried]
     return able[max(0, stop - config.finalists) : stop]
 
 
-def _confirm(config: RecommendConfig, bench: Bench, sequence: Sequence[Tried], held_out: Sequence[int]) -> list[Tried]:
+def _confirm(
+    config: RecommendConfig, bench: Bench, sequence: Sequence[Tried], held_out: Sequence[int], watch: SearchProgress
+) -> list[Tried]:
     """Test one after the other on the held-out half, up to the first that fails. All are answered together, which is
     cheaper than it sounds: they share each run of the vision tower."""
     tested: list[Tried] = []
-    for tried, answers in zip(sequence, _answers(bench, [tried.setting for tried in sequence], held_out)):
+    watch.begin(f"testing {len(sequence)} settings on the held-out half", (len(sequence) + 1) * len(held_out))
+    for tried, answers in zip(sequence, _answers(bench, [tried.setting for tried in sequence], held_out, watch, 0)):
         drop = answers.drop(config.seed)
         tested.append(Tried(tried.setting, tried.cost, tried.search, drop))
         if drop.bound > config.max_drop:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenprune.evals.io.outputs import check_folder
 from tokenprune.evals.models.load import check_dtype, model_source
 from tokenprune.evals.tasks.load import check_task
 from tokenprune.interfaces.budget import Budget
@@ -98,6 +99,7 @@ class RecommendConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {value}.")
+        check_folder(self.folder)
         check_dtype(self.dtype)
         model_source(self.model)
         check_task(self.data)

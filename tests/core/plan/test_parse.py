@@ -10,6 +10,7 @@ import torch
 from _tiny import prompts, tiny_llava
 
 import tokenprune
+from tokenprune.plan.parse import parse_method
 from tokenprune.registry import METHODS, UnknownName
 
 
@@ -93,6 +94,10 @@ def test_methods_as_mapping_file_and_object(tmp_path):
         ({"method": "random", "seed": "a"}, "seed of random must be an integer, got 'a'"),
         ({"method": "var", "p": "a"}, "p of var must be a number, got 'a'"),
         ({"method": "holov", "variant": 3}, "variant of holov must be a text, got 3"),
+        ({"method": "holov", "power": float("nan")}, "power of holov must be a number, got nan"),
+        ({"method": "transprune", "layers": 0.25}, "layers of transprune must be a list of integers, got 0.25"),
+        ({"method": "pixelprune", "mean": [None]}, r"mean of pixelprune must be a list of numbers, got \[None\]"),
+        ({"method": "holov", 3: 1}, "An option of 'holov' must have a name that is a text, got 3"),
     ],
 )
 def test_options_of_another_kind_are_refused(method, says):
@@ -104,3 +109,21 @@ def test_options_of_another_kind_are_refused(method, says):
 def test_options_may_be_none_and_numbers_of_any_kind():
     for method in ({"method": "holov", "crops": None, "power": 1}, {"method": "todre", "tau": 1}):
         tokenprune.apply(tiny_llava(), {**method, "keep": 8}).remove()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[" * 3000, "is nested too deeply to be read"),
+        ("method: holov\nkeep: 2020-13-40\n", "has a value that is none: month must be in 1..12"),
+        ("method: holov\nkeep: " + "9" * 5000, "has a value that is none"),
+        ("method: !!python/object/apply:os.system ['true']\nkeep: 9\n", "is no YAML"),
+    ],
+)
+def test_yaml_that_cannot_be_read(tmp_path, text, says):
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=says):
+        parse_method(file)
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        parse_method("x" * 3000 + ".yaml")

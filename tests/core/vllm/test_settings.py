@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from _paths import ROOT
 
+from tokenprune.interfaces.budget import Budget
 from tokenprune.interfaces.signals import TowerInfo
 from tokenprune.interfaces.visual import Raster, Visual, one_raster
 from tokenprune.registry import list_methods
-from tokenprune.vllm.families import vit_facts
+from tokenprune.vllm.families import FAMILIES, vit_facts
 from tokenprune.vllm.selection import try_methods
 from tokenprune.vllm.settings import WHOLE, Choice, ModelFacts, engine_text, read_setting
 from tokenprune.vllm.towers import CLS_SIGNALS, PATCH_ONLY_SIGNALS
@@ -63,7 +67,8 @@ def test_requests_that_mean_the_same_are_spelt_the_same():
         ("fastv@64", "inside the decoder"),
         ("pyramiddrop@64", "inside the decoder"),
         ("tome@64", "inside the vision tower"),
-        ("downsample@64", "at the pixels"),
+        ("downsample@64", 'resize pictures themselves .* like {"max_pixels": 100352} in mm_processor_kwargs'),
+        ("pixelprune@64", "cuts at the pixels, .* take whole pictures"),
         ("prumerge(count=outliers)@64", "decides by picture"),
         ("cdpruner@64", "words of the prompt"),
         ("oracle@64", "needs boxes"),
@@ -141,6 +146,38 @@ def test_a_method_that_keeps_another_number_is_refused(monkeypatch):
 def test_pool_says_its_number_by_the_grid():
     setting = read_setting("pool@128", LLAVA)
     assert setting.length(setting.choice(None), PICTURE) == 121
+
+
+@pytest.mark.parametrize("facts", [LLAVA, QWEN], ids=["llava", "qwen"])
+def test_methods_keep_the_number_they_say_on_odd_grids_at_every_budget(facts):
+    """Another number would be met in a worker, where nothing can be refused any more."""
+    rasters = (Raster((3, 4), 0, "thumbnail"), Raster((5, 7), 12, "mosaic"))
+    visuals = [one_raster((3, 7)), Visual(rasters, placeholders=52, offsets=torch.arange(47))]
+    for name in list_methods():
+        try:
+            setting = read_setting(f"{name}@5", facts)
+        except ValueError:
+            continue
+        for visual in visuals:
+            for budget in range(1, visual.num_tokens, 4):
+                try_methods(
+                    dataclasses.replace(
+                        setting, stages=[dataclasses.replace(setting.stages[0], budget=Budget(budget))]
+                    ),
+                    facts.tower,
+                    visual,
+                    8,
+                )
+
+
+def test_a_video_whose_ids_have_no_room_is_refused_in_front():
+    family = FAMILIES["Qwen2_5_VLForConditionalGeneration"]
+    vision = SimpleNamespace(spatial_merge_size=2, tokens_per_second=2)
+    asked = {"video_grid_thw": [(400, 4, 4)], "second_per_grid_ts": [100.0]}
+    with pytest.raises(ValueError, match="ends at the 3-D id 79800"):
+        family.visuals(SimpleNamespace(vision_config=vision), "video", asked)
+    asked["second_per_grid_ts"] = [10.0]
+    assert len(family.visuals(SimpleNamespace(vision_config=vision), "video", asked)[0].rasters) == 400
 
 
 def test_facts_of_a_tower_count_the_blocks_that_vllm_builds():

@@ -137,7 +137,7 @@ def test_pictures_in_one_row_sorted_by_windows(windows, batch_first):
         assert torch.allclose(recording.signal(states, visual), expected, atol=1e-6)
 
 
-def test_each_picture_is_cut_by_its_own_method_and_budget():
+def test_each_picture_is_cut_by_its_own_method_and_budget(caplog):
     facts = ModelFacts(TowerInfo(1, 0, False, HEADS, WIDTH), PATCH_ONLY_SIGNALS, 1, 4, mrope=True, one_size=False)
     module = Tower(1)
     tower = PackedTower(module, lambda block: block.attn, facts.tower, 2, 3, 2, None)
@@ -156,8 +156,28 @@ def test_each_picture_is_cut_by_its_own_method_and_budget():
     merged = found[3]  # the first columns are means, the others go with the token
     assert not torch.equal(merged.embeddings[:, :12], features[3][merged.tokens, :12])
     assert torch.equal(merged.embeddings[:, 12:], features[3][merged.tokens, 12:])
-    with pytest.raises(RuntimeError, match="does not keep the number"):
-        selector.select([Row(7, 6, 0, 24), *rows[1:]], features, recording, 12)
+    # an error would end the engine for all others
+    (wrong, *_) = selector.select([Row(7, 6, 0, 24), *rows[1:]], features, recording, 12)
+    assert "does not keep the number" in caplog.text
+    assert torch.equal(wrong.embeddings, features[0][wrong.tokens]) and len(wrong.tokens) == 7
+
+
+def test_a_picture_that_a_method_cannot_choose_in_ends_no_engine(caplog):
+    facts = ModelFacts(TowerInfo(1, 0, False, HEADS, WIDTH), PATCH_ONLY_SIGNALS, 1, 4, mrope=True, one_size=False)
+    tower = PackedTower(Tower(1), lambda block: block.attn, facts.tower, 2, 3, 2, None)
+    selector = Selector(read_setting("divprune@6", facts), tower)
+    torch.manual_seed(0)
+    good, bad = torch.randn(24, 16), torch.randn(24, 16)
+    bad[3, 3] = float("nan")
+    _, recording = selector.watch([one_raster((4, 6))] * 2, [torch.zeros(8)] * 2, lambda: None)
+    with pytest.raises(ValueError, match="NaN|nan"):  # at start it is said
+        selector.try_all([good, bad], recording, 16)
+    alone = selector.select([Row(6, 6, 0, 24)] * 2, [good, good], recording, 16)[0]
+    assert not caplog.records
+    found = selector.select([Row(6, 6, 0, 24)] * 2, [good, bad], recording, 16)
+    assert torch.equal(found[0].embeddings, alone.embeddings)
+    assert found[1].tokens.tolist() == [0, 4, 8, 12, 16, 20]
+    assert "divprune: evenly spread tokens of one picture stay, because: " in caplog.text
 
 
 def test_signals_of_both_kinds_of_tower_are_named():

@@ -205,11 +205,15 @@ def test_decode_says_what_was_applied(capsys, tmp_path):
 
 
 def test_trials_at_apply_and_layers_passed_by_write_a_row_each(tmp_path):
-    probes.main(["--layers", "2", "--rounds", "1", "--out", str(tmp_path / "probes.csv")])
+    probes.main(["--layers", "2", "6", "--rounds", "1", "--out", str(tmp_path / "probes.csv")])
     bypass.main(["--methods", "naavit", "naavit(variant=mask)", "--rounds", "1", "--out", str(tmp_path / "bypass.csv")])
     with (tmp_path / "probes.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    assert [row["layers"] for row in rows] == ["2"] * 3 and all(float(row["of_prefill"]) > 0 for row in rows)
+    assert [row["layers"] for row in rows] == ["2"] * 9 + ["6"] * 9 + ["16"] * 5
+    whole = {row["trial"]: row for row in rows[-5:]}
+    assert [row["runs"] for row in whole.values()] == ["16", "2", "3", "16", "16"], "a sample, whatever the depth"
+    assert all("worked out from 2 and 6" in row["how"] for row in whole.values())
+    assert all(float(row["of_prefill"]) > 0 for row in rows if row["trial"] not in ("prefill", "one picture"))
     with (tmp_path / "bypass.csv").open() as stream:
         skip, mask = csv.DictReader(stream)
     assert float(skip["flops_share"]) < 1 == float(mask["flops_share"])

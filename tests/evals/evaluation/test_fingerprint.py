@@ -12,11 +12,13 @@ import tokenprune
 from tokenprune.evals.evaluation.fingerprint import NO_ANSWER, code_fingerprint, deciding_files
 
 ASKING = ("evals.evaluation.evaluate", "evals.evaluation.applied_method", "evals.tasks.load", "evals.models.load")
-PLUG_INS = ("methods.", "interventions.", "adapters.", "kernels.", "evals.tasks.")
+PLUG_INS = ("methods.", "interventions.", "cache_policies.", "adapters.", "kernels.", "evals.tasks.")
 BESIDE = {
     # what a point is: it stands in the key of each row
     "evals.config.grid", "evals.config.measure", "evals.config.points", "evals.config.run_config",
     "evals.config.targets",
+    # who answers: what of it decides is in the digest of the settings
+    "evals.config.engines",
     # how rows are kept, and what is said when something fails
     "evals.errors", "evals.io.atomic_files", "evals.io.digest", "evals.io.row_store", "evals.io.rows",
     # what a prompt cost, and how a caller looks at it

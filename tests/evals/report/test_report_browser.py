@@ -163,3 +163,108 @@ def test_a_narrow_window_does_not_scroll_sideways(page):
     page.set_viewport_size({"width": 400, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     page.set_viewport_size({"width": 1300, "height": 900})
+
+
+def test_a_name_opens_what_it_is_and_how_to_apply_it(page, run):
+    row = page.locator('table.leaderboard tr[data-point="vtc_cls@64"]')
+    row.locator("button.name").click()
+    sheet = page.locator("dialog.about")
+    assert sheet.is_visible() and "arXiv 2412.05819" in sheet.inner_text()
+    assert sheet.locator("a").get_attribute("href") == "https://arxiv.org/abs/2412.05819"
+    said = sheet.locator("pre").all_inner_texts()
+    assert "handle = tokenprune.apply(model, 'vtc_cls', keep=64)" in said[0]
+    assert said[1] == "tokenprune eval --model pocket-llava --tasks pocket --method vtc_cls --keep 64"
+    sheet.locator(".close").click()
+    assert not sheet.is_visible()
+
+
+def test_the_snippet_of_a_row_applies_the_very_point(tmp_path):
+    """With every digit of a tuned file."""
+    from _paths import ROOT
+
+    from tokenprune.evals.report.about import about
+    from tokenprune.evals.results.run_folder import point_of
+
+    tuned = ROOT / "configs" / "tuned" / "vflowopt_pocket_llava.yaml"
+    records = read_run(
+        fake_run(tmp_path, ("none", "random"), (64,), samples=8, pictured=0, files=(str(tuned),))
+    ).records
+    record = next(each for each in records if each["method"] == "vflowopt")
+    applied = []
+    space = {"model": "m", "tokenprune": type("T", (), {"apply": lambda *args, **given: applied.append((args, given))})}
+    exec(about(record)["apply"].replace("import tokenprune", ""), space)
+    ((model, method), given), point = applied[0], point_of(record)
+    assert (model, method, given.pop("keep")) == ("m", "vflowopt", point.keep) and given == dict(point.options)
+    from tokenprune.commands._shared import parse_options
+
+    words = about(record)["command"].split(" --set ")
+    assert parse_options([word.strip("'") for word in words[1:]]) == dict(point.options)
+
+
+def test_the_rows_that_are_shown_download_as_csv(page):
+    page.locator(".find").fill("vtc")
+    with page.expect_download() as waiting:
+        page.locator(".csv").click()
+    lines = Path(waiting.value.path()).read_text().splitlines()
+    page.locator(".find").fill("")
+    assert waiting.value.suggested_filename == "run.csv" and lines[0].startswith("label,series,budget,n,accuracy")
+    assert [line.split(",")[0] for line in lines[1:]] == ["vtc_cls@192", "vtc_cls@64"]
+
+
+def test_the_address_holds_what_is_chosen(page, run, chromium):
+    page.locator('.budgets [data-keep="192"]').click()
+    page.locator('[data-group="g-cost"]').click()
+    page.locator("select.axis").select_option("kv")
+    page.locator('.legend [data-name="random"]').click()
+    page.locator(".find").fill("vtc")
+    page.wait_for_function("location.hash.includes('find=vtc')")
+    other = chromium.new_page(viewport={"width": 1300, "height": 900})
+    other.set_default_timeout(PATIENCE)
+    other.goto(page.url)
+    other.wait_for_selector(".plot svg .mark")
+    assert other.locator('.budgets [aria-pressed="true"]').inner_text() == "192"
+    assert other.locator('.groups [aria-pressed="true"]').get_attribute("data-group") == "g-cost"
+    assert other.locator("select.axis").input_value() == "kv" and other.locator(".find").input_value() == "vtc"
+    assert other.locator('.legend [data-name="random"]').get_attribute("aria-pressed") == "false"
+    assert set(column(other, 0)) == {"vtc_cls"}
+    assert other.title() == "run · tokenprune" and other.locator("h1").inner_text() == "run"
+    other.close()
+    page.locator(".find").fill("")
+    page.locator('[data-group="g-acc"]').click()
+    page.locator('.legend [data-name="random"]').click()
+    page.locator("select.axis").select_option("decoder")
+
+
+def test_what_is_moved_sideways_says_so(page):
+    moved = page.locator(".plot line.moved").count()
+    said = page.locator("p .moved-note").inner_text()
+    assert moved > 0 and said.startswith(f"{moved} of 13 points would hide each other and stand beside their cost")
+    for key in page.locator(".legend button[data-name]").all()[1:]:
+        key.click()
+    assert page.locator("p .moved-note").inner_text() == "Every point stands at its cost."
+    page.locator(".legend .all").click()
+
+
+def test_on_a_phone_a_tap_explains_and_tables_fit(run, chromium):
+    context = chromium.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    page.goto((run / "report.html").as_uri())
+    page.wait_for_selector(".plot svg .mark")
+    head = page.locator("table.leaderboard thead th").nth(1)
+    head.tap()
+    bubble = page.locator(".bubble")
+    assert bubble.is_visible() and bubble.inner_text() == head.get_attribute("title")
+    page.locator("h1").tap()
+    assert not bubble.is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    matrix = page.locator(".matrix").first
+    matrix.scroll_into_view_if_needed()
+    tops = matrix.evaluate(
+        "box => [...box.querySelectorAll('th[scope=col] span')].map("
+        "each => each.getBoundingClientRect().top - box.getBoundingClientRect().top)"
+    )
+    assert min(tops) >= 0, "no label sticks out of the top"
+    widths = matrix.evaluate("box => [box.scrollWidth, box.clientWidth]")
+    assert widths[0] <= widths[1], "seven methods fit without scrolling"
+    context.close()

@@ -1,0 +1,67 @@
+"""Whether what was read from a file has the shape that its `TypedDict` says: files are edited, cut off and mixed up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+
+def check_shape(value: Any, kind: Any, where: str) -> None:
+    """Raise ValueError, with the place of what is wrong, unless `value` is of `kind`.
+
+    Args:
+        kind: a TypedDict, of which required keys must be there and others may be, or any annotation of JSON values; an
+            int is a float too.
+        where: the name of the value, for the message.
+    """
+    problem = _problem(value, kind)
+    if problem is not None:
+        path, says = problem
+        raise ValueError(f"{where}{path} {says}. The file is not as it was written.")
+
+
+def _problem(value: Any, kind: Any) -> tuple[str, str] | None:
+    """The first thing that is wrong: its path, and what."""
+    if kind is Any:
+        return None
+    if is_typeddict(kind):
+        return _of_mapping(value, kind)
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        problems = [_problem(value, one) for one in inner]
+        return None if None in problems else max((one for one in problems if one), key=lambda one: len(one[0]))
+    if origin is list or origin is dict:
+        if not isinstance(value, origin):
+            return "", f"must be {'a list' if origin is list else 'a mapping'}, got {_short(value)}"
+        items = enumerate(value) if isinstance(value, list) else value.items()
+        found = ((key, _problem(one, inner[-1])) for key, one in items)
+        return next(((f"[{key!r}]{problem[0]}", problem[1]) for key, problem in found if problem), None)
+    if kind in (None, NoneType):
+        return None if value is None else ("", f"must be nothing, got {_short(value)}")
+    wanted: tuple[type, ...] = (int, float) if kind is float else (kind,)
+    if isinstance(value, wanted) and (kind is bool or not isinstance(value, bool)):
+        return None
+    return "", f"must be a {kind.__name__}, got {_short(value)}"
+
+
+def _of_mapping(value: Any, kind: Any) -> tuple[str, str] | None:
+    if not isinstance(value, Mapping):
+        return "", f"must be a mapping, got {_short(value)}"
+    missing = sorted(kind.__required_keys__ - value.keys())
+    if missing:
+        return "", f"lacks {missing[0]!r}"
+    hints = _hints(kind)
+    found = ((key, _problem(value[key], hints[key])) for key in hints if key in value)
+    return next(((f"[{key!r}]{problem[0]}", problem[1]) for key, problem in found if problem), None)
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,100 @@
+"""vLLM's other model classes on tiny random weights against transformers with the same method: token ids, one engine a
+class. `pytest tests/serving --classes docs/guides/serving_vllm.md` writes what was found into the guide."""
+
+from __future__ import annotations
+
+import pytest
+from _vllm import ask, engine, furthest, hugging_face, needs_vllm, reference, runnable
+from PIL import Image
+
+needs_vllm()
+
+from _served_classes import CLASSES, prompt, save  # noqa: E402
+
+from tokenprune.vllm.families import FAMILIES  # noqa: E402
+
+SIZES = [(300, 200), (90, 260), (224, 224), (180, 70)]
+TRIED = ("uniform", "divprune", "vtc_cls", "holov", "pool")  # a stride, features, [CLS] or its stand-in, both, merging
+CLOSE = 2e-4
+KEEP = "0.3"
+
+
+def picture(number: int) -> Image.Image:
+    """A picture of coloured noise in large patches: another one for each number."""
+    import numpy as np
+
+    values = np.random.default_rng(number).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize(SIZES[number % len(SIZES)], Image.Resampling.BICUBIC)
+
+
+def request(name, count=1, start=0, setting=None):
+    made = {
+        "prompt": prompt(name, count),
+        "multi_modal_data": {"image": [picture(start + place) for place in range(count)]},
+    }
+    return made if setting is None else {**made, "mm_processor_kwargs": {"tokenprune": setting}}
+
+
+@pytest.fixture(scope="module", params=list(CLASSES))
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(name, tmp_path_factory):
+    found = tmp_path_factory.mktemp(name)
+    save(name, found)
+    return str(found)
+
+
+@pytest.fixture(scope="module")
+def methods(name, folder):
+    found = runnable(folder, FAMILIES[CLASSES[name]], KEEP)
+    return [text for text in found if text.partition("(")[0] in TRIED]
+
+
+@pytest.fixture(scope="module")
+def llm(name, folder, methods):
+    made = engine(folder, " | ".join(f"{one}@{KEEP}" for one in methods), limit_mm_per_prompt={"image": 3})
+    yield made
+    made.llm_engine.engine_core.shutdown()
+    hugging_face.cache_clear()
+
+
+def test_answers_of_every_class(name, folder, llm, methods, record_property):
+    record_property("class", CLASSES[name])
+    record_property("methods", ", ".join(runnable(folder, FAMILIES[CLASSES[name]], KEEP)))
+    record_property("on", f"tiny random weights: {len(SIZES)} sizes of pictures each with {', '.join(methods)}")
+    asked = [request(name, start=number) for number in range(len(SIZES))]
+    if name != "llava_onevision":  # whose processor gives several pictures no crops, where vLLM counts on them
+        asked.append(request(name, 2, 3))
+    whole = ask(llm, [{**one, "mm_processor_kwargs": {"tokenprune": "@1.0"}} for one in asked], ignore_eos=True)
+    expected = reference(folder, asked, None)
+    assert whole == expected and furthest(whole, expected) < CLOSE
+    for method in methods:
+        got = ask(llm, [{**one, "mm_processor_kwargs": {"tokenprune": method}} for one in asked], ignore_eos=True)
+        expected = reference(folder, asked, f"{method}@{KEEP}")
+        assert got == expected, method
+        assert furthest(got, expected) < CLOSE, method
+        assert all(cut < full for cut, full in zip(got.lengths, whole.lengths))
+    assert {"uniform", "divprune"} <= {method.partition("(")[0] for method in methods}
+
+
+def test_videos_are_taken_or_refused_with_a_sentence(name, llm):
+    import numpy as np
+
+    family = FAMILIES[CLASSES[name]]
+    if not family.no_videos:
+        pytest.skip("covered by the pocket models, or no videos in this class")
+    frames = np.zeros((4, 64, 64, 3), np.uint8)
+    facts = {"fps": 2.0, "duration": 2.0, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3]}
+    video = (frames, {**facts, "video_backend": "opencv", "do_sample_frames": False}) if "qwen" in name else frames
+    with pytest.raises(ValueError, match="takes no videos on this model: .* Ask one without it"):
+        ask(llm, [{"prompt": prompt(name, 1, "video"), "multi_modal_data": {"video": [video]}}])
+
+
+def test_several_pictures_before_onevision_are_refused(name, llm):
+    if name != "llava_onevision":
+        pytest.skip("several pictures are among the answers of the other classes")
+    with pytest.raises(ValueError, match="several pictures has one crop of each here"):
+        ask(llm, [request(name, 2, 3)])
