@@ -22,6 +22,7 @@ from tokenprune.evals.io.digest import digest, file_digest
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.tasks.task import Sample, Task
 from tokenprune.handle import Handle
+from tokenprune.interfaces.intervention import Intervention
 from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.signals import VISION_SIGNALS, Signal, TowerInfo
 from tokenprune.plan.parse import Spec
@@ -66,6 +67,15 @@ def method_of(point: Point, seed: int) -> Spec:
 def calibrate_interventions(loaded: LoadedModel, task: Task, point: Point, handle: Handle, seed: int) -> None:
     """Let interventions see the prompts that they have to see before they act, the first ones of the task; every later
     use of the point starts with what they learned."""
+    learned = learned_interventions(loaded, task, handle)
+    if learned is not None:
+        spec = replace(method_of(point, seed), interventions=learned)
+        loaded.prepared[_place(point, seed)] = prepare(loaded.model, spec, adapter=loaded.adapter)
+
+
+def learned_interventions(loaded: LoadedModel, task: Task, handle: Handle) -> tuple[Intervention, ...] | None:
+    """The interventions at work, once they have seen the prompts of the task that they have to see; None where they
+    want none."""
 
     def show(samples: list[Sample]) -> list[None]:
         with torch.inference_mode():
@@ -79,10 +89,7 @@ def calibrate_interventions(loaded: LoadedModel, task: Task, point: Point, handl
         if samples:
             retry_in_halves(samples, show)
         seen = stop
-    if seen:
-        learned = tuple(one.settled() for one in handle.interventions)
-        spec = replace(method_of(point, seed), interventions=learned)
-        loaded.prepared[_place(point, seed)] = prepare(loaded.model, spec, adapter=loaded.adapter)
+    return tuple(one.settled() for one in handle.interventions) if seen else None
 
 
 def _place(point: Point, seed: int) -> tuple[str, int | None, int, int]:

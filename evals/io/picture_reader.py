@@ -94,6 +94,32 @@ def read_frames(source: Any, name: str | None = None) -> list[Image.Image]:
         return _scaled(frames)
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How much there is in a picture's file, read without its pixels.
+
+    Attributes:
+        size: width and height of the first picture.
+        count: of pictures; `read_picture` gives the first.
+        pages: whether they are pages of a document and no frames.
+    """
+
+    size: tuple[int, int]
+    count: int
+    pages: bool
+
+
+def read_extent(source: Path | bytes) -> Extent | None:
+    """What a file says of its size; None where it is no picture, which `read_picture` puts in words."""
+    try:
+        with _stream(source) as stream, Image.open(stream) as opened:
+            # a camera's MPO has a preview or a depth map behind its picture, no frames
+            count = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
+            return Extent(opened.size, count, opened.format == "TIFF")
+    except Exception:  # decoders raise what they like
+        return None
+
+
 def _stream(source: str | Path | bytes) -> Any:
     # by its name Pillow maps a file into memory, and then a grey TIFF that is to be turned comes out in shreds
     return io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")

@@ -170,7 +170,7 @@ def _take(values: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
     return values.gather(dim, index.view(shape).expand(target))
 
 
-class _Stamps(StoppingCriteria):
+class Stamps(StoppingCriteria):
     """Notes the time after each generated token; never stops."""
 
     def __init__(self, device: torch.device) -> None:
@@ -185,7 +185,7 @@ class _Stamps(StoppingCriteria):
 
 def decode_seconds(loaded: LoadedModel, inputs: dict[str, Any], tokens: int) -> list[float]:
     """Seconds of each decode step after the first token of one `generate`."""
-    stamps = _Stamps(loaded.model.device)
+    stamps = Stamps(loaded.model.device)
     loaded.model.generate(
         **inputs,
         do_sample=False,

@@ -116,7 +116,24 @@ def draw_kept(views: Sequence[SeenView], point: Point, images: list[list[int]]) 
         views: see `seen_views`.
         images: kept indices of the sample's visuals.
     """
-    drawn = [_draw_view(view, point, images) for view in views]
+    from tokenprune.plan.expression import pruner_parts, split_name
+    from tokenprune.registry import METHODS
+
+    if point.method == NONE:
+        return draw_places(views, [])
+    pruners = [METHODS.get(split_name(part)[0]) for part in pruner_parts(point.method)]
+    return draw_places(views, images, any(pruner.site == "pixels" and not pruner.cuts_pixels for pruner in pruners))
+
+
+def draw_places(views: Sequence[SeenView], images: list[list[int]], shrinks: bool = False) -> Image.Image:
+    """Views side by side, dimmed where nothing was kept.
+
+    Args:
+        views: see `seen_views`.
+        images: kept indices of the sample's visuals; [] shows the views as they are.
+        shrinks: whether fewer tokens mean fewer pixels of the whole picture.
+    """
+    drawn = [_draw_view(view, images, shrinks) for view in views]
     if len(drawn) == 1:
         return drawn[0]
     gap = 8
@@ -128,17 +145,13 @@ def draw_kept(views: Sequence[SeenView], point: Point, images: list[list[int]]) 
     return sheet
 
 
-def _draw_view(view: SeenView, point: Point, images: list[list[int]]) -> Image.Image:
+def _draw_view(view: SeenView, images: list[list[int]], shrinks: bool) -> Image.Image:
     picture, raster, visual = view
-    if point.method == NONE or not images:
+    if not images:
         return picture
-    from tokenprune.plan.expression import pruner_parts, split_name
-    from tokenprune.registry import METHODS
-
     start, count = raster.start, raster.num_tokens
     kept = [index - start for index in images[visual] if start <= index < start + count]
-    pruners = [METHODS.get(split_name(part)[0]) for part in pruner_parts(point.method)]
-    if any(pruner.site == "pixels" and not pruner.cuts_pixels for pruner in pruners) and 0 < len(kept) < count:
+    if shrinks and 0 < len(kept) < count:
         # nothing is dropped: the whole picture is seen, with fewer pixels
         small = square_grid(len(kept), picture.size) if _has_raster(len(kept), picture.size) else raster.grid
         return shrunk(picture, small, picture.size[0] // raster.grid[1])

@@ -157,13 +157,57 @@ def test_run_answers_twice_and_draws(tmp_path, tiny_folder, capsys):
     Image.new("RGB", (60, 42), (200, 90, 30)).save(picture)
     overlay = tmp_path / "deep" / "overlay.png"
     argv = ["run", "--model", tiny_folder, "--method", "uniform", "--keep", "9", "--image", str(picture)]
-    assert main([*argv, "--question", "what is this", "--output", str(overlay)]) == 0
+    argv += ["--question", "what is this", "--output", str(overlay), "--max-new-tokens", "1"]
+    assert main(argv) == 0
     printed = capsys.readouterr().out
-    assert "unpruned" in printed and "uniform@9" in printed and "36" in printed
+    assert "unpruned" in printed and "uniform@9" in printed and "9 (25%)" in printed
+    for said in ("FLOPs to the first token", "KV cache of the prompt", "first token after", "whole answer after"):
+        assert f"\n{said}" in printed
     drawn = Image.open(overlay)
-    assert drawn.size == (42, 42)
-    bright = sum(drawn.getpixel((7 * col + 3, 7 * row + 3))[0] > 150 for row in range(6) for col in range(6))
-    assert bright == 9
+    # two panels of 42 pixels, eight times as large, and under them one line
+    assert drawn.width == 20 + 336 + 20 + 336 + 20
+    top = drawn.height - 20 - 21 - 8 - 336
+
+    def bright(left: int) -> int:
+        return sum(drawn.getpixel((left + 56 * x + 28, top + 56 * y + 28))[0] > 150 for x in range(6) for y in range(6))
+
+    assert (bright(20), bright(20 + 336 + 20)) == (36, 9)
+
+
+def test_run_takes_files_none_and_animations(tmp_path, tiny_folder, capsys):
+    from PIL import Image
+
+    method, clip, overlay = tmp_path / "tuned.yaml", tmp_path / "clip.gif", tmp_path / "o.png"
+    method.write_text("- {at: input, prune: uniform, keep: 18}\n- {at: 'layer:1', prune: random, keep: 9}\n")
+    frames = [Image.new("RGB", (42, 42), colour) for colour in ("red", "green", "blue")]
+    frames[0].save(clip, save_all=True, append_images=frames[1:])
+    argv = ["run", "--model", tiny_folder, "--image", str(clip), "--question", "what is this", "--output", str(overlay)]
+    argv += ["--max-new-tokens", "1"]
+    assert main([*argv, "--method", str(method)]) == 0
+    printed = capsys.readouterr().out
+    assert "clip.gif has 3 frames; only the first is asked about." in printed
+    assert "tuned.yaml" in printed and "visual tokens, mean of layers" in printed and "9 (25%)" in printed
+    assert main([*argv, "--method", "none"]) == 0
+    assert "unpruned" in capsys.readouterr().out and Image.open(overlay).width == 20 + 336 + 20
+    for wrong, says in ((["none", "--keep", "4"], "takes no --keep"), ([str(tmp_path / "x.yaml")], "There is no file")):
+        assert main([*argv, "--method", *wrong]) == 2
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.pocket
+@pytest.mark.parametrize(
+    ("model", "keep", "right"), [("pocket-llava", "64", "vtc_cls"), ("pocket-qwen", "0.25", "divprune")]
+)
+def test_the_default_sample_is_a_sign_that_pruning_can_get_wrong(model, keep, right, tmp_path, capsys):
+    said = {}
+    for method in ("holov", right):
+        argv = ["run", "--model", model, "--method", method, "--keep", keep, "--output", str(tmp_path / "o.png")]
+        assert main(argv) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        (expected,) = (words[1] for words in lines if words[:1] == ["expected"])
+        ((_, whole, said[method]),) = (words for words in lines if words[:1] == ["answer"])
+        assert whole == expected
+    assert said[right] == expected != said["holov"]
 
 
 @pytest.mark.parametrize("method", ["var(calibrate=2)", "uniform@9+var(channels=[1], tau=1.5, layers=[1])"])
@@ -205,6 +249,7 @@ def test_run_takes_text_as_it_is_and_pictures_as_cameras_mean_them(tiny_folder, 
 
     from tokenprune.evals import single_image as single
     from tokenprune.evals.io.picture_reader import read_picture
+    from tokenprune.evals.one_prompt.ask import Outcome
 
     turned = Image.new("RGB", (60, 30), "red")
     exif = turned.getexif()
@@ -213,8 +258,9 @@ def test_run_takes_text_as_it_is_and_pictures_as_cameras_mean_them(tiny_folder, 
     assert read_picture(tmp_path / "turned.jpg").size == (30, 60)
     argv = ["run", "--model", tiny_folder, "--method", "uniform@9", "--max-new-tokens", "2"]
     question = "is [red]this[/red] a box [/foo]"
-    monkeypatch.setattr(single, "answer_batch", lambda *args: (["[b]so[/c]"], [9], [range(9)]))
-    monkeypatch.setattr(single, "draw_kept", lambda *args: turned)
+    outcome = Outcome("uniform@9", "[b]so[/c]", 36, 9, 9.0, 10, 10, 0.1, 0.2, [list(range(9))])
+    monkeypatch.setattr(single, "ask", lambda *args: outcome)
+    monkeypatch.setattr(single, "draw_places", lambda *args: turned)
     output = str(tmp_path / "[b]" / "o.png")
     assert main([*argv, "--image", str(tmp_path / "turned.jpg"), "--question", question, "--output", output]) == 0
     said = capsys.readouterr().out

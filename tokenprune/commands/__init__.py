@@ -8,6 +8,6 @@ name on the command line has been checked.
 
 NAMES = (
     "demo", "ls", "check_model", "run", "eval", "sweep", "report", "compare", "parity", "tune", "train", "calibrate",
-    "recommend", "diagnose", "serve",
+    "recommend", "diagnose", "ui", "serve",
 )  # fmt: skip
 """The files, in the order in which `tokenprune --help` shows them."""

@@ -314,7 +314,7 @@ def test_what_takes_pictures_reads_them_so(tmp_path, tiny_folder, monkeypatch):
         check_odd(frame)
     shown: list[Any] = []
     monkeypatch.setattr(single, "seen_views", lambda loaded, inputs, image: shown.append(image) or [])
-    monkeypatch.setattr(single, "draw_kept", lambda *args: Image.new("RGB", (9, 9)))
+    monkeypatch.setattr(single, "draw_places", lambda *args: Image.new("RGB", (9, 9)))
     for file in files:
         check_odd(overlay.dim_dropped(Image.open(file), list(range(12)), (3, 4)))
         argv = ["run", "--model", tiny_folder, "--method", "uniform@9", "--max-new-tokens", "2", "--image", str(file)]
