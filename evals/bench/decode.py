@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("operation, calls and microseconds a step: stock, changed")
         for name, calls, spent, more_calls, more_spent in rows[:20]:
             print(f"{name:48s} {calls:6.0f} {spent:8.0f} {more_calls:6.0f} {more_spent:8.0f}")
-        print(f"{'all':48s} " + " ".join(f"{sum(row[at] for row in rows):8.0f}" for at in range(1, 5)))
+        print(f"{'all':48s} " + " ".join(f"{sum(float(row[at]) for row in rows):8.0f}" for at in range(1, 5)))
         return
     table = None if options.out is None else Table(options.out, COLUMNS)
     asked = {name: getattr(options, name) for name in ("model", "method", "steps", "samples")}
