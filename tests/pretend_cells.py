@@ -31,6 +31,8 @@ PLANS: dict[str, Any] = {
     "act": ["act(theta=0.06, layers=[1, 2, 3])"],
     "gift": ["gift(alpha=3.0)"],
     "imbalance": ["imbalance"],
+    "naavit": ["naavit"],
+    "shortv": ["shortv(layers=[1, 2])"],
     "var behind fastv": ["fastv@9", {**VAR, "tau": 2.2}],
     "var(channels=discover)": ["var(channels=discover,calibrate=2)"],
     "var(visual_sinks=keep)": [BEHIND, {**VAR, "tau": 2.2, "visual_sinks": "keep"}],

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 
-def check_shape(value: Any, kind: Any, where: str) -> None:
-    """Raise ValueError, with the place of what is wrong, unless `value` is of `kind`.
+def check_shape(value: Any, kind: Any, where: str, needed: Iterable[str] = ()) -> None:
+    """Raise ValueError, with the place of what is wrong, unless what is there of `value` is of `kind`.
 
     Args:
-        kind: a TypedDict, of which required keys must be there and others may be, or any annotation of JSON values; an
-            int is a float too.
+        kind: a TypedDict, or any annotation of JSON values; an int is a float too. Keys that a TypedDict has and the
+            value has not are no error: older files lack some.
         where: the name of the value, for the message.
+        needed: keys that must be there.
     """
     problem = _problem(value, kind)
+    missing = [key for key in needed if problem is None and key not in value]
+    if missing:
+        problem = "", f"lacks {missing[0]!r}"
     if problem is not None:
         path, says = problem
         raise ValueError(f"{where}{path} {says}. The file is not as it was written.")
@@ -49,9 +53,6 @@ def _problem(value: Any, kind: Any) -> tuple[str, str] | None:
 def _of_mapping(value: Any, kind: Any) -> tuple[str, str] | None:
     if not isinstance(value, Mapping):
         return "", f"must be a mapping, got {_short(value)}"
-    missing = sorted(kind.__required_keys__ - value.keys())
-    if missing:
-        return "", f"lacks {missing[0]!r}"
     hints = _hints(kind)
     found = ((key, _problem(value[key], hints[key])) for key in hints if key in value)
     return next(((f"[{key!r}]{problem[0]}", problem[1]) for key, problem in found if problem), None)

@@ -9,7 +9,7 @@ from typing import Any
 from tokenprune.evals.config.points import NONE
 from tokenprune.evals.results.records import ResultRecord
 from tokenprune.plan.expression import split_name, split_outside
-from tokenprune.registry import INTERVENTIONS, METHODS
+from tokenprune.registry import METHODS, beside_methods
 
 
 def about(record: ResultRecord) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def about(record: ResultRecord) -> dict[str, Any]:
 
 
 def _part(name: str) -> dict[str, str]:
-    registry = INTERVENTIONS if name in INTERVENTIONS.names() else METHODS
+    registry = beside_methods().get(name, METHODS)
     if name not in registry.names():  # a method of the user's own, in another process
         return {"name": name, "does": "", "source": "a method that is not installed here", "arxiv": ""}
     source = str(getattr(registry.get(name), "published", ""))

@@ -11,9 +11,16 @@ from tokenprune.evals.config.points import Point
 from tokenprune.evals.io.atomic_files import read_lines
 from tokenprune.evals.io.rows import SampleRow
 from tokenprune.evals.io.shapes import check_shape
-from tokenprune.evals.results.records import Picture, Provenance, ResultRecord
+from tokenprune.evals.results.records import Picture, Provenance, ResultRecord, Scores, View
 
 PICTURES, PICTURE_INDEX = "pictures", "index.json"
+# what readers cannot do without; older files lack some of the rest
+_RECORD = (
+    "point", "model", "task", "method", "keep", "options", "label", "series", "overall", "families", "visual_tokens",
+    "kept_tokens",
+)  # fmt: skip
+_SCORES = ("n", "accuracy", "ci_low", "ci_high")
+_ROW = ("point", "sample_id", "family", "question", "answer", "prediction", "correct")
 
 
 @dataclass
@@ -76,7 +83,10 @@ def read_records(path: Path) -> list[ResultRecord]:
     if not records:
         raise ValueError(f"{path} holds no result.")
     for number, record in enumerate(records, start=1):
-        check_shape(record, ResultRecord, f"Record {number} of {path}")
+        where = f"Record {number} of {path}"
+        check_shape(record, ResultRecord, where, _RECORD)
+        for name, scores in {"overall": record["overall"], **record["families"]}.items():
+            check_shape(scores, Scores, f"{name} in {where[0].lower()}{where[1:]}", _SCORES)
     return records
 
 
@@ -90,7 +100,7 @@ def _read_rows(path: Path) -> list[SampleRow]:
         why = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read: {why}. The file is not as it was written.") from None
     for number, row in enumerate(rows, start=1):
-        check_shape(row, SampleRow, f"Row {number} of {path}")
+        check_shape(row, SampleRow, f"Row {number} of {path}", _ROW)
     return rows
 
 
@@ -114,4 +124,8 @@ def read_pictures(folder: Path) -> list[Picture]:
     except (ValueError, RecursionError):
         raise ValueError(f"{index} is no JSON. The file is not as it was written.") from None
     check_shape(pictures, list[Picture], str(index))
+    for number, picture in enumerate(pictures):
+        check_shape(picture, Picture, f"Entry {number} of {index}", Picture.__required_keys__)
+        for view in picture["views"]:
+            check_shape(view, View, f"A view of entry {number} of {index}", View.__required_keys__ - {"visual"})
     return pictures

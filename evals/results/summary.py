@@ -164,7 +164,7 @@ def flat_costs(record: ResultRecord) -> TableRow:
         counted = flops.get(source) if flops else None
         for part in ("total", "vision", "projector", "selection", "prefill", "decode"):
             name = f"gflops_{part}" if source == "analytic" else f"gflops_{part}_measured"
-            flat[name] = _giga(counted[part]) if counted else None
+            flat[name] = _giga(counted.get(part)) if counted else None
     flat["flops_agree"] = flops["agree"] if flops and flops.get("measured") else None
     flat["flops_share"] = share(flops["analytic"]["total"], flops["unpruned"]["total"]) if flops else None
     flat["gflops_paper_formula"] = _giga(flops["paper"]) if flops else None

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokenprune.cost import NOT_MODELLED
+from tokenprune.evals.config.engines import VLLM
 from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.models.load import LoadedModel, model_source
@@ -103,6 +104,7 @@ def make_plan(config: RunConfig) -> Plan:
         model, size = models[point.model], sizes[point.task]
         limit = size if config.limit is None or size is None else min(size, config.limit)
         cost, refused = _estimate(model, point, config.seed)
+        refused = refused or (_refused_by_vllm(point, config.seed) if config.engine == VLLM else None)
         ids = _ids(rows, point, settings.get(point.model), made_of[point.task])
         counted += len(ids)
         done = len(ids) if limit is None else min(len(ids), limit)  # of an earlier run with a higher limit
@@ -141,6 +143,21 @@ def _outline(name: str) -> tuple[Outline | None, str]:
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         return None, reason
+
+
+def _refused_by_vllm(point: Point, seed: int) -> str | None:
+    """Why an engine of vLLM could not serve a point; None where it could, or where its model is not known here."""
+    from transformers import AutoConfig
+
+    from tokenprune.evals.evaluation.vllm_engine import engine_setting
+
+    try:
+        engine_setting(AutoConfig.from_pretrained(model_source(point.model), local_files_only=True), [point], seed)
+    except OSError:
+        return None
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _estimate(model: Outline | None, point: Point, seed: int) -> tuple[Estimate | None, str | None]:

@@ -11,7 +11,7 @@ MODELS = {
     "InternVLForConditionalGeneration": "InternVL, Hugging Face's form",
     "LlavaForConditionalGeneration": "LLaVA-1.5 with a CLIP tower",
     "LlavaNextForConditionalGeneration": "LLaVA-NeXT with a CLIP tower",
-    "LlavaOnevisionForConditionalGeneration": "LLaVA-OneVision, one picture a prompt",
+    "LlavaOnevisionForConditionalGeneration": "LLaVA-OneVision",
     "Qwen2VLForConditionalGeneration": "Qwen2-VL",
     "Qwen2_5_VLForConditionalGeneration": "Qwen2.5-VL",
     "Qwen3VLForConditionalGeneration": "Qwen3-VL, DeepStack features cut alike",

@@ -66,7 +66,7 @@ def test_answers_of_every_class(name, folder, llm, methods, record_property):
     record_property("methods", ", ".join(runnable(folder, FAMILIES[CLASSES[name]], KEEP)))
     record_property("on", f"tiny random weights: {len(SIZES)} sizes of pictures each with {', '.join(methods)}")
     asked = [request(name, start=number) for number in range(len(SIZES))]
-    if name != "llava_onevision":  # whose processor gives several pictures no crops, where vLLM counts on them
+    if name != "llava_onevision":  # vLLM gives each of several pictures its crops, and transformers' model does not
         asked.append(request(name, 2, 3))
     whole = ask(llm, [{**one, "mm_processor_kwargs": {"tokenprune": "@1.0"}} for one in asked], ignore_eos=True)
     expected = reference(folder, asked, None)
@@ -91,10 +91,3 @@ def test_videos_are_taken_or_refused_with_a_sentence(name, llm):
     video = (frames, {**facts, "video_backend": "opencv", "do_sample_frames": False}) if "qwen" in name else frames
     with pytest.raises(ValueError, match="takes no videos on this model: .* Ask one without it"):
         ask(llm, [{"prompt": prompt(name, 1, "video"), "multi_modal_data": {"video": [video]}}])
-
-
-def test_several_pictures_before_onevision_are_refused(name, llm):
-    if name != "llava_onevision":
-        pytest.skip("several pictures are among the answers of the other classes")
-    with pytest.raises(ValueError, match="several pictures has one crop of each here"):
-        ask(llm, [request(name, 2, 3)])

@@ -84,7 +84,7 @@ class Press(CachePolicy):
 
 def _named(name: str, ratio: float | None) -> Any:
     try:
-        import kvpress
+        import kvpress  # pyright: ignore[reportMissingImports] # an extra of nobody's: its pins exclude our transformers
     except ImportError as error:
         raise ValueError(
             f"press={name!r} names a class of kvpress, which cannot be imported ({error}). Install it with `pip "

@@ -183,7 +183,7 @@ def parse_method(method: Any, keep: Any = None, average: Any = None, **options: 
         method = dict(method)
         average = _one("averages", method.pop("average", None), average)
         if isinstance(method.get("method"), Sequence) and not isinstance(method["method"], str):
-            other_keys = sorted(set(method) - {"method"})
+            other_keys = sorted(map(str, set(method) - {"method"}))
             if other_keys:
                 raise ValueError(f"Beside a list of stages a method has no other keys, got {other_keys}.")
             method = method["method"]

@@ -13,7 +13,7 @@ from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.budget import read_budget
 from tokenprune.plan.expression import split_name, split_outside
 from tokenprune.plan.parse import Spec, parse_method
-from tokenprune.registry import INTERVENTIONS, METHODS, near
+from tokenprune.registry import INTERVENTIONS, METHODS, beside_methods, near
 from tokenprune.server.refusals import Refused
 
 NONE = "none"
@@ -100,7 +100,7 @@ class Methods:
                     param="tokenprune", code="bad_budget",
                 )  # fmt: skip
             return name, read_budget(text[1:])
-        prunes = [part for part in split_outside(text, "+") if split_name(part)[0] not in INTERVENTIONS.names()]
+        prunes = [part for part in split_outside(text, "+") if split_name(part)[0] not in beside_methods()]
         open_parts = [part for part in prunes if "@" not in part]
         if not open_parts or len(prunes) > 1:
             return text, None

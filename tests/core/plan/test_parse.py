@@ -127,3 +127,5 @@ def test_yaml_that_cannot_be_read(tmp_path, text, says):
         parse_method(file)
     with pytest.raises(FileNotFoundError, match="There is no file"):
         parse_method("x" * 3000 + ".yaml")
+    with pytest.raises(ValueError, match=r"no other keys, got \['None', 'a'\]"):
+        parse_method({"method": ["holov@9"], None: 1, "a": 2})

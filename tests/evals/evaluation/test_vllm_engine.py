@@ -15,6 +15,7 @@ from tokenprune.evals.errors import UserError
 from tokenprune.evals.evaluation import vllm_engine
 from tokenprune.evals.evaluation.vllm_engine import check_vllm, engine_setting, request_text
 from tokenprune.evals.models.load import model_source
+from tokenprune.evals.sweep.dry_run import make_plan
 from tokenprune.evals.sweep.executors.local import Local
 from tokenprune.evals.sweep.sweep import run
 
@@ -96,6 +97,15 @@ def test_vllm_or_the_plug_in_is_missing(monkeypatch, tmp_path, capsys):
         check_vllm()
     monkeypatch.delenv("VLLM_PLUGINS")
     check_vllm()
+
+
+def test_a_plan_says_what_vllm_would_refuse(tmp_path):
+    config = RunConfig(
+        "x", "pocket-llava", ["pocket"], ["fastv", "uniform"], [64], references=False, output=str(tmp_path),
+        engine="vllm",
+    )  # fmt: skip
+    (refused,) = make_plan(config).refused
+    assert refused.point.method == "fastv" and "inside the decoder" in str(refused.refused)
 
 
 def test_one_process_asks_vllm(tmp_path):

@@ -26,14 +26,14 @@ class _Outer(TypedDict):
     ("value", "says"),
     [
         ([], r"it must be a mapping, got \[\]"),
-        ({"name": "a"}, "it lacks 'inner'"),
+        ({"inner": {}}, "it lacks 'name'"),
         ({"name": 3, "inner": {}}, r"it\['name'\] must be a str, got 3"),
         ({"name": "a", "inner": {"x": [{"n": 1}, {"n": True}]}}, r"it\['inner'\]\['x'\]\[1\]\['n'\] must be a float"),
     ],
 )
 def test_the_place_of_what_is_wrong_is_named(value, says):
     with pytest.raises(ValueError, match=says):
-        check_shape(value, _Outer, "it")
+        check_shape(value, _Outer, "it", ["name"])
 
 
 def test_what_is_right_passes():
@@ -49,7 +49,11 @@ def test_damaged_files_of_a_run(tmp_path):
         ("results.jsonl", lambda data: data.replace(b'"overall"', b'"overal"', 1), "Record 1 of .* lacks 'overall'"),
         ("samples.parquet", lambda data: data[: len(data) // 2], "samples.parquet cannot be read"),
         ("pictures/index.json", lambda data: data[1:], "index.json is no JSON"),
-        ("pictures/index.json", lambda data: json.dumps([{"model": 3}]).encode(), r"index.json\[0\] lacks"),
+        (
+            "pictures/index.json",
+            lambda data: json.dumps([{"model": 3}]).encode(),
+            r"index.json\[0\]\['model'\] must be a str",
+        ),
     ):
         before = (folder / name).read_bytes()
         (folder / name).write_bytes(change(before))
