@@ -18,7 +18,7 @@ from tokenprune.evals.models.load import model_source
 from tokenprune.evals.pocket import suite
 
 MODEL = model_source("pocket-llava")
-METHOD, KEEP, STEPS = "uniform", 64, 5
+METHOD, KEEP, STEPS, ROWS = "uniform", 64, 4, 3
 
 torch.manual_seed(0)
 model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
@@ -26,19 +26,20 @@ processor = AutoProcessor.from_pretrained(MODEL)
 lora = LoraConfig(r=8, lora_alpha=16, target_modules=r".*language_model.*\.(q_proj|v_proj)")
 model = get_peft_model(model, lora)
 
-rows = [  # training scenes; none of them is in the test split
+rows = [  # signs of training scenes, which 64 tokens spread over the picture hardly show; yours are thousands of rows
     {
         "images": [row["image"]],
         "prompt": [{"role": "user", "content": row["question"]}],
         "completion": [{"role": "assistant", "content": row["answer"]}],
     }
-    for row in suite.load("train", scenes=2)
+    for row in suite.load("train", scenes=ROWS)
+    if row["family"] == "read"
 ]
 
 handle = tokenprune.apply(model, METHOD, keep=KEEP)  # after get_peft_model, before the trainer
 with tempfile.TemporaryDirectory() as folder:
     settings = SFTConfig(
-        folder, max_steps=STEPS, per_device_train_batch_size=2, learning_rate=2e-3, lr_scheduler_type="constant",
+        folder, max_steps=STEPS, per_device_train_batch_size=ROWS, learning_rate=2e-3, lr_scheduler_type="constant",
         logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,
         max_length=None,
     )  # fmt: skip

@@ -50,8 +50,8 @@ def test_lora(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("trl")
     said = printed("lora.py", capsys)
     losses = [float(loss) for loss in re.search(r"loss by step: (.*)", said)[1].split(", ")]
-    assert len(losses) == 5 and min(losses[3:]) < losses[0]
-    assert "128 of 1152 visual tokens kept" in said
+    assert len(losses) == 4 and losses[3] < 0.9 * losses[0]  # the same three rows in every step
+    assert "192 of 1728 visual tokens kept" in said
 
 
 def test_the_notebook_says_what_it_holds() -> None:
