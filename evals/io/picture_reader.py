@@ -20,6 +20,7 @@ grey, 1-bit and CMYK are converted by Pillow. Of an animation that is asked for 
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,6 +119,18 @@ def read_extent(source: Path | bytes) -> Extent | None:
             return Extent(opened.size, count, opened.format == "TIFF")
     except Exception:  # decoders raise what they like
         return None
+
+
+def read_size(data: bytes, formats: Sequence[str]) -> tuple[int, int]:
+    """Width and height that a file of one of Pillow's `formats` says of itself; nothing is decoded.
+
+    Raises:
+        PIL.Image.DecompressionBombError: it says more pixels than Pillow ever reads.
+        Exception: it is no picture of these formats; decoders raise what they like.
+    """
+    with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=list(formats)) as opened:
+        warnings.simplefilter("ignore")  # Pillow warns before it refuses; a caller asks for its own limit next
+        return opened.size
 
 
 def _stream(source: str | Path | bytes) -> Any:

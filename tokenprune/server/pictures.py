@@ -5,16 +5,15 @@ from __future__ import annotations
 import base64
 import binascii
 import http.client
-import io
 import re
 import urllib.request
-import warnings
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
+from tokenprune.evals.io.picture_reader import read_size
 from tokenprune.server.limits import Limits
 from tokenprune.server.refusals import Refused
 
@@ -54,9 +53,7 @@ def picture_size(data: bytes, where: str) -> tuple[int, int]:
         Refused: it is no picture.
     """
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            warnings.simplefilter("ignore")  # Pillow's own limit on pixels warns; ours is asked next
-            return opened.size
+        return read_size(data, FORMATS)
     except Image.DecompressionBombError as error:
         raise Refused(f"{where} is too large a picture: {error}", param=where, code="picture_too_large") from None
     except Exception as error:  # decoders raise what they like

@@ -86,7 +86,9 @@ def test_tasks_of_single_points_answer_as_one_process(tmp_path, tiny_folder, tin
     assert len(list((tmp_path / "tasks").glob("samples.ray-*.jsonl"))) == 3 == len(done.records)
     assert not (tmp_path / "tasks" / "samples.jsonl").exists(), "the driver asks nothing itself"
     with pytest.raises(UserError, match="does not see .*elsewhere"):
-        cluster._answer(config(tmp_path / "elsewhere", tiny_folder, tiny_task), done.config.points()[0], (str(tmp_path), ""))
+        cluster._answer(
+            config(tmp_path / "elsewhere", tiny_folder, tiny_task), done.config.points()[0], (str(tmp_path), "")
+        )
 
 
 @pytest.fixture
