@@ -253,6 +253,7 @@ SEAMS: tuple[Seam, ...] = (
     *_model("llava", "LlavaModel", use="every method", what=_PARTS),
     *_family("llava_next", "LlavaNext", (*_IMAGES, "vision_feature_layer")),
     *_model("llava_next", "image_size_to_num_patches", use=_CROPS, what=_COUNT),
+    *_model("llava_next", "get_anyres_image_grid_shape", "unpad_image", use="pictures in crops, inside vLLM"),
     *_model("llava_next", "LlavaNextModel.pack_image_features", use=_CROPS, what=_PACK_NEXT),
     *_family("llava_next_video", "LlavaNextVideo", _IMAGES, _VIDEOS),
     *_model("llava_next_video", "LlavaNextVideoModel", use=_FRAMES, what=("vision_resampler",)),

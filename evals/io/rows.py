@@ -89,9 +89,9 @@ class KvCosts(TypedDict):
     """Bytes counted for the unpruned model."""
     equivalent_tokens: float
     """Visual keys, averaged over layers that hold all of theirs; read off the real cache."""
-    per_layer: list[int]
+    per_layer: list[int | float]
     """Bytes by decoder layer, of the first prompt."""
-    lengths: list[int | None]
+    lengths: list[int | float | None]
     """Keys by decoder layer, of the first prompt; None where a layer has none, or has dropped some."""
 
 

@@ -153,13 +153,13 @@ def test_half_precision_follows_fp32():
         ("zerotuning(gamma=0)", "gamma must be above 0"),
         ("zerotuning(gamma=[1.0, 2.0])", "has 2 numbers, and this decoder has 4 query heads"),
         ("zerotuning(gamma=2.0, heads=[4])", "heads name 4, and this decoder has query heads 0 to 3"),
-        ("zerotuning(heads=one)", "list of query heads"),
+        ("zerotuning(heads=one)", "heads of zerotuning must be a list of integers"),
         ("zerotuning(calibration=none.json)", "holds no calibration of zerotuning"),
         ("zerotuning(calibration=none.json, gamma=2.0)", "leave calibration out"),
     ],
 )
 def test_what_it_cannot_do_is_refused(method, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((TypeError, ValueError), match=said):
         tokenprune.apply(model(), method)
 
 

@@ -139,7 +139,8 @@ class CachePolicy(Intervention):
         Args:
             module: the attention module.
             hidden: `[B, S, D]` that it was given.
-            key, value: `[B, Hk, K, d]` of the cache.
+            key: `[B, Hk, K, d]` of the cache.
+            value: likewise.
             weights: what the module returned beside its output, None in most kinds of attention.
             given: the arguments of the module, by name.
         """

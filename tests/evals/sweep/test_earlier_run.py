@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -87,12 +88,21 @@ COMMANDS = {
 }
 
 
+WORK = [
+    f"tokenprune.evals.{name}"
+    for name in ("diagnose.diagnose", "sweep.model_worker", "tuning.calibrate", "tuning.tune", "learned.gtc")
+]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_cannot_be_written_is_said_before_any_work(command, tmp_path, capsys, monkeypatch):
     """A file where a folder has to be, and a place that takes no files, whoever asks (root too)."""
     if command in ("recommend", "tune"):
         pytest.importorskip("optuna")
-    monkeypatch.setattr("tokenprune.evals.models.load.load_model", None)
+    for module in WORK:  # whoever is imported for the first time below would keep what is put in place here
+        importlib.import_module(module)
+    for module in ("tokenprune.evals.models.load", *WORK):
+        monkeypatch.setattr(f"{module}.load_model", None)
     monkeypatch.setattr("tokenprune.evals.results.run_folder.read_run", None)
     taken = tmp_path / "taken"
     taken.write_text("mine")

@@ -256,7 +256,8 @@ def test_eval_takes_the_file(tmp_path, tiny_folder, tiny_task, capsys):
     path.write_text("# how it was made\nmethod: vflowopt\nkeep: 0.3\nfirst: 0.6\ncell: 2.5\n")
     argv = ["eval", "--model", tiny_folder, "--tasks", tiny_task, "--method", str(path), "--limit", "4", "--no-timing"]
     assert main([*argv, "--no-references", "--output", str(tmp_path / "out")]) == 0
-    assert "vflowopt(cell=2.5,first=0.6)" in capsys.readouterr().out.replace("\n", "")
+    record = json.loads((tmp_path / "out" / "results.jsonl").read_text().splitlines()[0])
+    assert (record["shown"], record["options"]) == ("tuned", {"cell": 2.5, "first": 0.6})
     path.write_text("keep: 0.3\n")
     assert main([*argv, "--output", str(tmp_path / "out")]) == 2
     assert "must hold a mapping whose key 'method' names one method" in capsys.readouterr().err
