@@ -24,7 +24,7 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "numpy")
 SETS = {
     "lowest": "the floors of pyproject.toml, one cell of each family and method, `make test-lowest`",
     "constraints": "constraints.txt, without torchvision; all tests and all cells, `make test-all`",
-    "newest": "what pip takes without constraints, cells likewise, `make test-newest`",
+    "newest": "what pip takes without constraints, cells likewise, `make test-newest`; fewer where nothing is newer",
 }
 
 
