@@ -239,7 +239,7 @@ def measure_times(
                 whole = [length - text if report is None else report.equivalent_tokens]
             kv["equivalent_tokens"] += cost.equivalent_tokens(whole) / len(samples)
             if number == 0:
-                kv["per_layer"], kv["lengths"] = sizes, lengths
+                kv["per_layer"], kv["lengths"] = [*sizes], [*lengths]
             del cache
             if not measure.times:
                 continue

@@ -161,7 +161,7 @@ STOCK = {
         "Ernie4_5_VLMoeProcessor", "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
         {
             "image_processor_type": "Ernie4_5_VLMoeImageProcessor", **STEPS, **CLIP, **_LIMITS, "patch_size": 4,
-            "temporal_patch_size": 1, "merge_size": 2,
+            "merge_size": 2,
         },
         {
             3: "<|IMAGE_START|>", 4: "<|IMAGE_END|>", 5: "<|IMAGE_PLACEHOLDER|>", 6: "<|VIDEO_PLACEHOLDER|>",
