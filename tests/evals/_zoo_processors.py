@@ -172,6 +172,8 @@ STOCK = {
             "image_end_token": "<|IMAGE_END|>", "video_token": "<|VIDEO_PLACEHOLDER|>",
             "video_start_token": "<|VIDEO_START|>", "video_end_token": "<|VIDEO_END|>",
         },
+        # numbers of frames would be drawn with a font of the checkpoint's
+        video={"video_processor_type": "Ernie4_5_VLMoeVideoProcessor", "draw_on_frames": False},
     ),
     "kimi_k25": Stock(
         "Kimi_K25Processor", "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>",
