@@ -1,9 +1,10 @@
 """Do the tests notice? `python tests/trust/mutants.py runs/mutants.jsonl` changes one place of the code at a time and
 runs the tests of that part; a change that no test fails for is a survivor, to be read.
 
-The changes are Cosmic Ray's, `pip install -c constraints.txt cosmic-ray` (an operator for another, a number one off, a condition negated, a loop that does not run).
-A place is drawn by seed and then one of its changes, so that an operator with twenty replacements counts no more than
-a number. Left out is what cannot change what the library does: annotations, assertions and what an error says.
+The changes are Cosmic Ray's (an operator for another, a number one off, a condition negated, a loop that does not run);
+it is installed by `pip install -c constraints.txt cosmic-ray`. A place is drawn by seed and then one of its changes, so
+that an operator with twenty replacements counts no more than a number. Left out is what cannot change what the library
+does: annotations, assertions and what an error says.
 
 Each mutant is run in a fork of a process that has loaded torch and transformers and nothing of ours; no file is
 touched. A line of the results is a mutant: started again, the command goes on where it was.
