@@ -1,6 +1,6 @@
 # For a machine with an NVIDIA GPU: the wheels of torch bring the CUDA libraries, the host brings the driver.
 #   docker build -t tokenprune .
-#   docker run --gpus all -v "$PWD/runs:/work/runs" -v "$HOME/.cache/huggingface:/models" tokenprune demo
+#   docker run --gpus all -v "$PWD/runs:/data/runs" -v "$HOME/.cache/huggingface:/models" tokenprune demo
 FROM python:3.12-slim
 
 # Triton compiles a launcher for each kernel when it first runs. No versions are pinned: Debian keeps only the last one.
@@ -22,9 +22,9 @@ COPY configs configs
 RUN pip install --no-cache-dir -c constraints.txt '.[tune]'
 
 # Nobody's code runs as root; results and models are mounted.
-RUN useradd --create-home --uid 1000 tokenprune && mkdir -p /work/runs /models && chown -R tokenprune /work /models
+RUN useradd --create-home --uid 1000 tokenprune && mkdir -p /data/runs /models && chown -R tokenprune /data /models
 USER 1000
-WORKDIR /work
+WORKDIR /data
 ENV HF_HOME=/models
 ENTRYPOINT ["tokenprune"]
 CMD ["--help"]

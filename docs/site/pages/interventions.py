@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from pages.docstring import described, escaped, module_docstring
-from pages.methods import option_table
+from pages.methods import option_table, runnable
 from tokenprune.commands._methods import described as said_of
 from tokenprune.registry import INTERVENTIONS
 
@@ -23,23 +23,7 @@ def pages() -> dict[str, str]:
 
 def snippet(name: str) -> str:
     """Python that runs it beside a method on a model that ships here."""
-    return "\n".join(
-        [
-            "import torch",
-            "from PIL import Image",
-            "",
-            "import tokenprune",
-            "from tokenprune.evals.models.load import load_model",
-            "",
-            'loaded = load_model("pocket-llava")',
-            'picture = Image.new("RGB", (336, 336), "white")',
-            'inputs = loaded.inputs(["what does the sign say?"], [picture])',
-            "",
-            f'with tokenprune.applied(loaded.model, "{plan(name)}") as handle, torch.no_grad():',
-            "    output = loaded.model.generate(**inputs, max_new_tokens=4, do_sample=False)",
-            "    print(handle.report())",
-        ]
-    )
+    return runnable("pocket-llava", f'"{plan(name)}"')
 
 
 def plan(name: str) -> str:

@@ -44,6 +44,11 @@ def snippet(method: str) -> str:
     board = board_of(method)
     inner = ", ".join(f"{key}={value}" for key, value in settings(method).items())
     plan = f'"{method}{f"({inner})" if inner else ""}@{budget_of(board)}"'
+    return runnable(board.model, plan)
+
+
+def runnable(model: str, plan: str) -> str:
+    """Python that generates with `plan` applied to a model that ships here."""
     return "\n".join(
         [
             "import torch",
@@ -52,7 +57,7 @@ def snippet(method: str) -> str:
             "import tokenprune",
             "from tokenprune.evals.models.load import load_model",
             "",
-            f'loaded = load_model("{board.model}")',
+            f'loaded = load_model("{model}")',
             'picture = Image.new("RGB", (336, 336), "white")',
             'inputs = loaded.inputs(["what does the sign say?"], [picture])',
             "",
