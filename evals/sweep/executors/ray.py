@@ -113,7 +113,10 @@ class RayCluster:
 
 def _start(config: RunConfig, here: tuple[str, str]) -> None:
     """Relative paths are meant from where the run was started, and files that it imported are imported."""
-    folder, os.environ[VARIABLE] = here
+    folder, imports = here
+    os.environ.pop(VARIABLE, None)  # of the run that this worker served before
+    if imports:
+        os.environ[VARIABLE] = imports
     if not Path(folder).is_dir():
         raise UserError(f"{os.uname().nodename} has no folder {folder}; run from one that all machines share.")
     os.chdir(folder)

@@ -23,6 +23,7 @@ from tokenprune.evals.sweep.executors import ray as cluster
 from tokenprune.evals.sweep.model_worker import Worked
 from tokenprune.evals.sweep.sweep import run
 from tokenprune.evals.tasks.load import load_task
+from tokenprune.user_files import VARIABLE
 
 
 def test_shares_are_the_batches_of_one(tiny_task):
@@ -77,7 +78,8 @@ class InTurn:
         return worked
 
 
-def test_tasks_of_single_points_answer_as_one_process(tmp_path, tiny_folder, tiny_task):
+def test_tasks_of_single_points_answer_as_one_process(tmp_path, tiny_folder, tiny_task, monkeypatch):
+    monkeypatch.chdir(Path.cwd())  # a task goes to the driver's folder and stays there
     changes = {"limit": 6, "overlays": Overlays(samples=1)}
     done = run(config(tmp_path / "tasks", tiny_folder, tiny_task, **changes), QUIET, InTurn())
     run(config(tmp_path / "one", tiny_folder, tiny_task, **changes), QUIET)
@@ -89,6 +91,7 @@ def test_tasks_of_single_points_answer_as_one_process(tmp_path, tiny_folder, tin
         cluster._answer(
             config(tmp_path / "elsewhere", tiny_folder, tiny_task), done.config.points()[0], (str(tmp_path), "")
         )
+    assert VARIABLE not in os.environ, "a run that imported nothing names nothing"
 
 
 @pytest.fixture
