@@ -197,9 +197,12 @@ def test_kernels_are_held_against_the_floor(tmp_path):
 
 @pytest.mark.pocket
 def test_decode_says_what_was_applied(capsys, tmp_path):
-    decode.main(["--steps", "2", "--samples", "1", "--runs", "2", "--out", str(tmp_path / "decode.csv")])
+    asked = ["--methods", "var(channels=[47, 75, 250], tau=4.8)", "holov@64", "--steps", "2", "--prompts", "1"]
+    decode.main([*asked, "--runs", "2", "--out", str(tmp_path / "decode.csv")])
+    decode.main(["--models", "tiny-llava-1.5", "--methods", "uniform@4", "--steps", "2", "--prompts", "1"])
     rows = list(csv.DictReader((tmp_path / "decode.csv").open()))
-    assert len(rows) == 2 and all(float(row["changed_ms"]) > 0 and row["commit"] for row in rows)
+    assert [row["kept_tokens"] for row in rows] == ["576", "576", "64", "64"]
+    assert all(float(row["changed_ms"]) > 0 and row["commit"] for row in rows)
     said = capsys.readouterr().out
     assert "var" in said and "ratio" in said
 
