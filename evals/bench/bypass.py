@@ -18,7 +18,8 @@ COLUMNS = (
     "model", "method", "visual_tokens", "text_tokens", "flops_share", "stock_ms", "changed_ms", "time_share",
     "time_share_q25", "time_share_q75", "tower_ms", "kv_mib", "rounds", "dtype",
 )  # fmt: skip
-METHODS = ("naavit", "naavit(variant=composite)", "naavit(variant=mask)", "naavit(layers={all})")
+METHODS = ("naavit", "naavit(variant=composite)", "naavit(variant=mask)", "naavit(layers={all})",
+           "shortv(layers={most})")  # fmt: skip
 
 
 def measure(sized: Any, method: str, rounds: int) -> dict[str, Any]:
@@ -77,8 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in options.sizes:
         sized = SizedModel(name, build(name, options.dtype, options.device))
         layers = list(range(len(sized.adapter.layers)))
+        most = layers[len(layers) - round(0.6 * len(layers)) :]  # as many as shortv's default, without a calibration
         for method in options.methods:
-            row = measure(sized, method.format(all=layers), options.rounds)
+            row = measure(sized, method.format(all=layers, most=most), options.rounds)
             print(f"{name} {row['method']}: {row['flops_share']:.3f} of the FLOPs, {row['time_share']:.3f} of the time")
             table.add(row)
 
