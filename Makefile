@@ -38,7 +38,7 @@ PYTHON_CHECK = import sys; sys.exit(None if sys.version_info >= (3, 10) else "to
 help:
 	@echo "make demo    run the demo sweep: table, plot and report under runs/"
 	@echo "make test    what CI runs: ruff, pyright, the tests and the packaging checks"
-	@echo "make test-all     the same with every cell of the masked model, where make test draws one a family and method"
+	@echo "make test-all     the same with every cell of the masked model, where make test draws one a family and method, and every case of dear tests, where it draws a third"
 	@echo "make test-newest  the tests that a release can break, on the newest of everything (nothing new: of torchvision, timm)"
 	@echo "make test-lowest  the same, on the lowest versions that are supported"
 	@echo "make test-lmms  install lmms-eval (940 MB) and test both ways against it"
@@ -50,12 +50,13 @@ help:
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove the environments and every cache (runs/ stays)"
 
+# Byte code is made of what is imported, when it is: pip would make it of all, which takes a core a minute.
 # The stamp is younger than both files exactly when the environment holds what they ask for.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c '$(PYTHON_CHECK)'
 	@echo "Making $(VENV); torch is the big part, the rest takes a minute or two."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,pocket,docs]'
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[dev,pocket,docs]'
 	@touch $@
 
 demo: $(STAMP)
@@ -66,7 +67,7 @@ demo: $(STAMP)
 test: lint
 	$(call PYTEST,$(VENV),constraints,--sampled)
 
-# Every layout of every family with every method, all cells of the pretend device; writes the tables of docs/support.md with SUPPORT=docs/support.md.
+# Every layout of every family with every method, all cells of the pretend device, all cases of tests that are dear; writes the tables of docs/support.md with SUPPORT=docs/support.md.
 test-all: lint
 	$(call PYTEST,$(VENV),constraints)
 
@@ -75,7 +76,7 @@ test-all: lint
 test-newest:
 	@$(PYTHON) -c '$(PYTHON_CHECK)'
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip install -q --upgrade --upgrade-strategy eager -e '.[dev,pocket]' torchvision timm
+	$(NEWEST)/bin/python -m pip install -q --no-compile --upgrade --upgrade-strategy eager -e '.[dev,pocket]' torchvision timm
 	newer=$$($(NEWEST)/bin/python .ci/newer.py) && echo "newer than constraints.txt: $${newer:-nothing}" && \
 	if [ -n "$$newer" ]; then tests="$(VERSION_TESTS)"; else tests="$(BESIDE_TESTS)"; fi && \
 	$(call PYTEST,$(NEWEST),newest,--sampled $$tests)
@@ -83,7 +84,7 @@ test-newest:
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	@$(PYTHON) -c '$(PYTHON_CHECK)'
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt -e '.[dev,pocket]' torchvision timm
+	$(LOWEST)/bin/python -m pip install -q --no-compile -c constraints-lowest.txt -e '.[dev,pocket]' torchvision timm
 	@touch $@
 
 test-lowest: $(LOWEST)/.installed

@@ -20,6 +20,19 @@ _CELL = re.compile(
 _SAMPLED = re.compile(
     r"(test_families|test_masked_reference|test_pocket_masked_reference)\.py::(test_removal_equals_masking\w*)\[(.+)\]$"
 )
+_DEAR = (
+    "test_pocket_masked_reference.py::test_keeping_everything",
+    "test_loading.py::test_the_command_line_evaluates_a_checkpoint[",
+    "test_built_once.py::test_an_eval_builds_each_point_once[",
+    "test_compiled.py::test_a_model_that_ran_compiled_before[",
+    "test_compiled.py::test_a_part_that_ran_compiled_before[",
+    "test_trainer.py::test_",
+    "test_wrappers.py::test_",
+    "test_holitom.py::test_equals_the_card_on_more[",
+    "test_zoo_processors.py::test_the_command_line_takes_it[",
+    "test_whole_masks.py::test_",
+)
+"""Beginnings of tests that take seconds for each of their cases, or have many."""
 _PACKAGES = ("torch", "transformers", "trl", "peft", "numpy")
 SETS = {
     "lowest": "the floors of pyproject.toml, one cell of each family and method, `make test-lowest`",
@@ -34,7 +47,8 @@ def pytest_addoption(parser: Any) -> None:
     parser.addoption(
         "--sampled",
         action="store_true",
-        help="one masked-model cell for each family and method, by seed, and a third of the pretend device's",
+        help="one masked-model cell for each family and method, by name, a third of the pretend device's and of tests "
+        "that take seconds for each of their cases",
     )
     parser.addoption("--versions", choices=list(SETS), help="the row of the table of versions that these tests are")
 
@@ -49,18 +63,23 @@ def pytest_configure(config: Any) -> None:
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     """With `--sampled`, of the masked-model cells of each family and method one, drawn by their names, and all of
-    `random`: what a release breaks is a family, a layout or a site, not one method of thirty-six."""
+    `random`: what a release breaks is a family, a layout or a site, not one method of thirty-six. Of tests that take
+    seconds for each of their cases a third."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # none of these is the last that one waits for
     if not config.getoption("--sampled"):
         return
     drawn: dict[tuple[str, ...], list[Any]] = defaultdict(list)
+    dear: dict[str, list[Any]] = defaultdict(list)
     for item in items:
+        if any(f"/{name}" in item.nodeid for name in _DEAR) and hasattr(item, "callspec"):
+            dear[item.nodeid.partition("[")[0]].append(item)
         match = _SAMPLED.search(item.nodeid)
         if match:
             names = match[3].split("-")[: 2 if match[1] == "test_families" else 1]
             if names[-1] != "random":
                 drawn[(match[2], *names)].append(item)
     left = {id(item) for names, all_of_them in drawn.items() for item in _all_but_one(names, all_of_them)}
+    left |= {id(item) for alike in dear.values() for item in _all_but_a_third(alike)}
     config.hook.pytest_deselected(items=[item for item in items if id(item) in left])
     items[:] = [item for item in items if id(item) not in left]
 
@@ -68,6 +87,11 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 def _all_but_one(names: tuple[str, ...], items: list[Any]) -> list[Any]:
     place = zlib.crc32("-".join(names).encode()) % len(items)
     return items[:place] + items[place + 1 :]
+
+
+def _all_but_a_third(items: list[Any]) -> list[Any]:
+    by_name = sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode()))
+    return by_name[-(-len(by_name) // 3) :]
 
 
 def pytest_report_header(config: Any) -> str:
