@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from textwrap import indent
 from typing import Any
 
 from mkdocs.structure.files import File, Files
-from pages import api, benches, choosing, families, interventions, methods
+from pages import api, benches, boards, choosing, families, interventions, methods
 from pages.links import linked_outside, moved_links
 from pages.places import DOCS, MOVED, ROOT, relative, site_path
+from pages.two_readers import for_site
 
-MARKER = re.compile(r"^<!-- site: (.+?) -->$", re.MULTILINE)
+MARKER = re.compile(r"^( *)<!-- site: (.+?) -->$", re.MULTILINE)
 UNSEARCHED = ("leaderboards/pocket", "repository/")
 """Pages that the search leaves out: their tables hold every word many times."""
 TABLES = {**choosing.TABLES, **benches.TABLES}
 _origin: dict[str, str] = {}
 """By path of a page in the site the file of the checkout that it is, where links are to be rewritten."""
+BOARDS = {f"leaderboards/{board.file}.md": board for board in boards.BOARDS}
 
 
 def on_config(config: Any) -> Any:
@@ -85,11 +88,15 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links are those of the site, and markers become tables."""
     if page.file.src_uri.startswith(UNSEARCHED):
         page.meta["search"] = {"exclude": True}
+    if page.file.src_uri == "index.md":
+        page.meta["hide"] = ["navigation", "toc"]
+    if page.file.src_uri in BOARDS:  # as a file it is headed by the name of its sweep
+        markdown = re.sub(r"\A# .*", f"# Leaderboard of {BOARDS[page.file.src_uri].title}", markdown)
     repo = _origin.get(page.file.src_uri)
     if repo is None:
         return markdown
-    markdown = moved_links(markdown, repo, page.file.src_uri)
-    return MARKER.sub(lambda match: _table(match[1], page.file.src_uri), markdown)
+    markdown = moved_links(for_site(markdown), repo, page.file.src_uri)
+    return MARKER.sub(lambda match: indent(_table(match[2], page.file.src_uri), match[1]), markdown)
 
 
 def _table(name: str, page: str) -> str:

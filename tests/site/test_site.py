@@ -6,22 +6,12 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 
 import pytest
 from _paths import ROOT
 
 pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
 pytest.importorskip("mkdocstrings", reason="the extra `docs` is not installed")
-
-
-@pytest.fixture(autouse=True)
-def makers(monkeypatch):
-    """The modules that make pages, importable as mkdocs has them."""
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
-    yield
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("pages", "check_links")]:
-        del sys.modules[name]
 
 
 def test_the_site_builds_strictly_and_every_link_leads_somewhere(tmp_path):
@@ -132,8 +122,8 @@ def test_code_of_a_page_of_each_kind_runs(kind, name, capsys):
 @pytest.mark.pocket
 def test_the_first_example_of_the_quick_start_runs(capsys):
     text = (ROOT / "docs" / "quick_start.md").read_text(encoding="utf-8")
-    example = re.findall(r"    ```python\n(.*?)    ```", text, re.DOTALL)[0]
-    exec(compile(textwrap.dedent(example), "quick_start.md", "exec"), {})
+    example = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    exec(compile(example, "quick_start.md", "exec"), {})
     assert "64 of 576 visual tokens kept" in capsys.readouterr().out
 
 
