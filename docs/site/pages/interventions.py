@@ -7,6 +7,7 @@ import inspect
 import sys
 from pathlib import Path
 
+from pages import hallucination
 from pages.docstring import described, escaped, module_docstring
 from pages.methods import option_table, runnable
 from tokenprune.commands._methods import described as said_of
@@ -44,7 +45,7 @@ def page(name: str) -> str:
     lines = [
         f"# {name}", "", parts.does, "",
         "| | |", "|---|---|",
-        f"| rows that it changes | {escaped(acts)} |",
+        f"| rows of the attention that it changes | {escaped(acts)} |",
         f"| a prompt without pictures | {'runs as the stock model' if cls.visual_only else 'is changed too'} |",
         f"| source | {escaped(cls.published or 'none was given')} |",
         "", "## Use it", "",
@@ -57,6 +58,7 @@ def page(name: str) -> str:
     lines += ["## Options", "", option_table(options), ""]
     if parts.sources:
         lines += ["## Source", "", *(f"- {kind}: {text}" for kind, text in parts.sources), ""]
+    lines += hallucination.section(name)
     if name == "var":
         lines += ["More on sinks, channels and what was measured: [VAR](../var.md).", ""]
     return "\n".join(lines)
