@@ -1,5 +1,7 @@
-"""Perception LM: each picture is a thumbnail and tiles, all pictures of a call as many, in one run of placeholders; the
-projector pools a square of patches into each token."""
+"""Perception LM: each picture is a thumbnail and tiles, all pictures of a call as many, in one run of placeholders.
+
+The projector pools a square of patches into each token.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""SmolVLM and Idefics3: a SigLIP tower over tiles, s x s patches joined by pixel shuffle, text between the tiles, a
-Llama decoder.
+"""SmolVLM and Idefics3: a SigLIP tower over tiles, s x s patches joined by pixel shuffle, text between the tiles.
 
 The model gets the tiles of a prompt in one row. Which make a picture is read off the labels that its processor writes
 in front of them (`_tiles.py`); they are the rasters of one visual. Frames of a video have no tiles and count as

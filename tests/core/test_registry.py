@@ -25,6 +25,13 @@ def test_names_come_from_files_and_importing_them_is_lazy():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.parametrize("registry", [METHODS, INTERVENTIONS, CACHE_POLICIES, MODELS], ids=lambda one: one.kind)
+def test_what_lists_say_of_a_name_is_a_whole_sentence(registry):
+    """Lists, pages and tables show the first line of a file's docstring: a sentence that goes on would be cut."""
+    said = {name: registry.describe(name) for name in registry.names() if registry.file_of(name)}
+    assert said and {name: line for name, line in said.items() if not line.endswith(".")} == {}
+
+
 def test_registry_refuses_bad_and_taken_names():
     registry = Registry("method", "tokenprune.methods")
     with pytest.raises(ValueError, match="lower snake case"):

@@ -69,12 +69,12 @@ def overview() -> str:
         "A model is pruned in its stock `transformers` class. Nine families have every method tested on them, cell by cell; more "
         "have a file that says what is special about them; any other image-text class is read off the loaded model and "
         "tried before it is pruned. `tokenprune check-model PATH` says what works on yours.", "",
-        "| family | what it is | classes |", "|---|---|---|",
+        '<div class="wordy" markdown>', "", "| family | what it is | classes |", "|---|---|---|",
     ]  # fmt: skip
     for name in names():
         classes = "<br>".join(f"`{cls}`" for cls in classes_of(name)) or "any other"
         lines.append(f"| [{name}]({name}.md) | {escaped(MODELS.describe(name))} | {classes} |")
-    lines += ["", "## Every tested class", "", support.of_classes(list(support.capabilities())), ""]
+    lines += ["", "</div>", "", "## Every tested class", "", support.of_classes(list(support.capabilities())), ""]
     lines += [
         "Input cuts: tokens leave before the decoder (\"without a grid\": its tokens are latents, so methods that work on a "
         "grid are refused). Layer cuts: before a decoder layer. Decoder signals: methods that read the decoder's attention. "

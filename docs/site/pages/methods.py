@@ -104,6 +104,8 @@ def overview() -> str:
             "",
             f"## {words[0].upper()}{words[1:]}",
             "",
+            '<div class="wordy" markdown>',
+            "",
             "| method | what it does | text-aware | merges | budget |",
         ]
         lines += ["|---|---|---|---|---|"]
@@ -113,6 +115,7 @@ def overview() -> str:
                 f"| [`{one['name']}`]({one['name']}.md) | {escaped(one['does'])} | {yes[one['text_aware']]} | "
                 f"{yes[one['merges']]} | {budget_words(one['adaptive'])} |"
             )
+        lines += ["", "</div>"]
     return "\n".join(lines) + "\n"
 
 
