@@ -82,6 +82,11 @@ class Point:
         return f"{self.model}|{self.task}|{self.written}"
 
 
+def spoken(label: str) -> str:
+    """A point's label for a line that people read: what `--method none` asks is the unpruned model."""
+    return "unpruned" if label == NONE else label
+
+
 def _configured(method: str, options: Iterable[tuple[str, Any]]) -> str:
     inner = ",".join(f"{key}={value}" for key, value in options)
     return f"{method}({inner})" if inner else method

@@ -19,6 +19,11 @@ _DISPENSABLE = tuple(
                  "vs random*", "GFLOPs", "verdict*")
 )  # fmt: skip
 
+_NOTES = {
+    "verdict*": "* at the same visual tokens, averaged over the decoder's layers",
+    "/ ideal": "/ ideal: the prefill against that of a prompt of only the kept tokens; 1 where choosing costs nothing",
+}
+
 
 def _cells(record: ResultRecord) -> list[str]:
     scores, costs = record["overall"], flat_costs(record)
@@ -71,13 +76,12 @@ def result_tables(records: list[ResultRecord], width: int = 200) -> list[Table]:
         heads = [*_HEADS, *metrics]
         rows = [[*_cells(record), *_metric_cells(record, metrics)] for record in panel]
         used = [i for i in range(len(heads)) if any(row[i] for row in rows)]
-        used_note = _HEADS.index("vs random*") in used
         for index in _DISPENSABLE:
             if sum(2 + max(len(heads[i]), *(len(row[i]) for row in rows)) for i in used) <= width:
                 break
             used = [i for i in used if i != index]
-        note = "* at the same visual tokens, averaged over the decoder's layers"
-        table = Table(title=title_of(panel[0]), title_justify="left", caption=note if used_note else None,
+        notes = [note for head, note in _NOTES.items() if _HEADS.index(head) in used]
+        table = Table(title=title_of(panel[0]), title_justify="left", caption="\n".join(notes) or None,
                       caption_justify="left", box=None, pad_edge=False)  # fmt: skip
         for i in used:
             table.add_column(heads[i], justify="left" if i == 0 else "right", no_wrap=True)

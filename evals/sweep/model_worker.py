@@ -10,7 +10,7 @@ from rich.console import Console
 from transformers.utils import logging
 
 from tokenprune.evals.config.engines import VLLM
-from tokenprune.evals.config.points import Point
+from tokenprune.evals.config.points import Point, spoken
 from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.errors import as_user_error
 from tokenprune.evals.evaluation.applied_method import check_points
@@ -121,7 +121,7 @@ class ModelWorker:
                 bar = progress.add_task("answers", total=mine * len(of_task))
 
                 def advance(done: int, label: str) -> None:
-                    progress.update(bar, advance=done, description=f"answers  {label}")  # noqa: B023
+                    progress.update(bar, advance=done, description=f"answers  {spoken(label)}")  # noqa: B023
 
                 answered[self.model, name] = evaluate(self.config, self._asked, task, of_task, store, advance, share)
                 progress.update(bar, description="answers")
@@ -141,7 +141,7 @@ class ModelWorker:
                 bar = progress.add_task("times and FLOPs", total=len(of_task))
 
                 def advance(label: str) -> None:
-                    progress.update(bar, advance=1, description=f"times and FLOPs  {label}")  # noqa: B023
+                    progress.update(bar, advance=1, description=f"times and FLOPs  {spoken(label)}")  # noqa: B023
 
                 if self.served is not None:
                     given = (self.config, self.model, task, of_task, costs, asked.settings, advance)

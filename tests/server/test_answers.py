@@ -206,7 +206,7 @@ def test_openai_clients_work(port):
         (["--method", "holov"], "Say how many visual tokens holov keeps"),
         (["--model", "nothing"], "no model called 'nothing'"),
         (["--queue", "-1"], "queue must be at least 0"),
-        (["--port", "99999"], "Nothing can listen at 127.0.0.1, port 99999"),
+        (["--port", "99999"], "--port is a number from 0 to 65535, got 99999"),
         (["--picture-folder", "/nowhere/at/all"], "no folder /nowhere/at/all"),
         (["--key-from", "NO_SUCH_VARIABLE"], "no such environment variable"),
     ],

@@ -201,7 +201,7 @@ def detail_lines(details: dict[str, Any]) -> list[str]:
     lines = [
         f"{details['name']}: {details['does']}",
         "",
-        f"source       {details['published']}",
+        f"source       {details['published'] or 'none was given'}",
         f"reproduces   {details['reproduces'] or 'no published number is known'}",
         f"site         {details['site']}",
         f"text-aware   {yes[details['text_aware']]}",

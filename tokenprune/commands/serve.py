@@ -67,6 +67,8 @@ def _serve(args: argparse.Namespace) -> int:
         missing = [name for name in _PACKAGES if find_spec(name) is None]
         if missing:
             raise ImportError(f"tokenprune serve needs {' and '.join(missing)}: pip install 'tokenprune-vlm[serve]'.")
+        if not 0 <= args.port <= 65535:
+            raise ValueError(f"--port is a number from 0 to 65535, got {args.port}.")
         if not args.method.endswith((".yaml", ".yml")):
             check_method_name(args.method)
             check_keep(args.method, None)

@@ -61,9 +61,10 @@ def _cost(config: RecommendConfig, tried: Tried) -> str:
 
 
 def _drop(drop: Drop) -> str:
+    gain = " (a gain)" if drop.value < 0 else ""
     return (
-        f"a drop of {drop.value:+.2%}, at most {drop.bound:.2%} ({drop.lost} answers lost and {drop.won} won of "
-        f"{drop.n}; bootstrap {drop.bootstrap:.2%}" + ("" if drop.exact is None else f", exact {drop.exact:.2%}") + ")"
+        f"a drop of {drop.value:+.2%}{gain}, at most {drop.bound:.2%} ({drop.lost} lost and {drop.won} won of {drop.n} "
+        f"answers; bootstrap {drop.bootstrap:.2%}" + ("" if drop.exact is None else f", exact {drop.exact:.2%}") + ")"
     )
 
 

@@ -10,6 +10,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from tokenprune.evals.config.points import spoken
 from tokenprune.evals.io.progress import clock, heartbeat, in_words
 
 COST_ANSWERS = 2
@@ -158,7 +159,7 @@ class SearchProgress:
 
     def line(self) -> str:
         """Where the search is, in words."""
-        at = f", at {self._label}" if self._label else ""
+        at = f", at {spoken(self._label)}" if self._label else ""
         return f"{self._phase}{at}: {self._words()}, {clock(self._now() - self._begin)} passed"
 
     def _words(self) -> str:

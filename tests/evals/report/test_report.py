@@ -256,6 +256,8 @@ def test_terminal_and_csv_give_no_verdict_from_six_samples(tmp_path):
         console.print(table)
     text = console.export_text()
     assert "not enough samples (needs about" in text
+    for head, explained in (("verdict*", "* at the same visual tokens"), ("/ ideal", "/ ideal: the prefill against")):
+        assert (head in text.splitlines()[1]) == (explained in text)
     summary = (folder / "summary.csv").read_text()
     verdicts = {row[f"at_{axis}_vs_{control}_verdict"] for row in csv.DictReader(summary.splitlines())
                 for axis in ("tokens", "flops") for control in CONTROLS}  # fmt: skip

@@ -278,5 +278,8 @@ def test_several_tasks_end_with_all_of_them(tmp_path, tiny_folder, tiny_task):
 
 
 def test_point_names():
+    from tokenprune.evals.config.points import spoken
+
+    assert spoken(Point("m", "t", "none", None).label) == "unpruned" and spoken("holov@64") == "holov@64"
     point = Point("m", "t", "holov", 64, (("variant", "official"),))
     assert (point.label, point.series) == ("holov(variant=official)@64", "holov(variant=official)")
