@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+PATIENCE = 180_000
+"""Milliseconds until a page that does not answer is given up: a busy machine is slow, not broken."""
 SIZES = {"desktop": (1280, 860), "phone": (390, 844)}
 PICTURES = (
     ("home", "index.html", "desktop", "light"),
@@ -41,6 +43,7 @@ def opened(chromium: Any, site: Path, path: str, size: str, scheme: str) -> Any:
     wide, high = SIZES[size]
     context = chromium.new_context(viewport={"width": wide, "height": high}, color_scheme=scheme)
     page = context.new_page()
+    page.set_default_timeout(PATIENCE)
     page.goto(f"{site.resolve().as_uri()}/{path}")
     page.wait_for_load_state("load")
     return page
@@ -64,7 +67,7 @@ def found_by_search(chromium: Any, site: Path, words: str) -> list[str]:
     page = opened(chromium, site, "index.html", "desktop", "light")
     page.click(".md-search__input")
     page.type(".md-search__input", words)  # the search listens to keys
-    page.wait_for_selector(".md-search-result__item h1", timeout=20_000)
+    page.wait_for_selector(".md-search-result__item h1")
     titles = page.eval_on_selector_all(".md-search-result__item h1", "found => found.map(one => one.textContent)")
     page.context.close()
     return titles

@@ -170,11 +170,11 @@ def _facts(details: dict[str, Any]) -> list[str]:
 
 def option_table(options: list[dict[str, Any]]) -> str:
     """Options with their defaults and meanings, a method's own first."""
-    lines = ["| option | default | meaning |", "|---|---|---|"]
+    lines = ['<div class="options" markdown>', "", "| option | default | meaning |", "|---|---|---|"]
     ordered = sorted(options, key=lambda option: option["name"] in COMMON)
     for option in ordered:
         lines.append(f"| `{option['name']}` | `{option['default']!r}` | {cell(option['means'])} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "</div>"])
 
 
 def cell(text: str) -> str:
