@@ -2,8 +2,8 @@
 
 The two take turns step by step, each on another cache of the same prompt, so that what else the machine does hits both.
 `--profile` prints where the difference comes from, operation by operation: counts do not depend on what else runs.
-A step of a pocket model takes milliseconds and shows what a method costs at worst; `--models llava-1.5-0.5b`, or another
-of `evals.bench.sizes`, has random weights and the steps of a model of that size.
+A step of a pocket model takes milliseconds and shows what a method costs at worst; `--models llava-1.5-0.5b`, or
+another of `evals.bench.sizes`, has random weights and the steps of a model of that size.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 COLUMNS = ("model", "method", "steps", "prompts", "kept_tokens", "stock_ms", "changed_ms", "ratio", "ratio_q25",
            "ratio_q75")  # fmt: skip
-METHODS = ("var(channels=[47, 75, 250], tau=4.8)", "zerotuning(gamma=2.0)", "cmai", "act", "gift", "imbalance", "naavit",
-           "a_vl", "holov@64")  # fmt: skip
+METHODS = ("var(channels=[47, 75, 250], tau=4.8)", "zerotuning(gamma=2.0)", "cmai", "act", "gift", "imbalance",
+           "naavit", "a_vl", "holov@64")  # fmt: skip
 WARM = 3  # steps of each prompt that are not timed
 
 
