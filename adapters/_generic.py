@@ -90,6 +90,7 @@ class Generic(Adapter):
             raise TypeError(
                 f"{type(model).__name__} has no placeholders for visual tokens (image_token_id in its config, "
                 "pixel_values among its arguments), so there is nothing to prune in its decoder's rows."
+                f"{self._part_that_has(model)}"
             )
         if ids["image"] == ids["video"]:
             found = ["image"]  # which placeholder is whose would be a guess
@@ -112,6 +113,14 @@ class Generic(Adapter):
         self.vision = UnreadTower(tower, facts, cost) if self.latents else tower_of(tower, config, facts, cost)
         added = getattr(vision, "deepstack_visual_indexes", None) or ()
         self.first_cut = max(1, len(added))
+
+    def _part_that_has(self, model: Any) -> str:
+        """A sentence on the part of a model that answers in text, where it has others that speak; else ""."""
+        for name, part in model.named_children():
+            config = getattr(part, "config", None)
+            if hasattr(part, "generate") and first_of(config, *(own.format("image") for own in self.id_names)):
+                return f" Its part {name!r}, a {type(part).__name__}, has some: apply the method to model.{name}."
+        return ""
 
     def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
         """For whoever asks without a run of the tower, as a picture of what was kept does: it is run."""

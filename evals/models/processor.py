@@ -134,7 +134,7 @@ class FrameProcessor(PushToHubMixin):
         for older, limit in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
             if self.settings.get(older) is not None:
                 size[limit] = self.settings[older]
-        if size and _limits_whole_videos(self.source):
+        if size and getattr(family_of(self.source), "limits_whole_videos", False):
             size["longest_edge"] //= len(frames)
             size["shortest_edge"] = -(-size["shortest_edge"] // len(frames))
         limits = {"size": size} if size else {}
@@ -159,9 +159,10 @@ def _video_settings(source: str) -> dict[str, Any]:
     return inside or next(filter(None, (_read(source, name) for name in single)), {})
 
 
-def _limits_whole_videos(source: str) -> bool:
+def family_of(source: str) -> Any:
+    """The family file of the folder or hub id `source`; None if its kind of model has none."""
     name = _read(source, "config.json").get("model_type", "")
-    return name in MODELS.names() and getattr(MODELS.get(name), "limits_whole_videos", False)
+    return MODELS.get(name) if name in MODELS.names() else None
 
 
 def _is_clip(videos: Any) -> bool:

@@ -3,12 +3,15 @@ models of the zoo, with tokenizer, chat template and the settings of the stock p
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from _processors import CLIP, HALF, STEPS, WORDS
+from _zoo import made, random_model
 from _zoo_all import zoo_model
 
 _PATCHES = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
@@ -43,6 +46,7 @@ class Stock:
         named: special tokens that the processor asks the tokenizer for by name.
         video: of the video processor, where the class has one.
         torchvision: whether pictures need it.
+        model: makes the model where the zoo's own does not fit the processor.
     """
 
     processor: str
@@ -53,6 +57,7 @@ class Stock:
     named: dict[str, str] = field(default_factory=dict)
     video: dict[str, Any] = field(default_factory=dict)
     torchvision: bool = False
+    model: Callable[[], Any] | None = None
 
 
 def _qwen(processor: str, pictures: str, videos: str, **more: Any) -> Stock:
@@ -78,6 +83,39 @@ def _glm(processor: str, kind: str) -> Stock:
     )  # fmt: skip
 
 
+def _aria() -> Any:
+    """Pictures are 980 pixels wide, whatever the settings say."""
+    cls, config = made("aria")
+    config.vision_config.image_size, config.vision_config.patch_size = 980, 140
+    config.projector_patch_to_query_dict = {49: 16}
+    return random_model(cls, config)
+
+
+def _got_ocr2() -> Any:
+    """A picture is 256 tokens, whatever the settings say: 64 x 64 patches. Without layers that see all of them."""
+    cls, config = made("got_ocr2")
+    config.vision_config.image_size, config.vision_config.global_attn_indexes = 256, []
+    config.image_seq_length, config.text_config.max_position_embeddings = 256, 2048
+    return random_model(cls, config, "eager")
+
+
+def _omni() -> Any:
+    """The whole of it, as checkpoints are, but for the part that speaks."""
+    from transformers import Qwen2_5OmniForConditionalGeneration
+    from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniConfig
+
+    thinker = zoo_model("qwen2_5_omni_thinker")
+    config = Qwen2_5OmniConfig(thinker_config=thinker.config.to_dict(), enable_audio_output=False)
+    whole = Qwen2_5OmniForConditionalGeneration(config)
+    whole.thinker.load_state_dict(thinker.state_dict())
+    return whole
+
+
+_OMNI = {
+    "image_token": "<|IMAGE|>", "video_token": "<|VIDEO|>", "audio_token": "<|AUDIO|>", "vision_bos_token":
+    "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token":
+    "<|audio_eos|>",
+}  # fmt: skip
 _AYA = {5: "<|IMG_PATCH|>", 3: "<|START_OF_IMG|>", 4: "<|END_OF_IMG|>", 7: "TILE_GLOBAL", 8: "<image>"}
 STOCK = {
     "gemma3": Stock(
@@ -232,13 +270,41 @@ STOCK = {
         },
         video={"video_processor_type": "Molmo2VideoProcessor"}, torchvision=True,
     ),
+    "aria": Stock(
+        "AriaProcessor", "<fim_prefix><|img|><fim_suffix>",
+        {
+            "image_processor_type": "AriaImageProcessor", **HALF, "max_image_size": 980, "split_image": False,
+        },
+        {3: "<fim_prefix>", 4: "<fim_suffix>", 5: "<|img|>"}, {"size_conversion": {"980": 16}},
+        {"image_token": "<|img|>"}, model=_aria,
+    ),
+    "got_ocr2": Stock(
+        "GotOcr2Processor", "",
+        {
+            "image_processor_type": "GotOcr2ImageProcessor", **STEPS, **CLIP, **_TILES, **_side(256),
+            "crop_to_patches": False,
+        },
+        {2: "<|im_start|>", 3: "<img>", 4: "</img>", 5: "<imgpad>", 6: "<|im_end|>"}, model=_got_ocr2,
+    ),
+    "qwen2_5_omni": Stock(
+        "Qwen2_5OmniProcessor", "<|vision_bos|><|IMAGE|><|vision_eos|>",
+        {
+            "image_processor_type": "Qwen2VLImageProcessor", "feature_extractor_type": "WhisperFeatureExtractor",
+            **STEPS, **CLIP, **_PATCHES, **_LIMITS, "feature_size": 16,
+        },
+        {
+            3: "<|vision_bos|>", 4: "<|vision_eos|>", 5: "<|IMAGE|>", 6: "<|VIDEO|>", 7: "<|AUDIO|>",
+            61: "<|audio_bos|>", 62: "<|audio_eos|>",
+        },
+        named=_OMNI, model=_omni,
+    ),
 }  # fmt: skip
 
 
 def save_stock(name: str, folder: Path) -> None:
     """The tiny model of a class, and every file that its processor is loaded from."""
     stock = STOCK[name]
-    zoo_model(name).save_pretrained(folder)
+    (stock.model or functools.partial(zoo_model, name))().save_pretrained(folder)
     _save_tokenizer(stock, folder)
     if stock.picture:
         (folder / "chat_template.jinja").write_text(_chat(stock.picture), encoding="utf-8")

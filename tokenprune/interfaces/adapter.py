@@ -257,6 +257,12 @@ class Adapter:
         """Whether it covers a model of one of its classes; else the model is read as one of no family."""
         return True
 
+    @classmethod
+    def chat_template(cls, processor: Any) -> str:
+        """The chat template of a checkpoint that brings none, where its processor's own prompt has a form to keep to;
+        "" where it has not."""
+        return ""
+
     def __init__(self, model: Any) -> None:
         self.model = model
         self.entry = submodule(model, "model")
