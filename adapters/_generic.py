@@ -94,6 +94,7 @@ class Generic(Adapter):
             )
         if ids["image"] == ids["video"]:
             found = ["image"]  # which placeholder is whose would be a guess
+        self._not_read = {str(pixels[kind]): kind for kind in KINDS if pixels[kind] and kind not in found}
         self.features = {kind: self.feature_names[kind] for kind in found}
         self.placeholder_ids = {kind: int(ids[kind]) for kind in found}
         self.pixels = {kind: str(pixels[kind]) for kind in found}
@@ -113,6 +114,15 @@ class Generic(Adapter):
         self.vision = UnreadTower(tower, facts, cost) if self.latents else tower_of(tower, config, facts, cost)
         added = getattr(vision, "deepstack_visual_indexes", None) or ()
         self.first_cut = max(1, len(added))
+
+    def check_call(self, call: Mapping[str, Any]) -> None:
+        for name, kind in self._not_read.items():
+            if call.get(name) is not None:
+                raise ValueError(
+                    f"This call brings {name}, and {type(self.model).__name__} has no input cuts of a {kind}: which "
+                    f"placeholders are a {kind}'s, or which call makes its features, is not known. Remove the method "
+                    "for such prompts, or pass frames as pictures."
+                )
 
     def _part_that_has(self, model: Any) -> str:
         """A sentence on the part of a model that answers in text, where it has others that speak; else ""."""

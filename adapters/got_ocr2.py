@@ -19,7 +19,8 @@ from tokenprune.registry import register_model
 
 _TEMPLATE = (
     "{{ begin + system + end }}{% for message in messages %}{{ begin + message['role'] + '\n' }}"
-    "{% for content in message['content'] %}{{ picture if content['type'] == 'image' else content['text'] }}{% endfor %}"
+    "{% for content in message['content'] %}"
+    "{{ picture if content['type'] == 'image' else content['text'] }}{% endfor %}"
     "{{ end }}{% endfor %}{% if add_generation_prompt %}{{ begin + 'assistant\n' }}{% endif %}"
 )
 

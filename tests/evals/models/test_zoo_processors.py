@@ -4,7 +4,6 @@ of them, rows of text alone, padded on the left; pruned as the masked model says
 from __future__ import annotations
 
 import csv
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import torch
 from _masked_whole import compare_whole
 from _zoo import SPECIAL
-from _zoo_processors import STOCK, save_stock
+from _zoo_processors import STOCK
 from masked_reference import run_pruned
 from PIL import Image
 
@@ -30,21 +29,6 @@ ROWS = (("what is this", [(56, 28), (30, 90)]), ("who", [(40, 40)]), ("where is 
 GRIDLESS = ("molmo2", "aria")
 NO_TEXT_ALONE = ("paligemma", "got_ocr2")
 every_class = pytest.mark.parametrize("name", list(STOCK))
-
-
-@pytest.fixture(scope="session")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """By name, the folder of a checkpoint whose processor loads here."""
-
-    @functools.cache
-    def saved(name: str) -> Path:
-        if STOCK[name].torchvision:
-            pytest.importorskip("torchvision", exc_type=ImportError)
-        folder = tmp_path_factory.mktemp("stock") / name
-        save_stock(name, folder)
-        return folder
-
-    return saved
 
 
 def _pictures(sizes: list[tuple[int, int]]) -> tuple[Image.Image, ...]:
