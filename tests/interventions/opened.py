@@ -27,7 +27,9 @@ def opened(adapter: Any, batch: dict[str, Tensor], layers: Sequence[int], rule: 
     numbers = {adapter.attention(adapter.layers[layer]): layer for layer in layers}
     config = adapter.language_model.config
 
-    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **_: Any):
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **_: Any
+    ):
         length, more = query.shape[2], query.shape[2] - real.shape[1]
         k, v = (part.repeat_interleave(query.shape[1] // part.shape[1], 1).double() for part in (key, value))
         result = torch.zeros(*query.shape[:3], v.shape[-1], dtype=torch.float64)
