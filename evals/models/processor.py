@@ -15,7 +15,7 @@ from transformers import AutoProcessor, BatchFeature
 from transformers.utils.hub import PushToHubMixin, cached_file
 from transformers.video_utils import VideoMetadata
 
-from tokenprune.adapters._video_processors import BY_FRAME, WHOLE
+from tokenprune.adapters.generic import VIDEOS_BY_FRAME, WHOLE_VIDEOS
 from tokenprune.hooks import Ledger
 from tokenprune.registry import MODELS
 
@@ -94,7 +94,7 @@ class FrameProcessor(PushToHubMixin):
             ImportError: the checkpoint does not say how its frames are prepared, or they are not one by one, so the
                 stock class has to.
         """
-        if self.kind and self.kind not in BY_FRAME | WHOLE:
+        if self.kind and self.kind not in VIDEOS_BY_FRAME | WHOLE_VIDEOS:
             raise self._needs_stock()
         if not _is_clip(videos) and not _is_clip(videos[0]):
             videos = [clip for of_prompt in videos for clip in of_prompt]
@@ -146,7 +146,7 @@ class FrameProcessor(PushToHubMixin):
         for older, limit in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
             if self.settings.get(older) is not None:
                 size[limit] = self.settings[older]
-        if size and self.kind in WHOLE:
+        if size and self.kind in WHOLE_VIDEOS:
             size["longest_edge"] //= len(frames)
             size["shortest_edge"] = -(-size["shortest_edge"] // len(frames))
         limits = {"size": size} if size else {}
