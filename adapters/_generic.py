@@ -90,9 +90,11 @@ class Generic(Adapter):
             raise TypeError(
                 f"{type(model).__name__} has no placeholders for visual tokens (image_token_id in its config, "
                 "pixel_values among its arguments), so there is nothing to prune in its decoder's rows."
+                f"{self._part_that_has(model)}"
             )
         if ids["image"] == ids["video"]:
             found = ["image"]  # which placeholder is whose would be a guess
+        self._not_read = {str(pixels[kind]): kind for kind in KINDS if pixels[kind] and kind not in found}
         self.features = {kind: self.feature_names[kind] for kind in found}
         self.placeholder_ids = {kind: int(ids[kind]) for kind in found}
         self.pixels = {kind: str(pixels[kind]) for kind in found}
@@ -112,6 +114,23 @@ class Generic(Adapter):
         self.vision = UnreadTower(tower, facts, cost) if self.latents else tower_of(tower, config, facts, cost)
         added = getattr(vision, "deepstack_visual_indexes", None) or ()
         self.first_cut = max(1, len(added))
+
+    def check_call(self, call: Mapping[str, Any]) -> None:
+        for name, kind in self._not_read.items():
+            if call.get(name) is not None:
+                raise ValueError(
+                    f"This call brings {name}, and {type(self.model).__name__} has no input cuts of a {kind}: which "
+                    f"placeholders are a {kind}'s, or which call makes its features, is not known. Remove the method "
+                    "for such prompts, or pass frames as pictures."
+                )
+
+    def _part_that_has(self, model: Any) -> str:
+        """A sentence on the part of a model that answers in text, where it has others that speak; else ""."""
+        for name, part in model.named_children():
+            config = getattr(part, "config", None)
+            if hasattr(part, "generate") and first_of(config, *(own.format("image") for own in self.id_names)):
+                return f" Its part {name!r}, a {type(part).__name__}, has some: apply the method to model.{name}."
+        return ""
 
     def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
         """For whoever asks without a run of the tower, as a picture of what was kept does: it is run."""

@@ -24,7 +24,6 @@ class Qwen3VL(QwenVL):
 
     classes = ("Qwen3VLForConditionalGeneration",)
     timestamps = True
-    limits_whole_videos = True
     pixel_facts = SIGLIP_PIXELS
 
     def __init__(self, model: Any) -> None:

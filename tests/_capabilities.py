@@ -11,7 +11,7 @@ import yaml
 from _families import BUILDERS
 from _paths import ROOT
 from _zoo import made
-from _zoo_all import CELLS, FAMILIES, LACKS, TOO_DEAR
+from _zoo_all import CELLS, FAMILIES, LACKS
 from _zoo_timm import NAMES as TOWERS_OF_TIMM
 
 from tokenprune.adapters.generic import MISSING
@@ -58,7 +58,7 @@ def capabilities(outcomes: Outcomes) -> dict[str, dict[str, str]]:
             "yes" if all(has("layer_2")) else "no",
             "yes" if all(read) else "some layers" if any(read) else "no",
             "yes" if all(has("vtc_cls")) else "no",
-            "yes" if all(has("vision_0")) else "not shown" if (name, "vision_0") in TOO_DEAR else "no",
+            "yes" if all(has("vision_0")) else "no",
         )
         for cls in classes:
             rows.setdefault(cls, dict(zip(CAPABILITIES, values)))  # the file of a family says more than any model

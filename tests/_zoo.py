@@ -185,11 +185,14 @@ def made(name: str) -> tuple[type, Any]:
 
 @functools.cache
 def zoo_model(name: str, seed: int = 0) -> Any:
-    """The tiny model of a family, one for all tests; its weights are so large that logits differ."""
-    family = FAMILIES[name]
-    cls, config = made(name)
+    """The tiny model of a family, one for all tests."""
+    return random_model(*made(name), FAMILIES[name].attention, seed)
+
+
+def random_model(cls: type, config: Any, attention: str = "sdpa", seed: int = 0) -> Any:
+    """A model of a config; its weights are so large that logits differ."""
     torch.manual_seed(seed)
-    config._attn_implementation = family.attention
+    config._attn_implementation = attention
     try:
         model = cls(config).eval()
     except ImportError as error:
@@ -234,6 +237,7 @@ def _skip_if_stock_fails(model: Any, batch: Batch) -> None:
 
 
 __all__ = [
-    "BREAK", "END", "EOS", "EXPERTS", "FAMILIES", "IMAGE", "LATENT", "PAD", "SAM", "SPECIAL", "START", "TEXT", "VIDEO",
-    "VIT", "Batch", "Rows", "fixed", "made", "packed", "sized", "tiles", "zoo", "zoo_batch", "zoo_model",
+    "BREAK", "END", "EOS", "EXPERTS", "FAMILIES", "IMAGE", "LATENT", "PAD", "SAM", "SPECIAL", "START", "TEXT",
+    "VIDEO", "VIT", "Batch", "Rows", "fixed", "made", "packed", "random_model", "sized", "tiles", "zoo",
+    "zoo_batch", "zoo_model",
 ]  # fmt: skip

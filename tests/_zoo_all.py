@@ -27,9 +27,7 @@ PLANS: dict[str, Any] = {
 }
 PICTURES = {"vision_0": [1, 1]}
 """Pictures of each row, where a cell is dear: the masked tower is run once for each of its patches."""
-TOO_DEAR = [("deepseek_vl_hybrid", "vision_0")]
-"""Cells that are not run: its tower of large pictures would run once for each patch of the other."""
-CELLS = [(name, plan) for name in FAMILIES for plan in PLANS if (name, plan) not in TOO_DEAR]
+CELLS = [(name, plan) for name in FAMILIES for plan in PLANS]
 _SIGNALS, _CUTS, _GRID = "has no decoder signals", "has no layer cuts", "works on a grid"
 _WHOLE = "this family's tower cannot be cut"
 _HIDES = "has no tower cuts of this image"
@@ -104,4 +102,4 @@ layers without rotation, queries that are normalised once they are turned, keys 
 layers without attention, attention logits that are capped, rotation by complex numbers; towers that pool patches by
 their places or by attention, mix them in convolutions, have neighbourhoods, or are two."""
 
-__all__ = ["CELLS", "FAMILIES", "KEEP", "LACKS", "PICTURES", "PLANS", "TOO_DEAR", "zoo_batch", "zoo_model"]
+__all__ = ["CELLS", "FAMILIES", "KEEP", "LACKS", "PICTURES", "PLANS", "zoo_batch", "zoo_model"]

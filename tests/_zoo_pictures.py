@@ -177,7 +177,7 @@ def deepseek_vl() -> Made:
 
 
 def _deepseek_vl_hybrid(rows: Rows) -> Batch:
-    return {**fixed(576, 96)(rows), "high_res_pixel_values": rows.pixels(rows.total, 3, 128, 128)}
+    return {**fixed(36, 24)(rows), "high_res_pixel_values": rows.pixels(rows.total, 3, 128, 128)}
 
 
 @zoo(_deepseek_vl_hybrid)
@@ -191,9 +191,9 @@ def deepseek_vl_hybrid() -> Made:
     )
 
     return DeepseekVLHybridForConditionalGeneration, DeepseekVLHybridConfig(
-        vision_config=SiglipVisionConfig(**{**_VIT24, "image_size": 96}), image_token_id=IMAGE,
+        vision_config=SiglipVisionConfig(**_VIT24), image_token_id=IMAGE,
         high_res_vision_config=SamVisionConfig(**SAM, output_channels=16, image_size=128, patch_size=8),
-        text_config=LlamaConfig(**{**TEXT, "max_position_embeddings": 2048}),
+        text_config=LlamaConfig(**TEXT),
     )  # fmt: skip
 
 

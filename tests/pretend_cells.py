@@ -47,6 +47,8 @@ PLANS: dict[str, Any] = {
         {"at": "input", "prune": "divprune", "keep": 10},
         {"at": "layer:2", "prune": "random", "keep": 5},
     ],
+    "a_vl": ["a_vl(secondary=0.5,core=0.2,refresh=2,text=0.7)"],
+    "a_vl behind fastv": ["fastv@9", "a_vl(secondary=0.5,core=0.2,refresh=2,text=0.7)"],
 }
 GENERATED: dict[str, dict[str, Any]] = {
     "vtc_cls, beams": {"num_beams": 2},

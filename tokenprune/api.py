@@ -104,7 +104,7 @@ class Prepared:
             RuntimeError: modules of the model were replaced since; prepare again.
         """
         entry = self.adapter.entry
-        _check_free(entry)
+        check_free(entry)
         self._links.check()
         ledger = Ledger()
         try:
@@ -129,7 +129,8 @@ class Prepared:
             yield handle
 
 
-def _check_free(entry: Any) -> None:
+def check_free(entry: Any) -> None:
+    """Raise ValueError if a method is at work on a model, whose adapter's `entry` is given."""
     present = _applied.get(entry)  # which several wrappers may share
     if present is not None:
         raise ValueError(f"{present} is at work on this model already; call its remove() first.")
@@ -176,7 +177,7 @@ def apply(
             method is applied already.
     """
     adapter = _checked_adapter(model, outputs)
-    _check_free(adapter.entry)
+    check_free(adapter.entry)
     return prepare(model, method, keep, average, outputs, adapter, verify, **options).apply()
 
 

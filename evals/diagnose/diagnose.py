@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenprune import __version__
-from tokenprune.api import Prepared, prepare
+from tokenprune.api import Prepared, check_free, prepare
 from tokenprune.evals.diagnose.attention_tap import AttentionTap
 from tokenprune.evals.diagnose.batch_reader import BatchReader
 from tokenprune.evals.diagnose.gather import Found, Gathered
@@ -114,8 +114,10 @@ def diagnose_model(
     """The numbers of a loaded model, and by run the samples that are shown.
 
     Raises:
-        ValueError: the attention of the model, or the method on it, cannot be read.
+        ValueError: the attention of the model, or the method on it, cannot be read, or one is at work on it already: an
+            intervention would change attention behind what is read.
     """
+    check_free(loaded.adapter.entry)
     method = None if config.prune is None else prepare(loaded.model, config.prune, adapter=loaded.adapter)
     channels = sink_channels(loaded, task, config.limit, config.batch_size)
     say(f"sink channels: {channels.found}")

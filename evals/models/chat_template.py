@@ -59,7 +59,7 @@ def interleave(text: str, visuals: list[Part]) -> list[Part]:
 def prompt_text(processor: Any, messages: list[Message]) -> str:
     """The text of a conversation: the processor's chat template, or LLaVA-1.5's form where there is none."""
     if not getattr(processor, "chat_template", None):
-        return _plain(messages)
+        return _plain(messages, getattr(processor, "image_token", None) or MARKER)
     # a template needs to know where media are, and not what
     bare = [{**message, "content": [_bare(part) for part in message["content"]]} for message in messages]
     text = processor.apply_chat_template(bare, add_generation_prompt=True, tokenize=False)
@@ -77,7 +77,8 @@ def pack(processor: Any, conversations: list[list[Message]]) -> Any:
     by_prompt = [[part for message in messages for part in message["content"]] for messages in conversations]
     # one list a prompt: some processors take a flat list for the pictures of a single prompt
     nested = [[read_picture(part["image"]) for part in parts if part["type"] == "image"] for parts in by_prompt]
-    pictures = nested if all(nested) else [picture for of_prompt in nested for picture in of_prompt]
+    flat = [picture for of_prompt in nested for picture in of_prompt]
+    pictures = nested if all(nested) else flat
     by_prompt = [[part["video"] for part in parts if part["type"] == "video"] for parts in by_prompt]
     clips = [clip for of_prompt in by_prompt for clip in of_prompt]
     videos = [[read_frames(clip) for clip in of_prompt] for of_prompt in by_prompt]
@@ -95,11 +96,20 @@ def pack(processor: Any, conversations: list[list[Message]]) -> Any:
     try:
         packed = processor(**given, images=pictures)
     except ValueError:
-        if pictures is nested:
+        if pictures is flat:
+            packed = processor(**given, images=nested)  # Gemma 3 and LFM2-VL take a flat list for one prompt's
+        elif _marks(processor, given["text"]) == [len(of_prompt) for of_prompt in nested]:
+            packed = processor(**given, images=flat)  # GOT-OCR 2 takes a nested list for the pages of a document
+        else:
             raise
-        packed = processor(**given, images=nested)  # Gemma 3 and LFM2-VL take a flat list for one prompt's
     packed.pop("labels", None)  # PaliGemma's processor makes some, none of which counts, for whoever trains
     return packed
+
+
+def _marks(processor: Any, texts: list[str]) -> list[int]:
+    """How many pictures each text says that it has."""
+    mark = getattr(processor, "image_token", None)
+    return [text.count(mark) if mark else -1 for text in texts]
 
 
 def frames_metadata(frames: int, fps: float) -> dict[str, Any]:
@@ -111,10 +121,12 @@ def _bare(part: Part) -> Part:
     return part if part["type"] == "text" else {"type": part["type"]}
 
 
-def _plain(messages: list[Message]) -> str:
+def _plain(messages: list[Message], picture: str) -> str:
+    """LLaVA-1.5's form, with what the processor looks for in place of each picture."""
+    marks = {"image": picture, "video": "<video>"}
     turns = {"user": "USER: ", "assistant": "ASSISTANT: ", "system": ""}
     texts = []
     for message in messages:
-        pieces = [part["text"] if part["type"] == "text" else f"<{part['type']}>\n" for part in message["content"]]
+        pieces = [part["text"] if part["type"] == "text" else f"{marks[part['type']]}\n" for part in message["content"]]
         texts.append(turns[message["role"]] + "".join(pieces))
     return " ".join([*texts, "ASSISTANT:"])

@@ -79,7 +79,9 @@ class LoadedModel:
             TypeError,
             IndexError,
         ) as error:  # more marks of pictures in a text than pictures, and so on
-            raise ValueError(f"The processor of {self.name} does not take this prompt: {error}") from error
+            shown = any(part["type"] != "text" for turns in conversations for turn in turns for part in turn["content"])
+            what = "this prompt" if shown else "a prompt without a picture"
+            raise ValueError(f"The processor of {self.name} does not take {what}: {error}") from error
         return packed.to(self.model.device, dtype=self.model.dtype)
 
     def decode(self, tokens: Any) -> list[str]:
@@ -139,11 +141,14 @@ def load_model(
     check_dtype(dtype)
     check_device(device)
     import torch
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    whole = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    part = part_with_pictures(whole)
+    given = {} if part is whole else {"config": part}
     model: Any = AutoModelForImageTextToText.from_pretrained(
-        source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+        source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **given
     )
     model = model.to(device).eval()
     try:
@@ -155,11 +160,26 @@ def load_model(
     return LoadedModel(name, model, processor, fingerprint(source, model))
 
 
+def part_with_pictures(config: Any) -> Any:
+    """The config of the part that answers in text about pictures, of a model that has further ones, as Qwen2.5-Omni
+    speaks; any other config as it is. transformers loads that part alone from the checkpoint of the whole."""
+    from transformers import AutoModelForImageTextToText
+
+    # `keys` imports nothing, and classes of remote code are not among them
+    known = AutoModelForImageTextToText._model_mapping.keys()
+    parts = [part for name in getattr(config, "sub_configs", {}) if type(part := getattr(config, name, None)) in known]
+    whole = type(config) in known or hasattr(config, "auto_map") or len(parts) != 1
+    return config if whole else parts[0]
+
+
 def ready_processor(source: str, trust_remote_code: bool = False) -> Any:
     """The processor of a folder or hub id, padding on the left."""
-    from tokenprune.evals.models.processor import load_processor
+    from tokenprune.evals.models.processor import family_of, load_processor
 
     processor = load_processor(source, trust_remote_code)
+    family = family_of(source)
+    if family is not None and not processor.chat_template:
+        processor.chat_template = family.chat_template(processor) or None
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:

@@ -15,6 +15,7 @@ from transformers import AutoProcessor, BatchFeature
 from transformers.utils.hub import PushToHubMixin, cached_file
 from transformers.video_utils import VideoMetadata
 
+from tokenprune.adapters.generic import VIDEOS_BY_FRAME, WHOLE_VIDEOS
 from tokenprune.hooks import Ledger
 from tokenprune.registry import MODELS
 
@@ -64,6 +65,7 @@ class FrameProcessor(PushToHubMixin):
     Attributes:
         settings: what the checkpoint says of its video processor; of its image processor where it says nothing.
         image_processor: the stock image processor of the same checkpoint.
+        kind: name of the stock class that it stands in for; "" where the checkpoint names none.
         num_frames, fps: how many frames the stock class would sample; processors read them.
     """
 
@@ -71,26 +73,35 @@ class FrameProcessor(PushToHubMixin):
         self.source = source
         self.image_processor: Any = None
         self.settings = _video_settings(source)
+        self.kind = self.settings.get("video_processor_type", "").removesuffix("Fast")
         sampling = self.settings.get("video_sampling", {})
         self.num_frames = self.settings.get("num_frames", sampling.get("max_frames"))
         self.fps = self.settings.get("fps", sampling.get("fps"))
         self.merge_size = self.settings.get("merge_size", 2)
         self.temporal_patch_size = self.settings.get("temporal_patch_size", 2)
 
-    def __call__(self, videos: Any, video_metadata: Any = None, return_tensors: Any = None, **_: Any) -> BatchFeature:
+    def __call__(
+        self, videos: Any, video_metadata: Any = None, return_tensors: Any = None, size: Any = None, **_: Any
+    ) -> BatchFeature:
         """Prepare videos: one `[T, H, W, 3]` array or list of PIL frames, a list of those, or one such list a prompt.
 
         Args:
             video_metadata: of each video a mapping with `fps`, in which processors find the time of a frame;
                 `total_num_frames` and `frames_indices` are the frames handed in where it does not say otherwise.
+            size: limits in place of the checkpoint's, which some processors have.
 
         Raises:
-            ImportError: the checkpoint does not say how its frames are prepared, so the stock class has to.
+            ImportError: the checkpoint does not say how its frames are prepared, or they are not one by one, so the
+                stock class has to.
         """
+        if self.kind and self.kind not in VIDEOS_BY_FRAME | WHOLE_VIDEOS:
+            raise self._needs_stock()
         if not _is_clip(videos) and not _is_clip(videos[0]):
             videos = [clip for of_prompt in videos for clip in of_prompt]
         clips = [list(clip) for clip in ([videos] if _is_clip(videos) else videos)]
-        feature = BatchFeature(self._prepare(clips), tensor_type=return_tensors)
+        feature = BatchFeature(
+            self._prepare(clips, dict(size or self.settings.get("size") or {})), tensor_type=return_tensors
+        )
         feature["video_metadata"] = [
             VideoMetadata(**{"total_num_frames": len(clip), "frames_indices": list(range(len(clip))), **(given or {})})
             for clip, given in zip(clips, video_metadata or [{}] * len(clips), strict=True)
@@ -101,15 +112,19 @@ class FrameProcessor(PushToHubMixin):
         """The settings of the video processor that it stands in for."""
         return dict(self.settings)
 
-    def _prepare(self, clips: list[list[Any]]) -> dict[str, Any]:
+    def _needs_stock(self) -> ImportError:
+        return ImportError(
+            f"The videos of {self.source} need the package torchvision, which is not installed; pictures do not."
+        )
+
+    def _prepare(self, clips: list[list[Any]], size: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the model, as the kind of the image processor has them."""
         if hasattr(self.image_processor, "temporal_patch_size"):
-            packed = [self._pack(clip) for clip in clips]
+            packed = [self._pack(clip, dict(size)) for clip in clips]
             return {
                 "pixel_values_videos": np.concatenate([patches for patches, _ in packed]),
                 "video_grid_thw": np.array([grid for _, grid in packed]),
             }
-        size = self.settings.get("size") or {}
         if hasattr(self.image_processor, "do_image_splitting"):
             # a frame is a picture that is not split
             limits = {"size": size or self.settings.get("video_sampling", {}).get("video_size")}
@@ -117,24 +132,21 @@ class FrameProcessor(PushToHubMixin):
             limits = {name: limit for name, limit in limits.items() if limit}
             return dict(self.image_processor(clips, do_image_splitting=False, return_tensors="np", **limits))
         if not ("shortest_edge" in size or {"height", "width"} <= set(size)) or "image_mean" not in self.settings:
-            raise ImportError(
-                f"The videos of {self.source} need the package torchvision, which is not installed; pictures do not."
-            )
+            raise self._needs_stock()
         from transformers import CLIPImageProcessorPil
 
         steps = {name: self.settings[name] for name in _STEPS if self.settings.get(name) is not None}
         single = CLIPImageProcessorPil(**{"do_center_crop": False, **steps})
         return {"pixel_values_videos": [single(clip, return_tensors="np")["pixel_values"] for clip in clips]}
 
-    def _pack(self, frames: list[Any]) -> tuple[np.ndarray, list[int]]:
+    def _pack(self, frames: list[Any], size: dict[str, Any]) -> tuple[np.ndarray, list[int]]:
         """Patches `[grids * patches, width]` and the grid (time, height, width) of one video."""
         pair = self.temporal_patch_size
         frames = frames + [frames[-1]] * (-len(frames) % pair)
-        size = dict(self.settings.get("size") or {})
         for older, limit in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
             if self.settings.get(older) is not None:
                 size[limit] = self.settings[older]
-        if size and _limits_whole_videos(self.source):
+        if size and self.kind in WHOLE_VIDEOS:
             size["longest_edge"] //= len(frames)
             size["shortest_edge"] = -(-size["shortest_edge"] // len(frames))
         limits = {"size": size} if size else {}
@@ -159,9 +171,10 @@ def _video_settings(source: str) -> dict[str, Any]:
     return inside or next(filter(None, (_read(source, name) for name in single)), {})
 
 
-def _limits_whole_videos(source: str) -> bool:
+def family_of(source: str) -> Any:
+    """The family file of the folder or hub id `source`; None if its kind of model has none."""
     name = _read(source, "config.json").get("model_type", "")
-    return name in MODELS.names() and getattr(MODELS.get(name), "limits_whole_videos", False)
+    return MODELS.get(name) if name in MODELS.names() else None
 
 
 def _is_clip(videos: Any) -> bool:

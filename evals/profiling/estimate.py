@@ -22,7 +22,7 @@ from tokenprune.engine.bypass import skipped
 from tokenprune.engine.prompt_reader import prompt_visuals
 from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.evaluation.applied_method import method_of
-from tokenprune.evals.models.load import LoadedModel, fingerprint, model_source, ready_processor
+from tokenprune.evals.models.load import LoadedModel, fingerprint, model_source, part_with_pictures, ready_processor
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.bypass import Bypass
 from tokenprune.interfaces.pruner import Stage
@@ -105,7 +105,7 @@ def unloaded(name: str) -> tuple[LoadedModel, Adapter]:
     else:
         made_of = fingerprint(source)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(source))
+        model = AutoModelForImageTextToText.from_config(part_with_pictures(AutoConfig.from_pretrained(source)))
     adapter = adapter_for(model)
     real = SimpleNamespace(device="cpu", dtype=torch.float32)  # where the prompt goes: the model is on no device
     return LoadedModel(name, real, ready_processor(source), made_of), adapter

@@ -17,7 +17,7 @@ from _zoo_all import FAMILIES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MAPPING
 
 import tokenprune
-from tokenprune.adapters._not_applicable import FAILS_THE_TRIAL
+from tokenprune.adapters._not_applicable import FAILS_THE_TRIAL, NOT_APPLICABLE
 from tokenprune.adapters.generic import MISSING
 from tokenprune.cli import main
 from tokenprune.registry import MODELS
@@ -133,3 +133,59 @@ def test_minimax_m3_whose_layers_see_all_is_pruned() -> None:
         pytest.skip("this transformers has no such class")
     torch.manual_seed(0)
     tokenprune.apply(_minimax(["full_attention"] * 4).eval(), "random", keep=4).remove()
+
+
+# --- those that are refused by name, and whose reason a tiny model shows ----------------------------------------------
+
+_WORDS = {
+    "vocab_size": 64, "embed_dim": 48, "layers": 2, "ffn_dim": 64, "attention_heads": 4, "pad_token_id": 0,
+    "max_position_embeddings": 128, "bos_token_id": 2, "eos_token_id": 1,
+}  # fmt: skip
+_LATENTS = 9
+
+
+def _kosmos2() -> tuple[Any, Callable[[int], dict[str, torch.Tensor]]]:
+    """A model, and the pixels of a picture: of one size."""
+    config = transformers.Kosmos2Config(
+        text_config=_WORDS, vision_config={**VIT, "image_size": 24, "patch_size": 4}, latent_query_num=_LATENTS
+    )
+    return transformers.Kosmos2ForConditionalGeneration(config), lambda side: {
+        "pixel_values": torch.randn(1, 3, 24, 24)
+    }
+
+
+def _kosmos2_5() -> tuple[Any, Callable[[int], dict[str, torch.Tensor]]]:
+    """A model, and the pixels of a picture: its patches, each behind its row and column."""
+    vision = {**VIT, "head_dim": 8, "patch_embed_hidden_size": 48, "patch_size": 4, "max_num_patches": 64}
+    config = transformers.Kosmos2_5Config(text_config=_WORDS, vision_config=vision, latent_query_num=_LATENTS)
+
+    def pixels(side: int) -> dict[str, torch.Tensor]:
+        places = torch.cartesian_prod(torch.arange(1, side + 1), torch.arange(1, side + 1))
+        return {"flattened_patches": torch.cat([places, torch.randn(side * side, 48)], dim=1)[None]}
+
+    return transformers.Kosmos2_5ForConditionalGeneration(config), pixels
+
+
+@pytest.mark.parametrize("make", [_kosmos2, _kosmos2_5], ids=lambda make: make.__name__[1:])
+def test_kosmos_is_as_its_refusal_says(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, pixels = make()
+    model.eval()
+    name = type(model).__name__
+    latents: list[torch.Size] = []
+    model.image_to_text_projection.register_forward_hook(lambda module, args, output: latents.append(output[0].shape))
+    ids, mask = torch.randint(8, 60, (1, 20)), torch.zeros(1, 20, dtype=torch.int64)
+    mask[:, 2 : 2 + _LATENTS] = 1
+    other = torch.where(mask == 1, ids.flip(1), ids)
+    small, large = pixels(4), pixels(5)
+    asked = {"attention_mask": torch.ones_like(ids), "image_embeds_position_mask": mask}
+    with torch.no_grad():
+        logits = model(input_ids=ids, **asked, **small).logits
+        assert torch.equal(model(input_ids=other, **asked, **small).logits, logits), "no id is a placeholder's"
+        assert not torch.equal(model(input_ids=ids, **asked, **large).logits, logits), "a picture is seen"
+    assert {tuple(shape) for shape in latents} == {(1, _LATENTS, 48)}, "so many latents, whatever the picture"
+    with pytest.raises(TypeError, match=f"{name} has no input cuts: {NOT_APPLICABLE[name]}"):
+        tokenprune.apply(model, "random", keep=4)
+    monkeypatch.setattr("tokenprune.adapters._generic.why_not", lambda cls: "")
+    with pytest.raises(TypeError, match=f"{name} has no placeholders for visual tokens"):
+        tokenprune.apply(model, "random", keep=4)

@@ -3,12 +3,16 @@ models of the zoo, with tokenizer, chat template and the settings of the stock p
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from _processors import CLIP, HALF, STEPS, WORDS
+from _zoo import made, random_model
 from _zoo_all import zoo_model
 
 _PATCHES = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
@@ -20,11 +24,12 @@ def _side(pixels: int) -> dict[str, Any]:
     return {"size": {"height": pixels, "width": pixels}}
 
 
-def _chat(picture: str, bos: str = "") -> str:
-    """A chat template that writes `picture` for each picture, where it stands in its message."""
+def _chat(picture: str, clip: str) -> str:
+    """A chat template that writes `picture` for each picture and `clip` for each video, where it stands."""
     return (
-        bos + "{% for message in messages %}{{ message['role'] + ' ' }}{% for content in message['content'] %}"
-        "{% if content['type'] == 'image' %}{{ '" + picture + "' }}"
+        "{% for message in messages %}{{ message['role'] + ' ' }}{% for content in message['content'] %}"
+        "{% if content['type'] == 'image' %}{{ '" + picture + "' }}{% elif content['type'] == 'video' %}"
+        "{{ '" + clip + "' }}"
         "{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %} {% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
     )
@@ -42,7 +47,10 @@ class Stock:
         settings: of the processor.
         named: special tokens that the processor asks the tokenizer for by name.
         video: of the video processor, where the class has one.
+        clip: what the chat template writes for a video.
         torchvision: whether pictures need it.
+        letters: whether a token is a letter: the tokenizer of the class knows pairs of bytes alone.
+        model: makes the model where the zoo's own does not fit the processor.
     """
 
     processor: str
@@ -52,7 +60,10 @@ class Stock:
     settings: dict[str, Any] = field(default_factory=dict)
     named: dict[str, str] = field(default_factory=dict)
     video: dict[str, Any] = field(default_factory=dict)
+    clip: str = ""
     torchvision: bool = False
+    letters: bool = False
+    model: Callable[[], Any] | None = None
 
 
 def _qwen(processor: str, pictures: str, videos: str, **more: Any) -> Stock:
@@ -61,7 +72,8 @@ def _qwen(processor: str, pictures: str, videos: str, **more: Any) -> Stock:
     return Stock(
         processor, "<|vision_start|><|image_pad|><|vision_end|>",
         {"image_processor_type": pictures, **STEPS, **HALF, **_PATCHES, **_LIMITS, **more}, names,
-        video={"video_processor_type": videos, **STEPS, **HALF, **_PATCHES, **_LIMITS},
+        video={"video_processor_type": videos, **STEPS, **HALF, **_PATCHES, **_LIMITS, **more},
+        clip="<|vision_start|><|video_pad|><|vision_end|>",
     )  # fmt: skip
 
 
@@ -75,9 +87,43 @@ def _glm(processor: str, kind: str) -> Stock:
         processor, "<|begin_of_image|><|image|><|end_of_image|>",
         {"image_processor_type": f"{kind}ImageProcessor", **settings}, names,
         video={"video_processor_type": f"{kind}VideoProcessor", **settings},
+        clip="<|begin_of_video|><|video|><|end_of_video|>",
     )  # fmt: skip
 
 
+def _aria() -> Any:
+    """Pictures are 980 pixels wide, whatever the settings say."""
+    cls, config = made("aria")
+    config.vision_config.image_size, config.vision_config.patch_size = 980, 140
+    config.projector_patch_to_query_dict = {49: 16}
+    return random_model(cls, config)
+
+
+def _got_ocr2() -> Any:
+    """A picture is 256 tokens, whatever the settings say: 64 x 64 patches. Without layers that see all of them."""
+    cls, config = made("got_ocr2")
+    config.vision_config.image_size, config.vision_config.global_attn_indexes = 256, []
+    config.image_seq_length, config.text_config.max_position_embeddings = 256, 2048
+    return random_model(cls, config, "eager")
+
+
+def _omni() -> Any:
+    """The whole of it, as checkpoints are, but for the part that speaks."""
+    from transformers import Qwen2_5OmniForConditionalGeneration
+    from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniConfig
+
+    thinker = zoo_model("qwen2_5_omni_thinker")
+    config = Qwen2_5OmniConfig(thinker_config=thinker.config.to_dict(), enable_audio_output=False)
+    whole = Qwen2_5OmniForConditionalGeneration(config)
+    whole.thinker.load_state_dict(thinker.state_dict())
+    return whole
+
+
+_OMNI = {
+    "image_token": "<|IMAGE|>", "video_token": "<|VIDEO|>", "audio_token": "<|AUDIO|>", "vision_bos_token":
+    "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token":
+    "<|audio_eos|>",
+}  # fmt: skip
 _AYA = {5: "<|IMG_PATCH|>", 3: "<|START_OF_IMG|>", 4: "<|END_OF_IMG|>", 7: "TILE_GLOBAL", 8: "<image>"}
 STOCK = {
     "gemma3": Stock(
@@ -173,7 +219,11 @@ STOCK = {
             "video_start_token": "<|VIDEO_START|>", "video_end_token": "<|VIDEO_END|>",
         },
         # numbers of frames would be drawn with a font of the checkpoint's
-        video={"video_processor_type": "Ernie4_5_VLMoeVideoProcessor", "draw_on_frames": False},
+        video={
+            "video_processor_type": "Ernie4_5_VLMoeVideoProcessor", "draw_on_frames": False, **STEPS, **CLIP,
+            **_LIMITS, "patch_size": 4, "temporal_patch_size": 2, "merge_size": 2,
+        },
+        clip="<|VIDEO_START|><|VIDEO_PLACEHOLDER|><|VIDEO_END|>",
     ),
     "kimi_k25": Stock(
         "Kimi_K25Processor", "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>",
@@ -185,7 +235,12 @@ STOCK = {
             3: "<|media_begin|>", 4: "<|media_end|>", 5: "<|media_pad|>", 6: "<|kimi_k25_video_placeholder|>",
             7: "<|media_content|>",
         },
-        video={"video_processor_type": "Kimi_K25VideoProcessor"}, torchvision=True,
+        video={
+            "video_processor_type": "Kimi_K25VideoProcessor", **STEPS, **HALF, "patch_size": 4, "merge_size": 2,
+            "max_patches": 192, "size": {"max_height": 64, "max_width": 64}, "temporal_patch_size": 2,
+        },
+        clip="<|kimi_k25_video_placeholder|>",
+        torchvision=True,
     ),
     "ovis2": Stock(
         "Ovis2Processor", "<image>",
@@ -230,7 +285,52 @@ STOCK = {
             2: "<frame_end>", 3: "<im_col>", 4: "<|image|>", 5: "<im_patch>", 6: "<|video|>", 7: "<frame_start>",
             8: "<im_low>", 61: "<im_start>", 62: "<im_end>", 63: "<low_res_im_start>",
         },
-        video={"video_processor_type": "Molmo2VideoProcessor"}, torchvision=True,
+        video={
+            "video_processor_type": "Molmo2VideoProcessor", **STEPS, **HALF, **_side(24), "patch_size": 4,
+            "pooling_size": [2, 2],
+        }, clip="<|video|>", torchvision=True,
+    ),
+    "qwen3_5": dataclasses.replace(
+        _qwen("Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor"), letters=True
+    ),
+    "perception_lm": Stock(
+        "PerceptionLMProcessor", "<|image|>",
+        {
+            "image_processor_type": "PerceptionLMImageProcessor", **STEPS, **HALF, "tile_size": 24, "max_num_tiles": 4,
+            "vision_input_type": "thumb+tile",
+        },
+        {5: "<|image|>", 6: "<|video|>"}, {"patch_size": 4, "pooling_ratio": 2},
+        {"image_token": "<|image|>", "video_token": "<|video|>"},
+        {"video_processor_type": "PerceptionLMVideoProcessor", **STEPS, **HALF, **_side(24)}, "<|video|>",
+        torchvision=True,
+    ),
+    "aria": Stock(
+        "AriaProcessor", "<fim_prefix><|img|><fim_suffix>",
+        {
+            "image_processor_type": "AriaImageProcessor", **HALF, "max_image_size": 980, "split_image": False,
+        },
+        {3: "<fim_prefix>", 4: "<fim_suffix>", 5: "<|img|>"}, {"size_conversion": {"980": 16}},
+        {"image_token": "<|img|>"}, model=_aria,
+    ),
+    "got_ocr2": Stock(
+        "GotOcr2Processor", "",
+        {
+            "image_processor_type": "GotOcr2ImageProcessor", **STEPS, **CLIP, **_TILES, **_side(256),
+            "crop_to_patches": False,
+        },
+        {2: "<|im_start|>", 3: "<img>", 4: "</img>", 5: "<imgpad>", 6: "<|im_end|>"}, model=_got_ocr2,
+    ),
+    "qwen2_5_omni": Stock(
+        "Qwen2_5OmniProcessor", "<|vision_bos|><|IMAGE|><|vision_eos|>",
+        {
+            "image_processor_type": "Qwen2VLImageProcessor", "feature_extractor_type": "WhisperFeatureExtractor",
+            **STEPS, **CLIP, **_PATCHES, **_LIMITS, "feature_size": 16,
+        },
+        {
+            3: "<|vision_bos|>", 4: "<|vision_eos|>", 5: "<|IMAGE|>", 6: "<|VIDEO|>", 7: "<|AUDIO|>",
+            61: "<|audio_bos|>", 62: "<|audio_eos|>",
+        },
+        named=_OMNI, clip="<|vision_bos|><|VIDEO|><|vision_eos|>", model=_omni,
     ),
 }  # fmt: skip
 
@@ -238,10 +338,10 @@ STOCK = {
 def save_stock(name: str, folder: Path) -> None:
     """The tiny model of a class, and every file that its processor is loaded from."""
     stock = STOCK[name]
-    zoo_model(name).save_pretrained(folder)
+    (stock.model or functools.partial(zoo_model, name))().save_pretrained(folder)
     _save_tokenizer(stock, folder)
     if stock.picture:
-        (folder / "chat_template.jinja").write_text(_chat(stock.picture), encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(_chat(stock.picture, stock.clip), encoding="utf-8")
     contents = {"preprocessor": stock.image, "video_preprocessor": stock.video, "processor": stock.settings}
     for stem, content in contents.items():
         if content:
@@ -256,11 +356,12 @@ def _save_tokenizer(stock: Stock, folder: Path) -> None:
 
     names = {0: "<pad>", 1: "</s>", **stock.tokens}
     free = [place for place in range(64) if place not in names]
-    words = iter([*WORDS, *(f"w{number}" for number in range(64))])
+    words = iter([*(map(chr, range(97, 123)) if stock.letters else WORDS), *(f"w{number}" for number in range(64))])
     names |= {free.pop(): "<unknown>"}
     names |= {place: next(words) for place in free}
-    core = Tokenizer(models.WordLevel({token: place for place, token in names.items()}, unk_token="<unknown>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    places = {token: place for place, token in names.items()}
+    core = Tokenizer(models.BPE(places, []) if stock.letters else models.WordLevel(places, unk_token="<unknown>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel() if stock.letters else pre_tokenizers.Whitespace()
     bos = "<bos>" if "<bos>" in stock.tokens.values() else None
     PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unknown>", bos_token=bos,

@@ -55,6 +55,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return saved
 
 
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """By name, the folder of a checkpoint of the zoo whose processor loads here."""
+    from _zoo_processors import STOCK, save_stock
+
+    @functools.cache
+    def saved(name: str) -> Path:
+        if STOCK[name].torchvision:
+            pytest.importorskip("torchvision", exc_type=ImportError)
+        folder = tmp_path_factory.mktemp("stock") / name
+        save_stock(name, folder)
+        return folder
+
+    return saved
+
+
 def write_task(folder: Path, count: int, sizes: Sequence[tuple[int, int]] = ((42, 42),)) -> str:
     """`count` pictures whose (width, height) go round `sizes`."""
     import numpy as np

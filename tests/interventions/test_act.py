@@ -39,7 +39,7 @@ class Reference:
                 there = [k for k in range(begin, end) if row.there[k]]
                 theta = max(0.02, 5 / int(row.there[:end].sum())) if self.theta is None else self.theta
                 for number, k in enumerate(there):
-                    rows = there[number:]
+                    rows = [i for i in there if float(row.logits[head, i, k]) > float("-inf")]  # those that see it
                     mean = sum(float(a[head, i, k]) for i in rows) / len(rows)
                     protected = begin == 0 and number == 0
                     if brings and len(rows) >= 8 and mean > theta and not protected:

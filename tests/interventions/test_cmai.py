@@ -46,6 +46,7 @@ class Reference:
             images = (row.visual & own).nonzero()[:, 0]
             if not len(images):
                 continue
+            sees = row.logits[0][:, images] > float("-inf")
             text = (own & ~row.visual & (torch.arange(total) > images[0])).nonzero()[:, 0]
             if not len(text):
                 continue
@@ -54,7 +55,7 @@ class Reference:
             f = self.own * a_ti + (1 - self.own) * a_tt @ a_ti
             torch.testing.assert_close(f.sum(-1), torch.ones(len(text), dtype=torch.float64))
             for scores, place in zip(f, text):
-                seen = images < place
+                seen = sees[place]
                 count = int(seen.sum())
                 scores = scores.masked_fill(~seen, -1)
                 if self.theta is None:

@@ -22,6 +22,7 @@ from tokenprune.engine.cache_policies import CachePolicies
 from tokenprune.engine.key_bias import KeyBias, check_wider
 from tokenprune.engine.key_facts import AttentionCall, KeyFacts, Rows
 from tokenprune.engine.query_rows import put, seen_keys, take
+from tokenprune.engine.whole_masks import RECURRENT
 from tokenprune.hooks import Ledger, opaque
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.bypass import Bypass
@@ -84,11 +85,10 @@ class AttentionInterventions:
         self.signals = self._signals_of_tower(stages)  # what they read of the vision tower
         self._facts = KeyFacts(self.interventions, self.layers)
         self._bias = KeyBias(stages, config, len(adapter.layers), kind)
-        changed = {
-            **self._bias.layers,
-            **{layer: self.interventions[number].name for layer, number in self.layers.items()},
-        }
+        named = {layer: self.interventions[number].name for layer, number in self.layers.items()}
+        changed = {**self._bias.layers, **named}
         self.policies = CachePolicies(adapter, policies, calls, changed)
+        self._check_kinds()
         if (self.layers or self.policies) and any(word in kind for word in ("flex", "paged")):
             raise ValueError(
                 f"Interventions read the mask of a layer, and {kind!r} has none that can be read. Load the model with "
@@ -101,6 +101,18 @@ class AttentionInterventions:
         self._stock: dict[int, tuple[Any, Any]] = {}  # the layer's own config, and its eager function
         self._run_again: set[int] = set()  # layers in which checkpoint wrappers run attention a second time
         self._interfaces: Any = None
+
+    def _check_kinds(self) -> None:
+        """Raise where an intervention acts in layers that go along the row, which have no attention."""
+        kinds = [*map(self.adapter.layer_kind, range(len(self.adapter.layers)))]
+        acts = {layer: self.interventions[number].name for layer, number in self.layers.items()}
+        for layer, name in (acts | {layer: one.name for one, layers in self.bypasses for layer in layers}).items():
+            if kinds[layer] in RECURRENT:
+                whole = [number for number, kind in enumerate(kinds) if kind not in RECURRENT]
+                raise ValueError(
+                    f"{name} acts in decoder layer {layer} of {type(self.adapter.model).__name__}, a layer of the kind "
+                    f"{kinds[layer]}, which has no attention. Name layers that have: layers={whole} or some of them."
+                )
 
     def _signals_of_tower(self, stages: Sequence[Stage]) -> tuple[Signal, ...]:
         found: list[Signal] = []
@@ -298,6 +310,7 @@ class AttentionInterventions:
         kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5
         bias = self.bias(layer, held, query.transpose(1, 2)) if self._bias.layers else None
         if bias is not None and self._call is not None:
+            self._check_window(layer, held, key, kwargs)
             self._call.bias.layers[layer] = bias
             query, value = biased_query(query), biased_value(value)
             key = biased_key(key, bias, kwargs["scaling"])
@@ -309,6 +322,15 @@ class AttentionInterventions:
             return self.policies.attended(layer, query, key, value, attention_mask, kwargs["scaling"], own)
         output, weights = own()
         return output[..., :width], weights
+
+    def _check_window(self, layer: int, held: int, key: Tensor, kwargs: Mapping[str, Any]) -> None:
+        """Raise once keys may have left the cache of a layer that sees a window: which are left is not followed."""
+        if held and (window := kwargs.get("sliding_window")) and key.shape[2] >= window:
+            raise ValueError(
+                f"{self._who(layer)} knows the keys of decoder layer {layer} by their places, and this layer sees a "
+                f"window of {window} tokens, which prompt and answer fill: keys leave its cache. Give it layers=[...] "
+                "that see all tokens, or shorter prompts and answers."
+            )
 
     def _changed(
         self,
@@ -340,6 +362,7 @@ class AttentionInterventions:
             return stock(query, key, value)
         if call.prompt is None and call.noting and one.visual_only:
             return stock(query, key, value)
+        self._check_window(layer, held, key, kwargs)
 
         def given(named: Mapping[int, Rows]) -> Attended:
             whole = number not in named

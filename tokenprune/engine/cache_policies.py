@@ -369,6 +369,11 @@ def _take_out(cache: Any, layer: int, keys: PolicyLayer, kept: Kept) -> None:
             f"A cache policy takes keys out of a cache that grows by them, and layer {layer} of this one is a "
             f"{type(held).__name__}. Generate with the default cache (no cache_implementation)."
         )
+    if kept.read.shape[1] not in (1, held.keys.shape[1]):
+        raise ValueError(
+            f"A cache policy takes out keys head by head, and layer {layer} keeps latents in its cache, of "
+            f"{held.keys.shape[1]} head(s) where its attention has keys of {kept.read.shape[1]}. Use another decoder."
+        )
     if kept.aside is not None:
         index, real = _places(kept.aside[:, None], keys.text)
         image = keys.image.gather(1, index[:, 0]) * real

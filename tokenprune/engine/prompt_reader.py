@@ -54,8 +54,10 @@ class PromptReader:
         adapter, call = self._adapter, inputs.arguments
         encoded = call.get("mm_encoder_outputs") or {}
         if not any(encoded.get(k) is not None or call.get(adapter.pixels[k]) is not None for k in adapter.features):
+            adapter.check_call(call)
             warn_of_features(inputs)
             return False
+        adapter.check_call(call)
         check_cache(inputs)
         return True
 
@@ -90,6 +92,8 @@ class PromptReader:
         sources: dict[str, list[tuple[Recording, int]]] = {}
         visuals = {}
         ids, placeholders = self._placeholders(inputs)
+        passed = [k for k in adapter.features if encoded.get(k) is not None or call.get(adapter.pixels[k]) is not None]
+        placeholders = _as_passed(placeholders, passed)
 
         def pictures(kind: str, row: int, places: Sequence[Tensor]) -> Pictures | None:
             return adapter.pictures(kind, None if ids is None else ids[row], places)
@@ -192,3 +196,13 @@ class PromptReader:
                 "pixel_values, or leave the prompt in one piece."
             )
         return sources
+
+
+def _as_passed(placeholders: dict[str, Tensor], passed: Sequence[str]) -> dict[str, Tensor]:
+    """Placeholders of a call by what it brings: GLM-4V's frames of videos stand at the placeholders of pictures. Of a
+    call that brings both, that model itself knows no more which are whose."""
+    there = [kind for kind, mask in placeholders.items() if bool(mask.any())]
+    if len(passed) != 1 or len(there) != 1 or there == [*passed]:
+        return placeholders
+    (own,), (other,) = passed, there
+    return {**placeholders, own: placeholders[other], other: placeholders[own]}

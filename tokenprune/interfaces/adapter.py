@@ -216,8 +216,6 @@ class Adapter:
         latents: the class of a module that makes latents of whole pictures before the decoder, so that its tower is
             neither read nor cut; "" where there is none, or its file says what is a token's.
         verified: whether its classes are tested one by one; else the loaded model is tried when a method is applied.
-        limits_whole_videos: whether the limits in pixels that its video processor is given are for all frames of a
-            video together, not for each.
         decoder_path, projector_path: where these modules are, from the model.
     """
 
@@ -229,7 +227,6 @@ class Adapter:
     behind_tower: ClassVar[bool] = False
     latents: str = ""
     verified: ClassVar[bool] = True
-    limits_whole_videos: ClassVar[bool] = False
     decoder_path: ClassVar[str] = "model.language_model"
     projector_path: ClassVar[str] = "model.multi_modal_projector"
 
@@ -256,6 +253,19 @@ class Adapter:
     def covers(cls, model: Any) -> bool:
         """Whether it covers a model of one of its classes; else the model is read as one of no family."""
         return True
+
+    def check_call(self, call: Mapping[str, Any]) -> None:
+        """Look at the arguments of a call that brings pictures or videos.
+
+        Raises:
+            ValueError: some of them cannot be pruned right.
+        """
+
+    @classmethod
+    def chat_template(cls, processor: Any) -> str:
+        """The chat template of a checkpoint that brings none, where its processor's own prompt has a form to keep to;
+        "" where it has not."""
+        return ""
 
     def __init__(self, model: Any) -> None:
         self.model = model

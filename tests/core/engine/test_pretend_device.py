@@ -46,8 +46,16 @@ READS = {
     ("_sinks.py", "look"): "discovery, on its first prompts only",
     ("_sinks.py", "listen"): "discovery, on its first prompts only",
     ("_sinks.py", "_flags"): "discovery, on its first prompts only",
+    ("a_vl.py", "_window"): "how long the longest window of text is",
+    ("a_vl.py", "watch_flops"): "how many keys of pictures are read, for the FLOPs that are counted",
+    ("cache_policies.py", "_places"): "how many keys the row that keeps most has left in a layer",
+    ("cache_policies.py", "_alike"): "whether two layers hold keys of the same places",
+    ("cache_policies.py", "_mark"): "whether a row has fewer keys than another",
+    ("cache_policies.py", "_held"): "how many keys each row has left, for the report",
 }
-"""Every place that may read the device while a prompt comes in, and what it reads. No place may in a decode step."""
+"""Every place that may read the device while a prompt comes in, and what it reads."""
+IN_STEPS = {("cache_policies.py", function) for function in ("_places", "_alike", "_mark")}
+"""Places that read it in decode steps too: where a policy takes keys out of the cache. No other may."""
 
 
 def python(*args: str) -> subprocess.CompletedProcess[str]:
@@ -100,7 +108,12 @@ def test_on_the_pretend_device_nothing_differs_and_little_is_read(request: pytes
     ran = [line for line in lines if "refused" not in line]
     wrong = [{**line, "reads": None} for line in ran if line["differences"]]
     counts = collections.Counter(READS.get(place) for line in ran for place in by_place(line))
-    decoded = [(line["family"], line["method"], read) for line in ran for read in line["reads"] if read[1] == "decode"]
+    decoded = [
+        (line["family"], line["method"], read)
+        for line in ran
+        for read in line["reads"]
+        if read[1] == "decode" and not (line["method"].startswith("a_vl") and (read[2], read[3]) in IN_STEPS)
+    ]
     with capsys.disabled():
         print(
             f"\npretend device: {len(ran)} cells of {len({line['family'] for line in ran})} families "

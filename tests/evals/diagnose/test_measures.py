@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from tokenprune.evals.diagnose.diagnose import DiagnoseConfig
+import tokenprune
+from tokenprune.evals.diagnose.diagnose import DiagnoseConfig, diagnose_model
 from tokenprune.evals.diagnose.drawing import heat_map, line_chart, stacked_bars
 from tokenprune.evals.diagnose.measures import (
     concentration,
@@ -120,6 +121,26 @@ def test_charts_hold_every_number_and_scale():
 def test_what_cannot_be_diagnosed_is_refused(given, says, tmp_path):
     with pytest.raises((ValueError, KeyError), match=says):
         DiagnoseConfig(**{"model": "pocket-llava", "data": "pocket", "out": str(tmp_path), **given}).check()
+
+
+@pytest.mark.parametrize("method", ["zerotuning(gamma=2.0)", "cmai", "naavit", "a_vl", "holov@9"])
+def test_a_model_with_a_method_at_work_is_refused(method, tiny, tiny_task, tmp_path):
+    """What an intervention does to attention comes behind what is read."""
+    from tokenprune.evals.tasks.load import load_task
+
+    config = DiagnoseConfig(tiny.name, tiny_task, str(tmp_path), limit=1)
+    with tokenprune.applied(tiny.model, method), pytest.raises(ValueError, match="is at work on this model already"):
+        diagnose_model(tiny, load_task(tiny_task), config)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("method", ["a_vl", "naavit", "zerotuning(gamma=2.0)", "holov@9+cmai"])
+def test_the_command_takes_no_intervention(method, tiny_folder, tiny_task, tmp_path, capsys):
+    from tokenprune.cli import main
+
+    command = ["diagnose", "--model", tiny_folder, "--data", tiny_task, "--prune", method, "--out", str(tmp_path)]
+    assert main(command) == 2
+    assert "changes attention" in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
 def test_the_command_writes_numbers_heads_and_one_page(tiny_folder, tiny_task, tmp_path, capsys):
