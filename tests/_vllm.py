@@ -198,7 +198,8 @@ def reference(
     try:
         for one in requests:
             media = one["multi_modal_data"]
-            given = {"images": media["image"]} if "image" in media else _videos(media["video"])
+            given = {"images": media["image"]} if "image" in media else {}
+            given |= _videos(media["video"]) if "video" in media else {}
             inputs = processor(text=one["prompt"], return_tensors="pt", **given)
             inputs = inputs.to(dtype=torch.float32)
             with torch.no_grad():

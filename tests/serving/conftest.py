@@ -16,7 +16,6 @@ MODELS = {
     "Qwen2_5_VLForConditionalGeneration": "Qwen2.5-VL",
     "Qwen3VLForConditionalGeneration": "Qwen3-VL, DeepStack features cut alike",
 }
-VIDEOS = {"Qwen2VLForConditionalGeneration": "not tried", "Qwen2_5_VLForConditionalGeneration": "yes"}
 
 
 def pytest_addoption(parser: Any) -> None:
@@ -32,7 +31,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
             said = {str(name): str(value) for name, value in getattr(report, "user_properties", ())}
             refused = int(said.get("refused", refused))
             if "class" in said:
-                found[said["class"]] = {**said, "passed": "yes" if outcome == "passed" else "no"}
+                of_class = found.setdefault(said["class"], {"videos": "", "failed": ""})
+                failed = "" if outcome == "passed" else f"{report.nodeid.rpartition('::')[2]} "
+                of_class.update(said, failed=of_class["failed"] + failed)
     if path is None:
         return
     from tokenprune.evals.report.readme import between
@@ -55,12 +56,13 @@ def table(found: dict[str, dict[str, str]], refused: int, before: list[str]) -> 
         "|---" * len(HEADS) + "|",
     ]
     for name, model in MODELS.items():
-        if name not in found:
+        if "on" not in found.get(name, {}):
             lines += earlier(f"| `{name}`") or [f"| `{name}` ({model}) | not run | | | |"]
             continue
         of_class, family = found[name], FAMILIES[name]
-        videos = VIDEOS.get(name) or (f"refused: {family.no_videos}" if family.no_videos else "it takes none")
-        ran = of_class["on"] if of_class["passed"] == "yes" else "FAILED"
+        refusal = f"refused: {family.no_videos}" if family.no_videos else "it takes none"
+        videos = of_class["videos"] or ("not run" if "video" in family.kinds else refusal)
+        ran = f"{of_class['on']}; FAILED: {of_class['failed']}" if of_class["failed"] else of_class["on"]
         methods = of_class["methods"]
         lines.append(f"| `{name}` ({model}) | yes | {videos} | {len(methods.split(', '))}: {methods} | {ran} |")
     if refused:
