@@ -22,6 +22,19 @@ def pytest_addoption(parser: Any) -> None:
     parser.addoption("--classes", type=Path, help="write what works on which class into this file")
 
 
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Of the methods on the pocket models, those cells that `test_models` asks."""
+    name = "test_every_method_answers_as_in_transformers"
+    cells = [item for item in items if getattr(item, "originalname", "") == name]
+    left = {
+        item.nodeid
+        for item in cells
+        if (item.callspec.params["model"], item.callspec.params["method"]) not in item.module.CELLS
+    }
+    config.hook.pytest_deselected(items=[item for item in cells if item.nodeid in left])
+    items[:] = [item for item in items if item.nodeid not in left]
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     path = config.getoption("--classes")
     found: dict[str, dict[str, str]] = {}
