@@ -123,6 +123,12 @@ class Answers(list):
     lengths: list[int]
     cached: list[int]
 
+    def part(self, places: Sequence[int]) -> Answers:
+        """Some of them, with their log-probabilities."""
+        found = Answers(self[place] for place in places)
+        found.logprobs = [self.logprobs[place] for place in places]
+        return found
+
 
 def runnable(source: str, family: Any, keep: str) -> list[str]:
     """Methods that vLLM can run on a model, as an engine's setting names them."""

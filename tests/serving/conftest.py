@@ -46,7 +46,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
             if "class" in said:
                 of_class = found.setdefault(said["class"], {"videos": "", "failed": ""})
                 failed = "" if outcome == "passed" else f"{report.nodeid.rpartition('::')[2]} "
-                of_class.update(said, failed=of_class["failed"] + failed)
+                given = [of_class.get("given", ""), said.pop("given", "")]
+                of_class.update(said, failed=of_class["failed"] + failed, given=", ".join(filter(None, given)))
     if path is None:
         return
     from tokenprune.evals.report.readme import between
@@ -75,7 +76,9 @@ def table(found: dict[str, dict[str, str]], refused: int, before: list[str]) -> 
         of_class, family = found[name], FAMILIES[name]
         refusal = f"refused: {family.no_videos}" if family.no_videos else "it takes none"
         videos = of_class["videos"] or ("not run" if "video" in family.kinds else refusal)
-        ran = f"{of_class['on']}; FAILED: {of_class['failed']}" if of_class["failed"] else of_class["on"]
+        ran = of_class["on"]
+        ran += f"; given the same choice, where another token stayed: {of_class['given']}" if of_class["given"] else ""
+        ran += f"; FAILED: {of_class['failed']}" if of_class["failed"] else ""
         methods = of_class["methods"]
         lines.append(f"| `{name}` ({model}) | yes | {videos} | {len(methods.split(', '))}: {methods} | {ran} |")
     if refused:
