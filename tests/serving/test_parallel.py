@@ -30,7 +30,7 @@ def heads_of(llm):
 def test_two_processes_answer_as_one(model, monkeypatch):
     data = rows(model, 6)
     asked = [request(model, data, index, setting) for setting in ("vtc_cls", "uniform", "@1.0") for index in range(6)]
-    # two processes may have one core between them; vLLM's own choice of cores wants one more than that each
+    # by itself vLLM binds each process to the cores of a NUMA node of its own
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     found, shards = {}, {}
     for size, backend in ((1, "uni"), (2, "mp")):
