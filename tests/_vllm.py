@@ -123,6 +123,12 @@ class Answers(list):
     lengths: list[int]
     cached: list[int]
 
+    def part(self, places: Sequence[int]) -> Answers:
+        """Some of them, with their log-probabilities."""
+        found = Answers(self[place] for place in places)
+        found.logprobs = [self.logprobs[place] for place in places]
+        return found
+
 
 def runnable(source: str, family: Any, keep: str) -> list[str]:
     """Methods that vLLM can run on a model, as an engine's setting names them."""
@@ -198,7 +204,8 @@ def reference(
     try:
         for one in requests:
             media = one["multi_modal_data"]
-            given = {"images": media["image"]} if "image" in media else _videos(media["video"])
+            given = {"images": media["image"]} if "image" in media else {}
+            given |= _videos(media["video"]) if "video" in media else {}
             inputs = processor(text=one["prompt"], return_tensors="pt", **given)
             inputs = inputs.to(dtype=torch.float32)
             with torch.no_grad():

@@ -4,6 +4,9 @@ One offline engine has all methods; unpruned and pruned take turns within a roun
 alike, and ratios are of turns within a round. Caches of prefixes and of processed pictures are off, and every turn has
 pictures of its own (one pixel differs), so that nothing is computed for one turn by another. The time to the first
 token begins with the picture, as a client sends it: processor, tower and selection are in it.
+
+On a machine that others use too, `--processor-time` has the engine in this process and counts the seconds that the
+process was given: what the same work takes on a core of its own, with OMP_NUM_THREADS=1.
 """
 
 # vLLM is not there where types are checked
@@ -27,8 +30,9 @@ from tokenprune.plan.expression import yaml_value
 COLUMNS = (
     "model", "method", "keep", "prompts", "visual_tokens", "kept_tokens", "answer_tokens", "seconds",
     "prompts_per_second", "to_unpruned", "to_unpruned_low", "to_unpruned_high", "first_token_ms", "first_to_unpruned",
-    "rounds", "dtype", "vllm",
+    "rounds", "clock", "dtype", "vllm",
 )  # fmt: skip
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 ALONE = 20
 """Prompts whose first token is timed, one after the other."""
 
@@ -45,29 +49,31 @@ def own_picture(sample: Any, number: int, column: int = 0) -> Any:
     return replace(sample, image=tuple(map(marked, image)) if isinstance(image, tuple) else marked(image))
 
 
-def turn(served: Any, samples: Sequence[Any], text: str, tokens: int) -> tuple[float, float, float]:
+def turn(served: Any, samples: Sequence[Any], text: str, tokens: int, clock: Any) -> tuple[float, float, float]:
     """Seconds for all prompts together, the median of the first token's for some alone, and visual tokens a prompt."""
     from vllm import SamplingParams
 
     from tokenprune.evals.evaluation.vllm_engine import vllm_request
 
     asked = [vllm_request(served.processor, sample, text) for sample in samples]
-    begin = time.perf_counter()
+    begin = clock()
     answer = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     outputs = served.llm.generate(asked, answer, use_tqdm=False)
-    seconds = time.perf_counter() - begin
+    seconds = clock() - begin
     kept = np.mean([sum(one in served.media for one in output.prompt_token_ids) for output in outputs])
     first, short = [], SamplingParams(temperature=0, max_tokens=1)
     for place, sample in enumerate(samples[:ALONE]):
         alone = vllm_request(served.processor, own_picture(sample, 1 + place, column=1), text)
-        begin = time.perf_counter()
+        begin = clock()
         served.llm.generate([alone], short, use_tqdm=False)
-        first.append(time.perf_counter() - begin)
+        first.append(clock() - begin)
     return seconds, float(np.median(first)), float(kept)
 
 
-def measure(config: Any, model: str, points: Sequence[Any], prompts: int, rounds: int, tokens: int) -> Iterator[Any]:
-    """A row per point, the unpruned model first."""
+def measure(
+    config: Any, model: str, points: Sequence[Any], prompts: int, rounds: int, tokens: int, clock: str
+) -> Iterator[Any]:
+    """A row per point, the unpruned model first; `clock`: see `CLOCKS`."""
     from tokenprune.evals.config.engines import vllm_release
     from tokenprune.evals.evaluation.vllm_engine import start
     from tokenprune.evals.tasks.load import load_task
@@ -78,12 +84,12 @@ def measure(config: Any, model: str, points: Sequence[Any], prompts: int, rounds
     ]
     samples = pictured[:prompts]
     for point in points:  # not counted: the first prompts of an engine are slow
-        turn(served, [own_picture(sample, 65_000) for sample in samples[:4]], served.texts[point.key], 2)
+        turn(served, [own_picture(sample, 65_000) for sample in samples[:4]], served.texts[point.key], 2, CLOCKS[clock])
     taken: dict[str, list[tuple[float, float, float]]] = {point.key: [] for point in points}
     for number in range(rounds):
         for place, point in enumerate(points):
             mine = [own_picture(sample, 1 + number * len(points) + place) for sample in samples]
-            taken[point.key].append(turn(served, mine, served.texts[point.key], tokens))
+            taken[point.key].append(turn(served, mine, served.texts[point.key], tokens, CLOCKS[clock]))
     served.shut_down()
     plain = taken[points[0].key]
     for point in points:
@@ -97,7 +103,7 @@ def measure(config: Any, model: str, points: Sequence[Any], prompts: int, rounds
             "to_unpruned": float(np.median(ratios)), "to_unpruned_low": min(ratios), "to_unpruned_high": max(ratios),
             "first_token_ms": 1e3 * float(np.median([one[1] for one in own])),
             "first_to_unpruned": float(np.median([before[1] / after[1] for before, after in zip(plain, own)])),
-            "rounds": rounds, "dtype": config.dtype, "vllm": vllm_release(),
+            "rounds": rounds, "clock": clock, "dtype": config.dtype, "vllm": vllm_release(),
         }  # fmt: skip
 
 
@@ -134,10 +140,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--engine-set", action="append", default=[], metavar="NAME=VALUE",
         help="an argument of vllm.LLM; load_format=dummy needs no weights",
     )  # fmt: skip
+    parser.add_argument(
+        "--processor-time", action="store_true",
+        help="count this process's processor time, the engine in it: where the machine has company",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/bench/serving.csv"), help="%(default)s")
     args = parser.parse_args(argv)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    fresh = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0}
+    fresh: dict[str, Any] = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0}
+    if args.processor_time:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        fresh["distributed_executor_backend"] = "uni"
     options = {**fresh, **dict(map(engine_option, args.engine_set))}
     task = args.task or default_task(args.model)
     config = RunConfig("serving", args.model, [task], args.methods, args.keep, dtype=args.dtype, engine=VLLM,
@@ -146,7 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     points = [Point(args.model, task, NONE, None)]
     points += [Point(args.model, task, method, keep) for method in args.methods for keep in args.keep]
     table = Table(args.out, COLUMNS)
-    for row in measure(config, args.model, points, args.prompts, args.rounds, args.answer_tokens):
+    clock = "processor" if args.processor_time else "wall"
+    for row in measure(config, args.model, points, args.prompts, args.rounds, args.answer_tokens, clock):
         table.add(row)
         print(
             f"{row['method']}@{row['keep']}: {row['prompts_per_second']:.2f} prompts/s, {row['to_unpruned']:.2f} times"

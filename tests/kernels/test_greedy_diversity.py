@@ -189,3 +189,15 @@ def test_arguments_out_of_range_are_refused() -> None:
     for first in (torch.tensor([0, 6]), torch.tensor([-1, 2])):
         with pytest.raises(ValueError, match=r"first must be in \[0, 6\)"):
             greedy_diversity(features, 2, "k_center", first)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_another_default_dtype_changes_nothing(objective):
+    """vLLM makes models with theirs as the default."""
+    features = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0))
+    expected = greedy_diversity(features, 20, objective)
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert torch.equal(greedy_diversity(features, 20, objective), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

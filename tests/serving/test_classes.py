@@ -55,7 +55,8 @@ def methods(name, folder):
 
 @pytest.fixture(scope="module")
 def llm(name, folder, methods):
-    made = engine(folder, " | ".join(f"{one}@{KEEP}" for one in methods), limit_mm_per_prompt={"image": 3})
+    counts = {"image": 3, "video": 2} if "video" in FAMILIES[CLASSES[name]].kinds else {"image": 3}
+    made = engine(folder, " | ".join(f"{one}@{KEEP}" for one in methods), limit_mm_per_prompt=counts)
     yield made
     made.llm_engine.engine_core.shutdown()
     hugging_face.cache_clear()
@@ -66,8 +67,13 @@ def test_answers_of_every_class(name, folder, llm, methods, record_property):
     record_property("methods", ", ".join(runnable(folder, FAMILIES[CLASSES[name]], KEEP)))
     record_property("on", f"tiny random weights: {len(SIZES)} sizes of pictures each with {', '.join(methods)}")
     asked = [request(name, start=number) for number in range(len(SIZES))]
-    if name != "llava_onevision":  # vLLM gives each of several pictures its crops, and transformers' model does not
-        asked.append(request(name, 2, 3))
+    asked += [request(name, 2, 3), request(name, 3, 1)]
+    compare(folder, llm, asked, methods)
+    assert {"uniform", "divprune"} <= {method.partition("(")[0] for method in methods}
+
+
+def compare(folder, llm, asked, methods):
+    """Whole and with each method, an engine's answers are those of transformers, and cut prompts are shorter."""
     whole = ask(llm, [{**one, "mm_processor_kwargs": {"tokenprune": "@1.0"}} for one in asked], ignore_eos=True)
     expected = reference(folder, asked, None)
     assert whole == expected and furthest(whole, expected) < CLOSE
@@ -77,15 +83,43 @@ def test_answers_of_every_class(name, folder, llm, methods, record_property):
         assert got == expected, method
         assert furthest(got, expected) < CLOSE, method
         assert all(cut < full for cut, full in zip(got.lengths, whole.lengths))
-    assert {"uniform", "divprune"} <= {method.partition("(")[0] for method in methods}
 
 
-def test_videos_are_taken_or_refused_with_a_sentence(name, llm):
+def video(number, side, frames, rate):
+    """Frames of coloured noise and what vLLM is told of them, so many frames a second."""
+    import numpy as np
+
+    values = np.random.default_rng(number).integers(0, 255, (frames, 4, 4, 3), dtype=np.uint8)
+    large = [np.asarray(Image.fromarray(one).resize(side, Image.Resampling.BICUBIC)) for one in values]
+    facts = {
+        "fps": rate, "duration": frames / rate, "total_num_frames": frames, "frames_indices": list(range(frames)),
+        "video_backend": "opencv", "do_sample_frames": False,
+    }  # fmt: skip
+    return np.stack(large), facts
+
+
+def test_videos_are_cut_as_in_transformers(name, folder, llm, methods, record_property):
+    family = FAMILIES[CLASSES[name]]
+    if "video" not in family.kinds:
+        pytest.skip("no videos in this class")
+    videos = [video(0, (64, 64), 4, 2.0), video(1, (96, 64), 6, 0.5), video(2, (64, 96), 4, 4.0)]
+    record_property("class", CLASSES[name])
+    record_property("videos", "yes")
+    asked = [
+        {"prompt": prompt(name, len(shown), "video"), "multi_modal_data": {"video": shown}}
+        for shown in (videos[:1], videos[1:2], videos[1:])
+    ]
+    both = {"video": videos[:1], "image": [picture(1)]}
+    asked.append({"prompt": prompt(name, 1, "video") + prompt(name, 1), "multi_modal_data": both})
+    compare(folder, llm, asked, methods)
+
+
+def test_videos_are_refused_with_a_sentence(name, llm):
     import numpy as np
 
     family = FAMILIES[CLASSES[name]]
     if not family.no_videos:
-        pytest.skip("covered by the pocket models, or no videos in this class")
+        pytest.skip("videos are cut, or none in this class")
     frames = np.zeros((4, 64, 64, 3), np.uint8)
     facts = {"fps": 2.0, "duration": 2.0, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3]}
     video = (frames, {**facts, "video_backend": "opencv", "do_sample_frames": False}) if "qwen" in name else frames

@@ -73,10 +73,22 @@ def test_the_bench_times_unpruned_and_pruned_in_turns(tmp_path):
     from tokenprune.evals.bench import serving
 
     out = tmp_path / "serving.csv"
-    given = ["--methods", "divprune", "--keep", "64", "--prompts", "3", "--rounds", "1", "--answer-tokens", "2"]
+    given = [
+        "--methods",
+        "divprune",
+        "--keep",
+        "64",
+        "--prompts",
+        "3",
+        "--rounds",
+        "1",
+        "--answer-tokens",
+        "2",
+        "--processor-time",
+    ]
     options = [f"--engine-set={name}={str(value).lower()}" for name, value in SMALL.items()]
     assert serving.main([*given, *options, "--out", str(out)]) == 0
     plain, cut = csv.DictReader(out.open())
     assert (plain["method"], plain["kept_tokens"], float(plain["to_unpruned"])) == ("none", "576", 1.0)
     assert (cut["keep"], cut["kept_tokens"], cut["visual_tokens"]) == ("64", "64", "576")
-    assert float(cut["prompts_per_second"]) > 0 and float(cut["first_token_ms"]) > 0
+    assert cut["clock"] == "processor" and float(cut["prompts_per_second"]) > 0 and float(cut["first_token_ms"]) > 0

@@ -20,6 +20,7 @@ from _vllm import SMALL, folder, needs_vllm, reference, request, rows
 
 needs_vllm()
 
+pytestmark = pytest.mark.slow
 REQUESTS, CLIENTS = 200, 8
 SETTINGS = (None, "divprune@32", "uniform", "vtc_cls@0.2", "@1.0", "pool@100")
 BAD = ("@0", "holov", 5, "@x", "fastv@64")

@@ -32,6 +32,23 @@ TOWER_NAMES = WeightsMapper(
 """Checkpoints that transformers 5 saved have no `vision_model.` in the names of a tower's weights, and vLLM has."""
 
 
+class PrunedClipOrSiglip(PrunedModel):
+    """What the three classes share: a CLIP or SigLIP tower, read by batches."""
+
+    vision_tower: Any
+
+    def tower(self, facts: ModelFacts) -> VisionTower:
+        module = self.vision_tower
+        blocks = module.vision_model.encoder.layers
+        return BatchTower(module, blocks, lambda b: b.self_attn.attn, facts.tower, self.config.vision_config.patch_size)
+
+    def _process_image_input(self, image_input: Any) -> Any:
+        pixels = image_input.get("pixel_values")
+        own = super()._process_image_input  # type: ignore[misc]
+        found = self.pruned("image", image_input, [] if pixels is None else list(pixels), lambda: own(image_input))
+        return own(image_input) if found is None else [kept.embeddings for kept in found]
+
+
 class Info(PruningInfo, stock.LlavaProcessingInfo):
     """What vLLM asks of the model's processor."""
 
@@ -61,39 +78,11 @@ def build_processor(info: Any, dummy_inputs: Any) -> Any:
 
 
 @MULTIMODAL_REGISTRY.register_processor(build_processor, info=build_info, dummy_inputs=stock.LlavaDummyInputsBuilder)
-class PrunedLlava(PrunedModel, stock.LlavaForConditionalGeneration):
+class PrunedLlava(PrunedClipOrSiglip, stock.LlavaForConditionalGeneration):
     """vLLM's own class, whose pictures are cut behind the projector."""
 
     family = FAMILY
     hf_to_vllm_mapper = TOWER_NAMES | stock.LlavaForConditionalGeneration.hf_to_vllm_mapper
-
-    def tower(self, facts: ModelFacts) -> VisionTower:
-        module = self.vision_tower
-        blocks = module.vision_model.encoder.layers
-        return BatchTower(module, blocks, lambda b: b.self_attn.attn, facts.tower, self.config.vision_config.patch_size)
-
-    def _process_image_input(self, image_input: Any) -> Any:
-        pixels = image_input.get("pixel_values")
-        own = super()._process_image_input
-        found = self.pruned("image", image_input, [] if pixels is None else list(pixels), lambda: own(image_input))
-        return own(image_input) if found is None else [kept.embeddings for kept in found]
-
-
-class PrunedCrops(PrunedModel):
-    """What LLaVA-NeXT and LLaVA-OneVision share."""
-
-    vision_tower: Any
-
-    def tower(self, facts: ModelFacts) -> VisionTower:
-        module = self.vision_tower
-        blocks = module.vision_model.encoder.layers
-        return BatchTower(module, blocks, lambda b: b.self_attn.attn, facts.tower, self.config.vision_config.patch_size)
-
-    def _process_image_input(self, image_input: Any) -> Any:
-        pixels = image_input.get("pixel_values")
-        own = super()._process_image_input  # type: ignore[misc]
-        found = self.pruned("image", image_input, [] if pixels is None else list(pixels), lambda: own(image_input))
-        return own(image_input) if found is None else [kept.embeddings for kept in found]
 
 
 class InfoNext(PruningInfo, llava_next.LlavaNextProcessingInfo):
@@ -109,7 +98,7 @@ class ProcessorNext(PruningProcessor, llava_next.LlavaNextMultiModalProcessor):
 
 
 @MULTIMODAL_REGISTRY.register_processor(ProcessorNext, info=InfoNext, dummy_inputs=stock.LlavaDummyInputsBuilder)
-class PrunedLlavaNext(PrunedCrops, llava_next.LlavaNextForConditionalGeneration):
+class PrunedLlavaNext(PrunedClipOrSiglip, llava_next.LlavaNextForConditionalGeneration):
     """vLLM's own class, whose pictures are cut behind the packing of their crops."""
 
     family = NEXT
@@ -131,7 +120,7 @@ class ProcessorOnevision(PruningProcessor, llava_onevision.LlavaOnevisionMultiMo
 @MULTIMODAL_REGISTRY.register_processor(
     ProcessorOnevision, info=InfoOnevision, dummy_inputs=llava_onevision.LlavaOnevisionDummyInputsBuilder
 )
-class PrunedLlavaOnevision(PrunedCrops, llava_onevision.LlavaOnevisionForConditionalGeneration):
+class PrunedLlavaOnevision(PrunedClipOrSiglip, llava_onevision.LlavaOnevisionForConditionalGeneration):
     """vLLM's own class, whose pictures are cut behind the packing of their crops."""
 
     family = ONEVISION

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,19 @@ from tokenprune.vllm.processing import field_name
 from tokenprune.vllm.seams import check_config
 from tokenprune.vllm.selection import Kept, Row, Selector, try_methods
 from tokenprune.vllm.settings import ModelFacts, engine_text, read_setting
+
+
+@contextlib.contextmanager
+def plain_tensors() -> Iterator[None]:
+    """vLLM makes a model with its device and its dtype as the defaults of torch; what methods are tried on, and what
+    they make meanwhile, is made on the host and in float32, as while they serve."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 class PrunedModel:
@@ -34,8 +48,7 @@ class PrunedModel:
         setting = read_setting(text, facts)
         check_config(vllm_config, setting, facts)
         width = self.config.get_text_config().hidden_size
-        # the model is made on its device, by default and in its dtype
-        with torch.device("cpu"):
+        with plain_tensors():
             try_methods(setting, facts.tower, self.family.example(self.config), width)
         self._selector = Selector(setting, self.tower(facts))
 
