@@ -80,7 +80,7 @@ class LoadedModel:
             IndexError,
         ) as error:  # more marks of pictures in a text than pictures, and so on
             shown = any(part["type"] != "text" for turns in conversations for turn in turns for part in turn["content"])
-            what = "this prompt" if shown else "a prompt without a picture"
+            what = "this prompt" if shown else "this prompt, which has no picture"
             raise ValueError(f"The processor of {self.name} does not take {what}: {error}") from error
         return packed.to(self.model.device, dtype=self.model.dtype)
 

@@ -142,7 +142,9 @@ def test_what_a_processor_does_not_take_is_refused_in_a_sentence(loaded, monkeyp
         raise ValueError("Found 2 <image> tokens.")
 
     monkeypatch.setattr("tokenprune.evals.models.load.pack", refuse)  # which marks it counts differs by release
-    with pytest.raises(ValueError, match="The processor of tiny does not take this prompt: Found 2"):
+    with pytest.raises(
+        ValueError, match="The processor of tiny does not take this prompt, which has no picture: Found 2"
+    ):
         loaded.inputs(["what is <image> this <image>"], [()])
 
 
