@@ -16,6 +16,7 @@ from tokenprune.handle import Handle
 from tokenprune.hooks import Ledger
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.pruner import Stage
+from tokenprune.interfaces.signals import Signal
 from tokenprune.plan.parse import Spec, parse_method
 from tokenprune.registry import MODELS
 from tokenprune.seams import check_seams
@@ -95,6 +96,11 @@ class Prepared:
         self._guards = Guards(adapter, spec.label, inside, bool(self._engine.attending))
         vision = adapter.vision
         self._links = Links(adapter.model, [*adapter.layers, *vision.blocks, *vision.exits])
+
+    @property
+    def signals(self) -> tuple[Signal, ...]:
+        """What the method and its interventions read of tower and decoder."""
+        return self._engine.signals
 
     def apply(self) -> Handle:
         """Put the method to work.

@@ -172,16 +172,14 @@ class SharedTower:
     def __init__(self, loaded: LoadedModel, points: list[Point], seed: int) -> None:
         self._model = loaded.model
         self._adapter = loaded.adapter
-        self._stages = {
-            point.key: prepared_method(loaded, point, seed).stages for point in points if point.method != NONE
-        }
+        prepared = {point.key: prepared_method(loaded, point, seed) for point in points if point.method != NONE}
+        self._stages = {key: method.stages for key, method in prepared.items()}
         self.possible = "mm_encoder_outputs" in inspect.signature(loaded.model.forward).parameters
         signals = [
             signal
             for point in points
-            if self.covers(point)
-            for stage in self._stages.get(point.key, ())
-            for signal in stage.signals(self._adapter.tower)
+            if point.key in prepared and self.covers(point)
+            for signal in prepared[point.key].signals
             if signal.name in VISION_SIGNALS
         ]
         self._recorder: Prepared | None = None

@@ -99,8 +99,8 @@ class Engine:
         self._policy = "keep" if first_cut is None else str(first_cut.pruner.positions)
         self._cut_site = before_layers[-1].site if before_layers else "input"
         self._reader = PromptReader(adapter)
-        asked = tuple(dict.fromkeys(signals))
-        self._tower = TowerHooks(adapter, stages, asked, self.hints, self.calls, self._tiles, verify)
+        self.signals = tuple(dict.fromkeys(signals))  # what cuts and interventions read
+        self._tower = TowerHooks(adapter, stages, self.signals, self.hints, self.calls, self._tiles, verify)
         self._transitions = Transitions(adapter, signals, self.calls)
         self._selector = PromptSelector(adapter.tower, self._transitions, self.attending, self.hints)
         self._layers = LayerCuts(adapter, self.stages, self._selector, self._transitions, self.attending, self.calls)

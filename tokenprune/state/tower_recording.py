@@ -153,7 +153,16 @@ class Recording:
         return KeptBeforeProjector(every, every.shape[0], {}, torch.cat(sizes) if weighed else None)
 
     def signal(self, signal: Signal, row: int) -> Tensor:
-        """`[N]` fp32, or `[N, C]`: a signal of one visual, by its own tokens."""
+        """`[N]` fp32, or `[N, C]`: a signal of one visual, by its own tokens.
+
+        Raises:
+            ValueError: it was not read when the tower ran.
+        """
+        if signal not in self.signals:
+            raise ValueError(
+                f"{signal.name} of layer {signal.layer} was not read when the vision tower ran: the features of this "
+                "prompt were computed under another method. Compute them under this one, or give pixels."
+            )
         cells, visual = self.signals[signal][row], self.visuals[row]
         if visual.resample is not None:
             return visual.resample(cells)

@@ -157,7 +157,7 @@ def test_a_second_run_asks_nothing_again(finished, monkeypatch):
 
 
 def test_sharing_the_tower_changes_no_answer(tmp_path, tiny_folder, tiny_task):
-    methods = ["none", *METHODS.names()]
+    methods = ["none", *METHODS.names(), "imbalance", "holov+imbalance"]
     answers = []
     for share in (True, False):
         settings = config(
