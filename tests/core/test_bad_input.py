@@ -83,3 +83,13 @@ def test_features_computed_before_apply_are_refused():
         features = model().get_image_features(batch.pop("pixel_values"), return_dict=True)
         with tokenprune.applied(model(), "uniform@9"), pytest.raises(ValueError, match="before tokenprune was applied"):
             model()(**batch, mm_encoder_outputs={"image": features})
+
+
+def test_features_computed_under_another_method_that_read_less_are_refused():
+    batch = prompts([1])
+    with torch.no_grad():
+        with tokenprune.applied(model(), "uniform@9"):
+            features = model().get_image_features(batch.pop("pixel_values"), return_dict=True)
+        says = "cls_attention of layer .* was not read when the vision tower ran.*give pixels"
+        with tokenprune.applied(model(), "vtc_cls@9"), pytest.raises(ValueError, match=says):
+            model()(**batch, mm_encoder_outputs={"image": features})
