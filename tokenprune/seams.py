@@ -55,13 +55,14 @@ def empty_cache(config: Any) -> Any:
 
 
 def with_cache(call: Callable[..., Any], config: Any) -> Any:
-    """What `call(**more)` returns, a KV cache in it: where a decoder made none by itself, of a second call with one.
+    """What `call(**more)` returns, a KV cache in it: where a decoder made none by itself, or its class gave none back
+    unasked, of a second call with one.
 
     Args:
         config: of the decoder.
     """
     output = call()
-    return call(**cache_argument(empty_cache(config))) if cache_in(output) is None else output
+    return call(**cache_argument(empty_cache(config)), use_cache=True) if cache_in(output) is None else output
 
 
 _MODELS = "transformers.models."

@@ -7,19 +7,28 @@ import pytest
 import torch
 from _masked_whole import compare_whole
 from _zoo import IMAGE, SPECIAL, Rows
-from _zoo_all import KEEP, PLANS, zoo_batch, zoo_model
+from _zoo_all import KEEP, LACKS, PLANS, zoo_batch, zoo_model
 from _zoo_timm import NAMES
 from masked_reference import run_pruned
 
 import tokenprune
 
 
-@pytest.mark.parametrize("plan", ["random", "layer_2"])
-@pytest.mark.parametrize("name", NAMES)
+CELLS = [(name, plan) for name in NAMES for plan in ("random", "layer_2")]
+
+
+@pytest.mark.parametrize(("name", "plan"), [cell for cell in CELLS if cell not in LACKS])
 def test_removal_equals_masking(name: str, plan: str) -> None:
     model, batch, method = zoo_model(name), zoo_batch(name, plan), PLANS[plan]
     run = run_pruned(model, method, KEEP if isinstance(method, str) else None, batch, tokens=6, silent=SPECIAL)
     compare_whole(run, batch, 1e-5, SPECIAL)
+
+
+@pytest.mark.parametrize(("name", "plan"), [cell for cell in CELLS if cell in LACKS])
+def test_what_a_class_lacks_is_refused_by_name(name: str, plan: str) -> None:
+    model = zoo_model(name)
+    with pytest.raises(ValueError, match=f"{type(model).__name__} {LACKS[name, plan]}"):
+        tokenprune.apply(model, PLANS[plan])
 
 
 @pytest.mark.parametrize("case", ["one", "tiles"])
