@@ -13,7 +13,6 @@ from masked_reference import run_pruned
 
 import tokenprune
 
-
 CELLS = [(name, plan) for name in NAMES for plan in ("random", "layer_2")]
 
 

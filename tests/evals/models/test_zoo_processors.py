@@ -28,6 +28,8 @@ ROWS = (("what is this", [(56, 28), (30, 90)]), ("who", [(40, 40)]), ("where is 
 """A question and the (width, height) of its pictures."""
 GRIDLESS = ("molmo2", "aria")
 NO_TEXT_ALONE = ("paligemma", "got_ocr2")
+STACKED = ("perception_lm",)
+"""Whose stock processor stacks tiles, so that all pictures of a call have as many: alike, or one prompt at a time."""
 every_class = pytest.mark.parametrize("name", list(STOCK))
 
 
@@ -40,7 +42,8 @@ def _pictures(sizes: list[tuple[int, int]]) -> tuple[Image.Image, ...]:
 def test_what_the_processor_makes_is_pruned_picture_by_picture(name: str, stock: Callable[[str], Path]) -> None:
     loaded = load_model(str(stock(name)), device="cpu")
     loaded.model.generation_config.eos_token_id = None
-    batch = dict(loaded.inputs([text for text, _ in ROWS], [_pictures(sizes) for _, sizes in ROWS]))
+    pictures = [[(40, 40)] * len(sizes) if name in STACKED else sizes for _, sizes in ROWS]
+    batch = dict(loaded.inputs([text for text, _ in ROWS], [_pictures(sizes) for sizes in pictures]))
     assert int(batch["attention_mask"][0].min()) == 1 and not bool(batch["attention_mask"][1:, 0].any()), "left padding"
     silent = [token for token in SPECIAL if token < loaded.model.get_output_embeddings().weight.shape[0]]
     run = run_pruned(loaded.model, "divprune", KEEP, batch, tokens=4, silent=silent)
@@ -76,7 +79,8 @@ def test_the_command_line_takes_it(
 ) -> None:
     method = "divprune" if name in GRIDLESS else "uniform"
     command = ["eval", "--model", str(stock(name)), "--tasks", sized_task, "--method", method, "--keep", str(KEEP)]
-    more = ["--limit", "4", "--batch-size", "4", "--no-timing", "--no-references", "--output", str(tmp_path)]
+    together = "1" if name in STACKED else "4"
+    more = ["--limit", "4", "--batch-size", together, "--no-timing", "--no-references", "--output", str(tmp_path)]
     assert main([*command, *more]) == 0, capsys.readouterr().err
     with (tmp_path / "summary.csv").open() as stream:
         (row,) = [row for row in csv.DictReader(stream) if row["family"] == "overall"]
