@@ -27,9 +27,10 @@ RULES: dict[str, Callable[[], Any]] = {
     "gift(alpha=3.0, measured={}, layers={})": lambda: test_gift.Reference(),
     "cmai(measured={}, layers={})": lambda: test_cmai.Reference(),
 }
-BYPASS = "naavit(layers={})"
-NOT_RUN = [("gemma3_window", BYPASS)]
-"""The plain reading of it is `gemma3`'s."""
+BYPASSES = ("naavit(layers={})", "shortv(layers={})")
+"""Visual tokens stand still in both."""
+NOT_RUN = [("gemma3_window", one) for one in BYPASSES]
+"""The plain reading of them is `gemma3`'s."""
 LAYERS = {
     "mistral3": [1, 2, 3],  # plain rotation
     "glm4v": [1, 2, 3],  # M-RoPE, numbers in turn
@@ -79,12 +80,12 @@ def _draws(cells: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     own, draw = metafunc.function.__name__, metafunc.config.getoption("--sampled")
-    equal = [(name, rule) for name in LAYERS for rule in [*RULES, BYPASS] if (name, rule) not in NOT_RUN]
+    equal = [(name, rule) for name in LAYERS for rule in [*RULES, *BYPASSES] if (name, rule) not in NOT_RUN]
     refused = [(name, one) for name in REFUSED for one in EVERY]
     equal, refused = (_draws(cells) if draw else cells for cells in (equal, refused))
     cells = {
-        "test_equals_the_explicit_matrix": [cell for cell in equal if cell[1] != BYPASS],
-        "test_visual_tokens_that_pass_layers_by_stand_still": [cell for cell in equal if cell[1] == BYPASS],
+        "test_equals_the_explicit_matrix": [cell for cell in equal if cell[1] not in BYPASSES],
+        "test_visual_tokens_that_pass_layers_by_stand_still": [cell for cell in equal if cell[1] in BYPASSES],
         "test_what_cannot_be_changed_is_refused_with_a_sentence": refused,
     }.get(own)
     if cells is not None:
