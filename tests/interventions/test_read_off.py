@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -15,11 +16,16 @@ from _doubled import TOLERANCE, double_batch, double_model, in_double
 from _masked_whole import compare_whole
 from _zoo import SPECIAL
 from _zoo_all import zoo_batch
-from interventions import test_act, test_bypass, test_cmai, test_gift, test_zerotuning
+from interventions import test_act, test_bypass, test_cmai, test_gift, test_imbalance, test_zerotuning
 from interventions.opened import opened
 from masked_reference import relative_error, run_pruned
 
 import tokenprune
+from tokenprune.api import prepare
+from tokenprune.interfaces.pruner import Pruner
+from tokenprune.interfaces.selection import Selection
+from tokenprune.interfaces.signals import Signal, TowerInfo, summary_attention
+from tokenprune.interfaces.view import View
 
 RULES: dict[str, Callable[[], Any]] = {
     "zerotuning(gamma=3.0, layers={})": lambda: test_zerotuning.scaled([3.0] * 4),
@@ -57,6 +63,10 @@ EVERY = [
     "gift(measured=1, layers=[2, 3])",
     "cmai(layers=[2, 3])", "imbalance(layers=[2, 3])",
 ]  # fmt: skip
+
+
+READ = ("mistral3", "glm4v", "qwen3_vl_moe", "cohere2_vision", "paligemma", "gemma3")
+"""Classes whose towers are read, of each kind of decoder."""
 
 
 def _method(pattern: str, layers: list[int]) -> str:
@@ -103,6 +113,43 @@ def test_equals_the_explicit_matrix(name: str, pattern: str) -> None:
             compare_whole(run, batch, TOLERANCE, silent)
         plain = run_pruned(model, "random", 1.0, batch, tokens=1, silent=silent)
     assert worst[0] < 1e-12
+    assert relative_error(run["logits"], plain["logits"]) > 1e-4, "it changes something"
+
+
+@dataclass
+class _Scores(Pruner):
+    """Keeps the first tokens, and what `imbalance` reads of the tower, picture by picture."""
+
+    found: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def signals(self, tower: TowerInfo) -> tuple[Signal, ...]:
+        return summary_attention(tower, 0), summary_attention(tower, tower.feature_layer)
+
+    def select(self, view: View) -> Selection:
+        early, late = (view.signal(one.name, one.layer, *one.settings) for one in self.signals(view.tower))
+        self.found += [(one.double(), other.double()) for one, other in zip(early, late)]
+        return Selection(torch.arange(view.budget).expand(view.num_images, -1).contiguous())
+
+
+@pytest.mark.parametrize("name", READ)
+def test_imbalance_equals_the_explicit_matrix(name: str) -> None:
+    """Its sets are made anew of what the tower says, which `tests/core/capture` and `tests/adapters` hold."""
+    model, batch, silent = _given(name, "imbalance")
+    scores = _Scores()
+    with in_double():
+        with prepare(model, scores, 2).applied() as handle, torch.no_grad():
+            model(**batch)
+            samples = [span.sample for span in handle.last.layout.spans]
+        assert len(scores.found) == len(samples)
+        counts = [samples.count(row) for row in range(len(batch["input_ids"]))]
+        # many tokens are local and few stand out in pictures of a few patches
+        rule = test_imbalance.Reference(list(zip(*scores.found)), counts, ratio=0.5)
+        layers = LAYERS[name]
+        run = run_pruned(model, [f"imbalance(layers={layers}, ratio=0.5)"], None, batch, tokens=3, silent=silent)
+        with opened(run["adapter"], batch, layers, rule) as worst:
+            compare_whole(run, batch, TOLERANCE, silent)
+        plain = run_pruned(model, "random", 1.0, batch, tokens=1, silent=silent)
+    assert worst[0] < 1e-12 and rule.counts[0] > 0
     assert relative_error(run["logits"], plain["logits"]) > 1e-4, "it changes something"
 
 
