@@ -16,7 +16,8 @@ from _doubled import TOLERANCE, double_batch, double_model, in_double
 from _masked_whole import compare_whole
 from _zoo import SPECIAL
 from _zoo_all import zoo_batch
-from interventions import test_act, test_bypass, test_cmai, test_gift, test_imbalance, test_zerotuning
+from interventions import explicit, test_act, test_bypass, test_cmai, test_gift, test_imbalance, test_zerotuning
+from interventions.open_attention import Row, visual_tokens
 from interventions.opened import opened
 from masked_reference import relative_error, run_pruned
 
@@ -151,6 +152,53 @@ def test_imbalance_equals_the_explicit_matrix(name: str) -> None:
         plain = run_pruned(model, "random", 1.0, batch, tokens=1, silent=silent)
     assert worst[0] < 1e-12 and rule.counts[0] > 0
     assert relative_error(run["logits"], plain["logits"]) > 1e-4, "it changes something"
+
+
+class _Sinks:
+    """VAR by its card for one row, with sinks found in the hidden states that enter its layer."""
+
+    def __init__(self, adapter: Any, layers: list[int], batch: dict[str, torch.Tensor]) -> None:
+        self.rule = explicit.Explicit(layers, [1, 2], 1.6, p=0.6, most_sink=0.3, s_min=0.2)
+        self.visual, self.real = visual_tokens(adapter, batch), batch["attention_mask"].bool()
+        self.hidden: dict[int, torch.Tensor] = {}
+        self.hooks = [
+            adapter.layers[layer].register_forward_pre_hook(
+                lambda m, a, k, layer=layer: self.hidden.update({layer: a[0] if a else k["hidden_states"]}),
+                with_kwargs=True,
+            )
+            for layer in layers
+        ]
+
+    def __call__(self, row: Row) -> torch.Tensor:
+        rule, x = self.rule, self.hidden[row.layer][row.sample].double()
+        look = torch.nn.functional.pad(self.real[row.sample], (0, len(x) - self.real.shape[1]))
+        groups = row.visual.long() * look
+        phi = x[:, rule.channels].abs().amax(-1) / (x.square().mean(-1) + 1e-6).sqrt()
+        groups = torch.where((phi >= rule.tau) & look, 2 + (groups == 0).long(), groups)
+        seen = (row.logits > float("-inf"))[0]
+        groups = groups.masked_fill(~seen.any(0), 0)
+        out = torch.full_like(row.logits, torch.nan)
+        for i in (row.there & ~row.visual & (row.visual.cumsum(0) > 0)).nonzero()[:, 0].tolist():
+            if bool((seen[i] & (groups == 2)).any()):
+                out[:, i], looks = explicit.redistributed(row.weights[:, i], groups, rule.p, rule.most_sink, rule.s_min)
+                rule.pairs, rule.changed = rule.pairs + len(looks), rule.changed + int(looks.sum())
+        return out
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "gemma3_window"])
+def test_var_equals_the_explicit_matrix(name: str) -> None:
+    layers = LAYERS[name]
+    model, batch, silent = _given(name, "var")
+    with in_double():
+        method = f"var(channels=[1, 2], tau=1.6, layers={layers}, p=0.6, rho=0.7, s_min=0.2)"
+        run = run_pruned(model, [method], None, batch, tokens=3, silent=silent)
+        rule = _Sinks(run["adapter"], layers, batch)
+        try:
+            with opened(run["adapter"], batch, layers, rule) as worst:
+                compare_whole(run, batch, TOLERANCE, silent)
+        finally:
+            [hook.remove() for hook in rule.hooks]
+    assert worst[0] < 1e-12 and 0 < rule.rule.changed < rule.rule.pairs
 
 
 def test_what_cannot_be_changed_is_refused_with_a_sentence(name: str, pattern: str) -> None:
