@@ -74,11 +74,7 @@ class LoadedModel:
             packed = pack(self.processor, conversations)
         except BadPicture:
             raise
-        except (
-            ValueError,
-            TypeError,
-            IndexError,
-        ) as error:  # more marks of pictures in a text than pictures, and so on
+        except (ValueError, TypeError, IndexError) as error:  # more marks of pictures than pictures, and so on
             shown = any(part["type"] != "text" for turns in conversations for turn in turns for part in turn["content"])
             what = "this prompt" if shown else "this prompt, which has no picture"
             raise ValueError(f"The processor of {self.name} does not take {what}: {error}") from error

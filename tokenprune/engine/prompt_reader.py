@@ -51,13 +51,10 @@ class PromptReader:
         Raises:
             ValueError: its cache cannot hold a pruned prompt.
         """
-        adapter, call = self._adapter, inputs.arguments
-        encoded = call.get("mm_encoder_outputs") or {}
-        if not any(encoded.get(k) is not None or call.get(adapter.pixels[k]) is not None for k in adapter.features):
-            adapter.check_call(call)
+        self._adapter.check_call(inputs.arguments)
+        if not self._kinds_brought(inputs.arguments):
             warn_of_features(inputs)
             return False
-        adapter.check_call(call)
         check_cache(inputs)
         return True
 
@@ -92,8 +89,7 @@ class PromptReader:
         sources: dict[str, list[tuple[Recording, int]]] = {}
         visuals = {}
         ids, placeholders = self._placeholders(inputs)
-        passed = [k for k in adapter.features if encoded.get(k) is not None or call.get(adapter.pixels[k]) is not None]
-        placeholders = _as_passed(placeholders, passed)
+        placeholders = _as_passed(placeholders, self._kinds_brought(call))
 
         def pictures(kind: str, row: int, places: Sequence[Tensor]) -> Pictures | None:
             return adapter.pictures(kind, None if ids is None else ids[row], places)
@@ -160,6 +156,11 @@ class PromptReader:
         return build_layout({kind: placeholders[kind]}, {kind: visuals}, pictures).tiles.get(kind)
 
     # --- what the arguments hold --------------------------------------------------------------------------------------
+
+    def _kinds_brought(self, call: Mapping[str, Any]) -> list[str]:
+        """The kinds of visuals of which a call brings pixels, or features that a tower made before it."""
+        adapter, encoded = self._adapter, call.get("mm_encoder_outputs") or {}
+        return [k for k in adapter.features if encoded.get(k) is not None or call.get(adapter.pixels[k]) is not None]
 
     def _placeholders(self, inputs: CallInputs) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Ids `[B, S]` on the CPU, None where embeddings came; and by kind, `[B, S]` bool on the CPU: where the

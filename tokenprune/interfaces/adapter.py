@@ -255,7 +255,7 @@ class Adapter:
         return True
 
     def check_call(self, call: Mapping[str, Any]) -> None:
-        """Look at the arguments of a call that brings pictures or videos.
+        """Look at the arguments of a call with a prompt, whether it brings pictures or not.
 
         Raises:
             ValueError: some of them cannot be pruned right.
