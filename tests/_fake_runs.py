@@ -88,7 +88,10 @@ def _measures(point: Point) -> dict:
         "flops": {
             "analytic": parts, "measured": parts, "unpruned": whole, "paper": 5e9, "difference": {}, "agree": True,
         },
-        "kv": {"measured": kv, "analytic": kv, "unpruned": 6144.0 * 588, "equivalent_tokens": float(kept)},
+        "kv": {
+            "measured": kv, "analytic": kv, "unpruned": 6144.0 * 588, "equivalent_tokens": float(kept),
+            "per_layer": [kv / 6] * 6, "lengths": [kept + 12] * 6,
+        },
         "times": {"prefill": time, "unpruned_prefill": time, "decode": time},
     }  # fmt: skip
 

@@ -282,14 +282,20 @@ def run_folder(draw: random.Random, folder: Path) -> Callable[[], Any]:
     def run() -> None:
         from tokenprune.evals.io.row_store import folder_store
         from tokenprune.evals.report.markdown import write_markdown
+        from tokenprune.evals.report.page import write_report
+        from tokenprune.evals.results import parity
         from tokenprune.evals.results.compare import compare
         from tokenprune.evals.results.run_folder import read_run
 
-        what = draw.randrange(3)
+        what = draw.randrange(5)
         if what == 0:
             write_markdown(folder / "report.md", [read_run(bad)])
         elif what == 1:
             compare(str(bad), f"{good}")
+        elif what == 2:
+            write_report(folder / "report.html", [read_run(bad)])
+        elif what == 3:
+            parity.read_run(bad)
         else:
             folder_store(bad, "samples", ("settings", "point", "sample_id"))
             read_run(bad)

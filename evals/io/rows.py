@@ -95,13 +95,16 @@ class KvCosts(TypedDict):
     """Keys by decoder layer, of the first prompt; None where a layer has none, or has dropped some."""
 
 
+FLOPS_PARTS = ("vision", "projector", "selection", "prefill", "decode")
+"""Of what FLOPs are counted apart; `total` is beside them."""
+
+
 class FlopsCosts(TypedDict):
     """FLOPs of one prompt, averaged over the measured prompts; see `profiling.flops`. A part that is not modelled is
     None, and so is a total over it."""
 
     analytic: dict[str, float | None]
-    """Counted from the sizes, by part (`vision`, `projector`, `selection`, `prefill`, `decode`) and `total`, which
-    leaves `decode` out."""
+    """Counted from the sizes, by `FLOPS_PARTS` and `total`, which leaves `decode` out."""
     unpruned: dict[str, float | None]
     """The same of the unpruned model."""
     paper: float | None

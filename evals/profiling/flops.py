@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -16,6 +15,7 @@ from tokenprune import cost
 from tokenprune.api import prepare
 from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.evaluation.applied_method import pruned
+from tokenprune.evals.io.rows import FLOPS_PARTS as PARTS
 from tokenprune.evals.io.rows import FlopsCosts
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.tasks.task import Sample
@@ -23,12 +23,10 @@ from tokenprune.interfaces.adapter import Adapter
 from tokenprune.kernels.dispatch import FORMULAS
 from tokenprune.state.device_timer import DeviceTimer
 
-PARTS: tuple[str, ...] = ("vision", "projector", "selection", "prefill", "decode")
 TOLERANCE = 0.01
+"""Largest relative difference between measured and analytic FLOPs that is not spoken of."""
+
 _EVERYTHING = "keeps everything"  # under which its method is kept among those that are ready
-"""Largest relative difference between measured and analytic FLOPs that raises no warning."""
-
-
 _FUSED = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 
 
@@ -206,16 +204,33 @@ def measure_flops(
     difference = {part: _relative(a, m) for part, (a, m) in both.items() if a is not None and m is not None}
     difference["layers"] = max(by_layer, key=abs, default=0.0)
     agree = all(abs(value) <= TOLERANCE for value in difference.values())
-    if not agree:
-        off = ", ".join(f"{part} {value:+.1%}" for part, value in difference.items() if abs(value) > TOLERANCE)
-        text = f"Analytic and measured FLOPs of {point.label} differ by more than 1 percent: {off}."
-        warnings.warn(text, stacklevel=2)
     return {
         **result,
         "measured": cast("dict[str, float]", with_total(measured)),
         "difference": difference,
         "agree": agree,
     }
+
+
+def disagreements(of: str, measured: Mapping[str, FlopsCosts]) -> list[str]:
+    """One sentence on all points whose analytic and measured FLOPs differ by more than `TOLERANCE`, those that differ
+    alike together; nothing where there is none.
+
+    Args:
+        of: which model on which task it is.
+        measured: by the label of the point.
+    """
+    alike: dict[str, list[str]] = {}
+    differences = {label: flops["difference"] for label, flops in measured.items() if flops["difference"] is not None}
+    for label, difference in differences.items():
+        off = {part: value for part, value in difference.items() if abs(value) > TOLERANCE}
+        if off:
+            alike.setdefault(", ".join(f"{part} {value:+.1%}" for part, value in off.items()), []).append(label)
+    if not alike:
+        return []
+    said = "; ".join(f"{off} at {', '.join(labels)}" for off, labels in alike.items())
+    where = f"{sum(map(len, alike.values()))} of {len(differences)} points"
+    return [f"Analytic FLOPs of {of} differ from measured ones by more than {TOLERANCE:.0%} at {where}: {said}."]
 
 
 @contextmanager

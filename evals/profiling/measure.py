@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, cast
@@ -14,7 +13,7 @@ from tokenprune.evals.evaluation.evaluate import AskedSamples
 from tokenprune.evals.evaluation.retry import failure_of, release_memory
 from tokenprune.evals.io.digest import digest
 from tokenprune.evals.io.row_store import RowStore
-from tokenprune.evals.io.rows import Costs, CostsRow
+from tokenprune.evals.io.rows import Costs, CostsRow, FlopsCosts
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.profiling.hardware import clocked_on
 from tokenprune.evals.tasks.task import Sample, Task
@@ -63,13 +62,10 @@ def measure(
             try:
                 if samples is None:
                     samples, unread = pictured(task, config.measure.samples)
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always", UserWarning)
-                    if samples:
-                        row.update(measure_times(loaded, point, samples, config.measure, config.seed))
-                        row["flops"] = measure_flops(loaded, point, samples, config.seed, config.measure.flops)
-                row["notes"] = [str(warning.message) for warning in caught if "FLOPs" in str(warning.message)]
-                if not samples:
+                if samples:
+                    row.update(measure_times(loaded, point, samples, config.measure, config.seed))
+                    row["flops"] = measure_flops(loaded, point, samples, config.seed, config.measure.flops)
+                else:
                     row["notes"] = [f"There are no times and FLOPs on {task.name}: none of its samples has a picture."]
             except Exception as error:
                 failure = failure_of(error)
@@ -108,8 +104,11 @@ def read_costs(
     Args:
         machines: by model, which machine measured it, see `measure_key`; it may be another one than this.
     """
+    from tokenprune.evals.profiling.flops import disagreements
+
     costs: dict[str, Costs] = {}
     notes: list[str] = []
+    counted: dict[str, dict[str, FlopsCosts]] = {}
     for point in points:
         settings = answered[point.model, point.task].settings
         row = store.get(measure_key(config, settings, point, machines.get(point.model, "")))
@@ -120,4 +119,8 @@ def read_costs(
         else:
             notes += row.get("notes", [])
             costs[point.key] = cast(Costs, {name: value for name, value in row.items() if name in COSTS})
+            if flops := costs[point.key].get("flops"):
+                counted.setdefault(f"{point.model} on {point.task}", {})[point.label] = flops
+    for of, by_label in counted.items():
+        notes += disagreements(of, by_label)
     return costs, list(dict.fromkeys(notes))

@@ -16,7 +16,7 @@ import numpy as np
 
 from tokenprune.evals.io.rows import SampleRow
 from tokenprune.evals.results.records import ResultRecord, View
-from tokenprune.evals.results.run_folder import PICTURES, FinishedRun
+from tokenprune.evals.results.run_folder import PICTURE_INDEX, PICTURES, FinishedRun
 
 Drawn = dict[str, Any]
 """What a script of the page draws, as JSON."""
@@ -148,6 +148,12 @@ def _bits(row: SampleRow | None, sizes: dict[int, int], begins: dict[int, int]) 
         return None
     if not row["kept"]:
         return ""
+    shown = [row["kept"][visual] if visual < len(row["kept"]) else None for visual in begins]
+    if any(kept is None or min(kept, default=0) < 0 for kept in shown):
+        raise ValueError(
+            f"What sample {row['sample_id']} of {row['point']} kept, by samples.parquet, is not of the pictures in "
+            f"{PICTURES}/{PICTURE_INDEX}: these files are not of one run, or were edited."
+        )
     bits = np.zeros(sum(sizes.values()), dtype=np.uint8)
     for visual, begin in begins.items():
         bits[[begin + index for index in row["kept"][visual] if index < sizes[visual]]] = 1

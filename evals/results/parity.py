@@ -99,7 +99,7 @@ def read_run(folder: str | Path) -> tuple[list[ResultRecord], list[Target]]:
         FileNotFoundError, ValueError: the folder holds no results.jsonl, or an empty one.
     """
     records = read_records(Path(folder) / "results.jsonl")
-    named = records[0].get("provenance", {})["config"].get("targets") or []
+    named = (records[0].get("provenance") or {}).get("config", {}).get("targets") or []
     return records, [read_target(number, entry) for number, entry in enumerate(named)]
 
 

@@ -8,9 +8,31 @@ from tokenprune.evals.io.rows import Costs
 
 TableRow = dict[str, Any]
 """A row of a table, by column; the columns depend on the run."""
-Provenance = dict[str, Any]
-"""Where a result came from, see `summary.provenance`; a run adds `notes`, sentences that a reader must know, and
-`limited`, whether a limit left samples out."""
+
+
+class _Origin(TypedDict):
+    config: dict[str, Any]
+    """Settings of the run, see `RunConfig.as_dict`."""
+    versions: dict[str, str]
+    """By package, and of `python`."""
+    hardware: dict[str, Any]
+    """See `hardware.hardware`."""
+    command: str
+    commit: str | None
+    """None outside a checkout."""
+    date: str
+    """ISO 8601, UTC."""
+
+
+class Provenance(_Origin, total=False):
+    """Where a result came from."""
+
+    seed: int
+    seconds: float | None
+    notes: list[str]
+    """Sentences that a reader must know."""
+    limited: bool
+    """Whether a limit left samples out; older runs lack it."""
 
 
 class Scores(TypedDict):

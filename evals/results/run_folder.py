@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import cast
+from pathlib import Path, PurePath
+from typing import Any, cast
 
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.io.atomic_files import read_lines
-from tokenprune.evals.io.rows import SampleRow
-from tokenprune.evals.io.shapes import check_shape
-from tokenprune.evals.results.records import Picture, Provenance, ResultRecord, Scores, View
+from tokenprune.evals.io.rows import FLOPS_PARTS, FlopsCosts, KvCosts, Quartiles, SampleRow
+from tokenprune.evals.io.shapes import ALTERED, check_shape
+from tokenprune.evals.results.records import (
+    AreaUnderCurve,
+    EqualCost,
+    Picture,
+    Provenance,
+    ResultRecord,
+    Scores,
+    View,
+)
+from tokenprune.interfaces.budget import budget_size
 
 PICTURES, PICTURE_INDEX = "pictures", "index.json"
 # what readers cannot do without; older files lack some of the rest
@@ -19,8 +29,16 @@ _RECORD = (
     "point", "model", "task", "method", "keep", "options", "label", "series", "overall", "families", "visual_tokens",
     "kept_tokens",
 )  # fmt: skip
-_SCORES = ("n", "accuracy", "ci_low", "ci_high")
 _ROW = ("point", "sample_id", "family", "question", "answer", "prediction", "correct")
+_WHOLE = (Scores, KvCosts, FlopsCosts, Quartiles, EqualCost, AreaUnderCurve)
+# numbers of `Scores` that are there together or not at all
+_TOGETHER = [
+    *([f"vs_{name}{part}" for part in ("", "_low", "_high", "_won", "_lost", "_p")] for name in ("unpruned", "random")),
+    *([f"{name}{part}" for part in ("", "_low", "_high")] for name in ("discriminating", "headroom_won")),
+]
+_LARGEST = 2**24  # tokens of a picture; a raster of more is no picture's
+_ORIGIN = {"config": ("name", "seed", "dtype", "limit"), "versions": ("torch", "transformers"),
+           "hardware": ("cpu", "threads", "gpu")}  # fmt: skip
 
 
 @dataclass
@@ -61,7 +79,7 @@ def read_run(folder: str | Path) -> FinishedRun:
             hint = " The run has not ended; start it again, it goes on where it was." if unfinished else ""
             raise FileNotFoundError(f"{folder} holds no finished run: there is no {name} in it.{hint}")
     records = read_records(folder / "results.jsonl")
-    origin = records[0].get("provenance") or {}
+    origin = _read_origin(records[0], f"record 1 of {folder / 'results.jsonl'}")
     for record in records:
         record.pop("provenance", None)
     rows: dict[str, list[SampleRow]] = {}
@@ -84,10 +102,43 @@ def read_records(path: Path) -> list[ResultRecord]:
         raise ValueError(f"{path} holds no result.")
     for number, record in enumerate(records, start=1):
         where = f"Record {number} of {path}"
-        check_shape(record, ResultRecord, where, _RECORD)
+        check_shape(record, ResultRecord, where, _RECORD, _WHOLE)
+        inside = f"{where[0].lower()}{where[1:]}"
         for name, scores in {"overall": record["overall"], **record["families"]}.items():
-            check_shape(scores, Scores, f"{name} in {where[0].lower()}{where[1:]}", _SCORES)
+            _check_together(cast(dict[str, Any], scores), f"{name} in {inside}")
+        _check_budget(record["keep"], inside)
+        flops = record.get("flops")
+        if flops is not None:
+            for name in ("analytic", "unpruned"):
+                said = f"flops[{name!r}] in {inside}"
+                check_shape(flops[name], dict[str, float | None], said, (*FLOPS_PARTS, "total"))
     return records
+
+
+def _check_budget(keep: Any, where: str) -> None:
+    try:
+        if keep is not None:
+            budget_size(keep)
+    except ValueError:
+        raise ValueError(f"keep in {where} is no budget, got {keep!r}. {ALTERED}") from None
+
+
+def _check_together(scores: dict[str, Any], where: str) -> None:
+    for names in _TOGETHER:
+        there = [name for name in names if scores[name] is not None]
+        if there and len(there) < len(names):
+            gone = next(name for name in names if scores[name] is None)
+            raise ValueError(f"{where} has {there[0]!r} without {gone!r}. {ALTERED}")
+
+
+def _read_origin(record: ResultRecord, where: str) -> Provenance:
+    origin = record.get("provenance")
+    if origin is None:
+        raise ValueError(f"{where[0].upper()}{where[1:]} lacks 'provenance'. {ALTERED}")
+    check_shape(origin, Provenance, f"provenance in {where}", whole=[Provenance])
+    for name, needed in _ORIGIN.items():
+        check_shape(origin[name], dict[str, Any], f"{name} of the provenance in {where}", needed)
+    return origin
 
 
 def _read_rows(path: Path) -> list[SampleRow]:
@@ -98,7 +149,7 @@ def _read_rows(path: Path) -> list[SampleRow]:
         rows = pq.read_table(path).to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
         why = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read: {why}. The file is not as it was written.") from None
+        raise ValueError(f"{path} cannot be read: {why}. {ALTERED}") from None
     for number, row in enumerate(rows, start=1):
         check_shape(row, SampleRow, f"Row {number} of {path}", _ROW)
     return rows
@@ -122,10 +173,16 @@ def read_pictures(folder: Path) -> list[Picture]:
     try:
         pictures = json.loads(index.read_bytes())
     except (ValueError, RecursionError):
-        raise ValueError(f"{index} is no JSON. The file is not as it was written.") from None
+        raise ValueError(f"{index} is no JSON. {ALTERED}") from None
     check_shape(pictures, list[Picture], str(index))
     for number, picture in enumerate(pictures):
         check_shape(picture, Picture, f"Entry {number} of {index}", Picture.__required_keys__)
         for view in picture["views"]:
-            check_shape(view, View, f"A view of entry {number} of {index}", View.__required_keys__ - {"visual"})
+            where = f"A view of entry {number} of {index}"
+            check_shape(view, View, where, View.__required_keys__ - {"visual"})
+            if PurePath(view["file"]).name != view["file"] or len(os.fsencode(view["file"])) > 255:
+                raise ValueError(f"{where} names a file outside of {PICTURES}: {view['file']!r:.80}. {ALTERED}")
+            rows, cols, start = view["rows"], view["cols"], view["start"]
+            if min(rows, cols) < 1 or min(start, view.get("visual", 0)) < 0 or start + rows * cols > _LARGEST:
+                raise ValueError(f"{where} has a raster that no picture has: {rows} x {cols} from {start}. {ALTERED}")
     return pictures

@@ -111,7 +111,8 @@ def _write(config: RunConfig, worked: Worked, tasks: dict[str, Task], begin: flo
         record["failed"] = counted.failed[record["point"]]
         record["metrics"] = {} if rows is None else tasks[record["task"]].metrics(rows)
     seconds = time.perf_counter() - begin
-    origin = {**provenance(config, seconds), "notes": notes, "limited": cut_short(config.all_tasks, config.limit)}
+    origin = provenance(config, seconds)
+    origin["notes"], origin["limited"] = notes, cut_short(config.all_tasks, config.limit)
     files = [write_config(config), *write_results(folder, records, counted.rows, origin, counted.others)]
     files += write_seeds(folder, records)
     files.append(plot_pareto(records, folder / "pareto.png"))

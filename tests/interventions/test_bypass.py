@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from _families import BUILDERS, batch_of, family, layouts
-from _tiny import prompts, tiny_llava
+from _tiny import IMAGE, PATCHES, prompts, tiny_llava
 
 import tokenprune
 from tokenprune.api import adapter_for
@@ -108,6 +108,31 @@ def test_equals_the_layer_with_visual_rows_put_back(name: str, variant: str) -> 
         assert all(near(one, other) for one, other in zip(answer.logits, written.logits)), layout
         moved = max(moved, float((mine.logits - stock)[real].abs().max()))
     assert moved > 1e-2  # it does something
+
+
+@pytest.mark.parametrize("variant", list(MODES))
+@pytest.mark.parametrize("beside", [0, 1], ids=["alone", "beside text"])
+def test_a_row_of_visual_tokens_alone(beside: int, variant: str) -> None:
+    """Two pictures are as long as a picture with as many words around it."""
+    rows = [IMAGE] * (2 * PATCHES), *[[9] * (PATCHES - 1) + [IMAGE] * PATCHES + [7]] * beside
+    model = tiny_llava()
+    batch = {
+        "input_ids": torch.tensor(rows),
+        "attention_mask": torch.ones(len(rows), 2 * PATCHES, dtype=torch.int64),
+        "pixel_values": torch.randn(1 + len(rows), 3, 42, 42, generator=torch.Generator().manual_seed(3)),
+    }
+    visual = visual_of(model, batch)
+    assert bool(visual[0].all())
+    with torch.no_grad():
+        with plainly(model, visual, variant, SKIP):
+            truth = model(**batch, use_cache=True)
+            written = model.generate(**batch, max_new_tokens=4, do_sample=False)
+        with tokenprune.applied(model, f"naavit(layers={SKIP}, variant={variant!r})"):
+            mine = model(**batch, use_cache=True)
+            answer = model.generate(**batch, max_new_tokens=4, do_sample=False)
+    assert near(mine.logits, truth.logits)
+    assert all(near(one, other) for one, other in zip(cached(mine), cached(truth)))
+    assert torch.equal(answer, written)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl"])

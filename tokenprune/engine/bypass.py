@@ -41,15 +41,25 @@ class Rows:
 
     Attributes:
         visual_mask: `[B, P]` bool.
-        text: `[B, T]`, in order; a row with less text than others repeats its last.
+        text: `[B, T]`, in order; a row with less text than others repeats its last, one without any has a visual token.
         visual: `[B, V]`; a row with fewer visual tokens than others has text in front, which is put back after them.
         counts: by sample, its text and its visual tokens, padding not counted.
+        textless: `[B]` bool, rows that are visual tokens alone; None where there is none.
     """
 
     visual_mask: Tensor
     text: Tensor
     visual: Tensor
     counts: list[tuple[int, int]]
+    textless: Tensor | None
+
+    def text_or(self, there: Tensor, text: Tensor, dim: int) -> Tensor:
+        """`text` `[B, .., T, D]`, its rows along `dim`; of rows without text, what stands there in `there`."""
+        if self.textless is None:
+            return text
+        place = self.text.view(len(self.text), *[1] * (dim - 1), -1, 1).expand_as(text)
+        alone = self.textless.view(-1, *[1] * (text.dim() - 1))
+        return torch.where(alone, there.gather(dim, place), text.to(there.dtype))
 
 
 @dataclass
@@ -211,7 +221,7 @@ class LayerBypass:
         if self.layers[layer].mode == "mlp":
             still = still + _states(self.adapter.branches(module)[1](_norm_of_mlp(module)(still)))
             _put(whole, rows.visual, still)
-        _put(whole, rows.text, text)
+        _put(whole, rows.text, rows.text_or(whole, text, 1))
         state.buffer, state.still = (whole, still) if alone else (None, None)
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
@@ -299,9 +309,9 @@ class _Cache:
     def _joined(self, visual: Tensor, text: Tensor) -> Tensor:
         rows = self._rows
         whole = text.new_empty(*text.shape[:2], rows.visual_mask.shape[1], text.shape[-1])
-        for index, part in ((rows.visual, visual), (rows.text, text)):  # where a row has both, text counts
-            whole = whole.scatter(2, index[:, None, :, None].expand_as(part), part.to(whole.dtype))
-        return whole
+        whole = whole.scatter(2, rows.visual[:, None, :, None].expand_as(visual), visual.to(whole.dtype))
+        text = rows.text_or(whole, text, 2)  # where a row has both, text counts
+        return whole.scatter(2, rows.text[:, None, :, None].expand_as(text), text)
 
 
 @dataclass(frozen=True)
@@ -346,12 +356,13 @@ def _rows(prompt: Prompt, hidden: Tensor) -> Rows:
     for span, alive in zip(prompt.layout.spans, prompt.alive):
         visual[span.sample] += len(alive.places if alive.placeholders is None else alive.placeholders)
     order = mask.to(torch.int8).argsort(dim=1, stable=True)  # text first
-    count = torch.tensor([length - number for number in visual], device=hidden.device)[:, None]  # [B, 1]
+    count = torch.tensor([max(length - number, 1) for number in visual], device=hidden.device)[:, None]  # [B, 1]
     most = max(length - min(visual), 1)
     text = order.gather(1, torch.arange(most, device=hidden.device).minimum(count - 1))
     lengths = prompt.cuts[-1].lengths if prompt.cuts else (prompt.lengths or [length] * batch)
     counts = [(all_of - number, number) for all_of, number in zip(lengths, visual)]
-    return Rows(mask, text, order[:, length - max(visual) :], counts)
+    textless = torch.tensor([number == length for number in visual], device=hidden.device) if length in visual else None
+    return Rows(mask, text, order[:, length - max(visual) :], counts, textless)
 
 
 def _of_rows(name: str, value: Any, rows: Tensor) -> Any:

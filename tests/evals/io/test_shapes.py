@@ -47,6 +47,53 @@ def test_damaged_files_of_a_run(tmp_path):
         ("results.jsonl", lambda data: data[:-9], "Line 3 of .*results.jsonl is no JSON object"),
         ("results.jsonl", lambda data: b"\xff" + data, "Line 1 of"),
         ("results.jsonl", lambda data: data.replace(b'"overall"', b'"overal"', 1), "Record 1 of .* lacks 'overall'"),
+        (
+            "results.jsonl",
+            lambda data: data.replace(b'"unpruned":', b'"unpruned_":', 1),
+            r"Record 1 of .*\['flops'\] lacks 'unpruned'. .* another version wrote it",
+        ),
+        ("results.jsonl", lambda data: data.replace(b'"q25"', b'"q2"', 1), r"\['times'\]\['prefill'\] lacks 'q25'"),
+        (
+            "results.jsonl",
+            lambda data: data.replace(b'"projector"', b'"project"', 1),
+            r"flops\['analytic'\] in record 1 of .* lacks 'projector'",
+        ),
+        (
+            "results.jsonl",
+            lambda data: data.replace(b'"headroom_won"', b'"headroom"', 1),
+            r"\['overall'\] lacks 'headroom_won'",
+        ),
+        (
+            "results.jsonl",
+            lambda data: data.replace(b'"vs_unpruned_lost": 0', b'"vs_unpruned_lost": null', 1),
+            "has 'vs_unpruned' without 'vs_unpruned_lost'",
+        ),
+        (
+            "results.jsonl",
+            lambda data: data.replace(b'"versions"', b'"version"'),
+            "provenance in record 1 of .* lacks 'versions'",
+        ),
+        (
+            "results.jsonl",
+            lambda data: data.replace(b'"dtype"', b'"d"'),
+            "config of the provenance in record 1 of .* lacks 'dtype'",
+        ),
+        ("results.jsonl", lambda data: data.replace(b'"provenance"', b'"p"'), "Record 1 of .* lacks 'provenance'"),
+        (
+            "pictures/index.json",
+            lambda data: data.replace(b'"rows": 24', b'"rows": 240000000', 1),
+            "A view of entry 0 of .* has a raster that no picture has: 240000000 x 24 from 0",
+        ),
+        (
+            "pictures/index.json",
+            lambda data: data.replace(b'"s0.jpg"', b'"../../s0.jpg"', 1),
+            "A view of entry 0 of .* names a file outside of pictures: '../../s0.jpg'",
+        ),
+        (
+            "results.jsonl",
+            lambda data: data.replace(b'"keep": 64', b'"keep": "avg"', 1),
+            "keep in record 2 of .* is no budget, got 'avg'",
+        ),
         ("samples.parquet", lambda data: data[: len(data) // 2], "samples.parquet cannot be read"),
         ("pictures/index.json", lambda data: data[1:], "index.json is no JSON"),
         (

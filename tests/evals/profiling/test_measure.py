@@ -52,6 +52,27 @@ def test_a_prompt_is_counted_once_a_point(store, tiny, tiny_task, monkeypatch):
     assert len(calls) == 2 * len(POINTS) and all(one["flops"]["agree"] for one in found.values())
 
 
+def test_points_whose_counts_differ_are_said_in_one_sentence(store, tiny, tiny_task, monkeypatch):
+    def counts_twice(*given):
+        return {part: 2 * value for part, value in once(*given).items()}
+
+    once = flops.count_once
+    monkeypatch.setattr(flops, "count_once", lambda *given: counts_twice(*given))
+    found, (note,) = measured(store, tiny, load_task(tiny_task), Measure(samples=1, times=False))
+    assert found[POINTS[1].key]["flops"]["agree"] is False
+    assert note.startswith("Analytic FLOPs of m on t differ from measured ones by more than 1% at 2 of 2 points: ")
+    assert note.endswith("layers -50.0% at none, uniform@9.") and "prefill -50.0%" in note
+
+
+def test_points_that_differ_alike_are_said_together():
+    by_label = {"a@9": {"prefill": 0.0}, "b@9": {"selection": -1.0}, "b@4": {"selection": -1.0}, "c": {"decode": 0.02}}
+    counted = {label: {"difference": one} for label, one in by_label.items()} | {"none": {"difference": None}}
+    assert flops.disagreements("m on t", counted) == [
+        "Analytic FLOPs of m on t differ from measured ones by more than 1% at 3 of 4 points: "
+        "selection -100.0% at b@9, b@4; decode +2.0% at c."
+    ]
+
+
 def test_costs_of_all_tasks_are_their_mean_or_not_there():
     from _fake_runs import _measures
 
