@@ -20,7 +20,7 @@ from _tiny_processor import tiny_processor, word_tokenizer
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.plan.parse import parse_method
 
-FEW = {"plan": 100, "task": 60, "request": 100, "sweep": 30, "run": 30, "prompt": 12}
+FEW = {"plan": 100, "task": 60, "request": 100, "sweep": 30, "run": 150, "prompt": 12}
 FIRST = 1_000_000  # other cases than those of the long run
 
 

@@ -52,6 +52,8 @@ class PromptReader:
             ValueError: its cache cannot hold a pruned prompt.
         """
         self._adapter.check_call(inputs.arguments)
+        if inputs.ids is not None and not inputs.ids.numel():
+            return False  # what is wrong with a prompt of no tokens the model itself says
         if not self._kinds_brought(inputs.arguments):
             warn_of_features(inputs)
             return False

@@ -78,3 +78,19 @@ def test_checkpoints_that_run_hooks_again_are_refused(monkeypatch: pytest.Monkey
             model(**batch, use_cache=False)
     with tokenprune.applied(model, "random@8"):
         model(**batch, use_cache=False)
+
+
+@pytest.mark.parametrize("method", ["uniform@9", "downsample@9", "fastv@9"])
+def test_a_prompt_without_tokens_fails_as_in_the_model_itself(method):
+    model = tiny_llava()
+    given = {
+        "input_ids": torch.zeros(1, 0, dtype=torch.int64),
+        "attention_mask": torch.ones(1, 0, dtype=torch.int64),
+        "pixel_values": torch.zeros(0, 3, 42, 42),
+    }
+    with torch.no_grad():
+        with pytest.raises(RuntimeError) as stock:
+            model(**given)
+        with tokenprune.applied(model, method), pytest.raises(RuntimeError) as pruned:
+            model(**given)
+    assert str(pruned.value) == str(stock.value)
