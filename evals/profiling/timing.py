@@ -68,7 +68,7 @@ def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], stays: Stays) -> 
     ids = inputs["input_ids"]
     kind = next(kind for kind, name in adapter.pixels.items() if inputs.get(name) is not None)
     placeholder = adapter.placeholder_ids[kind]
-    encode: Callable[..., Any] = getattr(adapter.entry, adapter.features[kind])
+    encode: Callable[..., Any] = getattr(*adapter.features_call(kind))
     names = inspect.signature(encode).parameters
     vision = {name: value for name, value in inputs.items() if name in names}
     left = {layer: part.to(ids.device) for layer, part in (stays if isinstance(stays, dict) else {0: stays}).items()}
