@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from _masked_whole import compare_whole
+from _tiny import TEXT
 from _zoo import BREAK, FAMILIES, SPECIAL, made, random_model
 from _zoo_all import KEEP, zoo_batch, zoo_model
 from masked_reference import run_pruned
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 import tokenprune
 from tokenprune.api import adapter_for
 from tokenprune.engine.prompt_reader import prompt_visuals
+from tokenprune.evals.models.load import load_model
 from tokenprune.seams import cache_argument, cache_in
 
 NAME = "phi4_multimodal"
@@ -154,3 +158,19 @@ def test_the_zoo_draws_all_shapes() -> None:
     adapter, drawn = adapter_for(zoo_model(NAME)), [zoo_batch(NAME, case) for case in CASES]
     grids = [visual.rasters[0].grid for batch in drawn for visual in adapter.visuals("image", batch)]
     assert {*grids} == {*_shapes()} and NAME in FAMILIES
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_it_loads_by_name_though_transformers_lists_it_among_several_modalities(tmp_path: Path) -> None:
+    model = zoo_model(NAME)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), device="cpu", needs_processor=False)
+    assert type(loaded.model) is type(model) and loaded.adapter.name == NAME
+
+
+def test_a_model_of_text_alone_is_not_loaded_and_a_sentence_says_why(tmp_path: Path) -> None:
+    transformers.LlamaConfig(**TEXT).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no model that answers in text about pictures of a LlamaConfig"):
+        load_model(str(tmp_path), device="cpu", needs_processor=False)
