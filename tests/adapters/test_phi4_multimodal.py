@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import tokenprune
 from tokenprune.api import adapter_for
 from tokenprune.engine.prompt_reader import prompt_visuals
-from tokenprune.evals.models.load import load_model
+from tokenprune.evals.models.load import LoadedModel, load_model
+from tokenprune.evals.profiling.timing import ideal_prefill
 from tokenprune.seams import cache_argument, cache_in
 
 NAME = "phi4_multimodal"
@@ -174,3 +175,15 @@ def test_a_model_of_text_alone_is_not_loaded_and_a_sentence_says_why(tmp_path: P
     transformers.LlamaConfig(**TEXT).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no model that answers in text about pictures of a LlamaConfig"):
         load_model(str(tmp_path), device="cpu", needs_processor=False)
+
+
+@pytest.mark.parametrize("name", [NAME, "chameleon"])
+def test_the_ideal_of_a_decoder_that_merges_by_itself_is_a_prompt_of_what_stays(name: str) -> None:
+    """What times are held against: the same logits, of the kept tokens alone."""
+    model, batch = zoo_model(name), zoo_batch(name, "ideal", [2])
+    with tokenprune.applied(model, "random", KEEP) as handle, torch.no_grad():
+        pruned = model(**batch, use_cache=True, logits_to_keep=1).logits
+        stays = handle.stays_by_layer
+    ideal = ideal_prefill(LoadedModel(name, model, None, ""), batch, stays)
+    with torch.no_grad():
+        torch.testing.assert_close(ideal().logits, pruned)
