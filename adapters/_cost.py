@@ -100,9 +100,12 @@ def without_decoder(shape: ModelShape) -> ModelShape:
 
 
 def first_of(config: Any, *names: str, default: Any = None) -> Any:
-    """The value of the first of some names that a config has; of several values the first."""
+    """The value of the first of some names that a config has, a part's after a dot (`vision_config.image_token_id`); of
+    several values the first."""
     for name in names:
-        value = getattr(config, name, None)
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part, None)
         if value is not None:
             return value[0] if isinstance(value, (list, tuple)) else value
     return default

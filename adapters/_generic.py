@@ -62,9 +62,10 @@ class Generic(Adapter):
     decoder_is_entry: ClassVar[bool] = False
     """Whether the module that merges text and pictures is the decoder itself: `merged` says what it merges."""
     feature_names: ClassVar[dict[str, str]] = {kind: f"get_{kind}_features" for kind in KINDS}
-    """By kind, the method of the merging module that makes features of pixels."""
+    """By kind, the method of the merging module that makes features of pixels, or the path in it to a module that does
+    when it is called."""
     id_names: tuple[str, ...] = _IDS
-    """Where the config has the ids of placeholders; `{}` stands for the kind."""
+    """Where the config has the ids of placeholders, a part of it before a dot; `{}` stands for the kind."""
     pixel_names: ClassVar[dict[str, tuple[str, ...]]] = _PIXELS
     """By kind, the names that the argument with the pixels may have."""
     decoder_paths: tuple[str, ...] = _DECODERS
@@ -84,7 +85,7 @@ class Generic(Adapter):
         found = [
             kind
             for kind in KINDS
-            if isinstance(ids[kind], int) and pixels[kind] and hasattr(self.entry, self.feature_names[kind])
+            if isinstance(ids[kind], int) and pixels[kind] and _has(self.entry, self.feature_names[kind])
         ]
         if "image" not in found:
             raise TypeError(
@@ -134,7 +135,7 @@ class Generic(Adapter):
 
     def visuals(self, kind: str, call: Mapping[str, Any]) -> list[Visual]:
         """For whoever asks without a run of the tower, as a picture of what was kept does: it is run."""
-        function = getattr(self.entry, self.features[kind])
+        function = getattr(*self.features_call(kind))
         takes = inspect.signature(function).parameters
         given = {name: value for name, value in call.items() if name in takes and value is not None}
         with torch.no_grad():
@@ -192,7 +193,7 @@ def merging_module(model: Any, features: str = "get_image_features") -> nn.Modul
     found = [
         module
         for module in model.modules()
-        if hasattr(module, features) and "input_ids" in inspect.signature(module.forward).parameters
+        if _has(module, features) and "input_ids" in inspect.signature(module.forward).parameters
     ]
     if not found:
         raise TypeError(
@@ -200,6 +201,13 @@ def merging_module(model: Any, features: str = "get_image_features") -> nn.Modul
             "them into the rows of a decoder, so no tokens can be taken out of them."
         )
     return found[-1]
+
+
+def _has(module: Any, path: str) -> bool:
+    """Whether there is something at a dotted path."""
+    for part in path.split("."):
+        module = getattr(module, part, None)
+    return module is not None
 
 
 def mixing_module(entry: Any, decoder: Any) -> str:

@@ -154,9 +154,10 @@ def _mixer(layer: Any, text: Any) -> dict[str, int]:
         return _latent(module, text)
     if hasattr(module, "q_proj"):
         return _grouped(module)
-    if hasattr(module, "query_key_value"):
-        width = _width(module.dense)[0]
-        return {"scores": 2 * width, "cached": _width(module.query_key_value)[1] - width}
+    for joined, out in (("query_key_value", "dense"), ("qkv_proj", "o_proj")):  # GPT-NeoX, Phi
+        if hasattr(module, joined):
+            width = _width(getattr(module, out))[0]
+            return {"scores": 2 * width, "cached": _width(getattr(module, joined))[1] - width}
     raise _Unknown("attention")
 
 

@@ -17,7 +17,8 @@ from tokenprune.adapters._layer_shapes import width_of
 from tokenprune.interfaces.visual import TowerWork
 
 FIXED = {
-    "CLIPVisionModel", "Idefics3VisionTransformer", "JanusVisionModel", "QianfanOCRVisionModel", "SiglipVisionModel",
+    "CLIPVisionModel", "Idefics3VisionTransformer", "JanusVisionModel", "Phi4MultimodalVisionModel",
+    "QianfanOCRVisionModel", "SiglipVisionModel",
 }  # fmt: skip
 """Towers that see every picture at one size."""
 PACKED = {
@@ -46,7 +47,7 @@ _MERGES = ("spatial_merge_size", "merge_kernel_size")
 Projector = tuple[()] | int | None
 _IN = ("q_proj", "qkv", "wqkv")
 _OUT = ("out_proj", "o_proj", "proj", "projection_layer")
-_POOLERS = ("SiglipMultiheadAttentionPoolingHead",)
+_POOLERS = ("Phi4MultimodalVisionMultiheadAttentionPoolingHead", "SiglipMultiheadAttentionPoolingHead")
 
 
 @dataclass(frozen=True)

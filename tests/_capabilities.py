@@ -1,10 +1,15 @@
 """The five capabilities of every class that tests run, from the outcomes of their cells: `adapters/capabilities.yaml`,
-which `tokenprune ls models` reads, and the table of docs/support.md."""
+which `tokenprune ls models` reads, and the table of docs/support.md.
+
+`python tests/_capabilities.py docs/support.md` writes both for what the cells are to come to, which they then have to:
+a class that is new to the zoo needs no run of all others."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -97,3 +102,17 @@ def missing_table() -> str:
 def outcomes_of(found: Mapping[tuple[str, str], list[str]]) -> dict[tuple[str, str], Any]:
     """One outcome of the cells of each family and plan: "passed" if all did, "refused" if it is refused."""
     return {key: kinds[0] if len(set(kinds)) == 1 else "failed" for key, kinds in found.items()}
+
+
+def write(page: Path) -> None:
+    """Write what the cells are to come to into `FILE` and the tables of `page`."""
+    from tokenprune.evals.report.readme import between
+
+    rows = capabilities(expected())
+    text = between(page.read_text(encoding="utf-8"), "classes", as_table(rows))
+    page.write_text(between(text, "missing", missing_table()), encoding="utf-8")
+    FILE.write_text(as_yaml(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

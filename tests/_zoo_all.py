@@ -71,7 +71,7 @@ LACKS: dict[tuple[str, str], str] = {
             for name in (
                 "gemma4", "gemma4_window", "gemma4_moe", "molmo2", "video_llava", "idefics2", "got_ocr2",
                 "deepseek_ocr2", "aria", "step3p7", "gemma4_unified", "lfm3_vl", "muse_glimmer", "muse_spark",
-                "chameleon", "emu3", "fast_vlm", "perception_lm", "llama4", "fuyu", "gemma3n",
+                "chameleon", "emu3", "fast_vlm", "perception_lm", "llama4", "fuyu", "gemma3n", "phi4_multimodal",
             )
         ],
         "has no tower signals",
@@ -81,7 +81,7 @@ LACKS: dict[tuple[str, str], str] = {
             (name, "vision_0")
             for name in (
                 "apertus1p5", "aria", "chameleon", "emu3", "fast_vlm", "fuyu", "gemma3n", "gemma4_unified", "got_ocr2",
-                "granite4_vision", "idefics2", "lfm3_vl", "perception_lm", "video_llava",
+                "granite4_vision", "idefics2", "lfm3_vl", "perception_lm", "phi4_multimodal", "video_llava",
             )
         ],
         _WHOLE,
@@ -100,6 +100,7 @@ LACKS: dict[tuple[str, str], str] = {
 """By family and plan, what is said of a plan that the family cannot take: latents without a grid, keys from a latent,
 layers without rotation, queries that are normalised once they are turned, keys that a layer takes over from another,
 layers without attention, attention logits that are capped, rotation by complex numbers; towers that pool patches by
-their places or by attention, mix them in convolutions, have neighbourhoods, or are two."""
+their places or by attention, mix them in convolutions, have neighbourhoods, are told by a mask which patches are
+picture, or are two."""
 
 __all__ = ["CELLS", "FAMILIES", "KEEP", "LACKS", "PICTURES", "PLANS", "zoo_batch", "zoo_model"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from _zoo import (
+    BREAK,
     END,
     EXPERTS,
     IMAGE,
@@ -290,3 +292,40 @@ def step3p7() -> Made:
     return Step3p7ForConditionalGeneration, Step3p7Config(
         vision_config={**_VIT48, "max_position_embeddings": 144}, text_config=text, image_token_id=IMAGE
     )
+
+
+def _filled_up(rows: Rows) -> Batch:
+    """Pictures as a thumbnail and tiles of 24 x 24 pixels, 3 x 3 tokens each, and how much of the tiles is picture; in
+    a batch with larger ones they are filled up with tiles of zeros (Phi-4 Multimodal)."""
+    shapes = [((1, 1), (6, 6)), ((1, 2), (6, 9)), ((2, 1), (7, 4)), ((2, 2), (10, 12))]  # tiles; patches of picture
+    found = [shapes[rows.below(4)] for _ in range(rows.total)]
+    most = 1 + max(high * wide for (high, wide), _ in found)
+    pixels, masks, lengths = torch.zeros(rows.total, most, 3, 24, 24), torch.ones(rows.total, most, 6, 6), []
+    for own, ((high, wide), (down, across)) in enumerate(found):
+        tiles = high * wide
+        pixels[own, : 1 + tiles] = rows.pixels(1 + tiles, 3, 24, 24)
+        whole = torch.zeros(6 * high, 6 * wide)
+        whole[:down, :across] = 1
+        masks[own, 1 : 1 + tiles] = whole.view(high, 6, wide, 6).transpose(1, 2).reshape(tiles, 6, 6)
+        lengths.append(-(-down // 2) * (-(-across // 2) + 1) + 1 + 3 * 4)
+    batch = rows.write([[IMAGE] * length for length in lengths])
+    sizes = torch.tensor([[24 * high, 24 * wide] for (high, wide), _ in found])
+    return {**batch, "image_pixel_values": pixels, "image_sizes": sizes, "image_attention_mask": masks}
+
+
+@zoo(_filled_up)
+def phi4_multimodal() -> Made:
+    """The decoder merges by itself, and turns half of each head."""
+    from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
+
+    audio = {
+        "hidden_size": 16, "intermediate_size": 16, "num_blocks": 1, "num_attention_heads": 2, "input_size": 8,
+        "ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16, "nemo_conv_channels": 8, "time_reduction": 2,
+        "bias_max_distance": 8, "audio_token_id": BREAK,
+    }  # fmt: skip
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    factors = {"short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 3.0, 4.0]}
+    return Phi4MultimodalForCausalLM, Phi4MultimodalConfig(
+        **TEXT, vision_config={**_VIT24, "crop_size": 24, "image_token_id": IMAGE}, audio_config=audio,
+        rope_parameters={**rope, **factors}, original_max_position_embeddings=512,
+    )  # fmt: skip

@@ -127,7 +127,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
 
     text = path.read_text(encoding="utf-8")
     if versions in (None, "constraints"):
-        text = between(text, "cells", table(found, len(cells)))
+        if found:  # else classes of the zoo alone were run
+            text = between(text, "cells", table(found, len(cells)))
         if read_off and found:
             from _capabilities import FILE, as_table, as_yaml, capabilities, elsewhere, missing_table, outcomes_of
 

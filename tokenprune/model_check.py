@@ -77,6 +77,8 @@ def _unread(adapter: Adapter) -> str:
             f"{latents} makes visual tokens that look at all of a picture, so which patches are a token's cannot be "
             "said, and the tower is not read"
         )
+    if type(adapter).visuals is not Adapter.visuals and not adapter.behind_tower:
+        return f"the family file {adapter.name!r} lays its pictures out and does not say how its tower is read"
     return "a family file would have to say where they are"
 
 

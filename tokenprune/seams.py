@@ -295,6 +295,7 @@ EVALUATION_SEAMS: tuple[Seam, ...] = (
     Seam("transformers:AutoConfig.from_pretrained", "planning a run"),
     Seam("transformers:AutoModelForImageTextToText.from_pretrained", "loading a model"),
     Seam("transformers:AutoModelForImageTextToText._model_mapping", "loading the part of a model that takes pictures"),
+    Seam("transformers:AutoModelForMultimodalLM._model_mapping", "loading a model of pictures and audio"),
     Seam("transformers:AutoProcessor.from_pretrained", "loading a processor"),
     Seam("transformers:StoppingCriteria.__call__", "timing decode steps", ("input_ids", "scores")),
     Seam("transformers:StoppingCriteriaList", "timing decode steps"),

@@ -76,7 +76,7 @@ def tower_seconds(sized: SizedModel, inputs: dict[str, Any], rounds: int) -> flo
 
     adapter = sized.adapter
     kind = next(kind for kind, name in adapter.pixels.items() if inputs.get(name) is not None)
-    encode = getattr(adapter.entry, adapter.features[kind])
+    encode = getattr(*adapter.features_call(kind))
     given = {name: value for name, value in inputs.items() if name in inspect.signature(encode).parameters}
     times = [timed(sized.model.device, lambda: encode(**given, return_dict=True))[0] for _ in range(rounds + 1)]
     return median_iqr(times[1:])["median"]

@@ -199,7 +199,7 @@ class SharedTower:
             raise ValueError("This release of transformers takes no features computed ahead, so no tower is shared.")
         with self._recorder.applied():
             for kind in pixels:
-                encode: Callable[..., Any] = getattr(self._adapter.entry, self._adapter.features[kind])
+                encode: Callable[..., Any] = getattr(*self._adapter.features_call(kind))
                 names = inspect.signature(encode).parameters
                 given = {name: inputs[name] for name in names if name in inputs}
                 encoded[kind] = encode(**given, return_dict=True)

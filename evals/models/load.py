@@ -137,13 +137,13 @@ def load_model(
     check_dtype(dtype)
     check_device(device)
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     whole = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     part = part_with_pictures(whole)
     given = {} if part is whole else {"config": part}
-    model: Any = AutoModelForImageTextToText.from_pretrained(
+    model: Any = auto_class(part).from_pretrained(
         source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **given
     )
     model = model.to(device).eval()
@@ -154,6 +154,27 @@ def load_model(
             raise
         processor = None
     return LoadedModel(name, model, processor, fingerprint(source, model))
+
+
+def auto_class(config: Any) -> Any:
+    """The Auto class that makes models of a config: transformers keeps those which answer about pictures and audio,
+    such as Phi-4 Multimodal, apart from those which answer about pictures.
+
+    Raises:
+        ValueError: the config is of neither, and no code comes with it.
+    """
+    from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        if type(config) in auto._model_mapping:
+            return auto
+    if hasattr(config, "auto_map"):
+        return AutoModelForImageTextToText
+    raise ValueError(
+        f"transformers makes no model that answers in text about pictures of a {type(config).__name__} (it is in the "
+        "list neither of AutoModelForImageTextToText nor of AutoModelForMultimodalLM), so it cannot be loaded by name. "
+        "If it has pictures, load it by its own class and give it to tokenprune.apply."
+    )
 
 
 def part_with_pictures(config: Any) -> Any:

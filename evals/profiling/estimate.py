@@ -22,7 +22,14 @@ from tokenprune.engine.bypass import skipped
 from tokenprune.engine.prompt_reader import prompt_visuals
 from tokenprune.evals.config.points import NONE, Point
 from tokenprune.evals.evaluation.applied_method import method_of
-from tokenprune.evals.models.load import LoadedModel, fingerprint, model_source, part_with_pictures, ready_processor
+from tokenprune.evals.models.load import (
+    LoadedModel,
+    auto_class,
+    fingerprint,
+    model_source,
+    part_with_pictures,
+    ready_processor,
+)
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.bypass import Bypass
 from tokenprune.interfaces.pruner import Stage
@@ -90,7 +97,7 @@ def unloaded(name: str) -> tuple[LoadedModel, Adapter]:
         TypeError, ValueError: no adapter covers the model.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig
     from transformers.utils import logging
     from transformers.utils.hub import cached_file
 
@@ -105,7 +112,8 @@ def unloaded(name: str) -> tuple[LoadedModel, Adapter]:
     else:
         made_of = fingerprint(source)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(part_with_pictures(AutoConfig.from_pretrained(source)))
+        part = part_with_pictures(AutoConfig.from_pretrained(source))
+        model = auto_class(part).from_config(part)
     adapter = adapter_for(model)
     real = SimpleNamespace(device="cpu", dtype=torch.float32)  # where the prompt goes: the model is on no device
     return LoadedModel(name, real, ready_processor(source), made_of), adapter

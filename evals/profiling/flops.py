@@ -99,7 +99,7 @@ class _Tally:
 
     @contextmanager
     def of(self, modules: dict[str, Any], decoder: Any) -> Iterator[None]:
-        """Count in these modules, in selections, and before the decoder."""
+        """Count in these modules, in selections, and before the decoder (or a part of it)."""
         hooks = [decoder.register_forward_pre_hook(self._reached, with_kwargs=True)]
         self.front = 0
         self.spent = dict.fromkeys(modules, 0)
@@ -138,7 +138,9 @@ def count_once(adapter: Adapter, inputs: dict[str, Any]) -> dict[str, float]:
     vision, projector = adapter.vision.module, adapter.projector
     modules = {"vision": vision, "projector": projector, "head": adapter.head}
     modules |= {f"layer:{i}": layer for i, layer in enumerate(adapter.layers)}
-    with torch.inference_mode(), counter, tally.of(modules, adapter.language_model):
+    # a decoder that merges by itself runs the tower too, which is no part of its work
+    decoder = adapter.layers[0] if adapter.entry is adapter.language_model else adapter.language_model
+    with torch.inference_mode(), counter, tally.of(modules, decoder):
         first = _FirstToken(lambda: {**tally.spent, "selection": tally.selection, "total": counter.get_total_flops()})
         adapter.model.generate(
             **inputs,

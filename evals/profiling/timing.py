@@ -68,7 +68,7 @@ def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], stays: Stays) -> 
     ids = inputs["input_ids"]
     kind = next(kind for kind, name in adapter.pixels.items() if inputs.get(name) is not None)
     placeholder = adapter.placeholder_ids[kind]
-    encode: Callable[..., Any] = getattr(adapter.entry, adapter.features[kind])
+    encode: Callable[..., Any] = getattr(*adapter.features_call(kind))
     names = inspect.signature(encode).parameters
     vision = {name: value for name, value in inputs.items() if name in names}
     left = {layer: part.to(ids.device) for layer, part in (stays if isinstance(stays, dict) else {0: stays}).items()}
@@ -83,12 +83,17 @@ def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], stays: Stays) -> 
     mask = torch.ones_like(short_ids)
     shorter = ShorterLayers(adapter.layers, keep, left)
 
-    def run() -> Any:
+    def short_rows() -> torch.Tensor:
+        if adapter.entry is adapter.language_model:  # it merges by itself
+            return adapter.merged(inputs)[keep].view(*short_ids.shape, -1)
         features = torch.cat(list(encode(**vision, return_dict=True).pooler_output))
         # LLaVA-1.5 stacks equal pictures, the others list them
         features = features.flatten(0, -2)
         embeds = model.get_input_embeddings()(short_ids)
-        embeds = embeds.masked_scatter(places[..., None], features[rows].to(embeds.dtype))
+        return embeds.masked_scatter(places[..., None], features[rows].to(embeds.dtype))
+
+    def run() -> Any:
+        embeds = short_rows()
         with shorter.at_work():
             return model(inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1)
 

@@ -93,7 +93,7 @@ def seen_views(
         step = max(1, len(image) // len(rasters))  # several frames may share a raster: the first is shown
         frames = enumerate(rasters[:_MOST])
         return [SeenView(_drawn(image[number * step], raster), raster, which) for number, (raster, which) in frames]
-    pixels = inputs["pixel_values"]
+    pixels = inputs[loaded.adapter.pixels[own_kind]]
     views: list[SeenView] = []
     for number, (raster, which) in enumerate(rasters[:_MOST]):
         tile = pixels[number] if pixels.dim() == 4 else pixels[0, number] if raster.kind == "crop" else None

@@ -107,6 +107,16 @@ def _got_ocr2() -> Any:
     return random_model(cls, config, "eager")
 
 
+def _phi4_multimodal() -> Any:
+    """A thumbnail is 256 tokens, whatever the settings say: 32 x 32 patches."""
+    cls, config = made("phi4_multimodal")
+    config.vision_config.image_size = config.vision_config.crop_size = 64
+    config.vision_config.patch_size = 2
+    config.max_position_embeddings = config.original_max_position_embeddings = 4096
+    config.rope_parameters["original_max_position_embeddings"] = 4096
+    return random_model(cls, config)
+
+
 def _omni() -> Any:
     """The whole of it, as checkpoints are, but for the part that speaks."""
     from transformers import Qwen2_5OmniForConditionalGeneration
@@ -319,6 +329,15 @@ STOCK = {
             "crop_to_patches": False,
         },
         {2: "<|im_start|>", 3: "<img>", 4: "</img>", 5: "<imgpad>", 6: "<|im_end|>"}, model=_got_ocr2,
+    ),
+    "phi4_multimodal": Stock(
+        "Phi4MultimodalProcessor", "<|image|>",
+        {
+            "image_processor_type": "Phi4MultimodalImageProcessor", **STEPS, **HALF, **_side(64), "patch_size": 2,
+            "dynamic_hd": 4, "feature_extractor_type": "Phi4MultimodalFeatureExtractor",
+        },
+        {5: "<|image|>", 7: "<|audio|>"}, named={"image_token": "<|image|>", "audio_token": "<|audio|>"},
+        torchvision=True, model=_phi4_multimodal,
     ),
     "qwen2_5_omni": Stock(
         "Qwen2_5OmniProcessor", "<|vision_bos|><|IMAGE|><|vision_eos|>",

@@ -30,6 +30,7 @@ from tokenprune.engine.guards import (
     check_places,
     check_replica,
     check_right_padding,
+    check_rotation,
 )
 from tokenprune.engine.hints import Hints
 from tokenprune.engine.layer_cuts import LayerCuts
@@ -240,6 +241,8 @@ class Engine:
             self._layers.hook_from(before.segments[1].first_layer)
         check_mask(inputs)
         config = self.adapter.language_model.config
+        if before is not None:
+            check_rotation(config, inputs, before)
         if prompt is not None and self.stages:
             check_places(config, inputs, made)
             check_right_padding(config, inputs, prompt.pad_left, self.calls.generation is not None)

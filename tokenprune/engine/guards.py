@@ -17,6 +17,7 @@ from tokenprune.interfaces.capability import INPUT_CUTS
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.signals import DECODER_SIGNALS
 from tokenprune.state.call_inputs import CallInputs
+from tokenprune.state.kv_cache import PrunedPrompt
 from tokenprune.state.prompt_layout import Layout
 from tokenprune.state.prompt_state import Prompt
 from tokenprune.wrappers import runs_again
@@ -293,6 +294,33 @@ def check_places(config: Any, inputs: CallInputs, made: Any) -> None:
             "In this decoder pictures see themselves in both directions, and this call does not say which tokens are "
             "pictures. Pass the token_type_ids and the attention_mask that the model's processor gives."
         )
+
+
+def check_rotation(config: Any, inputs: CallInputs, before: PrunedPrompt) -> None:
+    """Raise ValueError where new tokens pass the position from which a decoder turns all of a row otherwise (longrope),
+    and its cache holds keys that were turned before.
+
+    Args:
+        config: the decoder's.
+        inputs: what it was given.
+        before: the pruned prompt that its cache holds.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    limit = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    if limit is None or inputs.past + inputs.length <= limit:
+        return
+    for segment in before.segments:
+        places = inputs.text_positions
+        places = torch.arange(inputs.past, inputs.past + inputs.length)[None] if places is None else places  # [B, S]
+        places = places - segment.shift.to(places.device)[:, None]
+        first, last = torch.stack([places[:, 0].max(), places.max()]).tolist()
+        if bool(segment.shift.any()) and first <= limit <= last:
+            raise ValueError(
+                f"From position {limit} on, a decoder with {type(config).__name__} turns queries and keys by other "
+                "factors (longrope). The positions of a pruned prompt are closed up, so its answer gets there while "
+                "the cache holds keys that were turned by the first ones. Pass positions='keep', or ask for a shorter "
+                "answer."
+            )
 
 
 def check_right_padding(config: Any, inputs: CallInputs, pad_left: bool, generating: bool) -> None:

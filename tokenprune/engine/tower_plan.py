@@ -26,7 +26,8 @@ def spent_signals(stages: Sequence[Stage], tower: TowerInfo) -> dict[int, list[S
 
 def arguments_in_config(adapter: Adapter) -> dict[str, Any]:
     """Arguments of the features calls that stand in the model's config too, with their values there."""
-    config, entry = adapter.model.config, type(adapter.entry)
-    methods = [getattr(entry, name) for name in adapter.features.values()]
+    config = adapter.model.config
+    calls = [adapter.features_call(kind) for kind in adapter.features]
+    methods = [getattr(type(owner), name) for owner, name in calls]
     names = {name for method in methods for name in inspect.signature(method).parameters} - OF_ANY_CALL
     return {name: getattr(config, name) for name in sorted(names) if hasattr(config, name)}

@@ -115,9 +115,9 @@ class TowerHooks:
                     ledger.hook(attention.register_forward_pre_hook(mask, with_kwargs=True))
             for module in vision.exits:  # first, so that others see the length that they expect
                 ledger.hook(module.register_forward_hook(opaque(self._leave_tower), prepend=vision.restores_blocks))
-        for kind, name in self.adapter.features.items():
-            original = getattr(self.adapter.entry, name)
-            ledger.set(self.adapter.entry, name, self._wrap(kind, original))
+        for kind in self.adapter.features:
+            owner, name = self.adapter.features_call(kind)
+            ledger.set(owner, name, self._wrap(kind, getattr(owner, name)))
 
     def _check(self, signal: Signal) -> None:
         vision = self.adapter.vision

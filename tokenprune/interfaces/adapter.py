@@ -205,7 +205,7 @@ class Adapter:
         language_model: the decoder stack, called with `inputs_embeds`.
         layers: its layers.
         placeholder_ids: by kind ("image", "video"), the id of the placeholder token.
-        features: by kind, the method of `entry` that makes visual tokens.
+        features: by kind, what makes visual tokens: a method of `entry`, or the path in it to a module that is called.
         pixels: by kind, the name of the argument with the pixels.
         vision: the vision tower.
         projector: the module between tower and decoder that costs are counted of; None if it is part of the tower.
@@ -273,6 +273,14 @@ class Adapter:
         self.language_model = submodule(model, self.decoder_path)
         self.projector = submodule(model, self.projector_path)
         self.placeholder_ids = {kind: getattr(model.config, f"{kind}_token_id") for kind in self.features}
+
+    def features_call(self, kind: str) -> tuple[Any, str]:
+        """The object that is asked for features of a kind, and the attribute of it that is called: a method of `entry`;
+        `forward` where `features` leads to a module."""
+        path, _, name = self.features[kind].rpartition(".")
+        owner = submodule(self.entry, path) if path else self.entry
+        found = getattr(owner, name)
+        return (found, "forward") if isinstance(found, nn.Module) else (owner, name)
 
     @property
     def tower(self) -> TowerInfo:
