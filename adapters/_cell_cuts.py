@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.adapters._short_rows import ShortRows
-from tokenprune.interfaces.adapter import VisionTower
+from tokenprune.interfaces.vision_tower import VisionTower
 
 
 @dataclass

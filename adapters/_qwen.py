@@ -17,7 +17,7 @@ from tokenprune.adapters._vit import CLIP_PIXELS
 from tokenprune.adapters._windows import has_windows, window_order
 from tokenprune.cost import ModelShape, tower_flops
 from tokenprune.hooks import Scratch
-from tokenprune.interfaces.adapter import Adapter, VisionTower, submodule
+from tokenprune.interfaces.adapter import Adapter, submodule
 from tokenprune.interfaces.signals import (
     ATTENTION_BY_HEAD,
     GREY_ENTROPY,
@@ -30,6 +30,7 @@ from tokenprune.interfaces.signals import (
     VALUE_NORM,
     TowerInfo,
 )
+from tokenprune.interfaces.vision_tower import VisionTower
 from tokenprune.interfaces.visual import Raster, TowerWork, Visual
 
 _ORDERS = 64  # orders of windows that are kept, by the sizes of a batch

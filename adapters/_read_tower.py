@@ -23,7 +23,6 @@ from tokenprune.adapters._tower_cost import TowerCost
 from tokenprune.adapters._vit import CLIP_PIXELS, IMAGENET_PIXELS, SIGLIP_PIXELS, feature_block
 from tokenprune.adapters._windows import has_windows, window_order
 from tokenprune.cost import ModelShape
-from tokenprune.interfaces.adapter import VisionTower
 from tokenprune.interfaces.signals import (
     ATTENTION_BY_HEAD,
     CLS_ATTENTION,
@@ -41,6 +40,7 @@ from tokenprune.interfaces.signals import (
     VALUE_NORM,
     TowerInfo,
 )
+from tokenprune.interfaces.vision_tower import VisionTower
 from tokenprune.interfaces.visual import TowerWork
 
 ORDERS = ("cells", "raster", "windows")
@@ -196,6 +196,10 @@ class ReadTower(CellCuts, UnreadTower):
             batch = False  # one picture alone
         at = self.rows_at(run, picture, batch, inside=True).to(values.device)
         return values[picture if batch else 0].index_select(1, at)
+
+    def fills_up(self, run: CellRun, unseen: Tensor) -> bool:
+        values = unseen[:, None, :, None]  # [b, 1, T, 1]
+        return bool(torch.cat([self.rows(values, run, own).flatten() for own in range(len(run.grids))]).any())
 
     def by_cell(self, values: Tensor) -> Tensor:
         return values.unflatten(1, (-1, self.patches_per_cell)).mean(dim=2)

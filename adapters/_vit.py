@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tokenprune.cost import ModelShape
 from tokenprune.hooks import Scratch
-from tokenprune.interfaces.adapter import VisionTower
 from tokenprune.interfaces.signals import (
     ATTENTION_BY_HEAD,
     CLS_ATTENTION,
@@ -29,6 +28,7 @@ from tokenprune.interfaces.signals import (
     VALUE_NORM,
     TowerInfo,
 )
+from tokenprune.interfaces.vision_tower import VisionTower
 from tokenprune.interfaces.visual import TowerWork, Visual
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from tokenprune.engine.hints import Hints
 from tokenprune.engine.prompt_reader import Tiles
 from tokenprune.engine.tower_layout import Layouts, check_lengths
+from tokenprune.engine.tower_mask import check_filling
 from tokenprune.engine.tower_pass import TowerPass
 from tokenprune.engine.tower_plan import arguments_in_config, spent_signals
 from tokenprune.engine.tower_probe import check_tower
@@ -105,6 +106,9 @@ class TowerHooks:
             names = [signal for signal in self._of_blocks if signal.layer == block]
             for hook in vision.hook_attention(block, opaque(functools.partial(self._record, names))):
                 ledger.hook(hook)
+        if len(vision.blocks) and (self._of_blocks or self._cuts):
+            first = opaque(self._enter_tower)
+            ledger.hook(vision.blocks[0].register_forward_pre_hook(first, with_kwargs=True))
         if self._cuts:
             for block in range(min(self._cuts) + 1, len(vision.blocks)):
                 hook = opaque(functools.partial(self._enter_block, block))
@@ -190,6 +194,11 @@ class TowerHooks:
                     "read off the prompt: here features are asked for without one. Let forward() or generate() encode "
                     "the pictures, or give keep as a fraction."
                 ) from error
+
+    def _enter_tower(self, module: Any, args: Any, kwargs: Any) -> None:
+        run = self._run
+        if run is not None and not run.probing:
+            run.once_laid_out(lambda: check_filling(self.adapter, run.run, args, kwargs))
 
     def _record(self, signals: Sequence[Signal], read: Any) -> None:
         run = self._run

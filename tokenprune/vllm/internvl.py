@@ -11,7 +11,7 @@ import torch
 from vllm.model_executor.models import interns1
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from tokenprune.interfaces.adapter import VisionTower
+from tokenprune.interfaces.vision_tower import VisionTower
 from tokenprune.vllm.families import FAMILIES
 from tokenprune.vllm.processing import PruningInfo, PruningProcessor
 from tokenprune.vllm.settings import ModelFacts

@@ -13,7 +13,7 @@ from vllm.model_executor.models import llava_next, llava_onevision
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from tokenprune.interfaces.adapter import VisionTower
+from tokenprune.interfaces.vision_tower import VisionTower
 from tokenprune.vllm.families import FAMILIES
 from tokenprune.vllm.processing import PruningInfo, PruningProcessor
 from tokenprune.vllm.settings import ModelFacts, engine_text

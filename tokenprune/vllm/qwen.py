@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm.model_executor.models import qwen2_5_vl, qwen2_vl, qwen3_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from tokenprune.interfaces.adapter import VisionTower
+from tokenprune.interfaces.vision_tower import VisionTower
 from tokenprune.vllm.families import Qwen3Family, QwenFamily
 from tokenprune.vllm.positions import grid_positions, pack, place_visuals, prompt_positions, unpack
 from tokenprune.vllm.processing import PruningInfo, PruningProcessor

@@ -22,9 +22,9 @@ from tokenprune.engine.batched_selection import (
     parts_of,
 )
 from tokenprune.engine.tower_pass import TowerPass
-from tokenprune.interfaces.adapter import VisionTower
 from tokenprune.interfaces.pruner import Stage
 from tokenprune.interfaces.signals import ATTENTION_BY_HEAD, PIXEL_SIGNALS, TOWER_KEYS, TOWER_STATES, Signal, TowerInfo
+from tokenprune.interfaces.vision_tower import VisionTower
 from tokenprune.interfaces.visual import Visual
 from tokenprune.state.tower_recording import Recording
 from tokenprune.vllm.settings import Setting

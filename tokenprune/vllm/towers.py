@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.interfaces.adapter import VisionTower
 from tokenprune.interfaces.signals import (
     ATTENTION_BY_HEAD,
     CLS_ATTENTION,
@@ -33,6 +32,7 @@ from tokenprune.interfaces.signals import (
     VALUE_NORM,
     TowerInfo,
 )
+from tokenprune.interfaces.vision_tower import VisionTower
 
 _PATCHES = (
     MEAN_VALUE_SIMILARITY, VALUE_NORM, SINK_ATTENTION, SINK_ATTENTION_SUM, GREY_ENTROPY, TOWER_STATES, TOWER_KEYS,

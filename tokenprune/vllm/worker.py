@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.interfaces.adapter import VisionTower
+from tokenprune.interfaces.vision_tower import VisionTower
 from tokenprune.vllm.families import Family
 from tokenprune.vllm.processing import field_name
 from tokenprune.vllm.seams import check_config
