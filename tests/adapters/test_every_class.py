@@ -31,6 +31,27 @@ def test_no_class_of_transformers_is_forgotten() -> None:
     assert not {*MISSING} & (covered | with_files), "said to be missing, and is not"
 
 
+_HEARD = (
+    "FunAsrNanoForConditionalGeneration", "GlmAsrForConditionalGeneration", "GraniteSpeechForConditionalGeneration",
+    "GraniteSpeechPlusForConditionalGeneration", "KyutaiSpeechToTextForConditionalGeneration",
+    "MossTranscribeDiarizeForConditionalGeneration", "Nemotron3_5TranscribeForConditionalGeneration",
+    "OmniASRForConditionalGeneration", "Qwen2AudioForConditionalGeneration", "Qwen3ASRForConditionalGeneration",
+    "VibeVoiceAsrForConditionalGeneration", "VoxtralForConditionalGeneration", "VoxtralRealtimeForConditionalGeneration",
+)  # fmt: skip
+"""Classes of several modalities that take sounds, and no pictures."""
+_BY_THEIR_THINKERS = ("Qwen2_5OmniForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration")
+"""Those that speak: the part that answers in text is a class of its own, which is covered."""
+
+
+def test_no_class_of_several_modalities_is_forgotten() -> None:
+    from transformers.models.auto import modeling_auto
+
+    named = {*modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()} - {*MAPPING.values()}
+    covered = {*yaml.safe_load(FILE.read_text(encoding="utf-8"))}
+    assert named <= covered | {*MISSING} | {*_HEARD} | {*_BY_THEIR_THINKERS}
+    assert {one.replace("ForC", "ThinkerForC") for one in _BY_THEIR_THINKERS} <= covered
+
+
 def test_the_list_of_what_is_missing_stands_in_the_docs_and_on_the_command_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
