@@ -36,7 +36,8 @@ _HEARD = (
     "GraniteSpeechPlusForConditionalGeneration", "KyutaiSpeechToTextForConditionalGeneration",
     "MossTranscribeDiarizeForConditionalGeneration", "Nemotron3_5TranscribeForConditionalGeneration",
     "OmniASRForConditionalGeneration", "Qwen2AudioForConditionalGeneration", "Qwen3ASRForConditionalGeneration",
-    "VibeVoiceAsrForConditionalGeneration", "VoxtralForConditionalGeneration", "VoxtralRealtimeForConditionalGeneration",
+    "VibeVoiceAsrForConditionalGeneration", "VoxtralForConditionalGeneration",
+    "VoxtralRealtimeForConditionalGeneration",
 )  # fmt: skip
 """Classes of several modalities that take sounds, and no pictures."""
 _BY_THEIR_THINKERS = ("Qwen2_5OmniForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration")
