@@ -15,6 +15,7 @@ import pytest
 from _paths import ROOT
 from _runs import QUIET, answers_of, config, table_of
 
+from tokenprune import user_files
 from tokenprune.cli import main
 from tokenprune.evals.config.measure import Overlays
 from tokenprune.evals.errors import UserError
@@ -23,7 +24,20 @@ from tokenprune.evals.sweep.executors import ray as cluster
 from tokenprune.evals.sweep.model_worker import Worked
 from tokenprune.evals.sweep.sweep import run
 from tokenprune.evals.tasks.load import load_task
+from tokenprune.registry import METHODS
 from tokenprune.user_files import VARIABLE
+
+EVERY_THIRD = """
+from dataclasses import dataclass
+import torch
+from tokenprune import Pruner, register_method
+
+@register_method("every_third")
+@dataclass
+class EveryThird(Pruner):
+    def score(self, view):
+        return (torch.arange(view.features.shape[1]) % 3 == 0).float().expand(view.features.shape[:2])
+"""
 
 
 def test_shares_are_the_batches_of_one(tiny_task):
@@ -133,6 +147,27 @@ def test_ray_retries_the_point_of_a_dead_worker(tmp_path, tiny_folder, tiny_task
     assert answers_of(folder) == answers_of(tmp_path / "one")
     assert table_of(folder) == table_of(tmp_path / "one")
     assert not (folder / "samples.jsonl").exists(), "the driver asks nothing itself"
+
+
+@pytest.mark.slow
+def test_workers_of_a_cluster_know_methods_of_ones_own(tmp_path, tiny_folder, tiny_task, two_cores):
+    """The cluster runs before the command does, so its workers have nothing of the command's environment."""
+    own = tmp_path / "every_third.py"
+    own.write_text(EVERY_THIRD)
+    sweep = tmp_path / "sweep.yaml"
+    settings = {"model": tiny_folder, "tasks": [tiny_task], "methods": ["every_third"], "keep": [9], "limit": 4,
+                "references": False, "overlays": {"samples": 4}, "measure": {"times": False}}  # fmt: skip
+    sweep.write_text(json.dumps(settings))
+    try:
+        for executor in ("ray", "local"):
+            more = ["--executor", executor, "--output", str(tmp_path / executor)]
+            assert main(["sweep", str(sweep), *more, "--import", str(own)]) == 0
+        assert answers_of(tmp_path / "ray") == answers_of(tmp_path / "local")
+        rows = [json.loads(line) for line in next((tmp_path / "ray").glob("samples.ray-*.jsonl")).open()]
+        assert len(rows) == 4 and {tuple(row["kept"][0]) for row in rows} == {tuple(range(0, 27, 3))}
+    finally:
+        METHODS.unregister("every_third")
+        user_files._imported.pop(own.resolve(), None)
 
 
 @pytest.mark.parametrize(
