@@ -166,3 +166,37 @@ def test_an_engine_with_a_bad_setting_does_not_start(setting):
 
     with pytest.raises(Exception, match="(?s)divprune'|inside the decoder|Say how many|decides by picture"):
         engine(folder("llava"), setting)
+
+
+@pytest.mark.parametrize(
+    "setting, says",
+    [
+        ("divprun@64", "Did you mean 'divprune'"),
+        ("fastv@64", "inside the decoder"),
+        ("divprune", "Say how many"),
+        (64, "is a text like"),
+    ],
+)
+def test_a_bad_setting_is_refused_before_any_process_is_started(setting, says):
+    from _vllm import register_classes
+    from vllm.engine.arg_utils import EngineArgs
+
+    register_classes()
+    with pytest.raises(RuntimeError, match=f"The setting tokenprune of this engine: .*{says}"):
+        EngineArgs(model=folder("llava"), mm_processor_kwargs={"tokenprune": setting}).create_model_config()
+
+
+def test_the_log_says_that_an_engine_prunes_and_by_what(monkeypatch):
+    from _vllm import register_classes
+    from vllm.engine.arg_utils import EngineArgs
+
+    from tokenprune.vllm import processing
+
+    register_classes()
+    said = []
+    monkeypatch.setattr(processing.LOGGER, "info_once", lambda *parts: said.append(parts[0] % parts[1:]))
+    for setting in (None, {"tokenprune": "divprune@64 | uniform | pool@0.1"}):
+        EngineArgs(model=folder("llava"), mm_processor_kwargs=setting).create_model_config()
+    assert set(said) == {
+        "tokenprune prunes the pictures of this engine: divprune@64 by default, uniform@64, pool@0.1 on request."
+    }

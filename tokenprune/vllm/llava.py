@@ -15,7 +15,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from tokenprune.interfaces.vision_tower import VisionTower
 from tokenprune.vllm.families import FAMILIES
-from tokenprune.vllm.processing import PruningInfo, PruningProcessor
+from tokenprune.vllm.processing import PruningInfo, PruningProcessor, refused_at_once
 from tokenprune.vllm.settings import ModelFacts, engine_text
 from tokenprune.vllm.towers import BatchTower
 from tokenprune.vllm.worker import PrunedModel
@@ -66,7 +66,8 @@ def build_info(ctx: Any) -> Any:
     if ctx.model_config.hf_config.vision_config.model_type != "pixtral":
         return Info(ctx)
     if engine_text(ctx.model_config.get_multimodal_config().mm_processor_kwargs) is not None:
-        FAMILY.facts(ctx.model_config.hf_config)  # says why not
+        with refused_at_once():
+            FAMILY.facts(ctx.model_config.hf_config)  # says why not
     return stock._build_llava_or_pixtral_hf_info(ctx)
 
 

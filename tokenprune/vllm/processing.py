@@ -5,18 +5,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import InputProcessingContext, PromptUpdateDetails
 
 from tokenprune.interfaces.visual import Visual
 from tokenprune.vllm.families import Family
 from tokenprune.vllm.settings import KEY, WHOLE, Choice, Setting, engine_text, read_setting
+
+# handlers and levels are those of vLLM's loggers, and reach what is named below it
+LOGGER = init_logger(f"vllm.{KEY}")
 
 
 def field_name(kind: str) -> str:
@@ -46,6 +51,19 @@ def hidden_context(ctx: InputProcessingContext) -> tuple[Context, str | None]:
     return Context(**{**fields, "model_config": model_config}), text
 
 
+@contextlib.contextmanager
+def refused_at_once() -> Iterator[None]:
+    """What is wrong with an engine's setting, as an error that ends its start.
+
+    vLLM makes a `BaseProcessingInfo` first of all, and takes a ValueError there for a model without a processor: it
+    would go on as with one for text, until a worker fails, with the sentence far above the end of its log.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise RuntimeError(f"The setting {KEY} of this engine: {error}") from None
+
+
 class PruningInfo:
     """Mixin before a model's own `BaseProcessingInfo`: reads the engine's setting when it starts."""
 
@@ -53,10 +71,13 @@ class PruningInfo:
     setting: Setting | None
 
     def __init__(self, ctx: Any) -> None:
-        ctx, text = hidden_context(ctx)
+        with refused_at_once():
+            ctx, text = hidden_context(ctx)
+            config = ctx.model_config.hf_config
+            self.setting = None if text is None else read_setting(text, self.family.facts(config))
         super().__init__(ctx)  # type: ignore[call-arg]
-        config = ctx.model_config.hf_config
-        self.setting = None if text is None else read_setting(text, self.family.facts(config))
+        if self.setting is not None:
+            LOGGER.info_once("%s", self.setting.summary())
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         """As the model's own; of an engine with a setting, no videos where they are not covered."""
@@ -86,7 +107,7 @@ class PruningProcessor:
             if KEY in kwargs:
                 raise ValueError(
                     f"The request asks for {KEY}={kwargs[KEY]!r}, and this engine was started without {KEY} in its "
-                    "mm_processor_kwargs."
+                    "mm_processor_kwargs: start one with it, or leave it out of the request."
                 )
             return None
         return self.info.setting.choice(kwargs.get(KEY))

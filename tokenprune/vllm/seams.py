@@ -79,6 +79,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         "vllm.multimodal.registry:MultiModalRegistry.create_processor", "the refusal of other models", ("model_config",)
     ),
+    Seam("vllm.logger:init_logger", "the line in an engine's log", ("name",)),
     Seam("vllm.config.multimodal:MultiModalConfig", _FRONT, ("mm_processor_kwargs", "video_pruning_rate")),
     Seam("vllm.config.multimodal:MultiModalConfig.is_multimodal_pruning_enabled", _IDS),
     # workers

@@ -103,6 +103,12 @@ class Setting:
         number = self._number(head.strip()) if head.strip() else 0
         return Choice(number, _budget(budget, request) if at else self.keeps[number])
 
+    def summary(self) -> str:
+        """One line for the log of an engine: that it prunes, and by what."""
+        first, *others = (self.text(Choice(number, keep)) for number, keep in enumerate(self.keeps))
+        also = f", {', '.join(others)} on request" if others else ""
+        return f"{KEY} prunes the pictures of this engine: {first} by default{also}."
+
     def text(self, choice: Choice) -> str:
         """One spelling of a choice: it is hashed, and hashes are shared by requests that mean the same."""
         return f"{self.names[choice.method]}@{choice.keep}"
@@ -125,7 +131,7 @@ class Setting:
             raise ValueError(f"This engine has several methods called {name}: {known}. Write one of them in full.")
         raise ValueError(
             f"This engine was not started with the method {name!r}.{near(name, self.names)} It has {known}; others "
-            f"need an engine of their own."
+            f'need an engine of their own, and "{WHOLE}" keeps all tokens.'
         )
 
 
