@@ -8,8 +8,8 @@ STAMP := $(VENV)/.installed
 NEWEST := .venv-newest
 LOWEST := .venv-lowest
 VLLM := .venv-vllm
-# How many questions each method is asked inside vLLM, per pocket model.
-QUESTIONS ?= 6
+# How many questions each method is asked inside vLLM, on each pocket model; below 60 on one of the two.
+QUESTIONS ?= 60
 # CLASSES=docs/guides/serving_vllm.md writes what works on which of vLLM's classes into its table.
 CLASSES ?=
 # What a release of torch or transformers can break, and what its torchvision makes possible; of the masked-model
@@ -42,7 +42,7 @@ help:
 	@echo "make test-newest  the tests that a release can break, on the newest of everything (nothing new: of torchvision, timm)"
 	@echo "make test-lowest  the same, on the lowest versions that are supported"
 	@echo "make test-lmms  install lmms-eval (940 MB) and test both ways against it"
-	@echo "make test-vllm  install vLLM for CPUs (4 GB) and test tokenprune inside it; QUESTIONS=60 asks more"
+	@echo "make test-vllm  install vLLM for CPUs (4 GB) and test tokenprune inside it; QUESTIONS=6 asks less"
 	@echo "make bench   time pruned prefill against the unpruned and the ideal one; needs a quiet machine"
 	@echo "make site    build the documentation into site/ and check its links; open site/index.html"
 	@echo "make soak    2,000 cycles of apply and remove, 200 requests at once; make fuzz: 100,000 wrong inputs (docs/trust.md)"
