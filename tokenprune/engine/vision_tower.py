@@ -197,7 +197,7 @@ class TowerHooks:
 
     def _enter_tower(self, module: Any, args: Any, kwargs: Any) -> None:
         run = self._run
-        if run is not None and not run.probing:
+        if run is not None and not run.probing and (run.waits or run.grids):
             run.once_laid_out(lambda: check_filling(self.adapter, run.run, args, kwargs))
 
     def _record(self, signals: Sequence[Signal], read: Any) -> None:
