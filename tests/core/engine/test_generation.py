@@ -8,11 +8,12 @@ import functools
 import pytest
 import torch
 import transformers
-from _tiny import IMAGE, prompts, tiny_llava
+from _tiny import IMAGE, PATCHES, prompts, tiny_llava
 from masked_reference import MaskedModel, masked_by, relative_error
 from packaging.version import Version
 
 import tokenprune
+from tokenprune.engine import prompt_selection
 from tokenprune.seams import cache_argument, cache_in
 
 LAYOUT = ([1, 3, 0, 2], "left")
@@ -204,6 +205,28 @@ def test_assisted_decoding_crops_the_pruned_cache():
         plain = model().generate(**batch, max_new_tokens=12, do_sample=False)
         assisted = model().generate(**batch, max_new_tokens=12, do_sample=False, assistant_model=draft)
     assert torch.equal(plain, assisted)
+
+
+def test_drafts_are_no_words_of_the_question():
+    """The prompt comes with what was drafted for it: methods that read its words do not read those."""
+    stock, seen, drafted = prompt_selection.instruction_embedding, [], []
+    batch = prompts([1])
+    ids = batch["input_ids"][0].tolist()
+    words = torch.tensor([[*ids[: ids.index(IMAGE)], *[IMAGE] * PATCHES, 9, 10, 11, 12, 13, 9, 10]])
+    batch = {**batch, "input_ids": words, "attention_mask": torch.ones_like(words)}
+
+    def noted(prompt, hidden, sample):
+        drafted.append(prompt.drafted)
+        seen.append(stock(prompt, hidden, sample))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(prompt_selection, "instruction_embedding", noted)
+        with tokenprune.applied(model(), "cdpruner@9"):
+            model().generate(**batch, max_new_tokens=6, do_sample=False)
+            model().generate(**batch, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=3)
+    assert drafted == [0, 3]
+    assert torch.equal(seen[0], seen[1])
 
 
 def test_cropping_into_pictures_is_refused_and_reset_makes_an_ordinary_cache():

@@ -5,18 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import pytest
 import torch
-from _families import batch_of, family
+from _families import batch_of, family, layouts
 from _forward import forward
 from _tiny import prompts, tiny_llava
 from masked_reference import relative_error
 from torch import Tensor
 
 import tokenprune
+from tokenprune.api import adapter_for
+from tokenprune.engine.batched_selection import exact_count
+from tokenprune.interfaces.budget import Budget
 from tokenprune.interfaces.pruner import Pruner
 from tokenprune.interfaces.selection import grid_places
 from tokenprune.interfaces.signals import CLS_ATTENTION, Signal
 from tokenprune.interfaces.view import View
+from tokenprune.methods.divprune import DivPrune
+from tokenprune.methods.pool import Pool
+from tokenprune.methods.uniform import Uniform
 from tokenprune.methods.vtc_cls import VtcCls
 
 
@@ -113,3 +120,19 @@ def test_signals_from_between_two_cuts_of_the_tower_reach_later_stages():
         for _, (left,) in [cut for cut in cuts if cut[0] == block]:
             same = torch.isin(alive, left).nonzero()[:, 0]
             states, alive = torch.cat([states[:, :1], states[:, 1:][:, same]], dim=1), left
+
+
+@pytest.mark.parametrize(
+    ("kind", "scope"), [(Pool, "raster"), (Uniform, "raster"), (DivPrune, "raster"), (DivPrune, "visual")]
+)
+@pytest.mark.parametrize("keep", [3, 10, 0.5, 1.0])
+def test_the_number_that_is_said_before_a_run_is_the_number_that_stays(kind, scope, keep):
+    """Of pictures in tiles, each of which `scope="raster"` gives a share of its own."""
+    model, pruner, budget = family("llava_next"), kind(scope=scope), Budget(keep)
+    with tokenprune.applied(model, pruner, keep=keep) as handle, torch.no_grad():
+        model(**batch_of("llava_next", layouts("llava_next")[-1]))
+    (stage,) = pruner.stages(budget, adapter_for(model).depths)
+    visuals = [span.visual for span in handle.last.layout.spans]
+    assert any(len(visual.rasters) > 1 for visual in visuals)
+    said = [exact_count(stage, visual.rasters, budget.tokens(visual.num_tokens)) for visual in visuals]
+    assert [len(kept) for row in handle.kept for kept in row] == said

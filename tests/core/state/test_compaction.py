@@ -45,6 +45,8 @@ def test_rows_positions_labels_and_padding_follow_one_index(batch, policy):
         gone = [sum(not bool(k) for k in keep[row, :i]) for i in kept]
         assert places[row, real].tolist() == [7 + i - (g if policy == "compact" else 0) for i, g in zip(kept, gone)]
         assert torch.equal(restored[row, kept], values[row, kept])
+        for place in range(kept[0]):  # padding on the left, or what left before any that stayed
+            assert torch.equal(restored[row, place], moved[row, 0])
         for place in range(kept[0], keep.shape[1]):  # what left is stood for by the last before it that stayed
             before = max(i for i in kept if i <= place)
             padding = left is False and place > kept[-1] and not bool(plan.real[row, -1])
