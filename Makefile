@@ -33,7 +33,7 @@ SAMPLED = --sampled $(VERSION_TESTS)
 PYTHON_CHECK = import sys; sys.exit(None if sys.version_info >= (3, 10) else "tokenprune needs Python 3.10 or newer, %s is %d.%d; try make PYTHON=python3.12" % (sys.executable, *sys.version_info[:2]))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-newest test-lowest test-lmms test-vllm bench site soak fuzz lint format clean
+.PHONY: help demo test test-all test-newest test-lowest test-lmms test-vllm bench site soak fuzz coverage lint format clean
 
 help:
 	@echo "make demo    run the demo sweep: table, plot and report under runs/"
@@ -45,7 +45,7 @@ help:
 	@echo "make test-vllm  install vLLM for CPUs (4 GB) and test tokenprune inside it; QUESTIONS=6 asks less"
 	@echo "make bench   time pruned prefill against the unpruned and the ideal one; needs a quiet machine"
 	@echo "make site    build the documentation into site/ and check its links; open site/index.html"
-	@echo "make soak    2,000 cycles of apply and remove, 200 requests at once; make fuzz: 100,000 wrong inputs (docs/trust.md)"
+	@echo "make soak    2,000 cycles of apply and remove, 200 requests at once; make fuzz: 100,000 wrong inputs; make coverage (docs/trust.md)"
 	@echo "make lint    ruff and pyright only"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove the environments and every cache (runs/ stays)"
@@ -121,6 +121,14 @@ site: $(STAMP)
 
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/trust/soak.py --cycles 2000 --requests 200
+
+# Half an hour and more on two cores. Without the interpreter's kernels, which it slows tenfold; what runs inside vLLM is in
+# that environment. The environment gets pytest-cov.
+coverage: $(STAMP)
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt pytest-cov
+	COVERAGE_RCFILE=tests/trust/coverage.ini OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+	--sampled -m "not packaging" --ignore=tests/kernels/test_interpreter.py --cov --cov-config=tests/trust/coverage.ini --cov-report= tests
+	$(BIN)/python tests/trust/coverage_table.py
 
 # CASES=2000 for a quick one
 CASES ?= 100000
