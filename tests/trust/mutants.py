@@ -48,6 +48,7 @@ PARTS: dict[str, tuple[list[str], list[str]]] = {
         ["tests/core/state", *MASKED, "tests/core/engine/test_whole_masks.py", "tests/core/engine/test_visual_kinds.py"]
         + [
             "tests/core/engine/test_stages.py",
+            "tests/core/engine/test_layer_arguments.py",
             "tests/adapters/test_generation_families.py",
             "tests/adapters/test_families.py",
         ],
