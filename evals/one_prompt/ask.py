@@ -101,12 +101,12 @@ def _at_work(prepared: Prepared, loaded: LoadedModel, sample: Sample) -> Iterato
 
 
 def _unpruned_costs(loaded: LoadedModel, inputs: dict[str, Any]) -> tuple[int | None, int | None]:
-    """FLOPs and KV bytes of the whole prompt. The pass that counts them also warms the model up, so that the first
-    answer's time is not that of a cold start."""
+    """FLOPs and KV bytes of the whole prompt. The run that counts them also warms up the model, with what
+    `generate` imports, so that the first answer's time is not that of a cold start."""
     if EVERYTHING not in loaded.prepared:
         loaded.prepared[EVERYTHING] = prepare(loaded.model, "random", 1.0, adapter=loaded.adapter)
     with loaded.prepared[EVERYTHING].applied() as handle, torch.inference_mode():
-        loaded.model(**inputs, logits_to_keep=1)
+        _generate(loaded, inputs, 1)
         report = handle.report()
     return report.flops_unpruned.total, report.kv_bytes_unpruned
 
