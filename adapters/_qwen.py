@@ -330,7 +330,6 @@ class QwenVL(Adapter):
             vision_blocks_run=vision.depth,
             vision_hidden=width,
             vision_mlp=mlp,
-            vision_heads=vision.num_heads,
             patch=vision.patch_size,
             channels=vision.in_channels * vision.temporal_patch_size,
             image_patches=0,

@@ -86,7 +86,6 @@ class ModelShape:
         vision_blocks_run: how many of them are computed for a prompt (a tower may run more than it uses).
         vision_hidden: width of the tower.
         vision_mlp: width of its MLP.
-        vision_heads: attention heads of a block.
         patch: side of a patch, pixels.
         channels: colour channels.
         image_patches: patches of one image (a [CLS] token not counted).
@@ -113,7 +112,6 @@ class ModelShape:
     vision_blocks_run: int = 0
     vision_hidden: int = 0
     vision_mlp: int = 0
-    vision_heads: int = 0
     patch: int = 0
     channels: int = 0
     image_patches: int = 0
