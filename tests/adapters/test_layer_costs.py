@@ -11,6 +11,7 @@ import torch
 from _tiny import TEXT
 from torch import nn
 
+from tokenprune.adapters import _layer_shapes
 from tokenprune.adapters._layer_shapes import beside_layers, layer_shapes
 from tokenprune.evals.profiling.flops import TOLERANCE, cache_bytes, flop_counter, keys_held
 from tokenprune.seams import cache_argument
@@ -164,3 +165,24 @@ def test_a_layer_with_a_weight_that_is_not_known_is_not_modelled() -> None:
     module.far = nn.Parameter(torch.ones(4, 4))
     assert beside_layers(module) is None
     del module.far
+
+
+@pytest.mark.parametrize(("experts", "counts"), [(4, True), (None, True), (5, False)])
+def test_a_router_is_one_matrix_that_says_which_experts(experts, counts):
+    """Gemma's routers scale what they are given by a row of their own, which is no matrix."""
+
+    class Router(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(4, 8))
+            self.scale = torch.nn.Parameter(torch.zeros(8))
+            self.score_bias = torch.nn.Parameter(torch.zeros(4, 1))
+            self.top_k = 2
+            if experts is not None:
+                self.num_experts = experts
+
+    if counts:
+        assert _layer_shapes._linear("router", Router()) == 4 * 8
+    else:
+        with pytest.raises(_layer_shapes._Unknown):
+            _layer_shapes._linear("router", Router())
