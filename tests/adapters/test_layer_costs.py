@@ -186,3 +186,22 @@ def test_a_router_is_one_matrix_that_says_which_experts(experts, counts):
     else:
         with pytest.raises(_layer_shapes._Unknown):
             _layer_shapes._linear("router", Router())
+
+
+@pytest.mark.parametrize(
+    "more", [{"indexer": nn.Linear(8, 2)}, {"head_dim": None}], ids=["chooses its keys", "no width of a head"]
+)
+def test_attention_of_which_not_all_is_known_is_not_modelled(more):
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head_dim = 4
+            self.q_proj, self.o_proj = nn.Linear(8, 16), nn.Linear(16, 8)
+            self.k_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    assert _layer_shapes._grouped(Attention()) == {"scores": 2 * 16, "cached": 8 + 8}
+    unknown = Attention()
+    for name, value in more.items():
+        setattr(unknown, name, value)
+    with pytest.raises(_layer_shapes._Unknown):
+        _layer_shapes._grouped(unknown)
