@@ -205,3 +205,18 @@ def test_attention_of_which_not_all_is_known_is_not_modelled(more):
         setattr(unknown, name, value)
     with pytest.raises(_layer_shapes._Unknown):
         _layer_shapes._grouped(unknown)
+
+
+def test_experts_that_are_a_list_of_modules():
+    """As remote code has them: each token is sent to two of four."""
+
+    class Gate(nn.Module):
+        top_k = 2
+
+    def layer(*widths: int) -> nn.Module:
+        return nn.ModuleDict({"gate": Gate(), "experts": nn.ModuleList(nn.Linear(8, width) for width in widths)})
+
+    assert _layer_shapes._experts(layer(3, 3, 3, 3)) == 2 * 8 * 3
+    assert _layer_shapes._experts(nn.Linear(8, 3)) == 0
+    with pytest.raises(_layer_shapes._Unknown):
+        _layer_shapes._experts(layer(3, 3, 3, 5))
