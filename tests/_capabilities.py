@@ -104,15 +104,14 @@ def outcomes_of(found: Mapping[tuple[str, str], list[str]]) -> dict[tuple[str, s
     return {key: kinds[0] if len(set(kinds)) == 1 else "failed" for key, kinds in found.items()}
 
 
-def write(page: Path) -> None:
-    """Write what the cells are to come to into `FILE` and the tables of `page`."""
+def written(text: str, rows: dict[str, dict[str, str]]) -> str:
+    """A page with these rows in its tables; they are written into `FILE` as well."""
     from tokenprune.evals.report.readme import between
 
-    rows = capabilities(expected())
-    text = between(page.read_text(encoding="utf-8"), "classes", as_table(rows))
-    page.write_text(between(text, "missing", missing_table()), encoding="utf-8")
     FILE.write_text(as_yaml(rows), encoding="utf-8")
+    return between(between(text, "classes", as_table(rows)), "missing", missing_table())
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    PAGE = Path(sys.argv[1])
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), capabilities(expected())), encoding="utf-8")

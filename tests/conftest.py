@@ -130,12 +130,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
         if found:  # else classes of the zoo alone were run
             text = between(text, "cells", table(found, len(cells)))
         if read_off and found:
-            from _capabilities import FILE, as_table, as_yaml, capabilities, elsewhere, missing_table, outcomes_of
+            from _capabilities import capabilities, elsewhere, outcomes_of, written
 
-            classes = capabilities({**elsewhere(), **outcomes_of(everywhere)})
-            text = between(text, "classes", as_table(classes))
-            text = between(text, "missing", missing_table())
-            FILE.write_text(as_yaml(classes), encoding="utf-8")
+            text = written(text, capabilities({**elsewhere(), **outcomes_of(everywhere)}))
     if versions is not None:
         rows = re.search(r"<!-- versions:begin -->\n(.*?)<!-- versions:end -->", text, re.DOTALL)
         agree = f"{cells.count('passed')} of {len(cells)}"

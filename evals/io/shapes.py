@@ -57,10 +57,10 @@ def _of_mapping(value: Any, kind: Any, whole: Collection[Any]) -> tuple[str, str
     if not isinstance(value, Mapping):
         return "", f"must be a mapping, got {_short(value)}"
     hints = _hints(kind)
-    if kind in whole and (missing := sorted(kind.__required_keys__ - set(value))):
-        return "", f"lacks {missing[0]!r}"
     found = ((key, _problem(value[key], hints[key], whole)) for key in hints if key in value)
-    return next(((f"[{key!r}]{problem[0]}", problem[1]) for key, problem in found if problem), None)
+    missing = sorted(kind.__required_keys__ - set(value)) if kind in whole else ()
+    lacks = ("", f"lacks {missing[0]!r}") if missing else None
+    return next(((f"[{key!r}]{problem[0]}", problem[1]) for key, problem in found if problem), lacks)
 
 
 @cache

@@ -62,12 +62,12 @@ def measure(
             try:
                 if samples is None:
                     samples, unread = pictured(task, config.measure.samples)
-                notes = [f"There are no times and FLOPs on {task.name}: none of its samples has a picture."]
                 if samples:
                     row.update(measure_times(loaded, point, samples, config.measure, config.seed))
                     row["flops"] = measure_flops(loaded, point, samples, config.seed, config.measure.flops)
-                    notes = []
-                row["notes"] = notes
+                    row["notes"] = []
+                else:
+                    row["notes"] = [f"There are no times and FLOPs on {task.name}: none of its samples has a picture."]
             except Exception as error:
                 failure = failure_of(error)
             if failure is not None:

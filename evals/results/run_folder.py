@@ -79,7 +79,7 @@ def read_run(folder: str | Path) -> FinishedRun:
             hint = " The run has not ended; start it again, it goes on where it was." if unfinished else ""
             raise FileNotFoundError(f"{folder} holds no finished run: there is no {name} in it.{hint}")
     records = read_records(folder / "results.jsonl")
-    origin = _read_origin(records[0], f"record 1 of {folder / 'results.jsonl'}")
+    origin = _read_origin(records[0], folder / "results.jsonl")
     for record in records:
         record.pop("provenance", None)
     rows: dict[str, list[SampleRow]] = {}
@@ -93,7 +93,7 @@ def read_records(path: Path) -> list[ResultRecord]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is empty.
+        ValueError: it is empty, or not as a run writes it.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}; give the folder of a finished run.")
@@ -101,14 +101,12 @@ def read_records(path: Path) -> list[ResultRecord]:
     if not records:
         raise ValueError(f"{path} holds no result.")
     for number, record in enumerate(records, start=1):
-        where = f"Record {number} of {path}"
-        check_shape(record, ResultRecord, where, _RECORD, _WHOLE)
-        inside = f"{where[0].lower()}{where[1:]}"
+        check_shape(record, ResultRecord, f"Record {number} of {path}", _RECORD, _WHOLE)
+        inside = f"record {number} of {path}"
         for name, scores in {"overall": record["overall"], **record["families"]}.items():
             _check_together(cast(dict[str, Any], scores), f"{name} in {inside}")
         _check_budget(record["keep"], inside)
-        flops = record.get("flops")
-        if flops is not None:
+        if (flops := record.get("flops")) is not None:
             for name in ("analytic", "unpruned"):
                 said = f"flops[{name!r}] in {inside}"
                 check_shape(flops[name], dict[str, float | None], said, (*FLOPS_PARTS, "total"))
@@ -131,13 +129,12 @@ def _check_together(scores: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where} has {there[0]!r} without {gone!r}. {ALTERED}")
 
 
-def _read_origin(record: ResultRecord, where: str) -> Provenance:
-    origin = record.get("provenance")
-    if origin is None:
-        raise ValueError(f"{where[0].upper()}{where[1:]} lacks 'provenance'. {ALTERED}")
-    check_shape(origin, Provenance, f"provenance in {where}", whole=[Provenance])
+def _read_origin(record: ResultRecord, path: Path) -> Provenance:
+    check_shape(record, dict[str, Any], f"Record 1 of {path}", ["provenance"])
+    origin: Provenance = cast(dict[str, Any], record)["provenance"]
+    check_shape(origin, Provenance, f"provenance in record 1 of {path}", whole=[Provenance])
     for name, needed in _ORIGIN.items():
-        check_shape(origin[name], dict[str, Any], f"{name} of the provenance in {where}", needed)
+        check_shape(origin[name], dict[str, Any], f"{name} of the provenance in record 1 of {path}", needed)
     return origin
 
 
@@ -174,9 +171,8 @@ def read_pictures(folder: Path) -> list[Picture]:
         pictures = json.loads(index.read_bytes())
     except (ValueError, RecursionError):
         raise ValueError(f"{index} is no JSON. {ALTERED}") from None
-    check_shape(pictures, list[Picture], str(index))
+    check_shape(pictures, list[Picture], str(index), whole=[Picture])
     for number, picture in enumerate(pictures):
-        check_shape(picture, Picture, f"Entry {number} of {index}", Picture.__required_keys__)
         for view in picture["views"]:
             where = f"A view of entry {number} of {index}"
             check_shape(view, View, where, View.__required_keys__ - {"visual"})

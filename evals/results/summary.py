@@ -17,7 +17,7 @@ from tokenprune.cost import share
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.io.atomic_files import replace_file, replaced, write_csv
-from tokenprune.evals.io.rows import Costs, SampleRow
+from tokenprune.evals.io.rows import FLOPS_PARTS, Costs, SampleRow
 from tokenprune.evals.profiling.hardware import hardware
 from tokenprune.evals.results.equal_cost import compare_at_equal_cost, flat_equal_cost
 from tokenprune.evals.results.records import Provenance, ResultRecord, TableRow
@@ -162,7 +162,7 @@ def flat_costs(record: ResultRecord) -> TableRow:
     }
     for source in ("analytic", "measured"):
         counted = flops.get(source) if flops else None
-        for part in ("total", "vision", "projector", "selection", "prefill", "decode"):
+        for part in ("total", *FLOPS_PARTS):
             name = f"gflops_{part}" if source == "analytic" else f"gflops_{part}_measured"
             flat[name] = _giga(counted.get(part)) if counted else None
     flat["flops_agree"] = flops["agree"] if flops and flops.get("measured") else None

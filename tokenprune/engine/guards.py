@@ -309,11 +309,11 @@ def check_rotation(config: Any, inputs: CallInputs, before: PrunedPrompt) -> Non
     limit = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
     if limit is None or inputs.past + inputs.length <= limit:
         return
+    places = inputs.text_positions
+    places = torch.arange(inputs.past, inputs.past + inputs.length)[None] if places is None else places  # [B, S]
     for segment in before.segments:
-        places = inputs.text_positions
-        places = torch.arange(inputs.past, inputs.past + inputs.length)[None] if places is None else places  # [B, S]
-        places = places - segment.shift.to(places.device)[:, None]
-        first, last = torch.stack([places[:, 0].max(), places.max()]).tolist()
+        closed = places - segment.shift.to(places.device)[:, None]
+        first, last = torch.stack([closed[:, 0].max(), closed.max()]).tolist()
         if bool(segment.shift.any()) and first <= limit <= last:
             raise ValueError(
                 f"From position {limit} on, a decoder with {type(config).__name__} turns queries and keys by other "
