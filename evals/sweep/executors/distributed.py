@@ -5,6 +5,7 @@ The run folder must be the same folder for all of them: a local one on one machi
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import replace
 from datetime import timedelta
@@ -35,8 +36,10 @@ class Processes:
 
     def __init__(self) -> None:
         import torch
+        import torch.distributed.nn.functional  # whose default arguments, imported later, would keep the group alive
         from accelerate import PartialState
 
+        self._ours = not torch.distributed.is_initialized()
         self._state: Any = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
         self.share = Share(self._state.process_index, self._state.num_processes)
         if self.share.of != int(os.environ["WORLD_SIZE"]):
@@ -60,6 +63,10 @@ class Processes:
             if self.first:
                 worked.take(worker.measure(worked.answered))
             self._state.wait_for_everyone()
+        if self._ours:
+            # A thread of gloo's that lets go of its last tensors while the interpreter ends takes the process with it
+            # (SIGABRT), and the launcher calls a finished run failed. Leaving the group first waits for these threads.
+            atexit.register(self._state.destroy_process_group)
         return worked
 
     def _together(self, answers: dict[tuple[str, str], AskedSamples]) -> dict[tuple[str, str], AskedSamples]:

@@ -49,6 +49,19 @@ def test_shares_are_the_batches_of_one(tiny_task):
         assert sorted((ids for share in shares for ids in share), key=min) == whole
 
 
+LEAVING = """
+import atexit, os
+
+def leave():
+    threads = [open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")]
+    print("leaves with gloo:", [name for name in threads if "gloo" in name], flush=True)
+
+atexit.register(leave)  # the last of those that are called
+from tokenprune.cli import main
+main()
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_answer_as_one(tmp_path, tiny_folder, tiny_task):
     sweep = tmp_path / "sweep.yaml"
@@ -58,11 +71,14 @@ def test_two_processes_answer_as_one(tmp_path, tiny_folder, tiny_task):
     sweep.write_text(json.dumps(settings))
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
-    command = [sys.executable, "-m", *launch, "-m", "tokenprune.cli", "sweep", str(sweep), "--output"]
+    script = tmp_path / "leaving.py"
+    script.write_text(LEAVING)
+    command = [sys.executable, "-m", *launch, str(script), "sweep", str(sweep), "--output"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*command, str(tmp_path / "two")], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert done.stdout.count("Written:") == 1, "one process prints"
+    assert done.stdout.count("leaves with gloo: []") == 2, "the group's threads are gone before the interpreter ends"
     run(config(tmp_path / "one", tiny_folder, tiny_task), QUIET)
     counts = [(tmp_path / "two" / name).read_text().count("\n") for name in ("samples.jsonl", "samples.rank1.jsonl")]
     assert counts == [18, 12]  # batches of 4, 4 and 2 samples at three points
