@@ -160,6 +160,9 @@ def test_answers_are_those_of_transformers(client, data):
         assert answer(client, data, index, None)[0].strip() == text.strip()
 
 
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 2}
+
+
 @pytest.mark.parametrize("setting", ["divprun@64", "fastv@64", "divprune", "prumerge(count=outliers)@64"])
 def test_an_engine_with_a_bad_setting_does_not_start(setting):
     from _vllm import engine
@@ -184,6 +187,27 @@ def test_a_bad_setting_is_refused_before_any_process_is_started(setting, says):
     register_classes()
     with pytest.raises(RuntimeError, match=f"The setting tokenprune of this engine: .*{says}"):
         EngineArgs(model=folder("llava"), mm_processor_kwargs={"tokenprune": setting}).create_model_config()
+
+
+@pytest.mark.parametrize(
+    ("model", "setting", "asked", "says"),
+    [
+        ("llava", "divprune@64", {"pipeline_parallel_size": 2}, "pipeline_parallel_size above 1"),
+        ("llava", "divprune@64", {"enable_lora": True, "enable_tower_connector_lora": True}, "enable_tower_connector"),
+        ("llava", "uniform@64 | vtc_cls", {"compilation_config": {"compile_mm_encoder": True}}, "beside vtc_cls, which"),
+        ("qwen", "uniform@0.25 | vtc_cls", {"mm_encoder_tp_mode": "data"}, "'data' beside vtc_cls, which reads"),
+        ("qwen", "divprune@0.25", {"video_pruning_rate": 0.5}, "use evs@0.5 as a method"),
+        ("qwen", "divprune@0.25", {"speculative_config": DRAFTS}, "speculative decoding on a model with 3-D positions"),
+    ],
+)
+def test_what_cannot_stand_beside_a_setting_is_refused_before_any_process_is_started(model, setting, asked, says):
+    from _vllm import register_classes
+    from vllm.engine.arg_utils import EngineArgs
+
+    register_classes()
+    with pytest.raises(RuntimeError, match=f"An engine with tokenprune cannot have .*{says}"):
+        EngineArgs(model=folder(model), mm_processor_kwargs={"tokenprune": setting}, **asked).create_engine_config()
+    EngineArgs(model=folder(model), **asked).create_engine_config()  # which vLLM allows without a setting
 
 
 def test_the_log_says_that_an_engine_prunes_and_by_what(monkeypatch):

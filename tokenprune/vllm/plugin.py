@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenprune.vllm.seams import check_release
-from tokenprune.vllm.settings import KEY, engine_text
+from tokenprune.vllm.families import FAMILIES
+from tokenprune.vllm.seams import check_config, check_release
+from tokenprune.vllm.settings import KEY, engine_text, read_setting
 
 MODELS = {
     "InternVLForConditionalGeneration": "tokenprune.vllm.internvl:PrunedInternVL",
@@ -33,6 +34,7 @@ def register() -> None:
 
     for name, ours in MODELS.items():
         ModelRegistry.register_model(name, ours)
+    _refuse_beside()
     _positions_come_with_embeddings()
     _mend_cpu_runner()
 
@@ -67,6 +69,30 @@ def _refuse_others(wrong: str) -> None:
         return create_processor
 
     _replace(MultiModalRegistry, "create_processor", make)
+
+
+def _refuse_beside() -> None:
+    """Refuse what cannot stand beside a setting as soon as the engine's config is whole: a worker that refuses it does so
+    a minute later, and its sentence stands far above the end of the log."""
+    from vllm.config import VllmConfig
+
+    def make(stock: Any) -> Any:
+        def try_verify_and_update_config(self: Any) -> None:
+            stock(self)
+            model_config = self.model_config
+            family = FAMILIES.get(getattr(model_config, "architecture", None) or "")
+            mm_config = getattr(model_config, "multimodal_config", None)
+            if family is None or mm_config is None or (text := engine_text(mm_config.mm_processor_kwargs)) is None:
+                return
+            try:
+                facts = family.facts(model_config.hf_config)
+                check_config(self, read_setting(text, facts), facts)
+            except ValueError as error:  # around which pydantic would write lines of its own
+                raise RuntimeError(str(error)) from None
+
+        return try_verify_and_update_config
+
+    _replace(VllmConfig, "try_verify_and_update_config", make)
 
 
 def _positions_come_with_embeddings() -> None:

@@ -79,6 +79,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         "vllm.multimodal.registry:MultiModalRegistry.create_processor", "the refusal of other models", ("model_config",)
     ),
+    Seam("vllm.config:VllmConfig.try_verify_and_update_config", "the refusal of what cannot stand beside a setting"),
     Seam("vllm.logger:init_logger", "the line in an engine's log", ("name",)),
     Seam("vllm.config.multimodal:MultiModalConfig", _FRONT, ("mm_processor_kwargs", "video_pruning_rate")),
     Seam("vllm.config.multimodal:MultiModalConfig.is_multimodal_pruning_enabled", _IDS),
@@ -158,16 +159,18 @@ def check_config(vllm_config: Any, setting: Setting, facts: Any) -> None:
     """
     mm_config = vllm_config.model_config.get_multimodal_config()
     parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
-    signals = [one for stage in setting.stages for one in stage.signals(facts.tower)]
+    reading = [
+        name for name, stage in zip(setting.names, setting.stages, strict=True) if list(stage.signals(facts.tower))
+    ]
     wrong = ""
     if mm_config.is_multimodal_pruning_enabled() and mm_config.video_pruning_rate:
         wrong = "video_pruning_rate: vLLM would cut the videos once more; use evs@0.5 as a method"
     elif parallel.pipeline_parallel_size > 1:
         wrong = "pipeline_parallel_size above 1: not every stage has a vision tower"
-    elif signals and mm_config.mm_encoder_tp_mode == "data":
-        wrong = f"mm_encoder_tp_mode='data' beside {setting.names[0]}, which reads the tower: use 'weights'"
-    elif signals and getattr(vllm_config.compilation_config, "compile_mm_encoder", False):
-        wrong = f"compile_mm_encoder beside {setting.names[0]}, which reads the tower while it runs"
+    elif reading and mm_config.mm_encoder_tp_mode == "data":
+        wrong = f"mm_encoder_tp_mode='data' beside {reading[0]}, which reads the tower: use 'weights'"
+    elif reading and getattr(vllm_config.compilation_config, "compile_mm_encoder", False):
+        wrong = f"compile_mm_encoder beside {reading[0]}, which reads the tower while it runs"
     elif lora is not None and getattr(lora, "enable_tower_connector_lora", False):
         wrong = "enable_tower_connector_lora: vLLM counts a tower's rows from the placeholders"
     elif facts.mrope and vllm_config.speculative_config is not None:
