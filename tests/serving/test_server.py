@@ -194,7 +194,7 @@ def test_a_bad_setting_is_refused_before_any_process_is_started(setting, says):
     [
         ("llava", "divprune@64", {"pipeline_parallel_size": 2}, "pipeline_parallel_size above 1"),
         ("llava", "divprune@64", {"enable_lora": True, "enable_tower_connector_lora": True}, "enable_tower_connector"),
-        ("llava", "uniform@64 | vtc_cls", {"compilation_config": {"compile_mm_encoder": True}}, "beside vtc_cls, which"),
+        ("llava", "uniform@64 | vtc_cls", {"compilation_config": {"compile_mm_encoder": True}}, "beside vtc_cls,"),
         ("qwen", "uniform@0.25 | vtc_cls", {"mm_encoder_tp_mode": "data"}, "'data' beside vtc_cls, which reads"),
         ("qwen", "divprune@0.25", {"video_pruning_rate": 0.5}, "use evs@0.5 as a method"),
         ("qwen", "divprune@0.25", {"speculative_config": DRAFTS}, "speculative decoding on a model with 3-D positions"),

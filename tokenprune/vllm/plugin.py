@@ -72,8 +72,8 @@ def _refuse_others(wrong: str) -> None:
 
 
 def _refuse_beside() -> None:
-    """Refuse what cannot stand beside a setting as soon as the engine's config is whole: a worker that refuses it does so
-    a minute later, and its sentence stands far above the end of the log."""
+    """Refuse what cannot stand beside a setting as soon as the engine's config is whole: a worker would do so a minute
+    later, and its sentence would stand far above the end of the log."""
     from vllm.config import VllmConfig
 
     def make(stock: Any) -> Any:
