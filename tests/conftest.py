@@ -7,7 +7,7 @@ import platform
 import re
 import zlib
 from collections import Counter, defaultdict
-from importlib import metadata
+from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,12 @@ def pytest_addoption(parser: Any) -> None:
 
 
 def pytest_configure(config: Any) -> None:
+    if util.find_spec("hypothesis"):  # the environment of vLLM has none
+        hypothesis = import_module("hypothesis")
+        # on a busy machine an example may take any time
+        slow = [hypothesis.HealthCheck.too_slow]
+        hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=slow)
+        hypothesis.settings.load_profile("untimed")
     sampled, versions = config.getoption("--sampled"), config.getoption("--versions")
     if sampled and config.getoption("--support") and versions in (None, "constraints"):
         raise pytest.UsageError(

@@ -73,7 +73,7 @@ def case(seed, batch, key_heads, per, rows, known, later, kinds=4, masked=True):
     return query, key, value, groups, allowed, gate
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 2), st.integers(1, 3), st.integers(1, 4),
     st.integers(1, 12), st.integers(0, 4), st.integers(1, 4), st.booleans(), st.sampled_from([0.0, 0.4, 0.6, 1.0]),

@@ -48,7 +48,7 @@ def cases() -> list[Any]:
 
 
 every_method = pytest.mark.parametrize("method", cases())
-small = settings(max_examples=12, deadline=None, derandomize=True)
+small = settings(max_examples=12, derandomize=True)
 
 
 @st.composite

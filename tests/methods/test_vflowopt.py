@@ -11,7 +11,7 @@ import torch
 from _families import batch_of, family
 from _tiny import prompts, tiny_llava
 from _views import TOWER
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from masked_reference import compare, run_pruned
 
@@ -135,7 +135,6 @@ def reference_counts(num_tokens: int, ratios: tuple[float, float, float]) -> lis
     return counts[1:]
 
 
-@settings(deadline=None)
 @given(st.integers(20, 8000), st.floats(0.05, 1), st.floats(0.2, 1), st.floats(0.2, 1))
 def test_counts_of_the_stages_are_those_of_the_card(num_tokens, first, second, third):
     method = VFlowOpt(first=first, second=second)
@@ -169,7 +168,6 @@ def test_a_mean_over_the_layers_is_held_and_takes_the_shipped_knobs():
     assert means == sorted(means), "or an average could not be solved for"
 
 
-@settings(deadline=None)
 @given(st.floats(0.02, 1), st.floats(0.05, 1), st.floats(0.2, 1), st.tuples(*[st.integers(1, 12)] * 3))
 def test_the_third_ratio_solves_the_budget_equation(mean, first, second, layers):
     third = third_ratio(mean, first, second, layers)

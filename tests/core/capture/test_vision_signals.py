@@ -54,7 +54,7 @@ def reference_sinks(attention: list[list[float]], threshold: float, total: bool)
     return (sums if total else [value / len(chosen) for value in sums]), len(chosen)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 3), st.integers(1, 40), st.integers(0, 1), st.floats(0, 5), st.booleans(), st.integers(0, 10**6),
     st.floats(0.1, 4),

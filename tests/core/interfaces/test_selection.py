@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenprune.interfaces.selection import Selection, fit_grid, grid_places, topk_indices
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.lists(st.integers(0, 4), min_size=6, max_size=6), min_size=1, max_size=3), st.integers(1, 6))
 def test_topk_breaks_ties_by_the_lower_index(rows, k):
     found = topk_indices(torch.tensor(rows, dtype=torch.float32), k).tolist()
@@ -49,7 +49,7 @@ def test_a_selection_of_another_shape_is_refused():
         Selection(torch.tensor([[0, 1]]), torch.zeros(1, 3, 8)).validate(1, 4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 200))
 def test_small_rasters_fit_the_budget_and_stand_in_the_big_one(rows, cols, budget):
     height, width = fit_grid((rows, cols), budget)

@@ -25,7 +25,7 @@ def batches(draw):
     return torch.tensor(keep), torch.tensor(attended), left
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(batches(), st.sampled_from(["compact", "keep"]))
 def test_rows_positions_labels_and_padding_follow_one_index(batch, policy):
     keep, attended, left = batch
@@ -55,7 +55,7 @@ def test_rows_positions_labels_and_padding_follow_one_index(batch, policy):
         assert int(plan.removed[row]) == sum(not bool(k) for k in keep[row])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(batches(), st.integers(0, 5), st.data())
 def test_the_mask_of_a_pruned_cache_shows_what_the_logical_mask_shows(batch, later, data):
     keep, attended, left = batch

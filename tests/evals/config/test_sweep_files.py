@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -42,11 +42,7 @@ values = st.lists(st.integers(-9, 9), min_size=1, max_size=4, unique=True)
 grids = st.dictionaries(names, values, max_size=3)
 
 
-# a busy machine is no failure
-UNHURRIED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-@UNHURRIED
+@settings(max_examples=60)
 @given(
     st.lists(st.sampled_from(["m1", "m2", "m3"]), min_size=1, max_size=3, unique=True),
     st.lists(st.sampled_from(["t1", "t2"]), min_size=1, max_size=2, unique=True),
@@ -77,7 +73,7 @@ def test_a_grid_is_its_product(models, tasks, keeps, grid):
     st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True),
     st.lists(st.integers(1, 9), min_size=1, unique=True),
 )
-@UNHURRIED
+@settings(max_examples=60)
 def test_seeds_multiply_what_draws_and_nothing_else(seeds, keeps):
     entries = [one for method in ("none", "uniform", "random") for one in read_entry(method, keeps)]
     points = expand(["m"], ["t"], entries, [], seeds, references=True)

@@ -6,7 +6,7 @@ import importlib.util
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -112,7 +112,6 @@ def test_frames_of_an_array_are_spread_over_the_video():
     assert len(Media(max_frames=500).part(frames)["video"]) == 100
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.integers(1, 5000), st.floats(1, 60), st.floats(0.1, 10), st.integers(1, 64),
     st.none() | st.floats(0, 100), st.none() | st.floats(0, 100),

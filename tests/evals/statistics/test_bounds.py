@@ -65,7 +65,7 @@ def test_many_pairs_agree_with_the_normal_limit():
     assert bound == pytest.approx(wald, rel=0.03)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(5, 60), st.data())
 def test_the_bound_moves_with_the_answers(n, data):
     lost = data.draw(st.integers(0, n // 3))

@@ -119,7 +119,6 @@ def test_mcnemar_is_that_of_integers(won, lost):
     assert significance.mcnemar(won, lost) == pytest.approx(exact, rel=1e-12, abs=1e-250)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 5000), st.integers(0, 150), st.sampled_from((0.001, 0.025, 0.05)))
 def test_the_limit_of_a_share_is_that_of_sums(n, count, alpha):
     # the sum has log binomials of up to 1e4, so its own last digits are gone
@@ -134,7 +133,7 @@ def test_sample_sizes_are_the_same_numbers(share, discordance):
     assert significance.samples_needed(difference, discordance) == math.ceil(plain_needed(difference, discordance))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(20, 400), st.integers(0, 15), st.integers(0, 15))
 def test_the_exact_bound_is_that_of_the_plain_limit(n, lost, won):
     bound = drop_bounds.exact_bound.__wrapped__(n, lost, won)

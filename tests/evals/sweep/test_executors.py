@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +33,28 @@ from tokenprune import Pruner, register_method
 @dataclass
 class EveryThird(Pruner):
     def score(self, view):
+        return (torch.arange(view.features.shape[1]) % 3 == 0).float().expand(view.features.shape[:2])
+"""
+
+DIES_ONCE = """
+import os, signal
+from dataclasses import dataclass
+from pathlib import Path
+import torch
+from tokenprune import Pruner, register_method
+
+DRIVER, DIED = (Path(__file__).with_name(name) for name in ("driver", "died"))
+asked = 0
+
+@register_method("dies_once")
+@dataclass
+class DiesOnce(Pruner):
+    def score(self, view):
+        global asked
+        asked += 1
+        if asked == 20 and os.getpid() != int(DRIVER.read_text()) and not DIED.exists():
+            DIED.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         return (torch.arange(view.features.shape[1]) % 3 == 0).float().expand(view.features.shape[:2])
 """
 
@@ -137,32 +156,26 @@ def two_cores():
 
 @pytest.mark.slow
 def test_ray_retries_the_point_of_a_dead_worker(tmp_path, tiny_folder, tiny_task, two_cores):
-    folder = tmp_path / "ray"
-    killed: list[int] = []
-
-    def kill_one():
-        until = time.monotonic() + 300
-        while not killed and time.monotonic() < until:
-            for file in folder.glob("samples.ray-*.jsonl"):
-                rows = file.read_bytes().count(b"\n")
-                holder = folder / file.name.replace("samples", "run").replace(".jsonl", ".holder.json")
-                if rows and holder.exists():
-                    os.kill(json.loads(holder.read_text())["process"], signal.SIGKILL)
-                    killed.append(rows)
-                    return
-            time.sleep(0.002)
-
-    killer = threading.Thread(target=kill_one, daemon=True)
-    killer.start()
-    settings = {"limit": 60, "batch_size": 1, "methods": ["none", "uniform"], "references": False}
-    done = run(config(folder, tiny_folder, tiny_task, **settings), QUIET, cluster.RayCluster())
-    killer.join()
-    assert killed and killed[0] < 60, "a worker was to die in the middle of a point"
-    assert [(record["label"], record["overall"]["n"]) for record in done.records] == [("none", 60), ("uniform@9", 60)]
-    run(config(tmp_path / "one", tiny_folder, tiny_task, **settings), QUIET)
-    assert answers_of(folder) == answers_of(tmp_path / "one")
-    assert table_of(folder) == table_of(tmp_path / "one")
-    assert not (folder / "samples.jsonl").exists(), "the driver asks nothing itself"
+    own, died = tmp_path / "dies_once.py", tmp_path / "died"
+    own.write_text(DIES_ONCE)
+    (tmp_path / "driver").write_text(str(os.getpid()))
+    sweep = tmp_path / "sweep.yaml"
+    settings = {"model": tiny_folder, "tasks": [tiny_task], "methods": ["none", "dies_once"], "keep": [9], "limit": 60,
+                "batch_size": 1, "references": False, "measure": {"times": False}}  # fmt: skip
+    sweep.write_text(json.dumps(settings))
+    try:
+        for executor in ("ray", "local"):
+            more = ["--executor", executor, "--output", str(tmp_path / executor)]
+            assert main(["sweep", str(sweep), *more, "--import", str(own)]) == 0
+            assert died.exists(), "a worker was to die in the middle of a point"
+    finally:
+        METHODS.unregister("dies_once")
+        user_files._imported.pop(own.resolve(), None)
+    assert answers_of(tmp_path / "ray") == answers_of(tmp_path / "local")
+    assert table_of(tmp_path / "ray") == table_of(tmp_path / "local")
+    rows = [file.read_text().count("\n") for file in (tmp_path / "ray").glob("samples.ray-*.jsonl")]
+    assert rows == [60, 60], "the second start went on with what the dead worker had answered"
+    assert not (tmp_path / "ray" / "samples.jsonl").exists(), "the driver asks nothing itself"
 
 
 @pytest.mark.slow
