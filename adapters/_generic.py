@@ -118,8 +118,8 @@ class Generic(Adapter):
         self.first_cut = max(1, len(added))
 
     def check_call(self, call: Mapping[str, Any]) -> None:
-        read = self.pixels.values()
-        not_read = {name: "video" for name in call if name not in read and all(part in name for part in _OF_VIDEOS)}
+        named = [name for name in call if all(part in name for part in _OF_VIDEOS)]
+        not_read = {} if "video" in self.features else dict.fromkeys(named, "video")
         brought = {name: kind for name, kind in {**not_read, **self._not_read}.items() if call.get(name) is not None}
         encoded = call.get("mm_encoder_outputs") or {}  # `generate` encodes before it calls
         brought |= {

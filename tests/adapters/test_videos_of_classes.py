@@ -19,11 +19,13 @@ from _masked_whole import compare_whole
 from _zoo import BREAK, END, SPECIAL, START, VIDEO, Batch, Rows
 from _zoo_all import FAMILIES, KEEP, LACKS, PLANS, zoo_model
 from _zoo_videos import VIDEOS, Films, Layout, video_batch
-from masked_reference import run_pruned
+from masked_reference import decoder_inputs, run_pruned
 
 import tokenprune
 from tokenprune.api import adapter_for
 from tokenprune.engine.prompt_reader import prompt_visuals
+from tokenprune.evals.models.load import LoadedModel
+from tokenprune.evals.profiling.timing import ideal_prefill
 from tokenprune.interfaces.signals import summary_attention
 from tokenprune.state.tower_recording import sources_of
 
@@ -196,6 +198,21 @@ def test_videos_are_laid_out_alike_without_a_run(name: str) -> None:
     for kind in films.there:
         shown = prompt_visuals(adapter_for(model), kind, batch)
         assert [visual.rasters for visual in shown] == [s.visual.rasters for s in spans if s.visual.kind == kind]
+
+
+@pytest.mark.parametrize("name", ["glm4v", "glm_ocr", "hyperclovax_vision_v2", "video_llava"])
+def test_the_ideal_prefill_is_given_the_frames_that_stay(name: str) -> None:
+    """It is timed beside the pruned one, and finds features and placeholders by itself."""
+    model, (batch, _) = zoo_model(name), video_batch(name, ONE_VIDEO)
+    adapter = adapter_for(model)
+    with torch.no_grad():
+        with tokenprune.applied(model, "random", KEEP) as handle, decoder_inputs(adapter) as pruned:
+            model(**batch)
+            stays = handle.stays
+        run = ideal_prefill(LoadedModel(name, model, None, ""), batch, stays)
+        with decoder_inputs(adapter) as ideal:
+            run()
+    assert torch.equal(ideal[0]["inputs_embeds"], pruned[-1]["inputs_embeds"])
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"])
