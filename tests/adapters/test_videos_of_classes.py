@@ -29,7 +29,7 @@ from tokenprune.evals.profiling.timing import ideal_prefill
 from tokenprune.interfaces.signals import summary_attention
 from tokenprune.state.tower_recording import sources_of
 
-TRIED = ("divprune", "random", "fastv", "vtc_cls")
+TRIED = ("divprune", "random", "layer_2", "fastv", "vtc_cls")
 REFUSED = dict.fromkeys(["molmo2", "perception_lm"], "has no input cuts of a video")
 """Videos have the placeholders of pictures, or the call that makes features of pictures makes theirs."""
 _MIXED = "of this video: which of its patches make a visual token follows no order"
@@ -46,6 +46,11 @@ ONE_VIDEO: Layout = (("video",),)
 ONE_OF_EACH: Layout = (("video",), ("image", "video"))
 TAKES = [name for name in VIDEOS if name not in REFUSED]
 CELLS = [(name, plan) for name in TAKES for plan in TRIED]
+
+
+def _run(model: Any, plan: str, batch: Batch, **more: Any) -> dict[str, Any]:
+    method = PLANS[plan]
+    return run_pruned(model, method, KEEP if isinstance(method, str) else None, batch, **more)
 
 
 def _lacks(name: str, plan: str) -> str:
@@ -88,10 +93,10 @@ def test_removal_equals_masking_or_is_refused(name: str, plan: str) -> None:
         model, batch, films = _prepared(name)
         if lacks := _lacks(name, plan):
             with pytest.raises(ValueError, match=lacks) as refused:
-                run_pruned(model, plan, KEEP, batch, tokens=1)
+                _run(model, plan, batch, tokens=1)
             assert any(type(part).__name__ in str(refused.value) for part in model.modules()), "the class is named"
             return
-        run = run_pruned(model, plan, KEEP, batch, tokens=4, silent=_silent(model))
+        run = _run(model, plan, batch, tokens=4, silent=_silent(model))
         compare_whole(run, batch, DOUBLE_TOLERANCE if goes_along(name) else 1e-5, _silent(model))
     there = _grids(name, films)
     visuals = [span.visual for span in run["layout"].spans]
@@ -122,15 +127,14 @@ def test_videos_that_cannot_be_told_are_refused(name: str) -> None:
 def test_what_leaves_inside_the_tower_equals_masking_or_is_refused(name: str) -> None:
     """In double precision: a tower rounds otherwise where its patches are fewer, and decoders that choose keys or
     experts make more of that."""
-    plan = PLANS["vision_0"]
     with in_double():
         batch, _ = video_batch(name, _small(name))
         model, batch = double_model(name), double_batch(batch)
         if lacks := _lacks(name, "vision_0"):
             with pytest.raises(ValueError, match=lacks):
-                run_pruned(model, plan, None, batch, tokens=1)
+                _run(model, "vision_0", batch, tokens=1)
             return
-        run = run_pruned(model, plan, None, batch, tokens=2, silent=_silent(model))
+        run = _run(model, "vision_0", batch, tokens=2, silent=_silent(model))
         compare_whole(run, batch, DOUBLE_TOLERANCE, _silent(model))
     assert run["report"].kept_tokens < run["report"].visual_tokens
 
