@@ -34,6 +34,7 @@ KINDS = ("image", "video")
 _DECODERS = ("language_model", "text_model", "language_model.model", "text_model.model")
 _IDS = ("{}_token_id", "{}_token_index", "{}_patch_id")
 _PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
+_OF_VIDEOS = ("pixel", "video")  # in the name of an argument of code that comes with a checkpoint
 _MROPE = ("get_rope_index", "compute_3d_position_ids")
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
 _MERGES = ("spatial_merge_size", "merge_kernel_size", "scale_factor", "downsample_factor")
@@ -117,13 +118,21 @@ class Generic(Adapter):
         self.first_cut = max(1, len(added))
 
     def check_call(self, call: Mapping[str, Any]) -> None:
-        for name, kind in self._not_read.items():
-            if call.get(name) is not None:
-                raise ValueError(
-                    f"This call brings {name}, and {type(self.model).__name__} has no input cuts of a {kind}: which "
-                    f"placeholders are a {kind}'s, or which call makes its features, is not known. Remove the method "
-                    "for such prompts, or pass frames as pictures."
-                )
+        named = [name for name in call if all(part in name for part in _OF_VIDEOS)]
+        not_read = {} if "video" in self.features else dict.fromkeys(named, "video")
+        brought = {name: kind for name, kind in {**not_read, **self._not_read}.items() if call.get(name) is not None}
+        encoded = call.get("mm_encoder_outputs") or {}  # `generate` encodes before it calls
+        brought |= {
+            f"features of a {kind} (mm_encoder_outputs)": kind
+            for kind in KINDS
+            if kind not in self.features and encoded.get(kind) is not None
+        }
+        for what, kind in brought.items():
+            raise ValueError(
+                f"This call brings {what}, and {type(self.model).__name__} has no input cuts of a {kind}: which "
+                f"placeholders are a {kind}'s, or which call makes its features, is not known. Remove the method "
+                "for such prompts, or pass frames as pictures."
+            )
 
     def _part_that_has(self, model: Any) -> str:
         """A sentence on the part of a model that answers in text, where it has others that speak; else ""."""

@@ -61,7 +61,8 @@ class Grids:
         self._merge = merge
         named = next((call[n] for n in (f"{kind}_grid_thw", "image_grid_thw") if call.get(n) is not None), None)
         boxes = None if named is None else named.tolist()
-        shapes = next((call[name] for name in _PATCH_GRIDS if call.get(name) is not None), None)
+        names = [f"{name}_videos" for name in _PATCH_GRIDS] if kind == "video" else _PATCH_GRIDS
+        shapes = next((call[name] for name in names if call.get(name) is not None), None)
         if boxes is None and shapes is not None:
             boxes = [[1, *sizes] for sizes in shapes.tolist()]
         sizes = call.get("image_sizes")

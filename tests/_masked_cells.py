@@ -5,7 +5,9 @@ making one after the other NaN."""
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,20 +19,22 @@ from tokenprune.engine.layer_check import hooked
 
 
 def pixels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a features call takes of a batch."""
+    """What a features call takes of a batch with pictures."""
     return {name: value for name, value in batch.items() if name.startswith(("pixel", "high_res", "image", "spatial"))}
 
 
-def features(adapter: Any, batch: dict[str, Tensor]) -> Tensor:
-    """`[tokens, D]` of a call."""
+def features(adapter: Any, batch: dict[str, Tensor], kind: str = "image") -> Tensor:
+    """`[tokens, D]` of a call; of a batch with videos, of visuals of one `kind`."""
+    call = getattr(adapter.entry, adapter.features[kind])
+    takes = inspect.signature(call).parameters
+    given = pixels(batch) if len(adapter.features) == 1 or "pixel_values_videos" not in batch else batch
+    given = given if given is not batch else {name: value for name, value in batch.items() if name in takes}
     with torch.no_grad():
-        return torch.cat(
-            list(adapter.feature_rows(adapter.entry.get_image_features(**pixels(batch), return_dict=True)))
-        )
+        return torch.cat(list(adapter.feature_rows(call(**given, return_dict=True))))
 
 
-def patches_of_tokens(adapter: Any, block: Any, batch: dict[str, Tensor]) -> list[list[int]]:
-    """By token, which rows of the states that a block leaves, counted over all pictures, it is made of."""
+def patches_of_tokens(adapter: Any, block: Any, batch: dict[str, Tensor], kind: str = "image") -> list[list[int]]:
+    """By token, which rows of the states that a block leaves, counted over all pictures or videos, it is made of."""
     found: dict[int, list[int]] = {}
     patch, count = 0, 1
 
@@ -43,35 +47,38 @@ def patches_of_tokens(adapter: Any, block: Any, batch: dict[str, Tensor]) -> lis
 
     with hooked(block.register_forward_hook(spoil, prepend=True)):
         while patch < count:
-            for token in features(adapter, batch).isnan().any(dim=-1).nonzero()[:, 0].tolist():
+            for token in features(adapter, batch, kind).isnan().any(dim=-1).nonzero()[:, 0].tolist():
                 found.setdefault(token, []).append(patch)
             patch += 1
     return [found[row] for row in sorted(found)]  # row ends are of no patch
 
 
 @contextlib.contextmanager
-def masked_cells(adapter: Any, works: list[tuple[str, Any]], patches: list[list[int]]):
+def masked_cells(adapter: Any, works: list[tuple[str, Any]], patches: list[list[int]] | Mapping[str, list[list[int]]]):
     """Hide the cells that left inside the vision tower: as keys, from the block after their cut on.
 
     Args:
         works: kind and work of each run of one forward call.
-        patches: see `patches_of_tokens`.
+        patches: see `patches_of_tokens`; by kind of visuals where there are several.
     """
     blocks = adapter.vision.blocks
     numbers = {attention_in(block): number for number, block in enumerate(blocks)}
     first = next(iter(numbers))
     file, configs = sys.modules[type(first).__module__], {id(own.config): own.config for own in numbers}
-    original, place = file.eager_attention_forward, dict.fromkeys(numbers.values(), 0)
-    count = max(patch for own in patches for patch in own) + 1
+    original = file.eager_attention_forward
+    place: dict[tuple[int, int], int] = {}  # rows that a block has done of a run
+    by_kind = patches if isinstance(patches, Mapping) else {kind: patches for kind, _ in works}
+    count = max(patch for tokens in by_kind.values() for own in tokens for patch in own) + 1
 
     def gone(block: int, total: int) -> Tensor:
         (work,), hidden = running, torch.zeros(max(total, count), dtype=torch.bool)
+        own_patches = by_kind[next(kind for kind, one in works if one is work)]
         cuts = [alive for after, alive in work.cuts if after < block]
         start = 0
         for (rows, cols), alive in zip(work.grids, cuts[-1] if cuts else [None] * len(work.grids)):
             kept = range(rows * cols) if alive is None else alive.tolist()
             for token in {*range(rows * cols)} - {*kept}:
-                hidden[patches[start + token]] = True
+                hidden[own_patches[start + token]] = True
             start += rows * cols
         return hidden
 
@@ -81,9 +88,10 @@ def masked_cells(adapter: Any, works: list[tuple[str, Any]], patches: list[list[
         if module not in numbers:
             return original(module, query, key, value, attention_mask, scaling=scaling, **rest)
         block, (batch, heads, length, width) = numbers[module], query.shape
-        at = place[block]
+        own = id(running[0]), block
+        at = place.get(own, 0)
         hidden = gone(block, at + batch * length)[at : at + batch * length].view(batch, 1, 1, length)
-        place[block] += batch * length
+        place[own] = at + batch * length
         mask = attention_mask
         key, value = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (key, value))
         scores = query @ key.transpose(2, 3) * (width**-0.5 if scaling is None else scaling)

@@ -35,7 +35,8 @@ class WholeMasked:
         self.mask, self.tower = batch["attention_mask"], run["tower"]
         cut = any(work.cuts for _, work in self.tower)
         last = self.adapter.vision.blocks[self.adapter.tower.feature_layer] if cut else None
-        self.patches = patches_of_tokens(self.adapter, last, batch) if cut else None
+        kinds = dict.fromkeys(kind for kind, _ in self.tower)
+        self.patches = {kind: patches_of_tokens(self.adapter, last, batch, kind) for kind in kinds} if cut else None
         stays, closed = torch.ones_like(self.mask, dtype=torch.bool), torch.zeros_like(self.mask)
         by_layer = {}
         for site, kept in run["cuts"]:

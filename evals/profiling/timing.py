@@ -22,6 +22,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from tokenprune import cost
+from tokenprune.engine.prompt_reader import placeholders_in
 from tokenprune.evals.config.measure import Measure
 from tokenprune.evals.config.points import Point
 from tokenprune.evals.evaluation.applied_method import pruned, visual_tokens
@@ -67,7 +68,7 @@ def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], stays: Stays) -> 
     model, adapter = loaded.model, loaded.adapter
     ids = inputs["input_ids"]
     kind = next(kind for kind, name in adapter.pixels.items() if inputs.get(name) is not None)
-    placeholder = adapter.placeholder_ids[kind]
+    visual = placeholders_in(adapter, ids, inputs)[kind]
     encode: Callable[..., Any] = getattr(*adapter.features_call(kind))
     names = inspect.signature(encode).parameters
     vision = {name: value for name, value in inputs.items() if name in names}
@@ -78,8 +79,8 @@ def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], stays: Stays) -> 
             raise ValueError(f"The ideal is timed for prompts that keep equally many tokens, got {counts}.")
     keep = left.pop(0)
     short_ids = ids[keep].view(len(ids), -1)
-    places = short_ids == placeholder
-    rows = keep[ids == placeholder]
+    places = visual[keep].view(short_ids.shape)
+    rows = keep[visual]
     mask = torch.ones_like(short_ids)
     shorter = ShorterLayers(adapter.layers, keep, left)
 

@@ -3,13 +3,13 @@ matrix is kept here, by visual token: which patches are a token's is found by ma
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import sys
 from typing import Any
 
 import pytest
 import torch
+from _eager_towers import eager_matrices, expected
 from _masked_cells import features, patches_of_tokens, pixels
 from _masked_whole import compare_whole
 from _zoo import SPECIAL, zoo_batch
@@ -42,46 +42,6 @@ KINDS = {
 WHOLE = {"exaone4_5": 1}
 """Blocks that see the whole picture, where the others have windows."""
 METHODS_ON = ("gemma3", "mistral3", "glm4v", "qianfan_ocr", "hyperclovax_vision_v2")
-
-
-@contextlib.contextmanager
-def eager_matrices(vision: Any, block: int):
-    """Softmax matrices `[b, H, T, T]` of a block, as the eager function of the model's own file computes them."""
-    attention = attention_in(vision.blocks[block])
-    file, before = sys.modules[type(attention).__module__], attention.config._attn_implementation
-    original, found = file.eager_attention_forward, []
-
-    def kept(module: Any, *args: Any, **kwargs: Any) -> Any:
-        output = original(module, *args, **kwargs)
-        if module is attention:
-            found.append(output[1].detach())
-        return output
-
-    attention.config._attn_implementation, file.eager_attention_forward = "eager", kept
-    try:
-        yield found
-    finally:
-        attention.config._attn_implementation, file.eager_attention_forward = before, original
-
-
-def expected(matrices: list[Tensor], patches: list[list[int]], sizes: list[int], cls: bool) -> Tensor:
-    """`[tokens]`: what [CLS] gives to the patches of each token, or all patches of its picture do, in the mean.
-
-    Args:
-        matrices: see `eager_matrices`.
-        patches: see `patches_of_tokens`.
-        sizes: tokens of each picture.
-    """
-    blocks = [one.mean(0) for part in matrices for one in part]  # [T, T] each
-    whole = torch.block_diag(*blocks)
-    length, values, first = blocks[0].shape[0], [], 0
-    for size in sizes:
-        own = patches[first : first + size]
-        rows = [own[0][0] // length * length] if cls else [patch for token in own for patch in token]
-        given = whole[rows].mean(0)
-        values += [given[token].mean() for token in own]
-        first += size
-    return torch.stack(values)
 
 
 @pytest.mark.parametrize("name", list(KINDS))

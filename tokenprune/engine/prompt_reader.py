@@ -31,8 +31,20 @@ def prompt_visuals(adapter: Adapter, kind: str, call: Mapping[str, Any]) -> list
     def pictures(kind: str, row: int, places: Sequence[Tensor]) -> Pictures | None:
         return adapter.pictures(kind, ids[row], places)
 
-    layout = build_layout({kind: ids == adapter.placeholder_ids[kind]}, {kind: adapter.visuals(kind, call)}, pictures)
+    there = {kind: placeholders_in(adapter, ids, call)[kind]}
+    layout = build_layout(there, {kind: adapter.visuals(kind, call)}, pictures)
     return [span.visual for span in layout.spans]
+
+
+def placeholders_in(adapter: Adapter, ids: Tensor, call: Mapping[str, Any]) -> dict[str, Tensor]:
+    """By kind of visuals, `[B, S]` bool: where the placeholders of a call stand.
+
+    Args:
+        ids: `[B, S]`, its prompts.
+        call: its arguments, by name.
+    """
+    placeholders = {kind: ids == number for kind, number in adapter.placeholder_ids.items() if kind in adapter.features}
+    return _as_passed(placeholders, _kinds_brought(adapter, call))
 
 
 class PromptReader:
@@ -54,7 +66,7 @@ class PromptReader:
         self._adapter.check_call(inputs.arguments)
         if inputs.ids is not None and not inputs.ids.numel():
             return False  # what is wrong with a prompt of no tokens the model itself says
-        if not self._kinds_brought(inputs.arguments):
+        if not _kinds_brought(self._adapter, inputs.arguments):
             warn_of_features(inputs)
             return False
         check_cache(inputs)
@@ -91,7 +103,7 @@ class PromptReader:
         sources: dict[str, list[tuple[Recording, int]]] = {}
         visuals = {}
         ids, placeholders = self._placeholders(inputs)
-        placeholders = _as_passed(placeholders, self._kinds_brought(call))
+        placeholders = _as_passed(placeholders, _kinds_brought(adapter, call))
 
         def pictures(kind: str, row: int, places: Sequence[Tensor]) -> Pictures | None:
             return adapter.pictures(kind, None if ids is None else ids[row], places)
@@ -159,11 +171,6 @@ class PromptReader:
 
     # --- what the arguments hold --------------------------------------------------------------------------------------
 
-    def _kinds_brought(self, call: Mapping[str, Any]) -> list[str]:
-        """The kinds of visuals of which a call brings pixels, or features that a tower made before it."""
-        adapter, encoded = self._adapter, call.get("mm_encoder_outputs") or {}
-        return [k for k in adapter.features if encoded.get(k) is not None or call.get(adapter.pixels[k]) is not None]
-
     def _placeholders(self, inputs: CallInputs) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Ids `[B, S]` on the CPU, None where embeddings came; and by kind, `[B, S]` bool on the CPU: where the
         placeholders of visual tokens stand."""
@@ -199,6 +206,12 @@ class PromptReader:
                 "pixel_values, or leave the prompt in one piece."
             )
         return sources
+
+
+def _kinds_brought(adapter: Adapter, call: Mapping[str, Any]) -> list[str]:
+    """The kinds of visuals of which a call brings pixels, or features that a tower made before it."""
+    encoded = call.get("mm_encoder_outputs") or {}
+    return [k for k in adapter.features if encoded.get(k) is not None or call.get(adapter.pixels[k]) is not None]
 
 
 def _as_passed(placeholders: dict[str, Tensor], passed: Sequence[str]) -> dict[str, Tensor]:

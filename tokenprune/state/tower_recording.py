@@ -239,16 +239,39 @@ def entries_of(output: Any, visuals: Sequence[Visual]) -> list[range] | None:
 
 
 def by_visual(features: Sequence[Tensor], entries: Sequence[range] | None, visuals: Sequence[Visual]) -> list[Tensor]:
-    """`[P, D]` of each visual, from tensors that hold those of `entries`, see `entries_of`; or from one tensor that
-    holds those of all, one after the other (HunYuan-VL in older releases)."""
+    """`[P, D]` of each visual, from tensors that hold those of `entries`, see `entries_of`; from one tensor that holds
+    those of all, one after the other (HunYuan-VL in older releases); or from several for each, those of the frames of a
+    video (Video-LLaVA)."""
     if entries is None and len(features) == 1 < len(visuals):
         entries = [range(len(visuals))]
     if entries is None:
-        return list(features)
+        parts = _parts([len(tensor) for tensor in features], visuals)
+        return [_cat([features[part] for part in own]) for own in parts] if parts else list(features)
     found: list[Tensor] = []
     for tensor, own in zip(features, entries):
         found += tensor.split([visuals[visual].length for visual in own])
     return found
+
+
+def _parts(lengths: Sequence[int], visuals: Sequence[Visual]) -> list[range] | None:
+    """Which tensors of features make each visual, where some are made of several; None where each is one, or they do
+    not fit.
+
+    Args:
+        lengths: tokens of each tensor.
+    """
+    if len(lengths) <= len(visuals):
+        return None
+    parts, place = [], 0
+    for visual in visuals:
+        first, left = place, visual.length
+        while left > 0 and place < len(lengths):
+            left -= lengths[place]
+            place += 1
+        if left:
+            return None
+        parts.append(range(first, place))
+    return parts if place == len(lengths) else None
 
 
 def tag(output: Any, recording: Recording) -> None:
@@ -287,16 +310,36 @@ def sources_of(output: Any, tokens: Sequence[int] = ()) -> list[tuple[Recording,
     recording, original = getattr(output, _TAG, None) or getattr(features, _TAG, (None, features))
     if recording is None or original.shape[1:] != features.shape[1:]:
         return None
+    parts = _parts([original.shape[1]] * len(original), recording.visuals)
     if original is features:
-        return [(recording, row) for row in range(len(original))]
+        return [(recording, row) for row in range(len(original) if parts is None else len(parts))]
     # one tensor at a time, so that no [beams, pictures, ...] is formed; one read for all
     same = torch.stack([(tensor == original).flatten(1).all(1) for tensor in features]).tolist()
     if not all(map(any, same)):
         return None
     likely = _repeated([count // features.shape[1] for count in tokens], len(original), len(features))
-    return [
-        (recording, guess if guess is not None and row[guess] else row.index(True)) for row, guess in zip(same, likely)
-    ]
+    rows = [guess if guess is not None and row[guess] else row.index(True) for row, guess in zip(same, likely)]
+    whole = rows if parts is None else _whole(rows, parts)
+    return None if whole is None else [(recording, row) for row in whole]
+
+
+def _whole(rows: Sequence[int], parts: Sequence[range]) -> list[int] | None:
+    """The visuals that tensors of features make one after the other; None where they are torn apart.
+
+    Args:
+        rows: which tensors.
+        parts: those of each visual.
+    """
+    visual_of = {part: visual for visual, own in enumerate(parts) for part in own}
+    found: list[int] = []
+    place = 0
+    while place < len(rows):
+        visual = visual_of[rows[place]]
+        if [*rows[place : place + len(parts[visual])]] != [*parts[visual]]:
+            return None
+        found.append(visual)
+        place += len(parts[visual])
+    return found
 
 
 def _repeated(rows: Sequence[int], had: int, have: int) -> Sequence[int | None]:
