@@ -185,7 +185,9 @@ def made(name: str) -> tuple[type, Any]:
 
 @functools.cache
 def zoo_model(name: str, seed: int = 0) -> Any:
-    """The tiny model of a family, one for all tests."""
+    """The tiny model of a family, one for all tests, so that it has to be made where torch makes single precision."""
+    if torch.get_default_dtype() is not torch.float32:
+        raise RuntimeError(f"{name} would be in double precision for all tests; make it before `in_double()`.")
     return random_model(*made(name), FAMILIES[name].attention, seed)
 
 

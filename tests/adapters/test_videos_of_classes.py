@@ -127,9 +127,10 @@ def test_videos_that_cannot_be_told_are_refused(name: str) -> None:
 def test_what_leaves_inside_the_tower_equals_masking_or_is_refused(name: str) -> None:
     """In double precision: a tower rounds otherwise where its patches are fewer, and decoders that choose keys or
     experts make more of that."""
+    model = double_model(name)
     with in_double():
         batch, _ = video_batch(name, _small(name))
-        model, batch = double_model(name), double_batch(batch)
+        batch = double_batch(batch)
         if lacks := _lacks(name, "vision_0"):
             with pytest.raises(ValueError, match=lacks):
                 _run(model, "vision_0", batch, tokens=1)
