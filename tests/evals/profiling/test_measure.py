@@ -136,3 +136,10 @@ def test_costs_come_once_pictures_that_could_not_be_read_are_there(store, tiny, 
     assert not found and all("are measured again when the run is started again" in note for note in notes)
     found, notes = measured(store, tiny, broken_at(task), Measure(samples=1, times=False))
     assert not notes and [one["kv"]["measured"] > 0 for one in found.values()] == [True, True]
+
+
+def test_costs_that_other_code_counted_are_counted_anew(store, tiny, tiny_task, monkeypatch):
+    task = load_task(tiny_task)
+    measured(store, tiny, task)
+    monkeypatch.setattr("tokenprune.evals.profiling.measure.costs_fingerprint", lambda: "other code")
+    assert len(measured(store, tiny, task)[0]) == 2 and len(store) == 4
