@@ -15,7 +15,7 @@ from tokenprune.evals.evaluation.evaluate import AskedSamples
 from tokenprune.evals.io.row_store import RowStore
 from tokenprune.evals.profiling import flops
 from tokenprune.evals.profiling.measure import MEASURE_KEY, measure, read_costs
-from tokenprune.evals.results.over_tasks import pool_costs, pool_tasks
+from tokenprune.evals.results.over_tasks import pool_costs, pool_tasks, pooled_note
 from tokenprune.evals.results.summary import flat_costs
 from tokenprune.evals.tasks.load import load_task
 from tokenprune.evals.tasks.task import Task
@@ -90,6 +90,9 @@ def test_costs_of_all_tasks_are_their_mean_or_not_there():
     assert found["flops_agree"] is True and found["decode_ms"] is None
     one["flops"]["measured"] = None
     assert flat_costs({**tokens, **pool_costs(whole, tasks, both)})["gflops_total_measured"] is None
+    many = {**rows, tasks[0].key: [*rows[tasks[0].key], {"sample_id": "1", "point": tasks[0].key}]}
+    (note,) = pooled_note([whole], tasks, many)
+    assert "(2 of long, 1 of short), so the largest task counts most" in note and not pooled_note([whole], tasks, rows)
     for missing in ({tasks[0].key: one}, {tasks[0].key: one, tasks[1].key: {}}):
         assert pool_costs(whole, tasks, missing) == {}
 
