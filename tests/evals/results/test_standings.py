@@ -13,6 +13,7 @@ from tokenprune.evals.report.findings import findings
 from tokenprune.evals.report.markdown import write_markdown
 from tokenprune.evals.report.merge import merge
 from tokenprune.evals.results.equal_cost import Panel
+from tokenprune.evals.results.over_seeds import over_seeds, seed_tables
 from tokenprune.evals.results.run_folder import read_run
 from tokenprune.evals.results.standings import costs_to_show, recommended
 from tokenprune.evals.results.summary import summarise, table_rows
@@ -61,6 +62,29 @@ def test_several_seeds_of_random_are_still_the_control() -> None:
         assert "equal_cost" not in drawn and drawn["area"]["tokens"]["vs_random"] is None
     assert [r["at_tokens_vs_random_verdict"] for r in table_rows(records) if r["method"] == "holov"][-1] == "better"
     assert [cost for _, cost in costs_to_show(Panel(records, rows))] == [64.0, 16.0]  # type: ignore[arg-type]
+
+
+def test_over_seeds_a_method_is_compared_at_its_own_cost() -> None:
+    """Asked for 64 tokens it holds 128 and is as good as random there; at 64 random is 20 points worse."""
+    points = [Point("m", "t", NONE, None)]
+    points += [Point("m", "t", "random", keep, (), True, seed) for keep in (64, 256) for seed in (0, 1)]
+    points += [Point("m", "t", "todre", 64, (("pivot", "random"),), seed=seed) for seed in (0, 1)]
+    held = {NONE: (576, 200), "todre": (128, 120), "random": (64, 80)}
+    rows = {}
+    for point in points:
+        kept, right = (256, 160) if point.keep == 256 else held[point.method]
+        rows[point.key] = [
+            {
+                "sample_id": f"s{i}", "family": "f", "correct": float(i < right), "visual_tokens": 576,
+                "kept_tokens": float(kept),
+            }
+            for i in range(200)
+        ]  # fmt: skip
+    records = summarise(points, rows, {}, 0)
+    (mine,) = [row for row in over_seeds(records) if row["method"] == "todre"]
+    assert mine["vs_random"] == pytest.approx(0.2) and mine["at_tokens_vs_random"] == pytest.approx(0)
+    (table,) = seed_tables(records)
+    assert [str(cell) for cell in table.columns[-1].cells] == ["", "", "+0.0"] and table.columns[-1].header[-1] == "*"
 
 
 def graded(run, right) -> None:
