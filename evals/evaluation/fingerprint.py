@@ -26,8 +26,16 @@ NO_ANSWER = (
 point is (`evals/config`) stands in the keys of its rows."""
 
 
+COUNTING = ("cost.py", "handle.py", "report.py", "evals/profiling")
+"""Those of them that costs depend on."""
+
+
 def deciding_files() -> Iterator[tuple[str, Path]]:
     """Sources that decide an answer, as (path within the package, file), sorted by the former."""
+    return ((name, file) for name, file in _sources() if not _is_in(name, NO_ANSWER))
+
+
+def _sources() -> Iterator[tuple[str, Path]]:
     files: dict[str, Path] = {}
     for place, folder in enumerate(map(Path, tokenprune.__path__)):
         # in a checkout the second folder is the repository, of which these four belong to the package
@@ -35,7 +43,7 @@ def deciding_files() -> Iterator[tuple[str, Path]]:
         for part in parts:
             for file in (folder / part).rglob("*"):
                 name = file.relative_to(folder).as_posix()
-                if file.suffix in (".py", ".yaml") and not _is_in(name, NO_ANSWER):
+                if file.suffix in (".py", ".yaml"):
                     files.setdefault(name, file)
     yield from sorted(files.items())
 
@@ -47,6 +55,16 @@ def code_fingerprint() -> str:
         hasher.update(name.encode() + b"\0" + file.read_bytes())
     for file in imported_files():  # a method of the user's own that was changed answers anew
         hasher.update(file.name.encode() + b"\0" + file.read_bytes())
+    return hasher.hexdigest()[:16]
+
+
+def costs_fingerprint() -> str:
+    """A digest of the sources that count and time, which decide no answer: a run that goes on after they changed must
+    not put two ways of counting into one table."""
+    hasher = hashlib.sha256()
+    for name, file in _sources():
+        if _is_in(name, COUNTING):
+            hasher.update(name.encode() + b"\0" + file.read_bytes())
     return hasher.hexdigest()[:16]
 
 

@@ -10,6 +10,7 @@ from tokenprune.evals.config.points import Point
 from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.evaluation.batching import read_batch
 from tokenprune.evals.evaluation.evaluate import AskedSamples
+from tokenprune.evals.evaluation.fingerprint import costs_fingerprint
 from tokenprune.evals.evaluation.retry import failure_of, release_memory
 from tokenprune.evals.io.digest import digest
 from tokenprune.evals.io.row_store import RowStore
@@ -24,12 +25,12 @@ COSTS = ("kv", "times", "flops")
 
 
 def measure_key(config: RunConfig, settings: str, point: Point, machine: str) -> tuple[str, str, str]:
-    """Key of a point's row of costs.
+    """Key of a point's row of costs; costs that other code counted are another row.
 
     Args:
         machine: digest of what `machine.clocked_on` says; times of another machine are another row.
     """
-    return settings, point.key, f"{digest(asdict(config.measure))}.{machine}"
+    return settings, point.key, f"{digest([asdict(config.measure), costs_fingerprint()])}.{machine}"
 
 
 def measure(

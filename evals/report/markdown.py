@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ from typing import Any
 from tokenprune.evals.io.atomic_files import replace_file
 from tokenprune.evals.report.merge import Merged, merge
 from tokenprune.evals.report.series import budget_of, kind_of, name_of, off_budget
-from tokenprune.evals.results.equal_cost import CONTROLS, Panel, equal_cost_verdict
+from tokenprune.evals.results.equal_cost import CONTROLS, Panel, equal_cost_verdict, is_control
 from tokenprune.evals.results.records import ResultRecord, Scores
 from tokenprune.evals.results.run_folder import FinishedRun
-from tokenprune.evals.results.standings import costs_to_show, recommended
+from tokenprune.evals.results.standings import costs_to_show, recommended, shared_samples
 from tokenprune.evals.results.summary import flat_costs, title_of
-from tokenprune.evals.statistics.bootstrap import bootstrap_mean
-from tokenprune.evals.statistics.verdict import ALIKE, BETTER, FEW, WORSE, Verdict, grouped
+from tokenprune.evals.statistics.bootstrap import Interval, bootstrap_mean
+from tokenprune.evals.statistics.equal_cost import Curve
+from tokenprune.evals.statistics.verdict import ALIKE, BETTER, FEW, UNKNOWN, WORSE, Verdict, grouped
 
 HEADS = ("method", "asked", "tokens", "accuracy, %", "vs random, tokens", "vs random, FLOPs", "vs uniform, tokens",
          "vs downsample, FLOPs", "GFLOPs", "KV, KiB", "prefill / ideal", "selection, %", "selection, ms",
@@ -29,7 +30,8 @@ a row that is more than 1 percent off it says so.
 Accuracy with its 95 percent bootstrap interval. *vs random, tokens*: paired difference to random selection at the same
 mean tokens, interpolated between its budgets in the logarithm of the cost, with its interval; *FLOPs*: at the same
 FLOPs to the first token. Bold where the two are told apart: an exact McNemar test (sign flips where the control is
-interpolated), corrected over the table, and at least 100 samples. *Area*: mean accuracy over the logarithm of the cost.
+interpolated), corrected over the column, and at least 100 samples. Of several seeds of random, that of the method's
+own seed, else the first. *Area*: mean accuracy over the logarithm of the cost.
 *GFLOPs*: to the first token, vision tower and selection included, and the share of the unpruned model's. *KV*: bytes of
 one prompt after prefill, and their share. *prefill / ideal*: against the same counts without any selection.
 *Selection*: of the time of the unpruned prefill, and in milliseconds. Controls are in italics; the oracle is told where
@@ -76,13 +78,11 @@ def _at_given_cost(panel: Panel, axis: str) -> str:
     heads = [format(cost / (1e9 if axis == "flops" else 1), form) for cost in costs]
     areas = {record["series"]: record.get("area", {}).get(axis) for record in panel.records}
     kinds = {record["series"]: kind_of(record["method"]) for record in panel.records}
+    curves = {name: panel.curve(name, axis) for name in panel.series()}
+    means = [_means_at(curves, cost) for cost in costs]
     lines, over = [], None
-    for name in panel.series():
-        cells = []
-        for cost in costs:
-            scores = panel.curve(name, axis).scores_at(cost)
-            mean = bootstrap_mean(list(scores.values())) if scores else None
-            cells.append("" if mean is None else _interval(mean.value, mean.low, mean.high))
+    for name in curves:
+        cells = [_interval(at[name].value, at[name].low, at[name].high) if name in at else "" for at in means]
         area = areas.get(name)
         over = area or over
         width = "" if area is None else _interval(area["value"], area["low"], area["high"])
@@ -99,6 +99,13 @@ def _at_given_cost(panel: Panel, axis: str) -> str:
         span = f"{format(over['from'] / scale, form)} to {format(over['to'] / scale, form)} {unit}"
         table += ["", f"Area: over {span}; empty for a method that was not measured over all of it."]
     return "\n".join(table)
+
+
+def _means_at(curves: Mapping[str, Curve], cost: float) -> dict[str, Interval]:
+    """Accuracies at a cost, of the series measured around it, over the samples that all of these answered."""
+    found = {name: scores for name, curve in curves.items() if (scores := curve.scores_at(cost))}
+    common = shared_samples(found.values())
+    return {name: bootstrap_mean([scores[each] for each in common]) for name, scores in found.items() if common}
 
 
 def _verdicts(records: list[ResultRecord]) -> str:
@@ -140,9 +147,14 @@ def _losses(records: list[ResultRecord]) -> str:
                 where.append(f"to {control} at the same {_AXES[axis]} with keep = {', '.join(lost)}")
         if where:
             lines.append(f"- {_escaped(name)} loses {'; '.join(where)}.")
-    shown = [equal_cost_verdict(record, "random") for record in records if kind_of(record["method"]) == "method"]
+    methods = [record for record in records if kind_of(record["method"]) == "method"]
+    shown = [
+        equal_cost_verdict(r, control, axis) for r in methods for control in ("random", "downsample") for axis in _AXES
+    ]
     if any(said.kind == FEW for said in shown):
         return "Not enough samples to say."
+    if all(said.kind == UNKNOWN for said in shown):
+        return "Neither random nor downsampling was measured around the cost of any method."
     return "\n".join(lines) or "Told apart by these samples, none loses to random or to downsampling at equal cost."
 
 
@@ -223,7 +235,7 @@ def _cells(record: ResultRecord, records: list[ResultRecord]) -> list[str]:
 def _at_cost(record: ResultRecord, control: str, axis: str) -> str:
     entry = record.get("equal_cost", {}).get(axis, {}).get(control)
     if entry is None:
-        itself = record["series"] == control
+        itself = is_control(record, control)
         return "" if itself else equal_cost_verdict(record, control, axis).sentence("control")
     text = f"{100 * entry['difference']:+.1f} ({100 * entry['low']:+.1f} to {100 * entry['high']:+.1f})"
     return f"**{text}**" if equal_cost_verdict(record, control, axis).told_apart else text

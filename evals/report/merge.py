@@ -13,6 +13,7 @@ from tokenprune.evals.results.equal_cost import compare_at_equal_cost
 from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.run_folder import FinishedRun, point_of
 from tokenprune.evals.results.summary import summarise
+from tokenprune.evals.results.unlike import unlike
 
 
 @dataclass
@@ -63,14 +64,16 @@ def merge(runs: Sequence[FinishedRun]) -> Merged:
             elif key in run.rows:
                 records[key], rows[key], owners[key] = record, run.rows[key], run
     _check_questions(rows)
+    notes += unlike(runs)
     notes += [
         f"{', '.join(dict.fromkeys(labels))} ran in several of these runs; shown are those of {name}."
         for name, labels in twice.items()
     ]
     counts = {task: sorted({len(rows[k]) for k, r in records.items() if r["task"] == task}) for task in _tasks(records)}
     notes += [
-        f"The points on {task} were asked different numbers of samples ({', '.join(map(str, sizes))}); comparisons are "
-        "over the samples that both sides answered."
+        f"The points on {task} were asked different numbers of samples ({', '.join(map(str, sizes))}): the accuracy of "
+        "a point is over its own, so that two of them do not compare; comparisons, and accuracies at a given cost, are "
+        "over the samples that all sides answered."
         for task, sizes in counts.items()
         if len(sizes) > 1
     ]

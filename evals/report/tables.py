@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokenprune.evals.config.points import NONE
-from tokenprune.evals.results.equal_cost import equal_cost_verdict
+from tokenprune.evals.results.equal_cost import equal_cost_verdict, is_control
 from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.summary import flat_costs, metric_names, title_of
 
@@ -81,6 +81,9 @@ def result_tables(records: list[ResultRecord], width: int = 200) -> list[Table]:
                 break
             used = [i for i in used if i != index]
         notes = [note for head, note in _NOTES.items() if _HEADS.index(head) in used]
+        seeds = list(dict.fromkeys(record["seed"] for record in panel if is_control(record, "random")))
+        if len(seeds) > 1 and _HEADS.index("vs random*") in used:
+            notes.append(f"* random of the same seed; of a method that draws nothing, of the first, {seeds[0]}")
         table = Table(title=title_of(panel[0]), title_justify="left", caption="\n".join(notes) or None,
                       caption_justify="left", box=None, pad_edge=False)  # fmt: skip
         for i in used:

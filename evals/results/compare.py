@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tokenprune.evals.config.points import NONE
 from tokenprune.evals.io.rows import AnsweredRow, SampleRow
 from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.run_folder import FinishedRun, point_of, read_run
 from tokenprune.evals.results.scores import answered
+from tokenprune.evals.results.unlike import unlike
 from tokenprune.evals.statistics.significance import Comparison, compare_paired, holm
 from tokenprune.registry import near
 
@@ -28,6 +29,7 @@ class Difference:
         families: the comparison of each question family, then `overall`; A minus B.
         only_first, only_second: samples that only one of the two answered.
         holm: overall p-value corrected for all pairs that were asked for together.
+        notes: sentences on what else the two runs differ in.
     """
 
     task: str
@@ -38,6 +40,7 @@ class Difference:
     only_first: int
     only_second: int
     holm: float | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def compare(first: str, second: str, method: str | None = None, seed: int = 0) -> list[Difference]:
@@ -56,6 +59,7 @@ def compare(first: str, second: str, method: str | None = None, seed: int = 0) -
     differences = [difference(a[0].rows[x["point"]], b[0].rows[y["point"]], x, y, seed) for x, y in pairs]
     for each, adjusted in zip(differences, holm([each.families[OVERALL].p for each in differences]), strict=True):
         each.holm = adjusted if len(differences) > 1 else None
+        each.notes = unlike([a[0], b[0]])
     return differences
 
 

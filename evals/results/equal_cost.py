@@ -33,6 +33,11 @@ def cost_of(record: ResultRecord, axis: str) -> float | None:
     return None if total is None else float(total)
 
 
+def is_control(record: ResultRecord, name: str) -> bool:
+    """Whether a point is of this control, without options, whatever its seed."""
+    return record["method"] == name and not record["options"]
+
+
 def scores_by_id(rows: Sequence[SampleRow]) -> dict[str, float]:
     """Scores of the samples that count."""
     return {row["sample_id"]: float(row["correct"]) for row in answered(rows)}
@@ -45,19 +50,25 @@ class Panel:
         self.records = [record for record in records if record["point"] in rows]
         self.scores = {record["point"]: scores_by_id(rows[record["point"]]) for record in self.records}
 
-    def curve(self, series: str, axis: str, seed: int | None = None) -> Curve:
-        """The points of a series and the unpruned model, which is where every series ends.
+    def curve(self, series: str, axis: str) -> Curve:
+        """The points of a series and the unpruned model, which is where every series ends."""
+        return self._curve([record for record in self.records if record["series"] == series], axis)
 
-        Args:
-            seed: of the points of a method that draws, where the run has several.
-        """
-        points = []
+    def control(self, name: str, axis: str, seed: int | None = None) -> Curve:
+        """The curve that a point with this seed is held against: at each budget the control of the same seed, else the
+        first one (of several seeds, each is a series of its own)."""
+        chosen: dict[str, ResultRecord] = {}
         for record in self.records:
-            mine = record["series"] == series and (seed is None or record["seed"] in (None, seed))
-            cost = cost_of(record, axis)
-            if (mine or record["method"] == NONE) and cost is not None:
-                points.append((cost, self.scores[record["point"]]))
-        return Curve(points)
+            if is_control(record, name):
+                first = chosen.setdefault(str(record["keep"]), record)
+                if record["seed"] == seed != first["seed"]:
+                    chosen[str(record["keep"])] = record
+        return self._curve(list(chosen.values()), axis)
+
+    def _curve(self, records: Sequence[ResultRecord], axis: str) -> Curve:
+        ends = [record for record in self.records if record["method"] == NONE]
+        costs = [(cost_of(record, axis), self.scores[record["point"]]) for record in (*records, *ends)]
+        return Curve([(cost, scores) for cost, scores in costs if cost is not None])
 
     def series(self) -> list[str]:
         """Names of the series, in their order."""
@@ -65,7 +76,7 @@ class Panel:
 
     def span(self, axis: str) -> tuple[float, float] | None:
         """From the cost of random (or, without it, of any series) at its smallest budget to that at its largest."""
-        drawn = [record for record in self.records if record["series"] == "random"]
+        drawn = [record for record in self.records if is_control(record, "random")]
         costs = [cost_of(record, axis) for record in drawn or self.records if record["method"] != NONE]
         known = [cost for cost in costs if cost is not None]
         return (min(known), max(known)) if known and min(known) < max(known) else None
@@ -93,16 +104,16 @@ def compare_at_equal_cost(records: Sequence[ResultRecord], rows: Mapping[str, Se
 
 
 def _against_control(panel: Panel, records: Sequence[ResultRecord], axis: str, control: str, seed: int) -> None:
-    if control not in panel.series():
+    if not any(is_control(record, control) for record in panel.records):
         return
     filled: list[EqualCost] = []
     curves: dict[int | None, Curve] = {}
     for record in records:
         cost = cost_of(record, axis)
-        if record["method"] == NONE or record["series"] == control or record["point"] not in panel.scores:
+        if record["method"] == NONE or is_control(record, control) or record["point"] not in panel.scores:
             continue
         if record["seed"] not in curves:
-            curves[record["seed"]] = panel.curve(control, axis, record["seed"])
+            curves[record["seed"]] = panel.control(control, axis, record["seed"])
         found = None
         if cost is not None:
             found = curves[record["seed"]].against(panel.scores[record["point"]], cost, seed)
@@ -123,16 +134,17 @@ def _areas(panel: Panel, records: Sequence[ResultRecord], axis: str, seed: int) 
     if span is None:
         return
     areas = {series: panel.curve(series, axis).area(*span) for series in panel.series()}
-    drawn = areas.get("random")
     for series, by_id in areas.items():
         if not by_id:
             continue
+        first = next(record for record in panel.records if record["series"] == series)
+        drawn = None if is_control(first, "random") else panel.control("random", axis, first["seed"]).area(*span)
         mean = bootstrap_mean(list(by_id.values()), seed)
         entry = {
             "value": mean.value, "low": mean.low, "high": mean.high, "from": span[0], "to": span[1],
             "vs_random": None, "vs_random_low": None, "vs_random_high": None,
         }  # fmt: skip
-        if drawn and series != "random":
+        if drawn:
             common = [name for name in by_id if name in drawn]
             against = paired_difference([by_id[name] for name in common], [drawn[name] for name in common], seed)
             entry |= {"vs_random": against.value, "vs_random_low": against.low, "vs_random_high": against.high}

@@ -22,8 +22,9 @@ def over_seeds(records: list[ResultRecord]) -> list[TableRow]:
 
     Returns:
         Rows with the setting, `seeds`, and over them the mean, the standard deviation (n - 1), the least and the
-        greatest accuracy, all as fractions, and the mean of the paired differences to `random` of the same seed (None
-        for `random` itself).
+        greatest accuracy, all as fractions, and the mean of the paired differences to `random` of the same seed:
+        `vs_random` at the budget that was asked for, `at_tokens_vs_random` at the same visual tokens, averaged over
+        layers (both None for `random` itself, and where there is no such comparison).
     """
     groups: dict[str, list[ResultRecord]] = {}
     for record in records:
@@ -36,6 +37,8 @@ def over_seeds(records: list[ResultRecord]) -> list[TableRow]:
             continue
         first, accuracies = group[0], [record["overall"]["accuracy"] for record in group]
         beside = [record["overall"]["vs_random"] for record in group if record["overall"]["vs_random"] is not None]
+        entries = [record.get("equal_cost", {}).get("tokens", {}).get("random") for record in group]
+        at_tokens = [entry["difference"] for entry in entries if entry is not None]
         rows.append(
             {
                 **{name: first[name] for name in ("model", "task", "method", "keep")},
@@ -48,6 +51,7 @@ def over_seeds(records: list[ResultRecord]) -> list[TableRow]:
                 "least": min(accuracies),
                 "greatest": max(accuracies),
                 "vs_random": statistics.mean(beside) if beside else None,
+                "at_tokens_vs_random": statistics.mean(at_tokens) if len(at_tokens) == len(group) else None,
             }
         )
     return rows
@@ -68,14 +72,18 @@ def seed_tables(records: list[ResultRecord]) -> list[Table]:
     rows = over_seeds(records)
     if not rows:
         return []
-    table = Table(title="Over seeds, accuracy in percent", title_justify="left", box=None, pad_edge=False)
-    for name in ("model", "task", "method", "seeds", "mean", "sd", "least", "greatest", "vs random"):
+    note = "* at the same visual tokens, averaged over the decoder's layers, and with the same seed"
+    compared = any(row["at_tokens_vs_random"] is not None for row in rows)
+    table = Table(title="Over seeds, accuracy in percent", title_justify="left", caption=note if compared else None,
+                  caption_justify="left", box=None, pad_edge=False)  # fmt: skip
+    for name in ("model", "task", "method", "seeds", "mean", "sd", "least", "greatest", "vs random*"):
         table.add_column(name, justify="left" if name in ("model", "task", "method") else "right", no_wrap=True)
     names = {record["task"]: task_name(record) for record in records}
     for row in rows:
         method = row["shown"] or row["method"] + (f"({row['options']})" if row["options"] else "")
         numbers = [f"{100 * row[name]:.1f}" for name in ("mean", "sd", "least", "greatest")]
-        beside = "" if row["vs_random"] is None else f"{100 * row['vs_random']:+.1f}"
+        at_tokens = row["at_tokens_vs_random"]
+        beside = "" if at_tokens is None else f"{100 * at_tokens:+.1f}"
         label = method if row["keep"] is None else f"{method}@{budget_text(row['keep'])}"
         table.add_row(Path(row["model"]).name, names[row["task"]], label, row["seeds"], *numbers, beside)
     return [table]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tokenprune.evals.config.points import Point
@@ -35,6 +36,25 @@ def pool_tasks(
             # two tasks may number their samples alike
             answers.append({**row, "point": whole.key, "sample_id": f"{point.task}:{row['sample_id']}"})
     return list(wholes.values()), pooled
+
+
+def pooled_note(pooled: Sequence[Point], points: Sequence[Point], rows: Mapping[str, Sequence[SampleRow]]) -> list[str]:
+    """How the tasks weigh in `all`, where they differ in size: a sentence for each model.
+
+    Args:
+        pooled: points of the task `all`.
+        points, rows: those of the single tasks, see `pool_tasks`.
+    """
+    notes = []
+    for model in dict.fromkeys(point.model for point in pooled):
+        counts = {point.task: len(rows[point.key]) for point in points if point.model == model}
+        if len(set(counts.values())) > 1:
+            said = ", ".join(f"{count} of {Path(task).stem}" for task, count in counts.items())
+            notes.append(
+                f"In the task all of {Path(model).name}, accuracies and tokens weigh every sample alike ({said}), so "
+                "the largest task counts most; times, FLOPs and bytes weigh every task alike."
+            )
+    return notes
 
 
 def pool_costs(point: Point, points: list[Point], measures: Mapping[str, Costs]) -> Costs:

@@ -14,6 +14,7 @@ from tokenprune.evals.config.targets import ACCURACY, Target, read_target
 from tokenprune.evals.io.atomic_files import write_csv
 from tokenprune.evals.results.records import ResultRecord, TableRow
 from tokenprune.evals.results.run_folder import read_records
+from tokenprune.evals.statistics.verdict import LEAST
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def write_parity(path: Path, compared: Sequence[Parity]) -> Path:
 def parity_table(compared: Sequence[Parity]) -> Table:
     """The targets that the run has a number for, for a terminal."""
     table = Table(title="Ours and theirs", title_justify="left", box=None, pad_edge=False)
-    for head in ("method", "task", "metric", "ours", "95 % interval", "theirs", "difference", "inside",
+    for head in ("method", "task", "metric", "n", "ours", "95 % interval", "theirs", "difference", "inside",
                  "of unpruned %, ours", "theirs", "family", "source"):  # fmt: skip
         left = head in ("method", "task", "metric", "inside", "family", "source")
         table.add_column(head, justify="left" if left else "right", no_wrap=head != "source")
@@ -172,6 +173,7 @@ def parity_table(compared: Sequence[Parity]) -> Table:
             label,
             target.task,
             " + ".join(target.metrics),
+            "" if one.n is None else str(one.n),
             _number(one.ours),
             "" if one.low is None or one.high is None else f"{one.low:.1f} to {one.high:.1f}",
             _number(target.value),
@@ -202,5 +204,12 @@ def parity_lines(compared: Sequence[Parity]) -> list[str]:
     if unsure:
         lines.append(
             f"Numbers compared of which something is unsure in the source: {unsure}; see 'evidence' in parity.csv."
+        )
+    few = [one.n for one in judged if one.n is not None and one.n < LEAST]
+    if few:
+        least = str(min(few)) if min(few) == max(few) else f"{min(few)} to {max(few)}"
+        lines.append(
+            f"Published numbers held against few samples, {least} of ours: {len(few)}. Below {LEAST} an interval is so "
+            "wide that it holds almost any number, and that of answers which are all alike has no width at all."
         )
     return lines

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tokenprune.evals.config.points import NONE
-from tokenprune.evals.results.equal_cost import Panel, cost_of
+from tokenprune.evals.results.equal_cost import Panel, cost_of, is_control
 from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.summary import flat_costs
 from tokenprune.evals.statistics.bootstrap import Interval, bootstrap_mean
 from tokenprune.evals.statistics.equal_cost import difference
 from tokenprune.evals.statistics.significance import holm
-from tokenprune.evals.statistics.verdict import ALIKE, Verdict, verdict
+from tokenprune.evals.statistics.verdict import ALIKE, LEAST, Verdict, verdict
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,17 @@ class Standing:
 
 
 def costs_to_show(panel: Panel, axis: str = "tokens") -> list[tuple[ResultRecord, float]]:
-    """The points of random, or else of the first series, with their costs, the largest first: the costs at which a
-    reader is told who stands where."""
-    names = panel.series()
-    shown = "random" if "random" in names else next(iter(names), None)
+    """The points of random (of several seeds the first), or else of the first series, with their costs, the largest
+    first: the costs at which a reader is told who stands where."""
+    drawn = [record["series"] for record in panel.records if is_control(record, "random")]
+    shown = next(iter([*drawn, *panel.series()]), None)
     found = [(r, cost_of(r, axis)) for r in panel.records if r["series"] == shown]
     return sorted(((r, cost) for r, cost in found if cost is not None), key=lambda each: -each[1])
 
 
 def standings(panel: Panel, names: Sequence[str], cost: float, axis: str, seed: int = 0) -> list[Standing]:
-    """The series that were measured around a cost, the most accurate first. None is extrapolated.
+    """The series that were measured around a cost, the most accurate first, over the samples that all of them answered:
+    runs on one page may have asked different numbers. None is extrapolated.
 
     p-values against the best are corrected for all series of the list. The best is chosen by the same samples, so a
     verdict on one that is far below is safe and one on a close rival is not: that is what "alike" says.
@@ -55,17 +56,17 @@ def standings(panel: Panel, names: Sequence[str], cost: float, axis: str, seed: 
         scores = panel.curve(name, axis).scores_at(cost)
         if scores:
             found[name] = scores
-    if not found:
+    common = shared_samples(found.values())
+    if not common:
         return []
+    found = {name: {sample: scores[sample] for sample in common} for name, scores in found.items()}
     means = {name: sum(scores.values()) / len(scores) for name, scores in found.items()}
     ranked = sorted(found, key=lambda name: (-means[name], names.index(name)))
     best, others = ranked[0], ranked[1:]
     tests = {}
     for name in others:
-        common = [sample for sample in found[name] if sample in found[best]]
         paired = np.array([found[name][sample] - found[best][sample] for sample in common])
-        if len(paired):
-            tests[name] = difference(paired, (cost, cost), seed)
+        tests[name] = difference(paired, (cost, cost), seed)
     corrected = dict(zip(tests, holm([test.p for test in tests.values()]), strict=True))
     list_of = []
     for name in ranked:
@@ -75,6 +76,12 @@ def standings(panel: Panel, names: Sequence[str], cost: float, axis: str, seed: 
         interval = bootstrap_mean(list(found[name].values()), seed)
         list_of.append(Standing(name, interval, said, _selection(panel, name)))
     return list_of
+
+
+def shared_samples(scores: Collection[Mapping[str, float]]) -> list[str]:
+    """Samples that all of them have, in the order of the first."""
+    first, *others = scores or [{}]
+    return [sample for sample in first if all(sample in other for other in others)]
 
 
 def _selection(panel: Panel, series: str) -> float | None:
@@ -100,7 +107,7 @@ def recommended(panel: Panel, names: Sequence[str], axis: str = "tokens", seed: 
         table = standings(panel, names, cost, axis, seed)
         if not table:
             continue
-        enough = all(each.against_best.kind != "few" for each in table)
+        enough = table[0].accuracy.n >= LEAST
         alike = [each for each in table if each.against_best.kind == ALIKE]
         alike.sort(key=lambda each: (each.selection is None, each.selection or 0.0))
         rows.append(

@@ -20,14 +20,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import bdtr, gammaln
 
 from tokenprune.evals.statistics.bootstrap import Interval, bootstrap_mean
-from tokenprune.evals.statistics.significance import mcnemar, samples_needed
+from tokenprune.evals.statistics.significance import samples_needed, sign_test
 
-FLIPS = 200_000
-"""Thrown where there are too many patterns to count."""
-EXACT = 1_000_000
 SAME_COST = 0.01
 """Costs that differ by less than this share are the same."""
 
@@ -125,44 +121,3 @@ def difference(differences: np.ndarray, between: tuple[float, float], seed: int 
     needed = samples_needed(min(abs(interval.value), size), size) if size else None
     p = sign_test(differences, seed)
     return Difference(interval.value, interval.low, interval.high, interval.n, p, needed, between)
-
-
-def sign_test(differences: np.ndarray, seed: int = 0) -> float:
-    """Two-sided p-value of paired differences: exact McNemar where all are -1, 0 or 1, else by signs.
-
-    Differences of one size are one binomial, so all patterns of signs are counted where there are at most `EXACT`
-    combinations of the sizes but the most frequent one, whose part is a tail. Beyond that, signs are thrown.
-    """
-    rounded = np.round(differences, 9)
-    sizes, counts = np.unique(np.abs(rounded[rounded != 0]), return_counts=True)
-    if not len(sizes):
-        return 1.0
-    if len(sizes) == 1:
-        return mcnemar(int((rounded > 0).sum()), int((rounded < 0).sum()))
-    order = np.argsort(counts, kind="stable")
-    sizes, counts = sizes[order], counts[order]
-    seen = abs(float(rounded.sum())) - 1e-7
-    if seen <= 0:
-        return 1.0
-    if math.prod(int(count) + 1 for count in counts[:-1]) <= EXACT:
-        return _counted(sizes, counts, seen)
-    draw = np.random.default_rng(seed)
-    sums = np.zeros(FLIPS)
-    for size, count in zip(sizes, counts, strict=True):
-        sums += size * (2.0 * draw.binomial(count, 0.5, size=FLIPS) - count)
-    return (1 + int((np.abs(sums) >= seen).sum())) / (1 + FLIPS)
-
-
-def _counted(sizes: np.ndarray, counts: np.ndarray, seen: float) -> float:
-    """The share of sign patterns whose sum is at least `seen` away from 0; `counts` differences of each of `sizes`."""
-    sums, logs = np.zeros(1), np.zeros(1)
-    for size, n in zip(sizes[:-1], counts[:-1], strict=True):
-        plus = np.arange(n + 1)
-        ways = gammaln(n + 1) - gammaln(plus + 1) - gammaln(n - plus + 1) - n * math.log(2)
-        sums = (sums[:, None] + size * (2.0 * plus - n)).ravel()
-        logs = (logs[:, None] + ways).ravel()
-    size, n = float(sizes[-1]), int(counts[-1])
-    # so many of the most frequent size may be negative for the sum to reach `seen`
-    negative = np.floor((n - (seen - sums) / size) / 2)
-    tail = np.where(negative >= 0, bdtr(np.clip(negative, 0, n), n, 0.5), 0.0)
-    return min(1.0, 2 * float(np.exp(logs) @ tail))  # the law is symmetric

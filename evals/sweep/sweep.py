@@ -19,7 +19,7 @@ from tokenprune.evals.io.row_store import folder_store
 from tokenprune.evals.profiling.measure import MEASURE_KEY, read_costs
 from tokenprune.evals.results.complete_samples import count_rows
 from tokenprune.evals.results.over_seeds import write_seeds
-from tokenprune.evals.results.over_tasks import pool_costs, pool_tasks
+from tokenprune.evals.results.over_tasks import pool_costs, pool_tasks, pooled_note
 from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.results.summary import provenance, summarise, write_results
 from tokenprune.evals.sweep.earlier_run import check_earlier, left_out
@@ -99,6 +99,7 @@ def _write(config: RunConfig, worked: Worked, tasks: dict[str, Task], begin: flo
     measures, said = read_costs(config, counted.points, worked.answered, costs, worked.machines)
     notes = [*worked.notes, *counted.notes, *said, *left_out(config, answers.rows())]
     pooled, pooled_rows = pool_tasks(counted.points, counted.rows)
+    notes += pooled_note(pooled, counted.points, counted.rows)
     for point in pooled:
         parts = [replace(point, task=task).key for task in tasks]
         measures[point.key] = pool_costs(point, counted.points, measures)

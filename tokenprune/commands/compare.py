@@ -53,12 +53,14 @@ def _compare(args: argparse.Namespace) -> int:
                 f"{alone.only_first} samples are only in A and {alone.only_second} only in B; they were left out.",
                 highlight=False,
             )
+    for note in comparisons[0].notes:
+        console.print(note, highlight=False, markup=False)
     console.print(
-        "\ndifference: A minus B in points, with its 95 percent paired bootstrap interval. won / lost: samples that "
-        "only A / only B gets right.\np: exact McNemar. needed: samples that show a difference like this with 80 "
-        "percent power at two-sided 5 percent;\ncan show: the smallest difference that these samples show so. A is: "
-        f"by p, corrected for all rows of its kind, and with at least {LEAST} samples.\nThe two points may differ in "
-        "cost; the leaderboard compares at equal cost.",
+        "\ndifference: A minus B in points, with its 95 percent paired bootstrap interval. won / lost: samples on "
+        "which A / B\nscores higher. p: exact McNemar, or flipped signs where scores are graded. needed: samples that "
+        "show a difference like\nthis with 80 percent power at two-sided 5 percent; can show: the smallest difference "
+        "that these samples show so. A is: by\np, corrected for all rows of its kind, and with at least "
+        f"{LEAST} samples.\nThe two points may differ in cost; the leaderboard compares at equal cost.",
         highlight=False,
     )
     return 0

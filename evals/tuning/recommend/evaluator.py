@@ -135,9 +135,10 @@ class ModelBench:
     def cost(self, setting: Point) -> tuple[float, bool]:
         """See `Bench`; measured once, and kept."""
         from tokenprune.evals.evaluation.applied_method import settings_digest
+        from tokenprune.evals.evaluation.fingerprint import costs_fingerprint
 
         settings = settings_digest(self._run, self._loaded, self._task.fingerprint)
-        measure = f"recommend {self._config.cost}"
+        measure = f"recommend {self._config.cost} by {costs_fingerprint()}"
         if self._config.cost == "latency":
             measure += f" on {self._machine()}"
         row = self._costs.get((settings, setting.key, measure))

@@ -87,7 +87,8 @@ def recommend(
         keep_study: whether the study is a file, from which a killed search goes on.
 
     Raises:
-        UserError: something that was asked for cannot be done, or so few samples can show nothing.
+        UserError: something that was asked for cannot be done, so few samples can show nothing, or the unpruned model
+            has no more to lose than --max-drop allows.
     """
     console = console or Console()
     begin = time.perf_counter()
@@ -143,6 +144,7 @@ def _found(
     holding = [tried for tried in tested if _bound(tried) <= config.max_drop]
     needed = None if closest.held_out is None else samples_needed(closest.held_out, config.max_drop)
     (unpruned,) = asked.scores([None], held_out, lambda done, label, fresh: None)
+    _check_unpruned(config, sum(unpruned) / len(unpruned))
     return Recommendation(
         chosen=holding[-1] if holding else None, tested=tested, closest=closest,
         needed=None if needed is None else 2 * needed, at_best=at_best, accuracy=sum(unpruned) / len(unpruned),
@@ -163,6 +165,16 @@ def _enough(config: RecommendConfig, samples: int, held_out: int) -> float:
             f"--max-drop is {config.max_drop:.2%}: {least}."
         )
     return at_best
+
+
+def _check_unpruned(config: RecommendConfig, accuracy: float) -> None:
+    """Raise UserError where the unpruned model has no more to lose than is allowed: then everything holds."""
+    if accuracy <= config.max_drop:
+        raise UserError(
+            f"Unpruned, {accuracy:.2%} of the held-out samples are right, and --max-drop is {config.max_drop:.2%}: a "
+            "setting that answers nothing right would be within it, so none is recommended. Look at the answers in "
+            f"{config.results}: is the task asked and marked in a way that fits the model? Else lower --max-drop."
+        )
 
 
 def _wanted(config: RecommendConfig, bench: Bench) -> list[Point]:

@@ -9,7 +9,13 @@ import pytest
 from _imports import ROOT, imports, sources
 
 import tokenprune
-from tokenprune.evals.evaluation.fingerprint import NO_ANSWER, code_fingerprint, deciding_files
+from tokenprune.evals.evaluation.fingerprint import (
+    COUNTING,
+    NO_ANSWER,
+    code_fingerprint,
+    costs_fingerprint,
+    deciding_files,
+)
 
 ASKING = ("evals.evaluation.evaluate", "evals.evaluation.applied_method", "evals.tasks.load", "evals.models.load")
 PLUG_INS = ("methods.", "interventions.", "cache_policies.", "adapters.", "kernels.", "evals.tasks.")
@@ -57,7 +63,7 @@ def test_data_that_decides_is_in_it_and_recipes_are_not():
     assert not [name for name in names if name.startswith(("evals/report", "commands", "evals/pocket_training"))]
 
 
-@pytest.mark.parametrize("name", NO_ANSWER)
+@pytest.mark.parametrize("name", [*NO_ANSWER, *COUNTING])
 def test_what_is_left_out_exists(name):
     assert any((ROOT / folder / name).exists() for folder in ("", "tokenprune"))
 
@@ -84,6 +90,11 @@ def test_a_file_that_comes_or_changes_or_moves_changes_it(tmp_path: Path, monkey
     assert len(seen) == 4
     (tmp_path / "evals" / "report" / "page.py").write_text("")
     assert code_fingerprint() in seen
+    answers, costs = code_fingerprint(), {costs_fingerprint()}
+    for name in ("cost.py", "report.py", "evals/profiling/flops.py"):
+        (tmp_path / name).write_text("")
+        costs.add(costs_fingerprint())
+    assert len(costs) == 4 and code_fingerprint() == answers, "what counts decides costs and no answer"
 
 
 def test_weights_that_were_trained_anew_are_other_answers(tmp_path: Path):

@@ -15,7 +15,7 @@ from tokenprune.evals.evaluation.evaluate import AskedSamples
 from tokenprune.evals.io.row_store import RowStore
 from tokenprune.evals.profiling import flops
 from tokenprune.evals.profiling.measure import MEASURE_KEY, measure, read_costs
-from tokenprune.evals.results.over_tasks import pool_costs, pool_tasks
+from tokenprune.evals.results.over_tasks import pool_costs, pool_tasks, pooled_note
 from tokenprune.evals.results.summary import flat_costs
 from tokenprune.evals.tasks.load import load_task
 from tokenprune.evals.tasks.task import Task
@@ -90,6 +90,9 @@ def test_costs_of_all_tasks_are_their_mean_or_not_there():
     assert found["flops_agree"] is True and found["decode_ms"] is None
     one["flops"]["measured"] = None
     assert flat_costs({**tokens, **pool_costs(whole, tasks, both)})["gflops_total_measured"] is None
+    many = {**rows, tasks[0].key: [*rows[tasks[0].key], {"sample_id": "1", "point": tasks[0].key}]}
+    (note,) = pooled_note([whole], tasks, many)
+    assert "(2 of long, 1 of short), so the largest task counts most" in note and not pooled_note([whole], tasks, rows)
     for missing in ({tasks[0].key: one}, {tasks[0].key: one, tasks[1].key: {}}):
         assert pool_costs(whole, tasks, missing) == {}
 
@@ -136,3 +139,10 @@ def test_costs_come_once_pictures_that_could_not_be_read_are_there(store, tiny, 
     assert not found and all("are measured again when the run is started again" in note for note in notes)
     found, notes = measured(store, tiny, broken_at(task), Measure(samples=1, times=False))
     assert not notes and [one["kv"]["measured"] > 0 for one in found.values()] == [True, True]
+
+
+def test_costs_that_other_code_counted_are_counted_anew(store, tiny, tiny_task, monkeypatch):
+    task = load_task(tiny_task)
+    measured(store, tiny, task)
+    monkeypatch.setattr("tokenprune.evals.profiling.measure.costs_fingerprint", lambda: "other code")
+    assert len(measured(store, tiny, task)[0]) == 2 and len(store) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from tokenprune.evals.config.targets import Target, read_target
 from tokenprune.evals.evaluation.applied_method import method_of
 from tokenprune.evals.results.parity import compare, parity_lines, read_run, read_targets, write_parity
 from tokenprune.evals.results.summary import summarise, write_results
+from tokenprune.evals.statistics.verdict import LEAST
 from tokenprune.evals.sweep.sweep import run
 
 PAPERS = sorted(name for name in packaged_configs() if name.startswith("papers/"))
@@ -99,6 +101,9 @@ def test_metrics_of_the_task(records):
     said = parity_lines([exact, f1, total, missing])
     assert said[0] == "1 of 1 published numbers lie inside our intervals."
     assert "2 more have no interval" in said[1] and "1 of 4 targets have no number" in said[2]
+    assert said[-1].startswith("Published numbers held against few samples, 40 of ours: 1.")
+    enough = [replace(exact, n=LEAST), replace(f1, n=3)]  # of another metric there is no interval to be wide
+    assert not any("few samples" in line for line in parity_lines(enough))
 
 
 @pytest.mark.parametrize(

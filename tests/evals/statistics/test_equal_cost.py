@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from tokenprune.evals.statistics.equal_cost import Curve, sign_test
-from tokenprune.evals.statistics.significance import holm, mcnemar
+from tokenprune.evals.statistics.equal_cost import Curve
+from tokenprune.evals.statistics.significance import holm, mcnemar, sign_test
 from tokenprune.evals.statistics.verdict import LEAST, grouped, verdict
 
 
@@ -60,7 +60,7 @@ def test_thrown_signs_come_near_the_counted_ones(monkeypatch: pytest.MonkeyPatch
         values = draw.choice([1, -1, 0.4, -0.4, 0.6, -0.6, 0], size=n, p=[0.18, 0.12, 0.15, 0.1, 0.15, 0.1, 0.2])
         counted = sign_test(values)
         with monkeypatch.context() as patch:
-            patch.setattr("tokenprune.evals.statistics.equal_cost.EXACT", 0)
+            patch.setattr("tokenprune.evals.statistics.significance.EXACT", 0)
             assert sign_test(values) == pytest.approx(counted, abs=0.006)
             assert sign_test(np.full(300, 0.5)) > 0
 

@@ -136,3 +136,15 @@ def test_comparison_of_two_lists():
     assert found.needed == samples_needed(3 / 8, 5 / 8)
     half = compare_paired([0.3, 0.9], [0.6, 0.6])  # scores between 0 and 1: the sign test
     assert (half.won, half.lost, half.p) == (1, 1, 1.0)
+
+
+def test_many_small_wins_are_not_tested_as_few_large_losses():
+    """200 graded answers: a third better on 60, wholly worse on 21; the mean is a little lower, not told apart."""
+    mine = [1.0] * 60 + [0.0] * 21 + [1.0] * 119
+    other = [2 / 3] * 60 + [1.0] * 21 + [1.0] * 119
+    found = compare_paired(mine, other)
+    assert (found.won, found.lost) == (60, 21) and mcnemar(60, 21) < 1e-4
+    assert found.difference == pytest.approx(-0.005) and found.low < 0 < found.high
+    assert found.p > 0.5 and found.needed is not None and found.needed > 10_000
+    # where all differences are as large as each other it is McNemar's test
+    assert compare_paired([1 / 3] * 6, [0.0] * 6).p == mcnemar(6, 0)

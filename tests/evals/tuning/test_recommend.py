@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 
+import numpy as np
 import pytest
 import yaml
 
 pytest.importorskip("optuna")
 
-from _answer_tables import LADDER, asked_for, drawn
+from _answer_tables import LADDER, Table, asked_for, drawn
 
 import tokenprune
 from tokenprune.cli import main
@@ -205,8 +206,9 @@ def test_refuses_with_a_sentence(argv, says, capsys, tiny_folder, tiny_task, tmp
     assert not (tmp_path / "none" / "flops-drop0.05").exists()
 
 
-def test_from_the_command_line(tiny_folder, tiny_task, tmp_path, capsys, tiny):
-    """A tiny random model is right on neither question, pruned or not, so the cheapest setting holds."""
+def test_from_the_command_line(tiny_folder, tiny_task, tmp_path, capsys, tiny, monkeypatch):
+    """Whatever a tiny random model says counts as right, pruned or not, so the cheapest setting holds."""
+    monkeypatch.setattr("tokenprune.evals.evaluation.evaluate.scored", lambda *given: {"correct": 1.0})
     out = tmp_path / "out"
     argv = ["recommend", "--model", tiny_folder, "--data", tiny_task, "--max-drop", "0.2", "--output", str(out)]
     argv += ["--methods", "uniform,fastv,downsample", "--budgets", "18,4"]
@@ -268,3 +270,12 @@ def test_a_latency_is_kept_for_its_machine_only(tiny_folder, tiny_task, tmp_path
         assert len(measured) == machines and made_of[0] == made_of[1]
         assert (made_of[1] == made_of[2]) == (machines == 1)
         measured.clear()
+
+
+@pytest.mark.parametrize("right", [0, 6])
+def test_a_model_that_has_nothing_to_lose_gets_no_recommendation(tmp_path, right):
+    unpruned = np.zeros(400)
+    unpruned[:right] = 1
+    table = Table(unpruned, {("holov", 288): (0.9, unpruned.copy()), ("random", 1): (0.2, np.zeros(400))})
+    with pytest.raises(UserError, match="a setting that answers nothing right would be within it"):
+        recommend(asked_for(tmp_path, 0.03), bench=table, keep_study=False)
