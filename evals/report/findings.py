@@ -18,11 +18,11 @@ def findings(records: list[ResultRecord], rows: dict[str, list[SampleRow]]) -> s
     answers are at hand.
 
     The best is the series with the highest accuracy there, interpolated between its budgets; references that know where
-    the answer is do not compete. What is told apart from it is for `statistics.verdict` to say.
+    the answer is do not compete, nor do further seeds of a method. What is told apart from it is for `statistics.verdict` to say.
     """
     panel = Panel(records, rows)
     kinds = {record["series"]: kind_of(record["method"]) for record in panel.records}
-    names = [name for name in panel.series() if kinds[name] != "reference"]
+    names = [name for name in panel.competing() if kinds[name] != "reference"]
     cards = []
     for record, cost in costs_to_show(panel):
         table = standings(panel, names, cost, "tokens")

@@ -65,7 +65,7 @@ def write_markdown(path: Path, runs: Sequence[FinishedRun]) -> Path:
 def _methods(panel: Panel) -> list[str]:
     """Series that may be recommended: neither controls nor references."""
     kinds = {record["series"]: kind_of(record["method"]) for record in panel.records}
-    return [name for name in panel.series() if kinds[name] == "method"]
+    return [name for name in panel.competing() if kinds[name] == "method"]
 
 
 def _at_given_cost(panel: Panel, axis: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from tokenprune.evals.config.points import NONE
+from tokenprune.evals.io.digest import digest
 from tokenprune.evals.io.rows import SampleRow
 from tokenprune.evals.results.records import AreaUnderCurve, EqualCost, ResultRecord
 from tokenprune.evals.results.scores import answered
@@ -73,6 +74,15 @@ class Panel:
     def series(self) -> list[str]:
         """Names of the series, in their order."""
         return list(dict.fromkeys(record["series"] for record in self.records if record["method"] != NONE))
+
+    def competing(self) -> list[str]:
+        """The series that are held against each other: of several seeds of a method, the first, since the others are
+        that method over again."""
+        first: dict[str, str] = {}
+        for record in self.records:
+            if record["method"] != NONE:
+                first.setdefault(digest([record["method"], record["options"]]), record["series"])
+        return list(first.values())
 
     def span(self, axis: str) -> tuple[float, float] | None:
         """From the cost of random (or, without it, of any series) at its smallest budget to that at its largest."""

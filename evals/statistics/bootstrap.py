@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 10_000
+ALIKE = 1e-9
+"""Scores that differ by less are one score, of which interpolation and sums left some rounding."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,22 @@ class Interval:
     n: int
 
 
-def bootstrap_mean(scores: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+def bootstrap_mean(
+    scores: Sequence[float],
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    between: tuple[float, float] = (0.0, 1.0),
+) -> Interval:
     """Mean of `scores` with the 2.5 and 97.5 percentiles of the mean over resamples with replacement.
+
+    Resamples of scores that are all alike are all alike too, as if nothing were left in doubt. There the interval is
+    that of Clopper and Pearson: of others than these scores, of which none was seen, there may be a share of
+    1 - 0.025 ** (1 / n), and they may lie anywhere in `between`.
 
     Args:
         scores: one number per sample, for an accuracy 0 or 1.
         seed: of the resampling, so that a result file is reproducible.
+        between: the least and the largest score that there is.
 
     Raises:
         ValueError: no samples.
@@ -39,6 +51,9 @@ def bootstrap_mean(scores: Sequence[float], seed: int = 0, resamples: int = RESA
     values = np.asarray(scores, dtype=np.float64)
     if values.size == 0:
         raise ValueError("An interval needs at least one sample, got none.")
+    if np.ptp(values) < ALIKE:
+        value, unseen = float(values[0]), 1 - 0.025 ** (1 / values.size)
+        return Interval(value, value + unseen * (between[0] - value), value + unseen * (between[1] - value), values.size)
     means = _resampled_means(values, seed, resamples)
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(values.mean()), float(low), float(high), int(values.size))
@@ -57,7 +72,7 @@ def paired_difference(
     if len(scores) != len(baseline):
         raise ValueError(f"A paired difference needs the same samples twice, got {len(scores)} and {len(baseline)}.")
     differences = np.asarray(scores, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
-    return bootstrap_mean(differences.tolist(), seed, resamples)
+    return bootstrap_mean(differences.tolist(), seed, resamples, (-1.0, 1.0))
 
 
 HEADROOM_LEAST = 0.02

@@ -115,7 +115,7 @@ class Curve:
 
 def difference(differences: np.ndarray, between: tuple[float, float], seed: int = 0) -> Difference:
     """Statistics of paired differences `[n]`, see `Difference`."""
-    interval: Interval = bootstrap_mean(differences.tolist(), seed)
+    interval: Interval = bootstrap_mean(differences.tolist(), seed, between=(-1.0, 1.0))
     size = float(np.abs(differences).mean())
     # a sample that differs by d counts as d discordant ones, for the size of a study only
     needed = samples_needed(min(abs(interval.value), size), size) if size else None

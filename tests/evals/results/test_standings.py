@@ -64,6 +64,15 @@ def test_several_seeds_of_random_are_still_the_control() -> None:
     assert [cost for _, cost in costs_to_show(Panel(records, rows))] == [64.0, 16.0]  # type: ignore[arg-type]
 
 
+def test_further_seeds_of_a_method_do_not_compete_with_it() -> None:
+    points, rows = with_seeds(3, 5)
+    records = summarise(points, rows, {}, 0)
+    names = Panel(records, rows).competing()
+    assert names == ["random seed 3", "holov", "fastv", "todre(pivot=random) seed 3"]
+    cards = findings(records, rows)
+    assert "holov" in cards and "seed 5" not in cards
+
+
 def test_over_seeds_a_method_is_compared_at_its_own_cost() -> None:
     """Asked for 64 tokens it holds 128 and is as good as random there; at 64 random is 20 points worse."""
     points = [Point("m", "t", NONE, None)]

@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from tokenprune.evals.statistics.bootstrap import bootstrap_mean, median_iqr, paired_difference
 
@@ -31,7 +32,18 @@ def test_paired_difference_keeps_the_pairs():
     assert found.value == pytest.approx(0.4)
     assert (found.low, found.high) == (pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01))
     same = paired_difference(a, a)
-    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+    assert same.value == 0.0 and (same.low, same.high) == (pytest.approx(0.025**0.2 - 1), pytest.approx(1 - 0.025**0.2))
+
+
+@pytest.mark.parametrize("n", [1, 4, 100])
+def test_scores_that_are_all_alike_leave_a_doubt(n):
+    """Every resample of them is the same, and 4 of 4 right answers are not a certainty."""
+    for right in (0, n):
+        found = bootstrap_mean([float(right == n)] * n)
+        exact = binomtest(right, n).proportion_ci(0.95, method="exact")
+        assert (found.low, found.high) == (pytest.approx(exact.low), pytest.approx(exact.high))
+    half = bootstrap_mean([0.3 + 1e-16 * place for place in range(n)])
+    assert (half.low, half.high) == (pytest.approx(0.3 * 0.025 ** (1 / n)), pytest.approx(1 - 0.7 * 0.025 ** (1 / n)))
 
 
 def test_same_seed_same_interval():
