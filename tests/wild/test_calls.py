@@ -269,3 +269,18 @@ def test_hidden_states_of_all_layers_have_the_length_of_the_prompt(method: str) 
             stays = handle.stays & batch["attention_mask"].bool()
     assert [state.shape for state in states] == [state.shape for state in whole]
     assert torch.equal(states[0][stays], whole[0][stays])
+
+
+@pytest.mark.slow  # transformers takes seconds to begin and end a batch
+def test_continuous_batching_of_text_is_left_alone_or_refused() -> None:
+    def answered(model: Any) -> Any:
+        return model.generate_batch([[9, 10, 11, 12]], max_new_tokens=3, progress_bar=False)["req_0"]
+
+    model = tiny_llava()
+    stock = answered(model).generated_tokens
+    assert len(stock) == 3
+    with tokenprune.applied(model, "fastv@9"):
+        assert answered(model).generated_tokens == stock
+    with tokenprune.applied(model, VAR):
+        error = answered(model).error
+        assert "Continuous batching" in error and "var cannot tell" in error

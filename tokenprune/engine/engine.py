@@ -31,6 +31,7 @@ from tokenprune.engine.guards import (
     check_replica,
     check_right_padding,
     check_rotation,
+    in_pages,
 )
 from tokenprune.engine.hints import Hints
 from tokenprune.engine.layer_cuts import LayerCuts
@@ -183,7 +184,7 @@ class Engine:
         call.prompt.drafted = call.drafted
         if self.attending.learns:
             self._learning.acquire()
-            call.learning = True
+            call.learning = self._learning
 
     def _tiles(self, kind: str, visuals: Sequence[Visual]) -> Tiles:
         """See `PromptReader.tiles`; of the call at work."""
@@ -198,9 +199,6 @@ class Engine:
             return
         if call.prompt is not None:
             call.prompt.sources = []  # pixels and signals; what reports need was written down
-        if call.learning:
-            self._learning.release()
-        self._serve(call, None)
         unseen = call.waiting is not None and output is not None
         call.clear()
         self.calls.end(module)
@@ -225,7 +223,7 @@ class Engine:
         call = self.calls.now or self.calls.begin(module)  # a caller may go on from a cache with the decoder alone
         inputs, made = _unmade(kwargs, call)
         call.decoder = None
-        if inputs.embeds is None:
+        if inputs.embeds is None or in_pages(inputs, call.prompt, self._changes_rows()):
             return None
         if call.waiting is not None:
             self._lay_out(call, call.waiting)
@@ -263,6 +261,11 @@ class Engine:
         if self.adapter.added_inside:
             call.decoder.beside = {**kwargs, **changed}
         return args, {**kwargs, **changed}
+
+    def _changes_rows(self) -> str:
+        """What is at work beside cuts, and needs to know where the rows of a call begin; "" if nothing."""
+        names = [one.name for one in self.attending.interventions]
+        return ", ".join(dict.fromkeys([*names, *self.attending.changes.values()]))
 
     def _whole_masks(self, call: ForwardCall, inputs: CallInputs, made: Any) -> WholeMasks | None:
         """Masks for the whole rows of a call, where the decoder cannot make its own for what is left of them."""

@@ -120,6 +120,28 @@ def check_cache(inputs: CallInputs) -> None:
         )
 
 
+def in_pages(inputs: CallInputs, prompt: Prompt | None, changes: str) -> bool:
+    """Whether a call of text alone has the cache of continuous batching, so that nothing of it is to be changed.
+
+    Args:
+        inputs: what the decoder was given.
+        prompt: of this call; None without pictures.
+        changes: what acts on text as well; "" if nothing.
+
+    Raises:
+        ValueError: it is not text alone, or something acts on it.
+    """
+    if inputs.cache is None or hasattr(inputs.cache, "get_seq_length"):
+        return False
+    if prompt is None and not changes:
+        return True
+    raise ValueError(
+        f"Continuous batching (generate_batch, cache_implementation='paged') lays several prompts in one row and their "
+        f"keys in pages ({type(inputs.cache).__name__}), so {changes or 'a method'} cannot tell which are whose. Call "
+        "generate() instead, or remove the method first."
+    )
+
+
 def check_drafts(adapter: Adapter, call: Mapping[str, Any], drafted: int) -> None:
     """Raise ValueError where the prompt of a call would see what a draft proposed.
 

@@ -47,7 +47,7 @@ class ForwardCall:
         given: what the decoder was given in it.
         served: the pruned KV cache that this call may add keys to.
         labels: a copy of the caller's labels `[B, S]`, for the loss; None if there are none.
-        learning: whether it holds the lock under which interventions learn from prompts.
+        learning: the lock under which interventions learn from prompts, while it holds it.
     """
 
     module: Any
@@ -72,14 +72,23 @@ class ForwardCall:
     given: Any = None  # CallInputs
     served: Any = None
     labels: Tensor | None = None
-    learning: bool = False
+    learning: Any = None
 
     def clear(self) -> None:
         """Let go of all that is needed only while the module that merges text and pictures is at work."""
         self.prompt, self.masks, self.decoder, self.branch, self.attention = None, None, None, None, None
         self.waiting, self.bypass, self.policy, self.given = None, None, None, None
         self.layer_inputs, self.read, self.laid_out, self.recordings, self.transitions = {}, {}, {}, {}, {}
-        self.learning = False
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Let others have what it holds: the lock, and the cache that may take its keys."""
+        if self.learning is not None:
+            self.learning.release()
+            self.learning = None
+        if self.served is not None:
+            self.served.tokenprune_active = self.served.tokenprune_whole = False
+            self.served = None
 
 
 @dataclass(eq=False)
@@ -112,9 +121,21 @@ class Calls(threading.local):
         self.passes: list[list[Any]] = []
 
     def begin(self, module: Any) -> ForwardCall:
-        """A forward call of `module` begins."""
+        """A forward call of `module` begins. No module calls itself, so one of it that seems to be at work was
+        interrupted (by Ctrl-C, or the stop button of a notebook): torch runs no hooks after that."""
+        earlier = self.now
+        while earlier is not None and earlier.module is not module:
+            earlier = earlier.before
+        if earlier is not None:
+            self.drop_to(earlier.before)
         self.now = ForwardCall(module, before=self.now)
         return self.now
+
+    def drop_to(self, call: ForwardCall | None) -> None:
+        """The calls that began after `call` are over, and no hook said so."""
+        while self.now is not None and self.now is not call:
+            self.now.let_go()
+            self.now = self.now.before
 
     def end(self, module: Any) -> None:
         """The call that `module` began is over, perhaps with an exception."""
