@@ -36,7 +36,7 @@ class Drafts:
         @functools.wraps(generate)
         def generating(*args: Any, **kwargs: Any) -> Any:
             ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-            # no forward call runs `generate`: one that seems to be at work was interrupted, which torch runs no hooks after
+            # no forward call runs `generate`: one that seems to be at work was interrupted, and no hook said so
             self._calls.drop_to(None)
             before, self._calls.generation = self._calls.generation, Generation(ids=ids)
             try:

@@ -50,7 +50,7 @@ from tokenprune.plan.checks import check_vision_signal
 from tokenprune.seams import cache_in
 from tokenprune.state.call_inputs import CallInputs
 from tokenprune.state.compaction import Compaction
-from tokenprune.state.forward_call import Calls, ForwardCall, Generation
+from tokenprune.state.forward_call import Calls, ForwardCall, Generation, Running
 from tokenprune.state.kv_cache import mark_pruned, pruned_prompt
 from tokenprune.state.prompt_layout import Layout
 from tokenprune.state.prompt_state import CutBuilder, Prompt
@@ -84,7 +84,7 @@ class Engine:
         self._unseen = verify and adapter.behind_tower and adapter.features_at_places
         self.last: Prompt | None = None
         self._last_of: Generation | None = None  # the `generate` call that `last` is of
-        self.calls = Calls()
+        self.calls = Calls(Running())
         self.hints = Hints(adapter, self.stages, self.calls)
         self.attending = AttentionInterventions(adapter, interventions, self.calls, self.stages)
         self.bypass = LayerBypass(adapter, self.attending.bypasses, self.calls, self.stages, self.attending.changes)

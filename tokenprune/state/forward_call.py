@@ -6,7 +6,9 @@ Each thread has its own, so requests that run at the same time on one model know
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +102,44 @@ class Generation:
     ids: Tensor | None = None
 
 
+class Running:
+    """The threads that have a forward call at work on one model."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._threads: set[threading.Thread] = set()
+        self._waiting = 0  # how many wish that no call were at work: until they had their turn, none begins
+
+    def note(self, runs: bool) -> None:
+        """The thread that asks begins a forward call, or has none any more."""
+        with self._changed:
+            while runs and self._waiting:
+                self._changed.wait()
+            (self._threads.add if runs else self._threads.discard)(threading.current_thread())
+            self._changed.notify_all()
+
+    @contextmanager
+    def paused(self, seconds: float) -> Iterator[bool]:
+        """Wait until no other thread is in the middle of a forward call, and let none begin one in the block.
+
+        Yields:
+            Whether that came to be within so many seconds.
+        """
+        end = time.monotonic() + seconds
+        with self._changed:
+            self._waiting += 1
+            try:
+                while (others := self._others()) and time.monotonic() < end:
+                    self._changed.wait(0.1)  # a thread that dies in its call tells nobody
+                yield not others
+            finally:
+                self._waiting -= 1
+                self._changed.notify_all()
+
+    def _others(self) -> bool:
+        return any(thread.is_alive() and thread is not threading.current_thread() for thread in self._threads)
+
+
 class Calls(threading.local):
     """The calls at work on one model, of the thread that asks.
 
@@ -110,9 +150,11 @@ class Calls(threading.local):
         generation: the call of `generate` at work.
         hints: what the caller told of the pictures, see `Handle.set_hints`.
         passes: lists that wish to know of each prompt that ran, see `Handle.watch`.
+        running: which threads have a call at work; the same object in all of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, running: Running) -> None:
+        self.running = running
         self.now: ForwardCall | None = None
         self.tower: Any = None
         self.drafted = 0
@@ -128,6 +170,8 @@ class Calls(threading.local):
             earlier = earlier.before
         if earlier is not None:
             self.drop_to(earlier.before)
+        if self.now is None:
+            self.running.note(True)
         self.now = ForwardCall(module, before=self.now)
         return self.now
 
@@ -135,9 +179,14 @@ class Calls(threading.local):
         """The calls that began after `call` are over, and no hook said so."""
         while self.now is not None and self.now is not call:
             self.now.let_go()
-            self.now = self.now.before
+            self._over(self.now)
 
     def end(self, module: Any) -> None:
         """The call that `module` began is over, perhaps with an exception."""
         if self.now is not None and self.now.module is module:
-            self.now = self.now.before
+            self._over(self.now)
+
+    def _over(self, call: ForwardCall) -> None:
+        self.now = call.before
+        if self.now is None:
+            self.running.note(False)
