@@ -25,6 +25,7 @@ from tokenprune.engine.first_layer import entering
 from tokenprune.engine.guards import (
     check_added_inside,
     check_drafts,
+    check_emptied,
     check_features,
     check_mask,
     check_places,
@@ -101,6 +102,7 @@ class Engine:
         self._policy = "keep" if first_cut is None else str(first_cut.pruner.positions)
         self._cut_site = before_layers[-1].site if before_layers else "input"
         self._reader = PromptReader(adapter)
+        self._empties = any(stage.place in ("pixels", "vision") for stage in stages)  # rows of features, for zeros
         self.signals = tuple(dict.fromkeys(signals))  # what cuts and interventions read
         self._tower = TowerHooks(adapter, stages, self.signals, self.hints, self.calls, self._tiles, verify)
         self._transitions = Transitions(adapter, signals, self.calls)
@@ -170,6 +172,8 @@ class Engine:
                 call.waiting = inputs
             else:
                 self._lay_out(call, inputs)
+        elif self._empties:
+            check_emptied(inputs)
         if self.adapter.entry is not self.adapter.language_model or inputs.ids is None:
             return None
         # the decoder merges text and pictures: that is done before it, so that rows can be cut in between

@@ -172,6 +172,23 @@ def warn_of_features(inputs: CallInputs) -> None:
         )
 
 
+def check_emptied(inputs: CallInputs) -> None:
+    """Raise ValueError where a prompt given as embeddings, without pixels, holds features of a picture of which tokens
+    left inside the tower: zeros stand there, and a model that merges by itself would take them for tokens."""
+    if inputs.ids is not None or inputs.embeds is None or inputs.length <= 1 or inputs.past:
+        return
+    empty = (inputs.embeds == 0).all(-1)  # [B, S]
+    attended = inputs.attended(empty.device)
+    count = int((empty if attended is None else empty & attended).sum())
+    if count:
+        raise ValueError(
+            f"This prompt came as inputs_embeds without pixels, and {count} of its rows are zeros: features that were "
+            "made while the method takes tokens out before or inside the vision tower have zeros where tokens left, "
+            "and the model would attend to those. Pass pixel_values, or what get_image_features returned as "
+            "mm_encoder_outputs={'image': ...}, or make the features before the method is applied."
+        )
+
+
 def check_packed(
     call: Mapping[str, Any], attended: Tensor | None, mask: Tensor | None, positions: Tensor | None
 ) -> None:
