@@ -109,8 +109,7 @@ class Prepared:
             ValueError: a method is at work on the model already.
             RuntimeError: modules of the model were replaced since; prepare again.
         """
-        entry = self.adapter.entry
-        check_free(entry)
+        check_free(self.adapter)
         self._links.check()
         ledger = Ledger()
         try:
@@ -120,10 +119,12 @@ class Prepared:
             ledger.undo()
             raise
         handle = Handle(self.model, self._engine, ledger, self.label)
-        _applied[entry] = repr(handle)
+        taken = (self.adapter.entry, self.adapter.language_model)
+        _applied.update(dict.fromkeys(taken, repr(handle)))
 
         def forget() -> None:
-            _applied.pop(entry, None)
+            for module in taken:
+                _applied.pop(module, None)
 
         ledger.add(forget)
         return handle
@@ -135,11 +136,18 @@ class Prepared:
             yield handle
 
 
-def check_free(entry: Any) -> None:
-    """Raise ValueError if a method is at work on a model, whose adapter's `entry` is given."""
-    present = _applied.get(entry)  # which several wrappers may share
+def check_free(adapter: Adapter) -> None:
+    """Raise ValueError if a method is at work on a model, which several wrappers may share, or on a decoder that
+    several models share: each would take back what it changed there, in an order that it does not know."""
+    present = _applied.get(adapter.entry)
     if present is not None:
         raise ValueError(f"{present} is at work on this model already; call its remove() first.")
+    present = _applied.get(adapter.language_model)
+    if present is not None:
+        raise ValueError(
+            f"{present} is at work on another model that shares this one's decoder "
+            f"({type(adapter.language_model).__name__}); call its remove() first, or give each model its own decoder."
+        )
 
 
 def apply(
@@ -183,7 +191,7 @@ def apply(
             method is applied already.
     """
     adapter = _checked_adapter(model, outputs)
-    check_free(adapter.entry)
+    check_free(adapter)
     return prepare(model, method, keep, average, outputs, adapter, verify, **options).apply()
 
 

@@ -16,6 +16,8 @@ from tokenprune.interfaces.pruner import Pruner
 from tokenprune.prompt_view import PromptView
 from tokenprune.report import Report
 
+_PATIENCE = 60  # seconds; a forward call of a long prompt takes less
+
 
 class Handle:
     """A method at work on a model.
@@ -54,8 +56,21 @@ class Handle:
         self.remove()
 
     def remove(self) -> None:
-        """Give the model back as it was: same objects, same outputs bit for bit. A second call does nothing."""
-        self._ledger.undo()
+        """Give the model back as it was: same objects, same outputs bit for bit. A second call does nothing.
+
+        Where another thread is in the middle of a forward call, this waits for its end: half a call would be pruned.
+        A `generate` that goes on from there is told with its next token that its cache holds a pruned prompt.
+
+        Raises:
+            RuntimeError: that call does not come to its end.
+        """
+        with self._engine.calls.running.paused(_PATIENCE) as free:
+            if not free:
+                raise RuntimeError(
+                    f"Another thread has been in one forward call of this model for {_PATIENCE} s, and the method "
+                    "cannot be removed in the middle of it. Let that thread come to its end, and call remove() again."
+                )
+            self._ledger.undo()
 
     def set_hints(self, **hints: list[Any]) -> None:
         """Tell the method what it cannot see, one value per image or video in batch order; valid until set again.

@@ -117,7 +117,7 @@ def diagnose_model(
         ValueError: the attention of the model, or the method on it, cannot be read, or one is at work on it already: an
             intervention would change attention behind what is read.
     """
-    check_free(loaded.adapter.entry)
+    check_free(loaded.adapter)
     method = None if config.prune is None else prepare(loaded.model, config.prune, adapter=loaded.adapter)
     channels = sink_channels(loaded, task, config.limit, config.batch_size)
     say(f"sink channels: {channels.found}")

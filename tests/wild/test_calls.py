@@ -169,6 +169,30 @@ def test_embeddings_that_may_hold_features_are_pointed_out() -> None:
             model(inputs_embeds=merged, attention_mask=batch["attention_mask"])
 
 
+@pytest.mark.parametrize("method", [{"at": "vision:1", "prune": "random", "keep": 9}, "downsample@9"])
+def test_features_that_lost_tokens_in_the_tower_are_not_merged_by_hand(method: Any) -> None:
+    model, batch = tiny_llava(), prompts([1, 1])
+    ids, pixels = batch["input_ids"], batch.pop("pixel_values")
+    text = {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": batch["attention_mask"]}
+
+    def merged() -> dict[str, Any]:
+        features = model.get_image_features(pixels).pooler_output
+        features = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
+        rows = text["inputs_embeds"].masked_scatter((ids == IMAGE)[..., None], features)
+        return {**text, "inputs_embeds": rows}
+
+    with torch.no_grad():
+        whole = merged()
+        with tokenprune.applied(model, method):
+            with pytest.raises(ValueError, match=r"54 of its rows are zeros: .*mm_encoder_outputs"):
+                model.generate(**merged(), max_new_tokens=2)
+            for given in (whole, text):  # there the warning says all
+                with pytest.warns(UserWarning, match="they run unpruned"):
+                    model(**given)
+            encoded = model.get_image_features(pixels, return_dict=True)
+            model.generate(**batch, mm_encoder_outputs={"image": encoded}, max_new_tokens=2)
+
+
 def test_wrappers_are_looked_through() -> None:
     class Module(torch.nn.Module):  # as DDP and FSDP hold theirs
         def __init__(self, module: Any) -> None:
@@ -269,3 +293,18 @@ def test_hidden_states_of_all_layers_have_the_length_of_the_prompt(method: str) 
             stays = handle.stays & batch["attention_mask"].bool()
     assert [state.shape for state in states] == [state.shape for state in whole]
     assert torch.equal(states[0][stays], whole[0][stays])
+
+
+@pytest.mark.slow  # transformers takes seconds to begin and end a batch
+def test_continuous_batching_of_text_is_left_alone_or_refused() -> None:
+    def answered(model: Any) -> Any:
+        return model.generate_batch([[9, 10, 11, 12]], max_new_tokens=3, progress_bar=False)["req_0"]
+
+    model = tiny_llava()
+    stock = answered(model).generated_tokens
+    assert len(stock) == 3
+    with tokenprune.applied(model, "fastv@9"):
+        assert answered(model).generated_tokens == stock
+    with tokenprune.applied(model, VAR):
+        error = answered(model).error
+        assert "Continuous batching" in error and "var cannot tell" in error

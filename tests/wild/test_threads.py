@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -118,3 +119,57 @@ def test_a_thread_sees_its_own_passes_and_the_handle_the_last_of_any() -> None:
         del mine
         gc.collect()
         assert seen() is None, "a list that no longer watches is held by nobody"
+
+
+@pytest.mark.parametrize("token", [1, 3])
+def test_a_method_is_not_removed_in_the_middle_of_a_call(token: int) -> None:
+    """Half a prompt would be pruned, or its cache would go on as if it knew nothing of that, and no one would see."""
+    model, batch, failed = tiny_llava(), prompts([1]), []
+    inside, removing = threading.Event(), threading.Event()
+    handle = tokenprune.apply(model, "uniform@9")
+    calls: list[None] = []
+
+    def hold(*_: Any) -> None:
+        calls.append(None)
+        if len(calls) == token:
+            inside.set()
+            removing.wait(10)
+            time.sleep(0.3)  # in which a remove() that does not wait is done
+
+    def run() -> None:
+        try:
+            model.generate(**batch, max_new_tokens=5, do_sample=False)
+        except RuntimeError as error:
+            failed.append(str(error))
+
+    handle.adapter.layers[1].register_forward_pre_hook(hold)
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert inside.wait(30)
+    removing.set()
+    handle.remove()
+    thread.join(30)
+    assert len(failed) == 1 and "holds a pruned prompt, and the model that goes on from it has no method" in failed[0]
+    assert len(calls) == token  # that call came to its end, and no other began
+
+
+def test_a_call_without_an_end_does_not_hold_a_remove_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenprune.handle._PATIENCE", 0.2)
+    model, inside, go = tiny_llava(), threading.Event(), threading.Event()
+    handle = tokenprune.apply(model, "uniform@9")
+
+    def hold(*_: Any) -> None:
+        inside.set()
+        go.wait(30)
+
+    hook = handle.adapter.layers[1].register_forward_pre_hook(hold)
+    thread = threading.Thread(target=lambda: model(**prompts([1])))
+    thread.start()
+    assert inside.wait(30)
+    with pytest.raises(RuntimeError, match=r"Another thread has been in one forward call .* call remove\(\) again"):
+        handle.remove()
+    go.set()
+    thread.join(30)
+    hook.remove()
+    handle.remove()
+    assert "removed" in repr(handle)

@@ -36,10 +36,13 @@ class Drafts:
         @functools.wraps(generate)
         def generating(*args: Any, **kwargs: Any) -> Any:
             ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            # no forward call runs `generate`: one that seems to be at work was interrupted, and no hook said so
+            self._calls.drop_to(None)
             before, self._calls.generation = self._calls.generation, Generation(ids=ids)
             try:
                 return generate(*args, **kwargs)
             finally:
+                self._calls.drop_to(None)
                 self._calls.generation, self._calls.drafted = before, 0
 
         @functools.wraps(prepare)

@@ -199,7 +199,7 @@ def _shortened(engine: Engine, embeds: Tensor, cache: Any = None) -> tuple[Promp
             )  # fmt: skip
             return prompt, torch.cat([first.last_hidden_state, then.last_hidden_state], dim=1)
     finally:
-        engine.calls.now = None
+        engine.calls.drop_to(None)
         ledger.undo()
     if cache is not None:
         raise ValueError(f"{type(decoder).__name__} was given a KV cache and returns none")

@@ -25,12 +25,14 @@ from tokenprune.engine.first_layer import entering
 from tokenprune.engine.guards import (
     check_added_inside,
     check_drafts,
+    check_emptied,
     check_features,
     check_mask,
     check_places,
     check_replica,
     check_right_padding,
     check_rotation,
+    in_pages,
 )
 from tokenprune.engine.hints import Hints
 from tokenprune.engine.layer_cuts import LayerCuts
@@ -49,7 +51,7 @@ from tokenprune.plan.checks import check_vision_signal
 from tokenprune.seams import cache_in
 from tokenprune.state.call_inputs import CallInputs
 from tokenprune.state.compaction import Compaction
-from tokenprune.state.forward_call import Calls, ForwardCall, Generation
+from tokenprune.state.forward_call import Calls, ForwardCall, Generation, Running
 from tokenprune.state.kv_cache import mark_pruned, pruned_prompt
 from tokenprune.state.prompt_layout import Layout
 from tokenprune.state.prompt_state import CutBuilder, Prompt
@@ -83,7 +85,7 @@ class Engine:
         self._unseen = verify and adapter.behind_tower and adapter.features_at_places
         self.last: Prompt | None = None
         self._last_of: Generation | None = None  # the `generate` call that `last` is of
-        self.calls = Calls()
+        self.calls = Calls(Running())
         self.hints = Hints(adapter, self.stages, self.calls)
         self.attending = AttentionInterventions(adapter, interventions, self.calls, self.stages)
         self.bypass = LayerBypass(adapter, self.attending.bypasses, self.calls, self.stages, self.attending.changes)
@@ -100,6 +102,7 @@ class Engine:
         self._policy = "keep" if first_cut is None else str(first_cut.pruner.positions)
         self._cut_site = before_layers[-1].site if before_layers else "input"
         self._reader = PromptReader(adapter)
+        self._empties = any(stage.place in ("pixels", "vision") for stage in stages)  # rows of features, for zeros
         self.signals = tuple(dict.fromkeys(signals))  # what cuts and interventions read
         self._tower = TowerHooks(adapter, stages, self.signals, self.hints, self.calls, self._tiles, verify)
         self._transitions = Transitions(adapter, signals, self.calls)
@@ -169,6 +172,8 @@ class Engine:
                 call.waiting = inputs
             else:
                 self._lay_out(call, inputs)
+        elif self._empties:
+            check_emptied(inputs)
         if self.adapter.entry is not self.adapter.language_model or inputs.ids is None:
             return None
         # the decoder merges text and pictures: that is done before it, so that rows can be cut in between
@@ -183,7 +188,7 @@ class Engine:
         call.prompt.drafted = call.drafted
         if self.attending.learns:
             self._learning.acquire()
-            call.learning = True
+            call.learning = self._learning
 
     def _tiles(self, kind: str, visuals: Sequence[Visual]) -> Tiles:
         """See `PromptReader.tiles`; of the call at work."""
@@ -198,9 +203,6 @@ class Engine:
             return
         if call.prompt is not None:
             call.prompt.sources = []  # pixels and signals; what reports need was written down
-        if call.learning:
-            self._learning.release()
-        self._serve(call, None)
         unseen = call.waiting is not None and output is not None
         call.clear()
         self.calls.end(module)
@@ -225,7 +227,7 @@ class Engine:
         call = self.calls.now or self.calls.begin(module)  # a caller may go on from a cache with the decoder alone
         inputs, made = _unmade(kwargs, call)
         call.decoder = None
-        if inputs.embeds is None:
+        if inputs.embeds is None or in_pages(inputs, call.prompt, self._changes_rows()):
             return None
         if call.waiting is not None:
             self._lay_out(call, call.waiting)
@@ -263,6 +265,11 @@ class Engine:
         if self.adapter.added_inside:
             call.decoder.beside = {**kwargs, **changed}
         return args, {**kwargs, **changed}
+
+    def _changes_rows(self) -> str:
+        """What is at work beside cuts, and needs to know where the rows of a call begin; "" if nothing."""
+        names = [one.name for one in self.attending.interventions]
+        return ", ".join(dict.fromkeys([*names, *self.attending.changes.values()]))
 
     def _whole_masks(self, call: ForwardCall, inputs: CallInputs, made: Any) -> WholeMasks | None:
         """Masks for the whole rows of a call, where the decoder cannot make its own for what is left of them."""

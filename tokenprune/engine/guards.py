@@ -120,6 +120,28 @@ def check_cache(inputs: CallInputs) -> None:
         )
 
 
+def in_pages(inputs: CallInputs, prompt: Prompt | None, changes: str) -> bool:
+    """Whether a call of text alone has the cache of continuous batching, so that nothing of it is to be changed.
+
+    Args:
+        inputs: what the decoder was given.
+        prompt: of this call; None without pictures.
+        changes: what acts on text as well; "" if nothing.
+
+    Raises:
+        ValueError: it is not text alone, or something acts on it.
+    """
+    if inputs.cache is None or hasattr(inputs.cache, "get_seq_length"):
+        return False
+    if prompt is None and not changes:
+        return True
+    raise ValueError(
+        f"Continuous batching (generate_batch, cache_implementation='paged') lays several prompts in one row and their "
+        f"keys in pages ({type(inputs.cache).__name__}), so {changes or 'a method'} cannot tell which are whose. Call "
+        "generate() instead, or remove the method first."
+    )
+
+
 def check_drafts(adapter: Adapter, call: Mapping[str, Any], drafted: int) -> None:
     """Raise ValueError where the prompt of a call would see what a draft proposed.
 
@@ -147,6 +169,23 @@ def warn_of_features(inputs: CallInputs) -> None:
             "which embeddings they are cannot be seen. Pass pixel_values (and input_ids, or inputs_embeds with the "
             "placeholders' own embeddings) and let the model put the features in.",
             stacklevel=3,
+        )
+
+
+def check_emptied(inputs: CallInputs) -> None:
+    """Raise ValueError where a prompt given as embeddings, without pixels, holds features of a picture of which tokens
+    left inside the tower: zeros stand there, and a model that merges by itself would take them for tokens."""
+    if inputs.ids is not None or inputs.embeds is None or inputs.length <= 1 or inputs.past:
+        return
+    empty = (inputs.embeds == 0).all(-1)  # [B, S]
+    attended = inputs.attended(empty.device)
+    count = int((empty if attended is None else empty & attended).sum())
+    if count:
+        raise ValueError(
+            f"This prompt came as inputs_embeds without pixels, and {count} of its rows are zeros: features that were "
+            "made while the method takes tokens out before or inside the vision tower have zeros where tokens left, "
+            "and the model would attend to those. Pass pixel_values, or what get_image_features returned as "
+            "mm_encoder_outputs={'image': ...}, or make the features before the method is applied."
         )
 
 

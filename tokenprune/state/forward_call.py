@@ -6,7 +6,9 @@ Each thread has its own, so requests that run at the same time on one model know
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +49,7 @@ class ForwardCall:
         given: what the decoder was given in it.
         served: the pruned KV cache that this call may add keys to.
         labels: a copy of the caller's labels `[B, S]`, for the loss; None if there are none.
-        learning: whether it holds the lock under which interventions learn from prompts.
+        learning: the lock under which interventions learn from prompts, while it holds it.
     """
 
     module: Any
@@ -72,14 +74,23 @@ class ForwardCall:
     given: Any = None  # CallInputs
     served: Any = None
     labels: Tensor | None = None
-    learning: bool = False
+    learning: Any = None
 
     def clear(self) -> None:
         """Let go of all that is needed only while the module that merges text and pictures is at work."""
         self.prompt, self.masks, self.decoder, self.branch, self.attention = None, None, None, None, None
         self.waiting, self.bypass, self.policy, self.given = None, None, None, None
         self.layer_inputs, self.read, self.laid_out, self.recordings, self.transitions = {}, {}, {}, {}, {}
-        self.learning = False
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Let others have what it holds: the lock, and the cache that may take its keys."""
+        if self.learning is not None:
+            self.learning.release()
+            self.learning = None
+        if self.served is not None:
+            self.served.tokenprune_active = self.served.tokenprune_whole = False
+            self.served = None
 
 
 @dataclass(eq=False)
@@ -89,6 +100,44 @@ class Generation:
 
     prompt_length: int | None = None
     ids: Tensor | None = None
+
+
+class Running:
+    """The threads that have a forward call at work on one model."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._threads: set[threading.Thread] = set()
+        self._waiting = 0  # how many wish that no call were at work: until they had their turn, none begins
+
+    def note(self, runs: bool) -> None:
+        """The thread that asks begins a forward call, or has none any more."""
+        with self._changed:
+            while runs and self._waiting:
+                self._changed.wait()
+            (self._threads.add if runs else self._threads.discard)(threading.current_thread())
+            self._changed.notify_all()
+
+    @contextmanager
+    def paused(self, seconds: float) -> Iterator[bool]:
+        """Wait until no other thread is in the middle of a forward call, and let none begin one in the block.
+
+        Yields:
+            Whether that came to be within so many seconds.
+        """
+        end = time.monotonic() + seconds
+        with self._changed:
+            self._waiting += 1
+            try:
+                while (others := self._others()) and time.monotonic() < end:
+                    self._changed.wait(0.1)  # a thread that dies in its call tells nobody
+                yield not others
+            finally:
+                self._waiting -= 1
+                self._changed.notify_all()
+
+    def _others(self) -> bool:
+        return any(thread.is_alive() and thread is not threading.current_thread() for thread in self._threads)
 
 
 class Calls(threading.local):
@@ -101,9 +150,11 @@ class Calls(threading.local):
         generation: the call of `generate` at work.
         hints: what the caller told of the pictures, see `Handle.set_hints`.
         passes: lists that wish to know of each prompt that ran, see `Handle.watch`.
+        running: which threads have a call at work; the same object in all of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, running: Running) -> None:
+        self.running = running
         self.now: ForwardCall | None = None
         self.tower: Any = None
         self.drafted = 0
@@ -112,11 +163,30 @@ class Calls(threading.local):
         self.passes: list[list[Any]] = []
 
     def begin(self, module: Any) -> ForwardCall:
-        """A forward call of `module` begins."""
+        """A forward call of `module` begins. No module calls itself, so one of it that seems to be at work was
+        interrupted (by Ctrl-C, or the stop button of a notebook): torch runs no hooks after that."""
+        earlier = self.now
+        while earlier is not None and earlier.module is not module:
+            earlier = earlier.before
+        if earlier is not None:
+            self.drop_to(earlier.before)
+        if self.now is None:
+            self.running.note(True)
         self.now = ForwardCall(module, before=self.now)
         return self.now
+
+    def drop_to(self, call: ForwardCall | None) -> None:
+        """The calls that began after `call` are over, and no hook said so."""
+        while self.now is not None and self.now is not call:
+            self.now.let_go()
+            self._over(self.now)
 
     def end(self, module: Any) -> None:
         """The call that `module` began is over, perhaps with an exception."""
         if self.now is not None and self.now.module is module:
-            self.now = self.now.before
+            self._over(self.now)
+
+    def _over(self, call: ForwardCall) -> None:
+        self.now = call.before
+        if self.now is None:
+            self.running.note(False)

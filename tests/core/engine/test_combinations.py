@@ -243,6 +243,20 @@ def test_two_wrappers_of_one_model_take_one_method() -> None:
     tokenprune.apply(other, "random@4").remove()
 
 
+def test_two_models_over_one_decoder_take_one_method() -> None:
+    one, other = tiny_llava(), tiny_llava(seed=1)
+    other.model.vision_tower, batch = one.model.vision_tower, prompts([1])
+    with torch.no_grad(), tokenprune.applied(one, "fastv@8"):  # a tower may be shared
+        alone = one(**batch).logits
+        with tokenprune.applied(other, "flowcut@4"):
+            assert torch.equal(one(**batch).logits, alone)
+        assert torch.equal(one(**batch).logits, alone)
+    other.model.language_model = one.model.language_model
+    with tokenprune.applied(one, VAR), pytest.raises(ValueError, match=r"another model that shares .*LlamaModel"):
+        tokenprune.apply(other, "random@4")
+    tokenprune.apply(other, "random@4").remove()
+
+
 # --- what is refused, and before anything runs ------------------------------------------------------------------------
 
 
