@@ -305,7 +305,7 @@ class Engine:
         self.attending.policies.finish(cache, call.prompt, bool(self._layers))
         if current is None or not current.moves:
             return
-        if call.labels is not None:
+        if call.labels:
             strike_out(call.labels, current.moves[-1][1])
         if self._outputs.full_length(call, self.adapter.model):
             restore(output, current.moves)

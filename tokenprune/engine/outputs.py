@@ -9,7 +9,7 @@ token is predicted by the last kept token before it, as in a prompt that never h
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,12 +45,10 @@ class Outputs:
     def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self._calls.begin(module)
         call.arguments = {**dict(zip(self._parameters, args)), **kwargs}
-        labels = call.arguments.get("labels")
-        if not isinstance(labels, Tensor):
-            return None
-        # a copy, in which labels of tokens that leave are struck out before the loss is computed
-        call.labels = labels.clone()
-        return (), {**call.arguments, "labels": call.labels}
+        given = {name: call.arguments.get(name) for name in ("labels", "shift_labels")}
+        # copies, in which labels of tokens that leave are struck out before the loss is computed
+        call.labels = {name: value.clone() for name, value in given.items() if isinstance(value, Tensor)}
+        return ((), {**call.arguments, **call.labels}) if call.labels else None
 
     def _end(self, module: Any, args: Any, output: Any) -> None:
         self._calls.end(module)
@@ -90,6 +88,12 @@ def restore(output: Any, moves: Sequence[tuple[int, Compaction]]) -> None:
     output.hidden_states = tuple(full)
 
 
-def strike_out(labels: Tensor, compaction: Compaction, ignore_index: int = -100) -> None:
-    """Take labels `[B, S]` of tokens that left out of the loss, in place."""
-    labels.masked_fill_(~compaction.counted().to(labels.device), ignore_index)
+def strike_out(labels: Mapping[str, Tensor], compaction: Compaction, ignore_index: int = -100) -> None:
+    """Take labels `[B, S]` of tokens that left out of the loss, in place; `shift_labels` have that of a token one place
+    before it."""
+    counted = compaction.counted()
+    for name, given in labels.items():
+        own = counted.to(given.device)
+        if name == "shift_labels":
+            own = torch.cat([own[:, 1:], torch.ones_like(own[:, :1])], dim=1)  # what follows the row is not known here
+        given.masked_fill_(~own, ignore_index)

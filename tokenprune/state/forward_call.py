@@ -48,7 +48,7 @@ class ForwardCall:
         policy: what a cache policy knows of this call.
         given: what the decoder was given in it.
         served: the pruned KV cache that this call may add keys to.
-        labels: a copy of the caller's labels `[B, S]`, for the loss; None if there are none.
+        labels: copies of the caller's `labels` and `shift_labels` `[B, S]`, as far as there are, for the loss.
         learning: the lock under which interventions learn from prompts, while it holds it.
     """
 
@@ -73,7 +73,7 @@ class ForwardCall:
     policy: Any = None
     given: Any = None  # CallInputs
     served: Any = None
-    labels: Tensor | None = None
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
     learning: Any = None
 
     def clear(self) -> None:

@@ -294,11 +294,17 @@ def test_labels_by_place_and_by_position() -> None:
         stock = model(**batch, labels=labels, shift_labels=shifted).loss
         with tokenprune.applied(model, "random", keep=1.0):
             assert torch.equal(model(**batch, labels=labels, shift_labels=shifted).loss, stock)
-        with tokenprune.applied(model, "random@8"):
+        with tokenprune.applied(model, "random@8") as handle:
+            shifted[:, 4:8] = torch.arange(20, 24)  # of visual tokens
             before = labels.clone(), shifted.clone()
             struck = model(**batch, labels=labels, shift_labels=shifted)
             assert torch.equal(labels, before[0]) and torch.equal(shifted, before[1])
-            truth = model.loss_function(struck.logits, None, vocab_size=64, shift_labels=shifted)
+            places = (batch["input_ids"][0] == IMAGE).nonzero()[:, 0]
+            left = [int(place) for rank, place in enumerate(places) if rank not in handle.kept[0][0].tolist()]
+            expected = shifted.clone()
+            expected[:, [place - 1 for place in left]] = -100
+            assert not torch.equal(expected, shifted)
+            truth = model.loss_function(struck.logits, None, vocab_size=64, shift_labels=expected)
             assert torch.equal(struck.loss, truth) and not torch.equal(model(**batch, labels=labels).loss, truth)
         if "labels" in names:
             order = names[: names.index("labels") + 1]
