@@ -18,7 +18,8 @@ def findings(records: list[ResultRecord], rows: dict[str, list[SampleRow]]) -> s
     answers are at hand.
 
     The best is the series with the highest accuracy there, interpolated between its budgets; references that know where
-    the answer is do not compete, nor do further seeds of a method. What is told apart from it is for `statistics.verdict` to say.
+    the answer is do not compete, nor do further seeds of a method. What is told apart from it is for
+    `statistics.verdict` to say.
     """
     panel = Panel(records, rows)
     kinds = {record["series"]: kind_of(record["method"]) for record in panel.records}

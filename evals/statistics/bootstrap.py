@@ -53,7 +53,9 @@ def bootstrap_mean(
         raise ValueError("An interval needs at least one sample, got none.")
     if np.ptp(values) < ALIKE:
         value, unseen = float(values[0]), 1 - 0.025 ** (1 / values.size)
-        return Interval(value, value + unseen * (between[0] - value), value + unseen * (between[1] - value), values.size)
+        return Interval(
+            value, value + unseen * (between[0] - value), value + unseen * (between[1] - value), values.size
+        )
     means = _resampled_means(values, seed, resamples)
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(values.mean()), float(low), float(high), int(values.size))
