@@ -210,6 +210,6 @@ def parity_lines(compared: Sequence[Parity]) -> list[str]:
         least = str(min(few)) if min(few) == max(few) else f"{min(few)} to {max(few)}"
         lines.append(
             f"Published numbers held against few samples, {least} of ours: {len(few)}. Below {LEAST} an interval is so "
-            "wide that it holds almost any number, and that of answers which are all alike has no width at all."
+            "wide that it holds almost any number."
         )
     return lines
