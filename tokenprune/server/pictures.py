@@ -19,6 +19,9 @@ from tokenprune.server.refusals import Refused
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """What is read. Pillow knows more; one of them starts a PostScript interpreter."""
+NARROWEST = 200
+"""Times that the long side of a picture may be its short side. Processors that make the short side as long as the model
+wants it make the other as many times longer, and a file of some hundred bytes would fill the memory."""
 _DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]*)*(;base64)?,", re.ASCII)
 
 
@@ -66,7 +69,15 @@ def picture_size(data: bytes, where: str) -> tuple[int, int]:
 
 
 def check_sizes(sizes: list[tuple[int, int]], limits: Limits) -> None:
-    """Raise Refused where the pictures of a request have too many pixels together."""
+    """Raise Refused where the pictures of a request have too many pixels together, or one is too narrow."""
+    width, height = next((size for size in sizes if max(size) > NARROWEST * min(size)), (1, 1))
+    if max(width, height) > NARROWEST:
+        raise Refused(
+            f"A picture of {width} x {height} pixels is too narrow: one side may be {NARROWEST} times as long as the "
+            "other. Cut it, or fill it up.",
+            param="messages",
+            code="picture_too_narrow",
+        )
     pixels = sum(width * height for width, height in sizes)
     if pixels > limits.pixels:
         said = " + ".join(f"{width} x {height}" for width, height in sizes[:4]) + " + ..." * (len(sizes) > 4)
