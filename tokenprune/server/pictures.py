@@ -13,15 +13,12 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
-from tokenprune.evals.io.picture_reader import read_size
+from tokenprune.evals.io.picture_reader import NARROWEST, read_size
 from tokenprune.server.limits import Limits
 from tokenprune.server.refusals import Refused
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """What is read. Pillow knows more; one of them starts a PostScript interpreter."""
-NARROWEST = 200
-"""Times that the long side of a picture may be its short side. Processors that make the short side as long as the model
-wants it make the other as many times longer, and a file of some hundred bytes would fill the memory."""
 _DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]*)*(;base64)?,", re.ASCII)
 
 
