@@ -30,6 +30,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, ImageSequence
 
+NARROWEST = 200
+"""Times that the long side of a stranger's picture may be its short side. Processors that make the short side as long
+as the model wants it make the other as many times longer, and a file of some hundred bytes would fill the memory."""
 _ORIENTATION = 274  # EXIF
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
@@ -103,11 +106,13 @@ class Extent:
         size: width and height of the first picture.
         count: of pictures; `read_picture` gives the first.
         pages: whether they are pages of a document and no frames.
+        kind: the file's format, as Pillow calls it.
     """
 
     size: tuple[int, int]
     count: int
     pages: bool
+    kind: str
 
 
 def read_extent(source: Path | bytes) -> Extent | None:
@@ -116,7 +121,7 @@ def read_extent(source: Path | bytes) -> Extent | None:
         with _stream(source) as stream, Image.open(stream) as opened:
             # a camera's MPO has a preview or a depth map behind its picture, no frames
             count = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
-            return Extent(opened.size, count, opened.format == "TIFF")
+            return Extent(opened.size, count, opened.format == "TIFF", opened.format or "")
     except Exception:  # decoders raise what they like
         return None
 

@@ -15,7 +15,7 @@ from PIL import Image
 from tokenprune.api import Prepared
 from tokenprune.evals.config.points import NONE, check_method_name, needs_budget
 from tokenprune.evals.evaluation.applied_method import visual_tokens
-from tokenprune.evals.io.picture_reader import read_extent, read_picture
+from tokenprune.evals.io.picture_reader import NARROWEST, read_extent, read_picture
 from tokenprune.evals.models.chat_template import MARKER
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.one_prompt.ask import ask, make_ready
@@ -208,9 +208,17 @@ class Desk:
 
 def _check_size(content: bytes) -> None:
     extent = read_extent(content)
+    if extent is not None and extent.kind == "EPS":
+        raise ValueError("The picture is a PostScript program, which would have to be run; give a PNG or a JPEG.")
     if extent is not None and extent.size[0] * extent.size[1] > MOST_PIXELS:
         width, height = extent.size
         raise ValueError(f"The picture has {width} x {height} pixels; {MOST_PIXELS:,} in all are the most.")
+    if extent is not None and max(extent.size) > NARROWEST * min(extent.size):
+        width, height = extent.size
+        raise ValueError(
+            f"The picture has {width} x {height} pixels and is too narrow; one side may be {NARROWEST} times as long "
+            "as the other."
+        )
 
 
 def _png(picture: Image.Image) -> bytes:

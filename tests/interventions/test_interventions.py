@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tokenprune.interfaces.intervention import Intervention
 from tokenprune.plan.expression import pruner_parts, split_name, split_outside
 from tokenprune.plan.parse import parse_method
 from tokenprune.registry import INTERVENTIONS, UnknownName
+from tokenprune.seams import cache_argument, cache_in
 
 
 @pytest.fixture
@@ -187,3 +189,36 @@ def test_an_intervention_that_is_off_wants_nothing(method):
         model(**prompts([1]))
         assert handle.interventions[0].wants_prompts == 0
         assert "off: p, rho, s_min or layers" in str(handle.report())
+
+
+MEASURING = {"cmai": "cmai", "gift": "gift(measured=1, layers=[2, 3])"}
+
+
+@pytest.mark.parametrize("name", INTERVENTIONS.names())
+def test_text_alone_keeps_its_bits(name):
+    if name in ("shortv", "zerotuning", "act"):
+        pytest.skip("it changes text too, or needs a file")
+    model, batch = tiny_llava(), prompts([0, 0])
+    given: dict[str, Any] = {**batch, "max_new_tokens": 4, "do_sample": False, "output_logits": True}
+    with torch.no_grad():
+        stock = torch.stack(model.generate(**given, return_dict_in_generate=True).logits)
+        method = "var(channels=[3])" if name == "var" else name
+        with tokenprune.applied(model, method):
+            found = torch.stack(model.generate(**given, return_dict_in_generate=True).logits)
+    assert torch.equal(found, stock)
+
+
+@pytest.mark.parametrize("name", sorted(MEASURING))
+def test_a_first_turn_of_text_alone_and_a_picture_in_the_second(name):
+    model, batch = tiny_llava(), prompts([1])
+    ids, first = batch["input_ids"], int((batch["input_ids"][0] == 5).nonzero()[0])
+    with torch.no_grad(), tokenprune.applied(model, MEASURING[name]):
+        whole = model(input_ids=ids, pixel_values=batch["pixel_values"], use_cache=True)
+        cache = cache_in(model(input_ids=ids[:, :first], use_cache=True))
+        given = {**cache_argument(cache), "pixel_values": batch["pixel_values"]}
+        turn = model(input_ids=ids[:, first:], **given, use_cache=True)
+        after = [model(input_ids=ids[:, :1], **cache_argument(cache_in(one))).logits for one in (whole, turn)]
+    stock = model(input_ids=ids, pixel_values=batch["pixel_values"]).logits[:, -1]
+    torch.testing.assert_close(turn.logits[:, -1], whole.logits[:, -1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after[1], after[0], rtol=1e-4, atol=1e-4)
+    assert (whole.logits[:, -1] - stock).abs().max() > 1e-3, "it must have changed something"

@@ -148,6 +148,24 @@ def test_what_a_processor_does_not_take_is_refused_in_a_sentence(loaded, monkeyp
         loaded.inputs(["what is <image> this <image>"], [()])
 
 
+def test_a_token_of_the_models_own_is_met_across_parts(port):
+    for first, second in (("what is <ima", "ge> this"), ("yes </", "s> no")):
+        parts = [{"type": "text", "text": text} for text in (first, second)]
+        status, said, _ = post(port, {"messages": [{"role": "user", "content": parts}]})
+        assert status == 400 and said["error"]["code"] == "special_token", said
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_no_numbers_are_refused_before_a_token_is_taken(port, loaded, monkeypatch, temperature):
+    request = ask("what", png(1), temperature=temperature)
+    head = loaded.model.lm_head
+    monkeypatch.setattr(head, "forward", lambda hidden: torch.full((*hidden.shape[:-1], head.out_features), torch.nan))
+    status, said, _ = post(port, request)
+    assert status == 500 and said["error"]["code"] == "no_numbers" and "--dtype" in said["error"]["message"]
+    monkeypatch.undo()
+    assert post(port, {**request, "max_tokens": 2})[0] == 200
+
+
 def test_half_a_picture_gets_a_sentence(port):
     status, said, _ = post(port, ask("what", png(1)[:200]))
     assert status == 400 and "picture" in said["error"]["message"]
@@ -160,6 +178,16 @@ def test_a_budget_alone_needs_a_default(loaded):
             methods.prepared(text)
     assert methods.prepared(None) is None and methods.prepared("none") is None
     assert methods.prepared("holov@9") is methods.prepared(" holov@9 ")
+    for default in ("vtc_cls@9+naavit", "naavit+vtc_cls@9"):
+        assert _label(Methods(loaded.model, loaded.adapter, default), "holov") == "holov@9"
+    with pytest.raises(Exception, match="does not say how many"):
+        Methods(loaded.model, loaded.adapter, "vtc_cls@20+fastv@9").prepared("holov")
+
+
+def _label(methods: Methods, said: str) -> str:
+    prepared = methods.prepared(said)
+    assert prepared is not None
+    return prepared.label
 
 
 def test_who_leaves_stops_the_answer(loaded):

@@ -67,7 +67,13 @@ USER = {"role": "user", "content": "hello"}
         (ask("", max_tokens=5, max_completion_tokens=6), "differ"),
         (ask("", temperature=float("nan")), "temperature must be a number from 0 to 2"),
         (ask("", temperature="hot"), "temperature must be a number"),
+        (ask("", temperature=10**400), "temperature must be a number"),
+        (ask("", temperature=1e-38), "temperature must be 0, .* or from 1e-20 to 2, got 1e-38"),
         (ask("", top_p=0), "top_p must be a number"),
+        (ask("", top_p=-(10**400)), "top_p must be a number"),
+        (ask("", stream=True, stream_options={"continuous_usage_stats": True}), "'continuous_usage_stats', which is"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "", "min_pixels": 3}]}]}, "'min_pixels'"),
+        (picture({"url": data_uri(png(1)), "max_pixels": 9}), "image_url has a field 'max_pixels'"),
         (ask("", stop=[""]), "stop must be a text"),
         (ask("", stop=["a"] * 5), "up to 4"),
         (ask("", stream="yes"), "stream must be true or false"),
@@ -79,6 +85,8 @@ USER = {"role": "user", "content": "hello"}
         (picture({"url": data_uri(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")}), "cannot be read"),
         (picture({"url": data_uri(bomb(30_000, 30_000))}), "too large a picture"),
         (picture({"url": data_uri(bomb(101, 100))}), r"10100 pixels \(101 x 100\), and this server takes 10000"),
+        (picture({"url": data_uri(bomb(1, 201))}), "1 x 201 pixels is too narrow"),
+        (picture({"url": data_uri(bomb(0, 9))}), "picture"),
         (picture({"url": "http://127.0.0.1:1/x.png"}), "fetches none"),
         (picture({"url": "file:///etc/passwd"}), "reads none of its own files"),
         (picture({"url": data_uri(png(1)), "detail": "low"}), "detail is not supported"),
@@ -95,7 +103,32 @@ def test_bodies_that_are_no_json(body):
         read_request(body, LIMITS)
 
 
+def test_an_unknown_field_of_half_a_character_is_answered():
+    with pytest.raises(Refused, match="no field") as error:
+        read_request(b'{"messages": [], "\\ud800": 1}', LIMITS)
+    json.dumps(error.value.body(), ensure_ascii=False).encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        (Limits(seconds=float("inf")), "seconds must be a number"),
+        (Limits(hosts=("localhost:8080",)), "without a scheme or a port; got 'localhost:8080'"),
+        (Limits(hosts=("https://pictures.example",)), "by their names alone"),
+        (Limits(hosts=("Pictures.example",)), "in small letters"),
+    ],
+)  # fmt: skip
+def test_limits_that_let_nothing_through_are_refused(limits, says):
+    with pytest.raises(ValueError, match=says):
+        limits.check()
+    Limits(hosts=("pictures.example", "127.0.0.1", "::1")).check()
+
+
 def test_what_is_taken():
+    cached = {"type": "text", "text": "", "cache_control": {"type": "ephemeral"}}
+    assert read({"messages": [{"role": "user", "content": [cached]}]}).messages[0]["content"][0]["text"] == ""
+    assert read(picture({"url": data_uri(png(1, 10)), "detail": None})).stream is False
+    assert read(picture({"url": data_uri(bomb(200, 1))}))
     got = read(ask("hello", png(1), stream=True, temperature=0.5, seed=3, stop="\n", n=1, user="me", max_tokens=7))
     assert got.stream and (got.temperature, got.seed, got.stops, got.new_tokens) == (0.5, 3, ("\n",), 7)
     assert got.messages[0]["content"][0] == {"type": "image", "image": png(1)}

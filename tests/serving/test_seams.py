@@ -89,3 +89,12 @@ def test_what_is_registered_is_a_subclass_of_vllms_own():
         stock_module, stock = _MULTIMODAL_MODELS[name]
         parent = getattr(import_module(f"vllm.model_executor.models.{stock_module}"), stock)
         assert issubclass(getattr(import_module(module), ours), parent)
+
+
+def test_a_setting_of_nothing_changes_no_engine():
+    from vllm.config.multimodal import MultiModalConfig
+
+    plugin._positions_come_with_embeddings()
+    for setting in (None, {}, {"tokenprune": None}):
+        assert not MultiModalConfig(mm_processor_kwargs=setting).is_multimodal_pruning_enabled(), setting
+    assert MultiModalConfig(mm_processor_kwargs={"tokenprune": "divprune@64"}).is_multimodal_pruning_enabled()

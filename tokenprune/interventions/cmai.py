@@ -86,7 +86,8 @@ class CMAI(Intervention):
             visual = entering.visual
             entering.carried["visual"] = visual if entering.attended is None else visual & entering.attended
             return {}
-        return {name: entering.carried[name] for name in ("visual", "hidden")}
+        # a prompt of text alone was not measured, and nothing is hidden from it
+        return {name: entering.carried[name] for name in ("visual", "hidden") if "hidden" in entering.carried}
 
     def measures(self, layer: int) -> bool:
         return layer == self.measured

@@ -111,7 +111,9 @@ class GIFT(Intervention):
             visual = entering.visual
             entering.carried["image"] = visual if entering.attended is None else visual & entering.attended
             return {}
-        return {name: entering.carried[name] for name in ("image", "question", "saliency")}
+        names = ("image", "question", "saliency")
+        # a prompt of text alone was not measured, and nothing of it is amplified
+        return {name: entering.carried[name] for name in names if "saliency" in entering.carried}
 
     def measures(self, layer: int) -> bool:
         return layer == self._measured

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from tokenprune import cost
 from tokenprune.evals.evaluation.applied_method import visual_tokens
@@ -80,6 +82,22 @@ class _Watch(StoppingCriteria):
         return torch.full((input_ids.shape[0],), done, device=input_ids.device, dtype=torch.bool)
 
 
+class _Numbers(LogitsProcessor):
+    """Refuses logits that are no numbers before a token is taken from them: the likeliest of them would be any token,
+    and drawing one ends all work on a CUDA device, that for later requests too."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        largest = float(scores.max())  # NaN where one of them is
+        if not math.isfinite(largest):
+            raise Refused(
+                f"The model's logits for this prompt are no finite numbers (the largest is {largest}), so no token can "
+                "be taken from them. In float16 some models reach beyond its range: start the server with --dtype "
+                "bfloat16 or float32.",
+                500, code="no_numbers",
+            )  # fmt: skip
+        return scores
+
+
 class Answerer:
     """Answers jobs with one model; called by one thread at a time.
 
@@ -117,8 +135,9 @@ class Answerer:
             with contextlib.nullcontext() if prepared is None else prepared.applied() as handle, _random(request):
                 watch = StoppingCriteriaList([_Watch(job, text, label)])
                 self._loaded.model.generate(
-                    **inputs, **_sampling(request), num_beams=1, max_new_tokens=length, stopping_criteria=watch
-                )
+                    **inputs, **_sampling(request), num_beams=1, max_new_tokens=length, stopping_criteria=watch,
+                    logits_processor=LogitsProcessorList([_Numbers()]),
+                )  # fmt: skip
                 counts = self._counts(handle, inputs)
         if job.cancelled.is_set():
             raise Refused("This answer was stopped before it was whole.", 503, code="stopped")
@@ -131,8 +150,10 @@ class Answerer:
         """Raise Refused where a text holds a token of the model's own: it would be one, a picture's place or a turn's
         end, and not the letters that were written."""
         for place, message in enumerate(request.messages):
-            for part in message["content"]:
-                found = next((own for own in self._own if own in part.get("text", "")), None)
+            # parts that follow each other are one text to a template, and a token may lie across their border
+            for _, run in itertools.groupby(message["content"], lambda part: part["type"]):
+                text = "".join(part.get("text", "") for part in run)
+                found = next((own for own in self._own if own in text), None)
                 if found is not None:
                     raise Refused(
                         f"The text of messages[{place}] holds {found!r}, which is no text to this model but a token of "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,10 @@ _OWN = (
 CHARACTERS = 16
 """Letters of text for each token that a prompt may have: longer ones are not even counted."""
 STOPS, STOP_LENGTH = 4, 200
+COLDEST = 1e-20
+"""The smallest temperature above 0: logits divided by much less are no finite numbers, which no token is drawn from."""
+# of a part of a message: what is written for caches and readers, and changes no answer
+_BESIDE = ("cache_control", "annotations")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,11 @@ def read_request(body: bytes, limits: Limits) -> ChatRequest:
     options = said.get("stream_options") or {}
     if not isinstance(options, Mapping):
         raise Refused(f"stream_options must be an object, got {_kind(options)}.", param="stream_options")
+    for name, value in options.items():
+        if name != "include_usage" and value:
+            raise Refused(
+                f"stream_options has a field {_short(name)}, which is not supported here.", param="stream_options"
+            )
     return ChatRequest(
         model=model,
         messages=_messages(said.get("messages"), limits),
@@ -83,7 +91,7 @@ def read_request(body: bytes, limits: Limits) -> ChatRequest:
         stream=_flag(said, "stream"),
         count_at_end=_flag(options, "include_usage"),
         new_tokens=_new_tokens(said, limits),
-        temperature=_number(said, "temperature", 0.0, 0.0, 2.0),
+        temperature=_temperature(said),
         top_p=_number(said, "top_p", 1.0, 0.0, 1.0),
         seed=_whole(said, "seed", -(2**63), 2**63 - 1),
         stops=_stops(said.get("stop")),
@@ -108,7 +116,7 @@ def _check_fields(said: Mapping[str, Any]) -> None:
         if name not in known:
             raise Refused(
                 f"There is no field {_short(name)}.{near(name[:60], known)} Known: {', '.join(_OWN)}.",
-                param=name[:60], code="unknown_field",
+                param=_sendable(name[:60]), code="unknown_field",
             )  # fmt: skip
         if name in _NEUTRAL and value is not None and value not in _NEUTRAL[name]:
             taken = " or ".join(json.dumps(one) for one in _NEUTRAL[name])
@@ -155,12 +163,15 @@ def _message(said: Any, where: str, limits: Limits, sizes: list[tuple[int, int]]
 
 def _part(said: Any, where: str, limits: Limits, sizes: list[tuple[int, int]]) -> dict[str, Any]:
     kind = said.get("type") if isinstance(said, Mapping) else None
+    if kind in ("text", "image_url"):
+        _check_part(said, ("type", kind), where)
     if kind == "text":
         return {"type": "text", "text": _text(said.get("text"), f"{where}.text")}
     if kind != "image_url":
         raise Refused(f'{where} must be of the type "text" or "image_url", got {_short(kind)}.', param=where)
     url = said.get("image_url")
     if isinstance(url, Mapping):
+        _check_part(url, ("url", "detail"), f"{where}.image_url")
         if url.get("detail") not in (None, "auto"):
             raise Refused(
                 f'{where}.image_url.detail is not supported here, send "auto"; what a picture costs is said with '
@@ -175,6 +186,16 @@ def _part(said: Any, where: str, limits: Limits, sizes: list[tuple[int, int]]) -
     sizes.append(picture_size(data, where))
     check_sizes(sizes, limits)
     return {"type": "image", "image": data}
+
+
+def _check_part(said: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    """Raise Refused where a part says more than is read of it: a budget or a size for one picture would be passed
+    over in silence."""
+    for name, value in said.items():
+        if name not in known and name not in _BESIDE and value not in (None, [], {}, ""):
+            raise Refused(
+                f"{where} has a field {_short(name)}, which is not supported here.", param=where, code="unknown_field"
+            )
 
 
 def _text(said: Any, where: str) -> str:
@@ -210,12 +231,24 @@ def _flag(said: Mapping[str, Any], name: str) -> bool:
     return bool(value)
 
 
+def _temperature(said: Mapping[str, Any]) -> float:
+    value = _number(said, "temperature", 0.0, 0.0, 2.0)
+    if 0 < value < COLDEST:
+        raise Refused(
+            f"temperature must be 0, which takes the likeliest token each time, or from {COLDEST:g} to 2, got "
+            f"{value:g}.",
+            param="temperature",
+        )
+    return value
+
+
 def _number(said: Mapping[str, Any], name: str, default: float, least: float, most: float) -> float:
     value = said.get(name)
     if value is None:
         return default
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not least <= value <= most or (name == "top_p" and value == 0):
+    # no number that is none, and no whole number too long to be a float, is between them
+    if not number or not least <= value <= most or (name == "top_p" and value == 0):
         raise Refused(
             f"{name} must be a number from {least:g} to {most:g}, got {_short(json.dumps(value))}.", param=name
         )
@@ -229,6 +262,11 @@ def _whole(said: Mapping[str, Any], name: str, least: int, most: int) -> int | N
             f"{name} must be a whole number from {least} to {most}, got {_short(json.dumps(value))}.", param=name
         )
     return value
+
+
+def _sendable(text: str) -> str:
+    """A client's text, as an answer in UTF-8 can hold it."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _kind(value: Any) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 MIB = 2**20
 
@@ -41,7 +43,14 @@ class Limits:
             value = getattr(self, name)
             if value < smallest:
                 raise ValueError(f"The limit {name} must be at least {smallest}, got {value}.")
-        if not self.seconds > 0:
-            raise ValueError(f"The limit seconds must be above 0, got {self.seconds}.")
+        if not 0 < self.seconds < math.inf:
+            raise ValueError(f"The limit seconds must be a number above 0, got {self.seconds}.")
+        for host in self.hosts:
+            address = f"[{host}]" if host.count(":") > 1 else host  # of IPv6
+            if not host or urlsplit(f"//{address}").hostname != host:
+                raise ValueError(
+                    "Pictures are fetched from hosts by their names alone, like pictures.example, in small letters and "
+                    f"without a scheme or a port; got {host!r}."
+                )
         if self.folder is not None and not self.folder.is_dir():
             raise ValueError(f"There is no folder {self.folder} to take pictures from.")

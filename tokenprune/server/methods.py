@@ -11,9 +11,9 @@ import tokenprune
 from tokenprune.api import Prepared, prepare
 from tokenprune.interfaces.adapter import Adapter
 from tokenprune.interfaces.budget import read_budget
-from tokenprune.plan.expression import split_name, split_outside
+from tokenprune.plan.expression import pruner_parts, split_name, split_outside
 from tokenprune.plan.parse import Spec, parse_method
-from tokenprune.registry import INTERVENTIONS, METHODS, beside_methods, near
+from tokenprune.registry import INTERVENTIONS, METHODS, near
 from tokenprune.server.refusals import Refused
 
 NONE = "none"
@@ -91,7 +91,8 @@ class Methods:
     def _whole(self, text: str) -> tuple[str, int | float | str | None]:
         """Method and budget, the default's where the request leaves one out."""
         yaml = self.default.endswith((".yaml", ".yml"))
-        name, _, budget = self.default.rpartition("@") if "@" in self.default and not yaml else (self.default, "", "")
+        own = [] if yaml or self.default == NONE else pruner_parts(self.default)
+        name, _, budget = own[0].rpartition("@") if len(own) == 1 and "@" in own[0] else (self.default, "", "")
         if text.startswith("@"):
             if yaml or self.default == NONE or len(split_outside(self.default, "+")) > 1 or not budget:
                 raise Refused(
@@ -100,7 +101,7 @@ class Methods:
                     param="tokenprune", code="bad_budget",
                 )  # fmt: skip
             return name, read_budget(text[1:])
-        prunes = [part for part in split_outside(text, "+") if split_name(part)[0] not in beside_methods()]
+        prunes = pruner_parts(text)
         open_parts = [part for part in prunes if "@" not in part]
         if not open_parts or len(prunes) > 1:
             return text, None

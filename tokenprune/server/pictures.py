@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
-from tokenprune.evals.io.picture_reader import read_size
+from tokenprune.evals.io.picture_reader import NARROWEST, read_size
 from tokenprune.server.limits import Limits
 from tokenprune.server.refusals import Refused
 
@@ -66,7 +66,15 @@ def picture_size(data: bytes, where: str) -> tuple[int, int]:
 
 
 def check_sizes(sizes: list[tuple[int, int]], limits: Limits) -> None:
-    """Raise Refused where the pictures of a request have too many pixels together."""
+    """Raise Refused where the pictures of a request have too many pixels together, or one is too narrow."""
+    width, height = next((size for size in sizes if max(size) > NARROWEST * min(size)), (1, 1))
+    if max(width, height) > NARROWEST:
+        raise Refused(
+            f"A picture of {width} x {height} pixels is too narrow: one side may be {NARROWEST} times as long as the "
+            "other. Cut it, or fill it up.",
+            param="messages",
+            code="picture_too_narrow",
+        )
     pixels = sum(width * height for width, height in sizes)
     if pixels > limits.pixels:
         said = " + ".join(f"{width} x {height}" for width, height in sizes[:4]) + " + ..." * (len(sizes) > 4)

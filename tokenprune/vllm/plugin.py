@@ -101,7 +101,7 @@ def _positions_come_with_embeddings() -> None:
 
     def make(stock: Any) -> Any:
         def is_multimodal_pruning_enabled(self: Any) -> bool:
-            return stock(self) or KEY in (self.mm_processor_kwargs or {})
+            return stock(self) or engine_text(self.mm_processor_kwargs) is not None
 
         return is_multimodal_pruning_enabled
 
@@ -121,7 +121,7 @@ def _mend_cpu_runner() -> None:
         def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
             stock(self, *args, **kwargs)
             mm_config = self.model_config.multimodal_config
-            if mm_config is not None and KEY in (mm_config.mm_processor_kwargs or {}):
+            if mm_config is not None and engine_text(mm_config.mm_processor_kwargs) is not None:
                 self.is_multimodal_pruning_enabled = supports_multimodal_pruning(self.get_model())
 
         return load_model

@@ -67,6 +67,27 @@ def prompt_positions(length: int, visuals: Iterable[tuple[int, int, Tensor]]) ->
     return torch.cat(parts, dim=1), position - length
 
 
+def check_strays(ids: Sequence[int], media: Iterable[int], ranges: Iterable[tuple[int, int]]) -> None:
+    """Raise ValueError where a prompt has placeholders that no visual stands at, as a user's text may spell them:
+    `place_visuals` would take them for a picture's.
+
+    Args:
+        ids: the prompt.
+        media: ids of placeholders.
+        ranges: (begin, end) of each visual.
+    """
+    known = {place for begin, end in ranges for place in range(begin, end)}
+    if not known:
+        return
+    wanted = set(media)
+    stray = next((place for place, one in enumerate(ids) if one in wanted and place not in known), None)
+    if stray is not None:
+        raise ValueError(
+            f"The prompt has a placeholder of pictures or videos (id {ids[stray]}, at {stray}) that belongs to none of "
+            "them. Leave it out of the text, or write it with a space inside."
+        )
+
+
 def _text(count: int, position: int) -> Tensor:
     return (torch.arange(count) + position).expand(3, -1)
 

@@ -18,6 +18,7 @@ from vllm.multimodal.processing import InputProcessingContext, PromptUpdateDetai
 
 from tokenprune.interfaces.visual import Visual
 from tokenprune.vllm.families import Family
+from tokenprune.vllm.positions import check_strays
 from tokenprune.vllm.settings import KEY, WHOLE, Choice, Setting, engine_text, read_setting
 
 # handlers and levels are those of vLLM's loggers, and reach what is named below it
@@ -129,6 +130,9 @@ class PruningProcessor:
         result = super().apply(dataclasses.replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)  # type: ignore[misc]
         if self.family.mrope:
             _check_text_around(result)
+            config = self.info.ctx.model_config.hf_config
+            media = [self.family.placeholders(config, kind) for kind in self.family.kinds]
+            check_strays(result["prompt_token_ids"], media, _ranges(result))
         return result
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -190,14 +194,16 @@ def _shortened(whole: Any, placeholder: int, before: int, length: int) -> Any:
     return cut if details is None else dataclasses.replace(details, full=cut)
 
 
+def _ranges(result: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(begin, end) of each visual in a prompt, in order."""
+    places = [place for of_kind in result["mm_placeholders"].values() for place in of_kind]
+    return sorted((place.offset, place.offset + place.length) for place in places)
+
+
 def _check_text_around(result: Mapping[str, Any]) -> None:
     """Raise ValueError where a picture has no text before it, or the prompt ends with one: positions of kept tokens
     count from the token before, and those of what is generated from the text behind."""
-    ranges = sorted(
-        (place.offset, place.offset + place.length)
-        for of_kind in result["mm_placeholders"].values()
-        for place in of_kind
-    )
+    ranges = _ranges(result)
     for (start, _), before in zip(ranges, [0, *(end for _, end in ranges)]):
         if start == before:
             raise ValueError(

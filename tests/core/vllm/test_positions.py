@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokenprune.vllm.positions import CHANNELS, grid_positions, pack, place_visuals, prompt_positions, unpack
+from tokenprune.vllm.positions import (
+    CHANNELS,
+    check_strays,
+    grid_positions,
+    pack,
+    place_visuals,
+    prompt_positions,
+    unpack,
+)
 
 PAD = 7
 
@@ -98,3 +106,15 @@ def test_ids_are_exact_in_any_dtype(dtype):
 def test_frames_of_a_video_stand_apart():
     ids = grid_positions(3, 1, 2, 2.5)
     assert ids[0].tolist() == [0, 0, 2, 2, 5, 5] and ids[2].tolist() == [0, 1] * 3
+
+
+def test_a_placeholder_that_a_text_spells_is_refused():
+    video = PAD + 1
+    ids = [1, 2, PAD, PAD, 3]
+    check_strays(ids, [PAD, video], [(2, 4)])
+    check_strays([video, 1], [PAD, video], [])  # no visual, whose ids could be taken
+    for place in (0, 1, 4):
+        spelt = [*ids[:place], video, *ids[place:]]
+        begin = 2 + (place < 2)
+        with pytest.raises(ValueError, match=f"id {video}, at {place}"):
+            check_strays(spelt, [PAD, video], [(begin, begin + 2)])

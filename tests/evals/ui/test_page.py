@@ -171,6 +171,8 @@ def test_an_animation_and_a_photograph_are_spoken_of(url):
         ("/picture", b"\x89PNG\r\n\x1a\n half", 400, "cannot be read as a picture"),
         ("/picture", bytes(20_000_001), 413, "more than 20 MB"),
         ("/picture", png(Image.new("1", (8000, 6000))), 400, "8000 x 6000 pixels"),
+        ("/picture", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", 400, "a PostScript program"),
+        ("/picture", png(Image.new("1", (201, 1))), 400, "201 x 1 pixels and is too narrow"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_a_sentence(path, given, status, says, url):
