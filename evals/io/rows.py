@@ -113,9 +113,9 @@ class FlopsCosts(TypedDict):
     measured: dict[str, float] | None
     """By FlopCounterMode, as `analytic`; None where it did not run, and then the next two are None too."""
     difference: dict[str, float] | None
-    """Analytic over measured minus 1, by part that is modelled; under `layers` the largest of a decoder layer."""
+    """Analytic over measured minus 1, by part that is modelled; under `layers` the largest of such a decoder layer."""
     agree: bool | None
-    """Whether all differences are within `flops.TOLERANCE`."""
+    """Whether all differences are within `flops.TOLERANCE`; None where they are, and a part is not modelled."""
 
 
 class TimedCosts(TypedDict):

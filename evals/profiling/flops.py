@@ -171,8 +171,8 @@ def measure_flops(
     Returns:
         `measured` and `analytic` (by part and `total`, which leaves `decode` out), `unpruned` (analytic),
         `difference` (relative, by part, and under `layers` the largest of a decoder layer at prefill), `agree` (all
-        within `TOLERANCE`) and `paper` (see `tokenprune.cost`). Parts that are not modelled are None, and have no
-        difference.
+        within `TOLERANCE`; None where a part is not modelled and the others are within it) and `paper` (see
+        `tokenprune.cost`). Parts that are not modelled are None, and have no difference.
     """
     shape = loaded.adapter.cost_shape()
     measured, analytic, unpruned = (_nothing() for _ in range(3))
@@ -204,8 +204,11 @@ def measure_flops(
         return result
     both = {part: (analytic[part], measured[part]) for part in PARTS}
     difference = {part: _relative(a, m) for part, (a, m) in both.items() if a is not None and m is not None}
-    difference["layers"] = max(by_layer, key=abs, default=0.0)
-    agree = all(abs(value) <= TOLERANCE for value in difference.values())
+    if by_layer:
+        difference["layers"] = max(by_layer, key=abs)
+    agree: bool | None = all(abs(value) <= TOLERANCE for value in difference.values())
+    if agree and any(analytic[part] is None for part in PARTS):
+        agree = None  # of a part without a number nobody can say that it agrees
     return {
         **result,
         "measured": cast("dict[str, float]", with_total(measured)),
