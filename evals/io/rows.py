@@ -109,7 +109,7 @@ class FlopsCosts(TypedDict):
     """The same of the unpruned model."""
     paper: float | None
     """By the papers' simplified formula: decoder layers only, a multiply-add counts once; None for decoders that it was
-    not made for."""
+    not made for, and where visual tokens pass layers by."""
     measured: dict[str, float] | None
     """By FlopCounterMode, as `analytic`; None where it did not run, and then the next two are None too."""
     difference: dict[str, float] | None

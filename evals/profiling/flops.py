@@ -20,6 +20,7 @@ from tokenprune.evals.io.rows import FlopsCosts
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.tasks.task import Sample
 from tokenprune.interfaces.adapter import Adapter
+from tokenprune.interfaces.bypass import Bypass
 from tokenprune.kernels.dispatch import FORMULAS
 from tokenprune.state.device_timer import DeviceTimer
 
@@ -195,7 +196,10 @@ def measure_flops(
             by_layer += [_relative(counted, layer) for counted, layer in layers if counted is not None]
         _add(unpruned, report.flops_unpruned.as_dict(), len(samples))
         _add(analytic, report.flops.as_dict(), len(samples))
-        paper = plus(paper, cost.paper_flops(shape, report.tokens_by_layer), len(samples))
+        # the formula has no term for what tokens leave undone in a layer that they pass by
+        passes_by = any(isinstance(one, Bypass) and one.mode != "mask" for one in handle.interventions)
+        simple = None if passes_by else cost.paper_flops(shape, report.tokens_by_layer)
+        paper = plus(paper, simple, len(samples))
     result: FlopsCosts = {
         "analytic": with_total(analytic), "unpruned": with_total(unpruned), "paper": paper, "measured": None,
         "difference": None, "agree": None,

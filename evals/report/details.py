@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from tokenprune.cost import NOT_MODELLED
-from tokenprune.evals.report.html import Cell, Column, table
+from tokenprune.evals.report.html import Cell, Column, number, table
 from tokenprune.evals.report.series import budget_of, name_of
 from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.statistics.significance import holm
@@ -43,7 +43,7 @@ def family_table(records: list[ResultRecord]) -> str:
 
 
 def _counted(value: float | None) -> Cell:
-    return Cell(NOT_MODELLED) if value is None else Cell(f"{value / 1e9:.4g}", value / 1e9)
+    return Cell(NOT_MODELLED) if value is None else Cell(number(value / 1e9, ".4g"), value / 1e9)
 
 
 def flops_table(records: list[ResultRecord]) -> str:

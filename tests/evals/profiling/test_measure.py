@@ -162,3 +162,9 @@ def test_what_is_not_modelled_agrees_with_nothing(tiny, tiny_task, monkeypatch):
     assert "layers" not in found["difference"] and found["difference"]["vision"] == pytest.approx(0, abs=0.01)
     monkeypatch.setattr(tiny.adapter, "cost_shape", lambda: dataclasses.replace(nothing, vision_mlp=1))
     assert measure_flops(tiny, point, samples)["agree"] is False
+
+
+@pytest.mark.parametrize(("method", "counted"), [("random", True), ("random+shortv(layers=[1])", False)])
+def test_the_papers_formula_knows_no_layers_that_are_passed_by(method, counted, tiny, tiny_task):
+    found = measure_flops(tiny, Point("tiny", "toy", method, 9), list(load_task(tiny_task).load(0, 1)))
+    assert found["agree"] and (found["paper"] is not None) == counted
