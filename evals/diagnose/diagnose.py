@@ -26,6 +26,7 @@ from tokenprune.evals.diagnose.samples import Shown, model_inputs, shown_sample
 from tokenprune.evals.diagnose.sink_channels import Channels, decoder_info, sink_channels
 from tokenprune.evals.errors import as_user_error
 from tokenprune.evals.evaluation.batching import read_batch
+from tokenprune.evals.evaluation.scored import scored
 from tokenprune.evals.io.atomic_files import replace_file
 from tokenprune.evals.io.outputs import check_folder
 from tokenprune.evals.models.load import LoadedModel, check_device, check_dtype, load_model, model_source
@@ -150,6 +151,8 @@ def _run(
     for start in range(0, count, config.batch_size):
         batch = read_batch(task, start, min(start + config.batch_size, count))
         samples = [sample for sample in batch.samples if sample.visuals]
+        for sample_id, failure in batch.unread.items():
+            say(f"sample {sample_id} is left out: {failure.error}")
         if not samples:
             continue
         inputs = model_inputs(loaded, samples)
@@ -159,7 +162,8 @@ def _run(
         drawn_ids = {sample_id for place, sample_id in batch.ids.items() if place in drawn}
         for row, (sample, said) in enumerate(zip(samples, loaded.decode(answers), strict=True)):
             generated, writing = writing_rows(answers[row].tolist(), ends)
-            right = task.mark(sample, said) > 0.5
+            score = scored(task, sample, said)["correct"]
+            right = None if score is None else score > 0.5
             gathered.add(reader, row, {"writing": writing, "generated": generated}, right)
             picture = shown_sample(loaded, sample, said, right, reader, row) if sample.sample_id in drawn_ids else None
             shown += [picture] if picture else []

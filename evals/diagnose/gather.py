@@ -32,12 +32,12 @@ class Gathered:
     layers: int
     key_heads: int
     samples: list[dict[str, Tensor]] = field(default_factory=list)
-    right: list[bool] = field(default_factory=list)
+    right: list[bool | None] = field(default_factory=list)
     boxed: list[bool] = field(default_factory=list)
     by_step: list[list[Tensor]] = field(default_factory=list)
 
-    def add(self, reader: BatchReader, row: int, sets: Mapping[str, Sequence[int]], right: bool) -> None:
-        """One sample of a batch; `sets` has the steps of `SETS`."""
+    def add(self, reader: BatchReader, row: int, sets: Mapping[str, Sequence[int]], right: bool | None) -> None:
+        """One sample of a batch; `sets` has the steps of `SETS`, `right` is None where nobody can say."""
         found: dict[str, Tensor] = {}
         for name, steps in sets.items():
             rows = [reader.steps[step] for step in steps]
@@ -60,11 +60,13 @@ class Gathered:
 
     def summary(self) -> Found:
         """Every number of one run, as JSON holds it."""
+        marked = [right for right in self.right if right is not None]
         flow = self._mean("flow")
         counts = self._mean("counts")
         return {
             "samples": len(self.samples),
-            "accuracy": sum(self.right) / len(self.right),
+            "marked": len(marked),
+            "accuracy": sum(marked) / len(marked) if marked else None,
             "tokens": {name: _list(counts[:, number]) for number, name in enumerate(GROUPS)},
             "text_dominance": {name: self._dominance(name) for name in SETS},
             "image_attention": {name: _list(self._mean(f"{name} mass").mean(1)[:, IMAGE - 1]) for name in SETS},

@@ -75,8 +75,15 @@ def _notes(found: Mapping[str, Any]) -> list[str]:
     if not heads["enough"]:
         notes.append(f"Heads are scored on {heads['samples']} samples; 200 are wanted before a ranking is relied on.")
     if not heads["right_only"]:
-        notes.append("No sample was answered right, so heads are scored on all of them.")
+        notes.append("No sample is known to be answered right, so heads are scored on all of them.")
     return notes
+
+
+def right_words(run: Mapping[str, Any]) -> str:
+    """How many answers of a run are right, of those that can be marked."""
+    if run["accuracy"] is None:
+        return f"{run['samples']} samples, no answer of which could be marked"
+    return f"{run['accuracy']:.1%} of {run['marked']} right"
 
 
 def _look(number: int) -> str:
@@ -92,7 +99,8 @@ def _card(name: str, run: Mapping[str, Any]) -> str:
         f"{_mean(run['image_attention']['writing']):.1%} of attention on the image, mean over layers",
         f"visual heads (layer.head): {best}",
     )
-    answered = f"{run['accuracy']:.1%}<small> right</small>"
+    share, _, rest = right_words(run).partition(" ")
+    answered = f"{share}<small> {rest}</small>"
     listed = "".join(f"<li>{line}</li>" for line in lines)
     tokens = run["tokens"]["image"]
     said = f"{tokens[0]:.0f} image tokens in the first layer, {tokens[-1]:.0f} in the last"
@@ -236,7 +244,8 @@ def _strip(name: str, one: Shown) -> str:
     drawn = "".join(
         f"<figure>{_overlay(one, heat)}<figcaption>{title}</figcaption></figure>" for title, heat in figures
     )
-    said = f'<span class="said {"right" if one.right else "wrong"}">{escape(one.said or "nothing")}</span>'
+    kind = {True: "right", False: "wrong", None: ""}[one.right]
+    said = f'<span class="said {kind}">{escape(one.said or "nothing")}</span>'
     return f'<div>{escape(name)}: {said}</div><div class="strip">{drawn}</div>'
 
 

@@ -36,7 +36,7 @@ class Shown:
     question: str
     answer: str
     said: str
-    right: bool
+    right: bool | None
     picture: str
     size: tuple[int, int]
     layers: tuple[int, ...]
@@ -49,7 +49,7 @@ def model_inputs(loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, An
 
 
 def shown_sample(
-    loaded: LoadedModel, sample: Sample, said: str, right: bool, reader: BatchReader, row: int
+    loaded: LoadedModel, sample: Sample, said: str, right: bool | None, reader: BatchReader, row: int
 ) -> Shown | None:
     """A sample with its maps; None where its first view is no grid of all of its tokens, or of one frame of them."""
     view = seen_views(loaded, model_inputs(loaded, [sample]), sample.visuals[0])[0]

@@ -109,13 +109,13 @@ class FlopsCosts(TypedDict):
     """The same of the unpruned model."""
     paper: float | None
     """By the papers' simplified formula: decoder layers only, a multiply-add counts once; None for decoders that it was
-    not made for."""
+    not made for, and where visual tokens pass layers by."""
     measured: dict[str, float] | None
     """By FlopCounterMode, as `analytic`; None where it did not run, and then the next two are None too."""
     difference: dict[str, float] | None
-    """Analytic over measured minus 1, by part that is modelled; under `layers` the largest of a decoder layer."""
+    """Analytic over measured minus 1, by part that is modelled; under `layers` the largest of such a decoder layer."""
     agree: bool | None
-    """Whether all differences are within `flops.TOLERANCE`."""
+    """Whether all differences are within `flops.TOLERANCE`; None where they are, and a part is not modelled."""
 
 
 class TimedCosts(TypedDict):

@@ -20,6 +20,7 @@ from tokenprune.evals.io.rows import FlopsCosts
 from tokenprune.evals.models.load import LoadedModel
 from tokenprune.evals.tasks.task import Sample
 from tokenprune.interfaces.adapter import Adapter
+from tokenprune.interfaces.bypass import Bypass
 from tokenprune.kernels.dispatch import FORMULAS
 from tokenprune.state.device_timer import DeviceTimer
 
@@ -171,8 +172,8 @@ def measure_flops(
     Returns:
         `measured` and `analytic` (by part and `total`, which leaves `decode` out), `unpruned` (analytic),
         `difference` (relative, by part, and under `layers` the largest of a decoder layer at prefill), `agree` (all
-        within `TOLERANCE`) and `paper` (see `tokenprune.cost`). Parts that are not modelled are None, and have no
-        difference.
+        within `TOLERANCE`; None where a part is not modelled and the others are within it) and `paper` (see
+        `tokenprune.cost`). Parts that are not modelled are None, and have no difference.
     """
     shape = loaded.adapter.cost_shape()
     measured, analytic, unpruned = (_nothing() for _ in range(3))
@@ -195,7 +196,10 @@ def measure_flops(
             by_layer += [_relative(counted, layer) for counted, layer in layers if counted is not None]
         _add(unpruned, report.flops_unpruned.as_dict(), len(samples))
         _add(analytic, report.flops.as_dict(), len(samples))
-        paper = plus(paper, cost.paper_flops(shape, report.tokens_by_layer), len(samples))
+        # the formula has no term for what tokens leave undone in a layer that they pass by
+        passes_by = any(isinstance(one, Bypass) and one.mode != "mask" for one in handle.interventions)
+        simple = None if passes_by else cost.paper_flops(shape, report.tokens_by_layer)
+        paper = plus(paper, simple, len(samples))
     result: FlopsCosts = {
         "analytic": with_total(analytic), "unpruned": with_total(unpruned), "paper": paper, "measured": None,
         "difference": None, "agree": None,
@@ -204,8 +208,11 @@ def measure_flops(
         return result
     both = {part: (analytic[part], measured[part]) for part in PARTS}
     difference = {part: _relative(a, m) for part, (a, m) in both.items() if a is not None and m is not None}
-    difference["layers"] = max(by_layer, key=abs, default=0.0)
-    agree = all(abs(value) <= TOLERANCE for value in difference.values())
+    if by_layer:
+        difference["layers"] = max(by_layer, key=abs)
+    agree: bool | None = all(abs(value) <= TOLERANCE for value in difference.values())
+    if agree and any(analytic[part] is None for part in PARTS):
+        agree = None  # of a part without a number nobody can say that it agrees
     return {
         **result,
         "measured": cast("dict[str, float]", with_total(measured)),

@@ -56,7 +56,7 @@ def prefill(loaded: LoadedModel, inputs: dict[str, Any], **more: Any) -> Any:
 
 
 def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], stays: Stays) -> Callable[[], Any]:
-    """The work of an ideal pruned prefill, ready to be timed. Images only or videos only.
+    """The work of an ideal pruned prefill, ready to be timed.
 
     Args:
         stays: by decoder layer before which something left, places of the prompts that stay, `[B, S]` bool, equally
@@ -67,11 +67,8 @@ def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], stays: Stays) -> 
     """
     model, adapter = loaded.model, loaded.adapter
     ids = inputs["input_ids"]
-    kind = next(kind for kind, name in adapter.pixels.items() if inputs.get(name) is not None)
-    visual = placeholders_in(adapter, ids, inputs)[kind]
-    encode: Callable[..., Any] = getattr(*adapter.features_call(kind))
-    names = inspect.signature(encode).parameters
-    vision = {name: value for name, value in inputs.items() if name in names}
+    kinds = [kind for kind, name in adapter.pixels.items() if inputs.get(name) is not None]  # pictures, videos or both
+    visual = placeholders_in(adapter, ids, inputs)
     left = {layer: part.to(ids.device) for layer, part in (stays if isinstance(stays, dict) else {0: stays}).items()}
     for part in left.values():
         counts = part.sum(1).tolist()
@@ -79,19 +76,26 @@ def ideal_prefill(loaded: LoadedModel, inputs: dict[str, Any], stays: Stays) -> 
             raise ValueError(f"The ideal is timed for prompts that keep equally many tokens, got {counts}.")
     keep = left.pop(0)
     short_ids = ids[keep].view(len(ids), -1)
-    places = visual[keep].view(short_ids.shape)
-    rows = keep[visual]
+    parts = []
+    for kind in kinds:
+        encode: Callable[..., Any] = getattr(*adapter.features_call(kind))
+        names = inspect.signature(encode).parameters
+        given = {name: value for name, value in inputs.items() if name in names}
+        places, rows = visual[kind][keep].view(short_ids.shape), keep[visual[kind]]
+        parts.append((functools.partial(encode, **given, return_dict=True), places, rows))
     mask = torch.ones_like(short_ids)
     shorter = ShorterLayers(adapter.layers, keep, left)
 
     def short_rows() -> torch.Tensor:
         if adapter.entry is adapter.language_model:  # it merges by itself
             return adapter.merged(inputs)[keep].view(*short_ids.shape, -1)
-        features = torch.cat(list(encode(**vision, return_dict=True).pooler_output))
-        # LLaVA-1.5 stacks equal pictures, the others list them
-        features = features.flatten(0, -2)
         embeds = model.get_input_embeddings()(short_ids)
-        return embeds.masked_scatter(places[..., None], features[rows].to(embeds.dtype))
+        for encoded, places, rows in parts:
+            features = torch.cat(list(encoded().pooler_output))
+            # LLaVA-1.5 stacks equal pictures, the others list them
+            features = features.flatten(0, -2)
+            embeds = embeds.masked_scatter(places[..., None], features[rows].to(embeds.dtype))
+        return embeds
 
     def run() -> Any:
         embeds = short_rows()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from tokenprune.cost import NOT_MODELLED
-from tokenprune.evals.report.html import Cell, Column, table
+from tokenprune.evals.report.html import Cell, Column, number, table
 from tokenprune.evals.report.series import budget_of, name_of
 from tokenprune.evals.results.records import ResultRecord
 from tokenprune.evals.statistics.significance import holm
@@ -43,7 +43,7 @@ def family_table(records: list[ResultRecord]) -> str:
 
 
 def _counted(value: float | None) -> Cell:
-    return Cell(NOT_MODELLED) if value is None else Cell(f"{value / 1e9:.4g}", value / 1e9)
+    return Cell(NOT_MODELLED) if value is None else Cell(number(value / 1e9, ".4g"), value / 1e9)
 
 
 def flops_table(records: list[ResultRecord]) -> str:
@@ -58,7 +58,10 @@ def flops_table(records: list[ResultRecord]) -> str:
         for part in PARTS:
             cells.append(_counted(flops["analytic"][part]))
         cells.append(_counted(flops["paper"]))
-        worst = max(flops["difference"].values(), key=abs) if flops["difference"] else None
+        measured = flops["measured"] or {}
+        # 0 beside 0 (a method without matrix products) compares nothing
+        off = [value for part, value in (flops["difference"] or {}).items() if value or measured.get(part, 1)]
+        worst = max(off, key=abs, default=None)
         cells.append(Cell("" if worst is None else f"{worst:+.2%}", worst))
         rows.append((f' data-budget="{escape(budget_of(record))}"', cells))
     if not rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from tokenprune.evals.io.rows import SampleRow
-from tokenprune.evals.report.html import percent
+from tokenprune.evals.report.html import number, percent
 from tokenprune.evals.report.series import budget_of, kind_of
 from tokenprune.evals.results.equal_cost import Panel
 from tokenprune.evals.results.records import ResultRecord
@@ -49,7 +49,7 @@ def _card(record: ResultRecord, cost: float, table: list[Standing], kinds: dict[
     head = "highest" if few else "best"
     return (
         f'<div class="card" data-budget="{escape(budget_of(record))}">'
-        f'<div class="soft">{head} at {cost:.4g} tokens a layer</div>'
+        f'<div class="soft">{head} at {number(cost, ".4g")} tokens a layer</div>'
         f'<div class="big"><i class="dot {kinds[best.series]}" data-series="{escape(best.series)}"></i>'
         f"{escape(best.series)} <span>{percent(best.accuracy.value)} %</span></div><ul>{body}</ul></div>"
     )

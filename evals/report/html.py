@@ -106,8 +106,10 @@ def spread(low: float | None, high: float | None, sign: bool = False) -> str:
 
 
 def number(value: float | None, form: str = ".3g") -> str:
-    """A number; "" where there is none."""
-    return "" if value is None else format(value, form)
+    """A number; "" where there is none. Of a thousand and more the digits before the point, no power of ten."""
+    if value is None:
+        return ""
+    return format(value, ",.0f") if form.endswith("g") and abs(value) >= 1000 else format(value, form)
 
 
 def p_value(value: float | None) -> str:

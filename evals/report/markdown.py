@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.evals.io.atomic_files import replace_file
+from tokenprune.evals.report.html import number
 from tokenprune.evals.report.merge import Merged, merge
 from tokenprune.evals.report.series import budget_of, kind_of, name_of, off_budget
 from tokenprune.evals.results.equal_cost import CONTROLS, Panel, equal_cost_verdict, is_control
@@ -75,7 +76,7 @@ def _at_given_cost(panel: Panel, axis: str) -> str:
         return ""
     costs = list(dict.fromkeys(cost for _, cost in shown))
     form = {"tokens": ".4g", "flops": ".3g"}[axis]
-    heads = [format(cost / (1e9 if axis == "flops" else 1), form) for cost in costs]
+    heads = [number(cost / (1e9 if axis == "flops" else 1), form) for cost in costs]
     areas = {record["series"]: record.get("area", {}).get(axis) for record in panel.records}
     kinds = {record["series"]: kind_of(record["method"]) for record in panel.records}
     curves = {name: panel.curve(name, axis) for name in panel.series()}
@@ -96,7 +97,7 @@ def _at_given_cost(panel: Panel, axis: str) -> str:
     table = [title, "", head, "|---|" + "---:|" * (len(costs) + 1), *rows]
     if over is not None:
         scale = 1e9 if axis == "flops" else 1
-        span = f"{format(over['from'] / scale, form)} to {format(over['to'] / scale, form)} {unit}"
+        span = f"{number(over['from'] / scale, form)} to {number(over['to'] / scale, form)} {unit}"
         table += ["", f"Area: over {span}; empty for a method that was not measured over all of it."]
     return "\n".join(table)
 
@@ -165,7 +166,9 @@ def _recommended(rows: list[dict[str, Any]]) -> str:
     lines = ["| tokens a layer | recommended | highest accuracy, % |", "|---:|---|---:|"]
     for row in rows:
         names = ", ".join(map(_escaped, row["recommended"])) if row["enough"] else "not enough samples"
-        lines.append(f"| {row['cost']:.4g} | {names} | {100 * row['accuracy']:.1f} ({_escaped(row['best'])}) |")
+        lines.append(
+            f"| {number(row['cost'], '.4g')} | {names} | {100 * row['accuracy']:.1f} ({_escaped(row['best'])}) |"
+        )
     return "\n".join(lines)
 
 
@@ -197,7 +200,7 @@ def _unpruned(records: list[ResultRecord]) -> str:
     cost = "" if costs["gflops_total"] is None else f", {costs['gflops_total']:.2f} GFLOPs to the first token"
     return (
         f"Unpruned: {_accuracy(unpruned['overall'])} percent of {unpruned['overall']['n']} questions, "
-        f"{unpruned['visual_tokens']:.4g} visual tokens{cost}."
+        f"{number(unpruned['visual_tokens'], '.4g')} visual tokens{cost}."
     )
 
 
@@ -215,7 +218,7 @@ def _cells(record: ResultRecord, records: list[ResultRecord]) -> list[str]:
     return [
         f"*{name}*" if kind_of(record["method"]) == "control" else name,
         budget_of(record),
-        f"{record['kept_tokens']:.4g}" + (f" (not {asked})" if asked else ""),
+        number(record["kept_tokens"], ".4g") + (f" (not {asked})" if asked else ""),
         _accuracy(scores),
         _at_cost(record, "random", "tokens"),
         _at_cost(record, "random", "flops"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tokenprune.evals.config.points import NONE
 from tokenprune.evals.results.records import ResultRecord
 from tokenprune.interfaces.budget import budget_size, budget_text
-from tokenprune.plan.expression import pruner_parts, split_name
+from tokenprune.plan.expression import pruner_parts, split_name, split_outside
 from tokenprune.registry import METHODS, UnknownName
 
 # pairs for a light and a dark page; neighbours differ for the usual colour-vision deficiencies, markers tell the rest
@@ -31,7 +31,8 @@ def kind_of(method: str) -> str:
         return "method"
     if any("boxes" in pruner.hints for pruner in pruners):
         return "reference"
-    return "control" if pruners and all(pruner.published.startswith("control") for pruner in pruners) else "method"
+    alone = len(pruners) == len(split_outside(method, "+"))  # what stands beside a control is what is looked at
+    return "control" if alone and all(pruner.published.startswith("control") for pruner in pruners) else "method"
 
 
 def name_of(record: ResultRecord) -> str:

@@ -8,6 +8,7 @@ A task is a `Task`. `pocket`, `pocket-mixed` (pictures of several sizes and shor
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,7 +94,10 @@ def count_samples(name: str) -> int | None:
         return None
     if source.suffix == ".parquet":
         return pq.read_metadata(source).num_rows
-    return sum(bool(line.strip()) for line in source.read_bytes().splitlines())
+    written = source.read_bytes().strip()
+    if written.startswith(b"["):  # one array over all lines
+        return len(json.loads(written))
+    return sum(bool(line.strip()) for line in written.splitlines())
 
 
 def display_name(name: str) -> str:

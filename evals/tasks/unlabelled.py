@@ -51,6 +51,11 @@ def _candidates(data: str, scenes: int, seed: int) -> Iterator[SelectionRequest]
         lines = read_lines(folder / QUESTIONS)
         for number in draw.sample(range(len(lines)), len(lines)):
             line = lines[number]
+            for name in ("image", "question"):
+                if not isinstance(line.get(name), str):
+                    raise ValueError(
+                        f"Line {number + 1} of {folder / QUESTIONS} needs {name!r} as a text, got {line.get(name)!r}."
+                    )
             picture = read_picture(folder / line["image"])
             yield SelectionRequest(str(number), str(line["question"]), picture, line.get("answer"))
     elif data in task_names():
@@ -93,15 +98,16 @@ _VALIDATION: dict[str, Callable[[str, int], Iterator[dict[str, Any]]]] = {
 
 
 def _hash(image: Any) -> str:
-    """The same for equal pictures, or equal videos."""
-    frames = read_frames(image if isinstance(image, list) else [image])
+    """The same for equal pictures, equal videos, or several of them."""
+    shown = image if isinstance(image, tuple) else (image,)
+    frames = [frame for one in shown for frame in read_frames(one if isinstance(one, list) else [one])]
     return hashlib.sha256(b"".join(frame.tobytes() for frame in frames)).hexdigest()
 
 
 def draw_samples(
     data: str, samples: int, held_out: int, seed: int
 ) -> tuple[list[SelectionRequest], list[SelectionRequest]]:
-    """Samples to tune on and held-out ones, no picture in both.
+    """Samples with pictures to tune on and held-out ones, no picture in both.
 
     Raises:
         ValueError: the data has not enough of them.
@@ -110,6 +116,8 @@ def draw_samples(
     others: list[SelectionRequest] = []
     seen: set[str] = set()
     for asked in _candidates(data, samples + held_out, seed):
+        if isinstance(asked.image, tuple) and not asked.image:
+            continue  # a text alone: nothing to prune
         picture = _hash(asked.image)
         if len(first) < samples:
             first.append(asked)

@@ -13,7 +13,10 @@
 `columns` says what the dataset calls each; those that are left out have the name of their key (image, question, answer)
 or are not used (the rest). `choices` is a column of lists, or a list of columns: `[A, B, C, D]`; empty ones are no
 choice, and the others keep their letters. Then an answer is a letter, the text of a choice or its number, counted
-from 0.
+from 0. Where all answers are numbers of choices, and one of them is no choice's text, they are numbers throughout: 1 is
+the second of the choices 1, 2 and 3.
+
+A sample without an answer is a failed one, and so is a question or, with match: letter, an answer that is none.
 
 exact: the same text, in lower case, without articles and punctuation (but for the sign, the point and the percent sign
 of numbers); with a list of answers any of them. contains: the answer stands in the prediction. letter: the prediction
@@ -27,6 +30,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +71,11 @@ def _contains(prediction: str, answer: Any) -> float:
 
 
 def _letter(prediction: str, answer: Any) -> float:
+    if not re.fullmatch(r"[A-Za-z]", str(answer).strip()):
+        raise ValueError(
+            f"The answer {answer!r} is no letter, no choice's text and no number of a choice, counted from 0, so that "
+            "nothing that a model says would be right."
+        )
     letter = re.match(r"\W*([A-Z])\b", prediction) or re.fullmatch(r"\W*([a-z])\W*", prediction)
     return float(bool(letter) and letter.group(1).upper() == str(answer).strip().upper())
 
@@ -82,6 +91,17 @@ def _vqa(prediction: str, answer: Any) -> float:
 _MATCHES: dict[str, Callable[[str, Any], float]] = {
     "exact": _exact, "contains": _contains, "letter": _letter, "vqa": _vqa,
 }  # fmt: skip
+
+
+def _mark(match: str, prediction: str, answer: Any) -> float:
+    """The score of a prediction by one of `_MATCHES`.
+
+    Raises:
+        ValueError: there is no answer: a score would say something of the data, and nothing of the model.
+    """
+    if not [one for one in _several(answer) if one is not None]:
+        raise ValueError("It has no answer to be marked by. Is the split one whose answers are not public?")
+    return _MATCHES[match](prediction, answer)
 
 
 def read_spec(path: Path) -> dict[str, Any]:
@@ -170,6 +190,7 @@ def file_task(path: Path) -> Task:
         )
     if not isinstance(data.features[columns["image"]], ImageFeature):
         data = _beside(data, columns["image"], path.parent / str(spec["data"]))
+    numbered = "choices" in columns and _numbered(data, columns)
     # as stored: what decodes a picture is the one reader, which knows its bits and its name
     data = data.cast(Features({**data.features, columns["image"]: ImageFeature(decode=False)}))
 
@@ -181,7 +202,7 @@ def file_task(path: Path) -> Task:
                 sample_id=sample_id,
                 family=str(row[columns["family"]]) if "family" in columns else "all",
                 question=_question(str(spec.get("prompt", "{question}")), row, columns, choices),
-                answer=_answer(row[columns["answer"]], choices),
+                answer=_answer(row[columns["answer"]], choices, numbered),
                 image=() if image is None else read_picture(image, _called(image, sample_id, path)),
                 boxes=row[columns["boxes"]] if "boxes" in columns else None,
             )
@@ -190,7 +211,7 @@ def file_task(path: Path) -> Task:
         name=str(spec.get("name", path.stem)),
         size=len(data),
         load=load,
-        score=_MATCHES[spec.get("match", "exact")],
+        score=partial(_mark, spec.get("match", "exact")),
         max_new_tokens=spec.get("max_new_tokens", 16),
         has_boxes="boxes" in columns,
         fingerprint=fingerprint_of(path, spec) or _fingerprint(spec, made_of),
@@ -253,6 +274,8 @@ def _choices(row: dict[str, Any], where: Any) -> dict[str, str]:
 
 def _question(prompt: str, row: dict[str, Any], columns: dict[str, Any], choices: dict[str, str]) -> str:
     context = str(row[columns["context"]] or "").strip() if "context" in columns else ""
+    if row[columns["question"]] is None and "{question}" in prompt:
+        raise ValueError(f"It has no question: the column {columns['question']!r} is empty there.")
     texts = {
         "question": str(row[columns["question"]]),
         "choices": "\n".join(f"{letter}. {choice}" for letter, choice in choices.items()),
@@ -261,10 +284,26 @@ def _question(prompt: str, row: dict[str, Any], columns: dict[str, Any], choices
     return re.sub(r"\{(\w+)\}", lambda place: texts[place.group(1)], prompt)
 
 
-def _answer(answer: Any, choices: dict[str, str]) -> Any:
-    """With choices the letter of the right one."""
+def _numbered(data: Any, columns: dict[str, Any]) -> bool:
+    """Whether answers are numbers of choices, also where a choice's text is a number: each is the number of one of its
+    sample's choices, and one of them is no text of these."""
+    found = False
+    for row in data.select_columns([columns["answer"], *_several(columns["choices"])]):
+        text, choices = str(row[columns["answer"]]).strip(), _choices(row, columns["choices"])
+        if choices and (not text.isdecimal() or _LETTERS[int(text) : int(text) + 1] not in choices):
+            return False
+        found |= bool(choices) and text not in choices.values()
+    return found
+
+
+def _answer(answer: Any, choices: dict[str, str], numbered: bool = False) -> Any:
+    """With choices the letter of the right one.
+
+    Args:
+        numbered: see `_numbered`.
+    """
     text = str(answer).strip()
-    named = next((letter for letter, choice in choices.items() if choice == text), None)
+    named = None if numbered else next((letter for letter, choice in choices.items() if choice == text), None)
     if named is None and text.isdecimal() and _LETTERS[int(text) : int(text) + 1] in choices:
         return _LETTERS[int(text)]
     return answer if named is None else named

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokenprune.api import applied
 from tokenprune.evals.models.load import LoadedModel
+from tokenprune.evals.tuning.numbers import finite
 from tokenprune.interventions.shortv import ShortV
 
 
@@ -23,7 +24,7 @@ def contributions(loaded: LoadedModel, inputs: Sequence[Any], say: Callable[[str
     """What the file of a model holds: by layer, the mean divergence over the samples.
 
     Raises:
-        ValueError: the samples show no picture.
+        ValueError: the samples show no picture, or the model says NaN.
     """
     model, layers = loaded.model, len(loaded.adapter.layers)
     with applied(model, ShortV(layers=[])) as handle:  # changes nothing, and sees the pictures
@@ -48,8 +49,10 @@ def lines(said: dict[str, Any]) -> list[str]:
 
 def _next_token(model: Any, batch: Any) -> Tensor:
     """`[V]` fp64 log-probabilities."""
-    return model(**batch, use_cache=False, logits_to_keep=1).logits[0, -1].double().log_softmax(-1)
+    return finite(model(**batch, use_cache=False, logits_to_keep=1).logits[0, -1]).double().log_softmax(-1)
 
 
 def _divergence(truth: Tensor, other: Tensor) -> float:
+    said = truth > -torch.inf  # a token that is ruled out adds nothing
+    truth, other = truth[said], other[said]
     return float((truth.exp() * (truth - other)).sum().clamp_min(0))

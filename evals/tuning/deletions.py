@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tokenprune.api import applied
 from tokenprune.evals.models.load import LoadedModel
+from tokenprune.evals.tuning.numbers import finite
 from tokenprune.interfaces.budget import Budget
 from tokenprune.interfaces.pruner import ModelDepths, Pruner, Stage
 from tokenprune.interfaces.selection import Selection
@@ -68,6 +69,8 @@ class _Recorder(Pruner):
 
     def select(self, view: View) -> Selection:
         own, text = (view.signal(name, view.depth - 1) for name in (VISUAL_MAX_ATTENTION, TEXT_MAX_ATTENTION))
+        for mass in (own, text):
+            finite(mass)
         self.seen.setdefault(view.depth - 1, []).extend(zip(own.double().cpu(), text.double().cpu()))
         at = torch.arange(view.num_tokens, device=view.features.device)
         return Selection(at.expand(view.num_images, -1))
@@ -184,7 +187,7 @@ def schedules(
     """What the file of a model holds: a schedule for each share of FLOPs that shall go.
 
     Raises:
-        ValueError: the samples show no picture, or FLOPs cannot fall so far.
+        ValueError: the samples show no picture, the model says NaN, or FLOPs cannot fall so far.
     """
     text = loaded.adapter.language_model.config
     widths = Widths(text.hidden_size, text.intermediate_size, len(loaded.adapter.layers))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tokenprune.api import applied
 from tokenprune.evals.models.load import LoadedModel
+from tokenprune.evals.tuning.numbers import finite
 from tokenprune.interventions.zerotuning import ZeroTuning
 
 GRID = (0.3, 0.5, 0.7, 0.85, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
@@ -30,6 +31,7 @@ PROBE = 2.0
 def entropy(logits: Tensor) -> float:
     """Of the distribution of `[V]` logits, in nats."""
     log_probability = logits.double().log_softmax(-1)
+    log_probability = log_probability[log_probability > -torch.inf]  # a token that is ruled out adds nothing
     return float(-(log_probability.exp() * log_probability).sum())
 
 
@@ -43,7 +45,7 @@ def first_key(
         answers: of each prompt, for labels; None: by entropy.
 
     Raises:
-        ValueError: a sample has no answer.
+        ValueError: a sample has no answer, or the model says NaN.
     """
     decoder = loaded.adapter.language_model.config
     heads, model = decoder.num_attention_heads, loaded.model
@@ -54,6 +56,7 @@ def first_key(
         with applied(model, ZeroTuning(gamma=gamma, heads=list(chosen))):
             for number, batch in enumerate(inputs):
                 logits = model(**batch, use_cache=False, logits_to_keep=1).logits[0, -1]
+                finite(logits)
                 total += entropy(logits) if begins is None else float(int(logits.argmax()) not in begins[number])
         return total / len(inputs)
 

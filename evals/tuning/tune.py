@@ -27,6 +27,7 @@ from tokenprune.evals.io.outputs import check_folder
 from tokenprune.evals.io.progress import show_progress, waiting
 from tokenprune.evals.models.load import LoadedModel, check_dtype, load_model, model_source
 from tokenprune.evals.tasks.unlabelled import SelectionRequest, check_data, draw_samples
+from tokenprune.evals.tuning.numbers import finite
 from tokenprune.registry import METHODS
 
 
@@ -122,7 +123,7 @@ class Discrepancy:
                 self._model(**batch, logits_to_keep=1)
         finally:
             hook.remove()
-        return states[0]
+        return finite(states[0])
 
     def __call__(self, method: Mapping[str, Any]) -> tuple[list[float], float]:
         """Cosine of each sample, and the kept fraction of the visual tokens averaged over layers and samples.

@@ -28,6 +28,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _diagnose(args: argparse.Namespace) -> int:
+    from tokenprune.evals.diagnose.page import right_words
     from tokenprune.evals.errors import as_user_error
     from tokenprune.evals.tasks.load import default_task
 
@@ -41,7 +42,7 @@ def _diagnose(args: argparse.Namespace) -> int:
     for name, run in found["runs"].items():
         dominance, heads = run["text_dominance"]["writing"], run["heads"]["writing"]
         print(
-            f"{name}: {run['accuracy']:.1%} of {run['samples']} right; MDI in the middle layers "
+            f"{name}: {right_words(run)}; MDI in the middle layers "
             f"{dominance['mdi_stages']['middle']:.3g} (geometric mean "
             f"{dominance['mdi_geometric_stages']['middle']:.3g}); "
             f"visual heads (layer.head) {', '.join(f'{layer}.{head}' for layer, head in heads['visual'])}"

@@ -23,7 +23,7 @@ from tokenprune.evals.tuning.recommend.settings import SHARES, RecommendConfig
 from tokenprune.registry import METHODS
 
 COST_PROMPTS = 2
-"""Prompts on which a setting's cost is taken, the same for all settings."""
+"""Prompts with a picture on which a setting's cost is taken, the same for all settings."""
 
 
 OnAnswers = Callable[[int, str, bool], None]
@@ -150,9 +150,12 @@ class ModelBench:
 
     def _measure(self, setting: Point) -> float:
         from tokenprune.evals.profiling.flops import measure_flops
+        from tokenprune.evals.profiling.measure import pictured
         from tokenprune.evals.profiling.timing import measure_times
 
-        prompts = list(self._task.load(0, min(COST_PROMPTS, len(self._ids))))
+        prompts, _ = pictured(replace(self._task, size=len(self._ids)), COST_PROMPTS)
+        if not prompts:  # a text alone costs the same pruned
+            raise UserError(f"None of the samples of {self._config.data} has a picture, so there is nothing to prune.")
         if self._config.cost == "flops":
             flops = measure_flops(self._loaded, setting, prompts, self._config.seed, counting=False)
             return self._share(flops["analytic"]["total"], flops["unpruned"]["total"])

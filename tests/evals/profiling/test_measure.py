@@ -14,6 +14,7 @@ from tokenprune.evals.evaluation.applied_method import check_points
 from tokenprune.evals.evaluation.evaluate import AskedSamples
 from tokenprune.evals.io.row_store import RowStore
 from tokenprune.evals.profiling import flops
+from tokenprune.evals.profiling.flops import measure_flops
 from tokenprune.evals.profiling.measure import MEASURE_KEY, measure, read_costs
 from tokenprune.evals.results.over_tasks import pool_costs, pool_tasks, pooled_note
 from tokenprune.evals.results.summary import flat_costs
@@ -146,3 +147,24 @@ def test_costs_that_other_code_counted_are_counted_anew(store, tiny, tiny_task, 
     measured(store, tiny, task)
     monkeypatch.setattr("tokenprune.evals.profiling.measure.costs_fingerprint", lambda: "other code")
     assert len(measured(store, tiny, task)[0]) == 2 and len(store) == 4
+
+
+def test_what_is_not_modelled_agrees_with_nothing(tiny, tiny_task, monkeypatch):
+    """FLOPs without a number are no FLOPs that were checked, and a part that was checked still says so."""
+    import dataclasses
+
+    point, samples = Point("tiny", "toy", "random", 9), list(load_task(tiny_task).load(0, 1))
+    known = tiny.adapter.cost_shape()
+    nothing = dataclasses.replace(known, by_layer=(None,) * known.layers, projector=None, vocab=None)
+    monkeypatch.setattr(tiny.adapter, "cost_shape", lambda: nothing)
+    found = measure_flops(tiny, point, samples)
+    assert found["analytic"]["prefill"] is None and found["agree"] is None
+    assert "layers" not in found["difference"] and found["difference"]["vision"] == pytest.approx(0, abs=0.01)
+    monkeypatch.setattr(tiny.adapter, "cost_shape", lambda: dataclasses.replace(nothing, vision_mlp=1))
+    assert measure_flops(tiny, point, samples)["agree"] is False
+
+
+@pytest.mark.parametrize(("method", "counted"), [("random", True), ("random+shortv(layers=[1])", False)])
+def test_the_papers_formula_knows_no_layers_that_are_passed_by(method, counted, tiny, tiny_task):
+    found = measure_flops(tiny, Point("tiny", "toy", method, 9), list(load_task(tiny_task).load(0, 1)))
+    assert found["agree"] and (found["paper"] is not None) == counted

@@ -59,3 +59,27 @@ def test_every_time_is_there(method, tiny, tiny_task):
     assert found["kv"]["measured"] == found["kv"]["analytic"]
     assert found["kv"]["equivalent_tokens"] == (36 if method == "none" else 9)
     assert "get_image_features" not in vars(tiny.model.model), "the method is to be removed again"
+
+
+@pytest.mark.pocket
+def test_the_ideal_encodes_pictures_and_videos_of_one_prompt():
+    """A tower that the ideal leaves out would make every method look slow beside it."""
+    from PIL import Image
+
+    from tokenprune.api import applied
+    from tokenprune.evals.models.load import load_model
+    from tokenprune.evals.profiling.flops import flop_counter
+    from tokenprune.evals.profiling.timing import ideal_prefill
+
+    loaded = load_model("pocket-qwen")
+    red, blue = Image.new("RGB", (96, 64), "red"), Image.new("RGB", (160, 224), "blue")
+    inputs = dict(loaded.inputs(["what?"], [([red] * 4, blue)]))
+    assert len(loaded.adapter.pixels) == 2 and all(name in inputs for name in loaded.adapter.pixels.values())
+    with torch.inference_mode(), applied(loaded.model, "random", keep=0.5) as handle:
+        with flop_counter() as pruned:
+            loaded.model(**inputs, use_cache=True, logits_to_keep=1)
+        stays = handle.stays_by_layer
+    run = ideal_prefill(loaded, inputs, stays)
+    with torch.inference_mode(), flop_counter() as ideal:
+        run()
+    assert ideal.get_total_flops() == pytest.approx(pruned.get_total_flops(), rel=1e-3)

@@ -180,6 +180,8 @@ def test_kinds_of_methods():
     assert [kind_of(name) for name in ("none", "random", "downsample", "oracle", "holov", "vtc_cls+var")] == [
         "unpruned", "control", "control", "reference", "method", "method",
     ]  # fmt: skip
+    beside = [f"{name}shortv(layers=[1])" for name in ("random+", "", "oracle+")]  # which is what is looked at
+    assert [kind_of(name) for name in (*beside, "random(seed=3)")] == ["method", "method", "reference", "control"]
 
 
 def test_the_leaderboard_as_markdown_says_what_the_records_say(folder, tmp_path, capsys):
@@ -425,3 +427,23 @@ def test_every_table_of_a_run_goes_through_it(tmp_path, monkeypatch):
     assert (seeds.read_bytes(), there.read_bytes()) == before
     # without seeds, what an earlier run said of them is gone
     assert write_seeds(run.folder, run.records) == [] and not seeds.exists()
+
+
+def test_numbers_of_large_models_have_no_powers_of_ten(tmp_path, monkeypatch):
+    import _fake_runs
+
+    whole = _fake_runs._measures
+
+    def measures(point):
+        costs = whole(point)
+        for name in ("analytic", "unpruned"):
+            costs["flops"][name] = {part: 1e4 * value for part, value in costs["flops"][name].items()}
+        return costs
+
+    monkeypatch.setattr(_fake_runs, "_measures", measures)
+    run = read_run(fake_run(tmp_path / "run", methods=("none", "random", "holov"), samples=12, pictured=1))
+    write_report(tmp_path / "page.html", [run])
+    page = (tmp_path / "page.html").read_text()
+    board = page[page.index("leaderboard show-g-acc") : page.index('id="data"')]
+    assert "e+" not in re.sub("<[^>]+>", " ", board) and ">111,670<" in board
+    assert "e+" not in write_markdown(tmp_path / "board.md", [run]).read_text()

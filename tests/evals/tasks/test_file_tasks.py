@@ -15,8 +15,10 @@ from PIL import Image as Picture
 from tokenprune.cli import main
 from tokenprune.evals.config.run_config import RunConfig
 from tokenprune.evals.evaluation.applied_method import settings_digest
+from tokenprune.evals.evaluation.scored import scored
 from tokenprune.evals.models.load import LoadedModel
-from tokenprune.evals.tasks.load import load_task, task_fingerprint
+from tokenprune.evals.tasks.load import count_samples, load_task, task_fingerprint
+from tokenprune.evals.tasks.task import Task
 from tokenprune.evals.tasks.yaml_task import _answer, _choices, _exact, _letter, _vqa, read_spec
 
 PACKAGED = sorted((ROOT / "configs" / "tasks").glob("*.yaml"))
@@ -217,3 +219,56 @@ def test_pictures_are_looked_for_beside_their_data_file(tmp_path, monkeypatch):
     assert [sample.image.getpixel((0, 0)) if sample.visuals else None for sample in found] == [
         (255, 0, 0), (0, 0, 255), None,
     ]  # fmt: skip
+
+
+def _own(folder: Path, rows: list[dict], settings: str) -> Task:
+    """A task of `rows` with one picture."""
+    Picture.new("RGB", (9, 9)).save(folder / "a.png")
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"image": "a.png", **row}) + "\n" for row in rows))
+    (folder / "own.yaml").write_text(f"data: rows.jsonl\n{settings}")
+    return load_task(str(folder / "own.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("answers", "letters"),
+    [([1, 2], "BC"), (["1", "0"], "BA"), ([1, 9], "A?"), (["1", "cat"], "AA"), (["3", "1"], "CB")],
+    ids=["numbers", "numbers as texts", "a number of none", "texts", "the text of a choice, no number of one"],
+)
+def test_numbers_of_choices_are_numbers_where_choices_are_numbers_too(answers, letters, tmp_path):
+    rows = [
+        {"question": "how many", "answer": answers[0], "choices": ["1", "2", "3"]},
+        {"question": "who", "answer": answers[1], "choices": ["cat", "dog", "cow"]},
+    ]
+    task = _own(tmp_path, rows, "columns: {choices: choices}\nmatch: letter\n")
+    found = [sample.answer for sample in task.load(0, 2)]
+    assert "".join(one if one in ("A", "B", "C") else "?" for one in found) == letters
+
+
+@pytest.mark.parametrize(
+    ("row", "match", "says"),
+    [
+        ({"answer": None}, "exact", "no answer"),
+        ({"answer": []}, "vqa", "no answer"),
+        ({"answer": 4}, "letter", "The answer 4 is no letter"),
+        ({"answer": "a cow"}, "letter", "no choice's text"),
+    ],
+)
+def test_a_sample_that_cannot_be_right_is_a_failed_one(row, match, says, tmp_path):
+    rows = [{"question": "q", "choices": ["cat", "dog"], **row}]
+    task = _own(tmp_path, rows, f"columns: {{choices: choices}}\nmatch: {match}\n")
+    (sample,) = task.load(0, 1)
+    found = scored(task, sample, "None")
+    assert found["correct"] is None and says in found["error"]
+
+
+def test_a_sample_without_a_question_is_not_asked_none(tmp_path):
+    task = _own(tmp_path, [{"question": None, "answer": "x"}], "")
+    with pytest.raises(ValueError, match="no question"):
+        list(task.load(0, 1))
+
+
+def test_samples_of_an_array_are_counted(tmp_path):
+    task = _own(tmp_path, [{"question": "q", "answer": "x"}], "")
+    rows = [{"image": "a.png", "question": f"q{i}", "answer": "x"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows, indent=1))
+    assert count_samples(str(tmp_path / "own.yaml")) == load_task(str(tmp_path / "own.yaml")).size == 3 != task.size

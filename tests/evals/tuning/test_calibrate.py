@@ -153,3 +153,41 @@ def test_the_command_writes_what_apply_takes(tmp_path, capsys):
 def test_bad_words_are_refused(words, sentence, capsys):
     assert main(["calibrate", *words.split()]) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["shortv", "zerotuning"])
+def test_nothing_is_found_from_nan(method, tiny_folder, tiny_task, tmp_path, capsys, monkeypatch):
+    from tokenprune.evals.tuning import calibrate
+
+    def broken(*given):
+        loaded = load_model(*given)
+        weight = loaded.adapter.layers[0].self_attn.q_proj.weight
+        weight.data[0, 0] = math.nan
+        return loaded
+
+    load_model = calibrate.load_model
+    monkeypatch.setattr(calibrate, "load_model", broken)
+    file = tmp_path / "found.json"
+    asked = ["--model", tiny_folder, "--data", tiny_task, "--samples", "2", "--output", str(file)]
+    assert main(["calibrate", method, *asked]) == 2
+    assert "NaN or infinity" in " ".join(capsys.readouterr().err.split()) and not file.exists()
+
+
+def test_no_schedule_is_made_of_nan():
+    from types import SimpleNamespace
+
+    from tokenprune.evals.tuning.deletions import _Recorder
+
+    view = SimpleNamespace(signal=lambda name, depth: torch.tensor([[0.5, math.nan]]), depth=1)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        _Recorder().select(view)
+
+
+def test_a_token_that_is_ruled_out_adds_nothing():
+    from tokenprune.evals.tuning.contributions import _divergence
+    from tokenprune.evals.tuning.first_key import entropy
+
+    one, other = torch.tensor([1.0, 2.0, -math.inf]), torch.tensor([2.0, 1.0, -math.inf])
+    given = [logits.double().log_softmax(-1) for logits in (one, other)]
+    assert 0 < _divergence(*given) == pytest.approx(_divergence(*(part[:2] for part in given)))
+    assert 0 < entropy(one) == pytest.approx(entropy(one[:2]))

@@ -279,3 +279,27 @@ def test_a_model_that_has_nothing_to_lose_gets_no_recommendation(tmp_path, right
     table = Table(unpruned, {("holov", 288): (0.9, unpruned.copy()), ("random", 1): (0.2, np.zeros(400))})
     with pytest.raises(UserError, match="a setting that answers nothing right would be within it"):
         recommend(asked_for(tmp_path, 0.03), bench=table, keep_study=False)
+
+
+@pytest.mark.parametrize("cost", ["flops", "kv", "latency"])
+def test_costs_are_of_prompts_with_a_picture(cost, tiny_folder, tiny, tmp_path):
+    from PIL import Image
+    from rich.console import Console
+
+    from tokenprune.evals.tuning.recommend.evaluator import ModelBench
+
+    Image.new("RGB", (42, 42)).save(tmp_path / "a.png")
+    rows = [{"image": None if i < 2 else "a.png", "question": "what is this", "answer": "x"} for i in range(4)]
+    data = tmp_path / "own.yaml"
+    data.write_text("data: rows.jsonl\n")
+    settings = RecommendConfig(tiny_folder, str(data), 0.5, cost=cost, output=str(tmp_path / "out"))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bench = ModelBench(settings, Console(quiet=True))
+    bench.open()
+    found, _ = bench.cost(Point(tiny_folder, str(data), "random", 1))
+    assert found < 1 or cost == "latency"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**row, "question": "?"}) + "\n" for row in rows[:2]))
+    bench = ModelBench(settings, Console(quiet=True))
+    bench.open()
+    with pytest.raises(UserError, match="None of the samples .* has a picture"):
+        bench.cost(Point(tiny_folder, str(data), "random", 1))

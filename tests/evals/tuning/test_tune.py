@@ -261,3 +261,29 @@ def test_eval_takes_the_file(tmp_path, tiny_folder, tiny_task, capsys):
     path.write_text("keep: 0.3\n")
     assert main([*argv, "--output", str(tmp_path / "out")]) == 2
     assert "must hold a mapping whose key 'method' names one method" in capsys.readouterr().err
+
+
+def test_samples_to_tune_on_have_pictures_one_or_several(tmp_path, monkeypatch):
+    from PIL import Image
+
+    from tokenprune.evals.tasks import unlabelled
+    from tokenprune.evals.tasks.task import Sample
+
+    red, blue, green = (Image.new("RGB", (9, 9), name) for name in ("red", "blue", "green"))
+    shown = [(), (red, blue), (red, green), (), (red, blue)]
+    samples = [Sample(str(place), "all", "q", "x", each) for place, each in enumerate(shown)]
+    monkeypatch.setattr(unlabelled, "_candidates", lambda *given: iter(samples))
+    first, others = unlabelled.draw_samples("any", 1, 1, 0)
+    assert [one.sample_id for one in (*first, *others)] == ["1", "2"]
+    with pytest.raises(ValueError, match="gives 1 sample.* and 1 held-out"):
+        unlabelled.draw_samples("any", 1, 2, 0)
+
+
+@pytest.mark.parametrize("line", [{"image": "a.png"}, {"question": "q"}, {"image": "a.png", "question": None}])
+def test_a_line_of_a_folder_that_lacks_something_is_named(line, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "questions.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match=r"Line 1 of .*questions.jsonl needs '(image|question)' as a text"):
+        draw_samples(str(tmp_path), 1, 1, 0)
