@@ -299,6 +299,8 @@ EVALUATION_SEAMS: tuple[Seam, ...] = (
     Seam("transformers:AutoProcessor.from_pretrained", "loading a processor"),
     Seam("transformers:StoppingCriteria.__call__", "timing decode steps", ("input_ids", "scores")),
     Seam("transformers:StoppingCriteriaList", "timing decode steps"),
+    Seam("transformers:LogitsProcessor.__call__", "the server's check of logits", ("input_ids", "scores")),
+    Seam("transformers:LogitsProcessorList", "the server's check of logits"),
     Seam("transformers:BatchFeature", "videos without torchvision"),
     Seam("transformers:CLIPImageProcessorPil", "videos without torchvision"),
     Seam("transformers.processing_utils:MODALITY_TO_AUTOPROCESSOR_MAPPING", "videos without torchvision"),
