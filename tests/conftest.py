@@ -199,7 +199,8 @@ def versions_row(name: str, agree: str, stats: dict[str, list[Any]]) -> str:
 def _reason(report: Any) -> str:
     """Why a test was skipped, in so many words."""
     text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-    return text.removeprefix("Skipped: ").partition("\n")[0].replace("|", "/")
+    where = re.compile(r" \(/[^)]*\)")  # an import that failed says in which file
+    return where.sub("", text.removeprefix("Skipped: ").partition("\n")[0]).replace("|", "/")
 
 
 def versions_table(before: str, name: str, row: str) -> str:
