@@ -7,7 +7,8 @@ decide is listed; `test_fingerprint.py` fails where that list leaves out somethi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import tokenprune
@@ -50,21 +51,20 @@ def _sources() -> Iterator[tuple[str, Path]]:
 
 def code_fingerprint() -> str:
     """A digest of the sources that decide an answer, so that a resumed run never mixes the rows of two versions."""
-    hasher = hashlib.sha256()
-    for name, file in deciding_files():
-        hasher.update(name.encode() + b"\0" + file.read_bytes())
-    for file in imported_files():  # a method of the user's own that was changed answers anew
-        hasher.update(file.name.encode() + b"\0" + file.read_bytes())
-    return hasher.hexdigest()[:16]
+    own = ((file.name, file) for file in imported_files())  # a method of the user's own that was changed answers anew
+    return _hashed(itertools.chain(deciding_files(), own))
 
 
 def costs_fingerprint() -> str:
     """A digest of the sources that count and time, which decide no answer: a run that goes on after they changed must
     not put two ways of counting into one table."""
+    return _hashed((name, file) for name, file in _sources() if _is_in(name, COUNTING))
+
+
+def _hashed(files: Iterable[tuple[str, Path]]) -> str:
     hasher = hashlib.sha256()
-    for name, file in _sources():
-        if _is_in(name, COUNTING):
-            hasher.update(name.encode() + b"\0" + file.read_bytes())
+    for name, file in files:
+        hasher.update(name.encode() + b"\0" + file.read_bytes())
     return hasher.hexdigest()[:16]
 
 

@@ -12,7 +12,7 @@ from tokenprune.evals.io.row_store import RowStore
 from tokenprune.evals.io.rows import CostsRow
 from tokenprune.evals.profiling.estimate import estimate, of_prompt, unloaded
 from tokenprune.evals.profiling.flops import PARTS, plus, with_total
-from tokenprune.evals.profiling.measure import MEASURE_KEY, measure_key, pictured
+from tokenprune.evals.profiling.measure import MEASURE_KEY, measure_key, pictured, way_of
 from tokenprune.evals.tasks.task import Task
 
 MACHINE = "sizes"
@@ -39,8 +39,9 @@ def count_from_sizes(
         What stands in place of the machine in the rows' keys.
     """
     outlines: list[Any] | None = None
+    way = way_of(config)
     for point in points:
-        key = measure_key(config, settings, point, MACHINE)
+        key = measure_key(way, settings, point, MACHINE)
         if key not in store:
             row: dict[str, Any] = {**dict(zip(MEASURE_KEY, key, strict=True)), "machine": {}, "notes": [NOTE]}
             try:

@@ -24,13 +24,19 @@ COSTS = ("kv", "times", "flops")
 """Keys of `Costs`."""
 
 
-def measure_key(config: RunConfig, settings: str, point: Point, machine: str) -> tuple[str, str, str]:
-    """Key of a point's row of costs; costs that other code counted are another row.
+def way_of(config: RunConfig) -> str:
+    """A digest of how costs are taken, by this code; it reads sources, so ask once for all points."""
+    return digest([asdict(config.measure), costs_fingerprint()])
+
+
+def measure_key(way: str, settings: str, point: Point, machine: str) -> tuple[str, str, str]:
+    """Key of a point's row of costs.
 
     Args:
+        way: see `way_of`; costs that other code counted are another row.
         machine: digest of what `machine.clocked_on` says; times of another machine are another row.
     """
-    return settings, point.key, f"{digest([asdict(config.measure), costs_fingerprint()])}.{machine}"
+    return settings, point.key, f"{way}.{machine}"
 
 
 def measure(
@@ -52,11 +58,11 @@ def measure(
     from tokenprune.evals.profiling.timing import measure_times
 
     where = clocked_on(loaded.model)
-    machine = digest(where)
+    machine, way = digest(where), way_of(config)
     samples: list[Sample] | None = None
     unread = 0
     for point in points:
-        key = measure_key(config, settings, point, machine)
+        key = measure_key(way, settings, point, machine)
         if key not in store:
             row: dict[str, Any] = {**dict(zip(MEASURE_KEY, key, strict=True)), "machine": where}
             failure = None
@@ -111,9 +117,10 @@ def read_costs(
     costs: dict[str, Costs] = {}
     notes: list[str] = []
     counted: dict[str, dict[str, FlopsCosts]] = {}
+    way = way_of(config)
     for point in points:
         settings = answered[point.model, point.task].settings
-        row = store.get(measure_key(config, settings, point, machines.get(point.model, "")))
+        row = store.get(measure_key(way, settings, point, machines.get(point.model, "")))
         if row is None or "error" in row:
             why = "" if row is None else f": {row.get('error')} ({row.get('raised_at')})"
             notes.append(f"Times and FLOPs of {point.label} on {point.task} are missing{why}. They are measured again "
